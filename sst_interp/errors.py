@@ -1,0 +1,41 @@
+"""The one error a user is meant to read.
+
+Anything a person can put right (a name, a path, a number, a missing file) raises `SSTError` with one
+line that says what is wrong and one that says what to type. The command line prints both without a
+traceback and exits with code 2; in a notebook it is an ordinary exception.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SSTError(Exception):
+    """What is wrong, and what to type.
+
+    Args:
+        message: one line that names the thing and what is wrong with it.
+        hint: one line with the command or the value that puts it right.
+    """
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  {self.hint}" if self.hint else self.message
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str], list_with: str | None = None) -> SSTError:
+    """An error for a name that is not known, with the nearest known ones (`unknown run 'dmeo'`)."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    if near:
+        hint = "did you mean " + " or ".join(repr(n) for n in near) + "?"
+    else:
+        hint = "known: " + (", ".join(known) if known else "none")
+    if list_with:
+        hint += f" `{list_with}` lists them."
+    return SSTError(f"unknown {kind} {name!r}", hint)

@@ -1,0 +1,26 @@
+"""Where things are: the download cache, shipped recipes and runs, and the user's runs."""
+
+from __future__ import annotations
+
+import os
+from importlib import resources
+from pathlib import Path
+
+import platformdirs
+
+
+def cache_dir() -> Path:
+    """Downloads and converted weights: `$SST_INTERP_CACHE`, else the platform's cache folder."""
+    path = Path(os.environ.get("SST_INTERP_CACHE") or platformdirs.user_cache_dir("sst-interp"))
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def shipped(kind: str) -> Path:
+    """The installed package's `data/KIND` folder (`recipes`, `runs`, `checkpoints`); may not exist."""
+    return Path(str(resources.files("sst_interp.data"))) / kind
+
+
+def runs_dir() -> Path:
+    """The user's runs: `$SST_INTERP_RUNS`, else `runs` in the working folder. Not created here."""
+    return Path(os.environ.get("SST_INTERP_RUNS") or "runs")
