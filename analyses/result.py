@@ -1,0 +1,99 @@
+"""What every analysis returns: a table, a figure and one computed sentence.
+
+A result is a frozen dataclass. The command line prints its verdict and table, the report draws its
+figures, a notebook shows it as HTML: all from the same object.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+
+class Result(ABC):
+    """A finding: `table`, `verdict`, `figure()`. Subclasses are frozen dataclasses."""
+
+    @property
+    @abstractmethod
+    def table(self) -> pd.DataFrame:
+        """The numbers, one row per thing compared."""
+        ...
+
+    @property
+    @abstractmethod
+    def verdict(self) -> str:
+        """One sentence, computed from the numbers."""
+        ...
+
+    @abstractmethod
+    def figure(self) -> go.Figure:
+        """The one figure that shows the finding."""
+
+    @property
+    def title(self) -> str:
+        """A short name for a heading."""
+        return type(self).__name__
+
+    def figures(self) -> dict[str, go.Figure]:
+        """Every figure of this result by name; by default the one."""
+        return {"figure": self.figure()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: the verdict, the table's rows, and every field (NaN and infinities as None)."""
+        own = {f.name: getattr(self, f.name) for f in fields(self)} if is_dataclass(self) else {}
+        return json_ready(
+            {"result": type(self).__name__, "verdict": self.verdict, "table": self.table, **own}
+        )
+
+    def _repr_html_(self) -> str:
+        table = table_html(self.table)
+        return f"<h3>{html.escape(self.title)}</h3><p>{html.escape(self.verdict)}</p>{table}"
+
+
+def table_html(table: pd.DataFrame, digits: int = 4) -> str:
+    """A DataFrame as an HTML table, every cell and header escaped."""
+
+    def cell(value: Any) -> str:
+        if isinstance(value, float | np.floating):
+            return f"{value:.{digits}g}" if math.isfinite(value) else ""
+        return "" if value is None else html.escape(str(value))
+
+    head = "".join(f'<th scope="col">{html.escape(str(name))}</th>' for name in table.columns)
+    rows = (
+        "<tr>" + "".join(f"<td>{cell(value)}</td>" for value in row) + "</tr>"
+        for row in table.itertuples(index=False, name=None)
+    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+
+
+def json_ready(value: Any) -> Any:
+    """Plain JSON types: tables as lists of rows, arrays as lists, numbers that are not finite as None."""
+    if isinstance(value, pd.DataFrame):
+        columns = [str(c) for c in value.columns]
+        rows = value.itertuples(index=False, name=None)
+        return [dict(zip(columns, (json_ready(v) for v in row), strict=True)) for row in rows]
+    if isinstance(value, np.ndarray | pd.Series):
+        return json_ready(value.tolist())
+    if isinstance(value, np.generic):
+        return json_ready(value.item())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): json_ready(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [json_ready(item) for item in value]
+    if isinstance(value, Result):
+        return value.to_dict()
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: json_ready(getattr(value, f.name)) for f in fields(value)}
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    return str(value)

@@ -1,0 +1,193 @@
+"""Resampling with questions as the unit.
+
+Positions are nested in questions and layers are correlated, so a million pairs are not a million
+observations. Everything here resamples whole questions. A statistic that depends on the data only
+through sums over questions (a share, a mean, a ratio, a histogram and whatever is read off it) is
+computed for all resamples in one matrix product:
+
+    totals[resample] = weights[resample, question] @ sums[question]
+
+where a row of `weights` says how often each question was drawn (multinomial: the ordinary bootstrap).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from sst_interp.errors import SSTError
+
+RESAMPLES = 2000
+LEVEL = 0.95
+
+Statistic = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A number and its question-level bootstrap percentile interval."""
+
+    estimate: float
+    """The statistic of the data as it is."""
+    low: float
+    """Lower end; NaN where there is no interval."""
+    high: float
+    """Upper end; NaN where there is no interval."""
+    n_questions: int
+    """Questions that contribute."""
+    level: float = LEVEL
+    reason: str | None = None
+    """Why there is no interval or no estimate; None where there is one."""
+
+    @property
+    def known(self) -> bool:
+        """Whether the interval exists."""
+        return math.isfinite(self.low) and math.isfinite(self.high)
+
+    def text(self, percent: bool = False, digits: int = 3) -> str:
+        """`14.2% [11.9%, 16.8%]`, or the estimate and the reason there is no interval."""
+
+        def show(value: float) -> str:
+            return percent_text(value) if percent else f"{value:.{digits}g}"
+
+        if not math.isfinite(self.estimate):
+            return f"none ({self.reason})" if self.reason else "none"
+        if not self.known:
+            return f"{show(self.estimate)} (no interval: {self.reason})"
+        return f"{show(self.estimate)} [{show(self.low)}, {show(self.high)}]"
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dictionary of plain numbers (NaN is left to the JSON writer)."""
+        return asdict(self)
+
+
+def percent_text(share: float) -> str:
+    """A share as a percentage that never rounds a small number to 0 or a large one to 100."""
+    if not math.isfinite(share):
+        return "none"
+    percent = 100 * share
+    if percent and percent < 0.1:
+        return f"{percent:.1g}%"
+    if 99.9 < percent < 100:
+        return f"{math.floor(percent * 1000) / 1000:g}%"
+    return f"{percent:.1f}%"
+
+
+def resample_weights(n_questions: int, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
+    """How often each question is drawn in each resample: int64 [resample, question], rows sum to n."""
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(n_questions, np.full(n_questions, 1 / n_questions), size=resamples)
+
+
+def resampled(sums: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
+    """Totals of every resample: `sums` [question, ...] -> [resample, ...]."""
+    sums = np.asarray(sums, dtype=float)
+    weights = resample_weights(len(sums), resamples, seed).astype(float)
+    return (weights @ sums.reshape(len(sums), -1)).reshape(resamples, *sums.shape[1:])
+
+
+def ratio(totals: np.ndarray) -> np.ndarray:
+    """Numerator / denominator of the last axis [..., 2]; NaN where the denominator is 0."""
+    top, bottom = totals[..., 0], totals[..., 1]
+    return np.divide(top, bottom, out=np.full(np.shape(top), np.nan), where=bottom != 0)
+
+
+def bootstrap_ends(
+    sums: np.ndarray,
+    statistic: Statistic = ratio,
+    resamples: int = RESAMPLES,
+    level: float = LEVEL,
+    seed: int = 0,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Estimate, lower and upper end for a statistic with any number of outputs.
+
+    Args:
+        sums: [question, ...], the per-question sums the statistic needs.
+        statistic: totals [resample, ...] -> [resample, ...]; it sees the plain totals as one resample.
+        resamples: number of bootstrap resamples.
+        level: coverage of the percentile interval.
+        seed: of the resampling; the same seed gives the same weights for every statistic.
+
+    Returns:
+        Three arrays of the statistic's own shape. Resamples in which the statistic is undefined (NaN:
+        no resampled question has such a pair) are left out. Ends are NaN with fewer than 2 questions.
+    """
+    sums = np.asarray(sums, dtype=float)
+    estimate = statistic(sums.sum(axis=0, keepdims=True))[0]
+    nothing = np.full(np.shape(estimate), np.nan)
+    if len(sums) < 2:
+        return estimate, nothing, nothing
+    values = statistic(resampled(sums, resamples, seed))
+    defined = np.isfinite(values).any(axis=0)
+    tail = (1 - level) / 2
+    ends = np.full((2, *np.shape(estimate)), np.nan)
+    ends[:, defined] = np.nanquantile(values[:, defined], [tail, 1 - tail], axis=0)
+    return estimate, ends[0], ends[1]
+
+
+def cluster_bootstrap(
+    sums: np.ndarray,
+    statistic: Statistic = ratio,
+    resamples: int = RESAMPLES,
+    level: float = LEVEL,
+    seed: int = 0,
+) -> Interval:
+    """A percentile interval for one number, resampling questions (see `bootstrap_ends`).
+
+    Args:
+        sums: [question, k] per-question sums, for the default [question, 2]: how many pairs are
+            shifted, and how many there are. Questions that contribute nothing should be left out.
+        statistic: totals [resample, k] -> [resample].
+        resamples: number of bootstrap resamples.
+        level: coverage.
+        seed: of the resampling.
+
+    Returns:
+        An `Interval`. With no or one question its ends are NaN and `reason` says why; never an error.
+
+    Raises:
+        SSTError: if `sums` has no question axis.
+    """
+    sums = np.asarray(sums, dtype=float)
+    if sums.ndim < 2:
+        raise SSTError(
+            f"per-question sums have shape {sums.shape}, not [question, k]", "give one row per question"
+        )
+    n = len(sums)
+    if n == 0:
+        return Interval(math.nan, math.nan, math.nan, 0, level, "no questions")
+    estimate, low, high = (float(v) for v in bootstrap_ends(sums, statistic, resamples, level, seed))
+    reason = None
+    if not math.isfinite(estimate):
+        reason = "no such pairs"
+    elif n == 1:
+        reason = "one question: no spread between questions to measure"
+    return Interval(estimate, low, high, n, level, reason)
+
+
+def histogram_quantile(counts: np.ndarray, edges: np.ndarray, q: float) -> np.ndarray:
+    """Quantile read off histograms, linear within a bin: counts [..., bin], edges [bin + 1] -> [...].
+
+    NaN where a histogram is empty. The error is below one bin width.
+    """
+    cumulative = np.cumsum(counts, axis=-1)
+    total = cumulative[..., -1:]
+    target = q * total
+    index = np.minimum((cumulative < target).sum(axis=-1, keepdims=True), counts.shape[-1] - 1)
+    inside = np.take_along_axis(counts, index, -1)
+    before = np.take_along_axis(cumulative, index, -1) - inside
+    fraction = np.divide(target - before, inside, out=np.zeros_like(target, dtype=float), where=inside > 0)
+    value = edges[index] + fraction * np.diff(edges)[index]
+    return np.where(total > 0, value, np.nan)[..., 0]
+
+
+def none_seen_bound(n_questions: int, level: float = LEVEL) -> float:
+    """The largest share of questions compatible with having seen none in n: 1 - (1 - level)^(1/n).
+
+    A bootstrap of zeros is [0, 0], which is no bound; this (one-sided, Clopper-Pearson) is.
+    """
+    return 1.0 if n_questions < 1 else 1 - (1 - level) ** (1 / n_questions)

@@ -1,0 +1,54 @@
+"""sst-interp: the open instrument for language models that think in latent space.
+
+    import sst_interp as sst
+
+    model = sst.load("smollm2-135m", alpha=0.027)
+    model.generate([model.chat("Why is the sky blue?")], iterations=4).texts
+    run = sst.open_run("demo")
+
+Everything is imported on first use, so `import sst_interp` and `sst-interp --help` are quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sst_interp.choices import Choices as Choices
+    from sst_interp.errors import SSTError as SSTError
+    from sst_interp.loading import load as load
+    from sst_interp.model import StateStreamModel as StateStreamModel
+    from sst_interp.model import attach as attach
+    from sst_interp.recipe import Recipe as Recipe
+    from sst_interp.runs import list_runs as list_runs
+    from sst_interp.runs import open_run as open_run
+
+_WHERE = {
+    "Choices": "choices",
+    "SSTError": "errors",
+    "load": "loading",
+    "StateStreamModel": "model",
+    "attach": "model",
+    "Recipe": "recipe",
+    "open_run": "runs",
+    "list_runs": "runs",
+}
+
+__all__ = ["Choices", "Recipe", "SSTError", "StateStreamModel", "attach", "list_runs", "load", "open_run"]
+
+try:
+    __version__ = version("sst-interp")
+except PackageNotFoundError:  # a source tree that is not installed
+    __version__ = "0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'sst_interp' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"sst_interp.{_WHERE[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,239 @@
+"""A backbone: a pretrained decoder LM taken apart at the points the stream needs, and checked.
+
+Knows Hugging Face module names and nothing about the stream. A layer is two branches that each read the
+residual and add to it; the point between them is TransformerLens' `resid_mid`, where the blend goes in:
+
+    m = x + attention_branch(x)
+    y = m + ffn_branch(m)
+
+Families differ in the names of their norms and in whether a branch is normed again on its way out, so
+the parts are found by name and then *validated by numbers*: put together again without a blend they must
+give the model's own layer outputs and logits bit for bit, or the model is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from sst_interp.errors import SSTError
+
+SUPPORTED = "Llama, Qwen2, Qwen3, Mistral, Gemma 2, Gemma 3 and GPT-2"
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer as its parts. The two `post` norms exist in Gemma 2 and 3 only."""
+
+    norm1: nn.Module
+    attention: nn.Module
+    post_attention_norm: nn.Module | None
+    norm2: nn.Module
+    ffn: nn.Module
+    post_ffn_norm: nn.Module | None
+    kind: str
+    """`full_attention` or `sliding_attention`: which mask and rotary table the layer takes."""
+
+    def attention_branch(self, x: Tensor, rotary: Any, mask: Tensor | None, kv: Any) -> Tensor:
+        """What attention adds to the residual `x` [row, position, d_model]."""
+        out = self.attention(
+            self.norm1(x), attention_mask=mask, past_key_values=kv, position_embeddings=rotary
+        )[0]
+        return out if self.post_attention_norm is None else self.post_attention_norm(out)
+
+    def ffn_branch(self, m: Tensor) -> Tensor:
+        """What the FFN adds to the post-attention residual `m` [row, position, d_model]."""
+        out = self.ffn(self.norm2(m))
+        return out if self.post_ffn_norm is None else self.post_ffn_norm(out)
+
+
+class Backbone:
+    """A Hugging Face causal LM seen as embed, layers, unembed.
+
+    Args:
+        model: any `AutoModelForCausalLM` of a supported family, in memory. It is put into eval mode.
+
+    Raises:
+        SSTError: an unsupported family (the missing point is named), non-finite weights, or parts that
+            do not reproduce the model's own outputs.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model: Any = model.eval()
+        self.config: Any = model.config.get_text_config(decoder=True)  # type: ignore[operator]
+        self.family: str = self.config.model_type
+        refuse_nonfinite(model)
+        decoder: Any = self.model.get_decoder()
+        self.decoder = decoder
+        blocks = getattr(decoder, "layers", None) or getattr(decoder, "h", None)
+        if blocks is None:
+            raise _unsupported(self.family, "no list of decoder layers (`layers` or `h`)")
+        kinds = getattr(self.config, "layer_types", None)
+        if kinds is None:
+            kinds = [SLIDING if getattr(self.config, "sliding_window", None) else FULL] * len(blocks)
+        self.layers = [take_apart(self.family, b, k) for b, k in zip(blocks, kinds, strict=True)]
+        self.window: int | None = getattr(self.config, "sliding_window", None)
+        self.final_norm: nn.Module = getattr(decoder, "norm", None) or decoder.ln_f
+        self._rotary = getattr(decoder, "rotary_emb", None)
+        self._rotary_by_kind = self._rotary is not None and (
+            "layer_type" in inspect.signature(self._rotary.forward).parameters
+        )
+        self.validate()
+
+    @property
+    def n_layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.layers)
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return self.config.hidden_size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights, and so of every hidden state."""
+        return self.model.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
+
+    @property
+    def max_length(self) -> int | None:
+        """Context length in tokens, if the config states one."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+    def embed(self, tokens: Int[Tensor, "row position"], position_ids: Int[Tensor, "row position"]) -> Tensor:
+        """Token (and learned position) embeddings [row, position, d_model]."""
+        if hasattr(self.decoder, "wpe"):
+            return self.decoder.wte(tokens) + self.decoder.wpe(position_ids)
+        return self.decoder.embed_tokens(tokens)
+
+    def rotary(self, x: Tensor, position_ids: Int[Tensor, "row position"]) -> dict[str, Any]:
+        """Rotary tables by layer kind; None where the family has none."""
+        kinds = {layer.kind for layer in self.layers}
+        if self._rotary is None:
+            return dict.fromkeys(kinds)
+        if self._rotary_by_kind:
+            return {kind: self._rotary(x, position_ids, kind) for kind in kinds}
+        return dict.fromkeys(kinds, self._rotary(x, position_ids))
+
+    def unembed(self, y: Float[Tensor, "... d_model"]) -> Float[Tensor, "... vocab"]:
+        """Logits from a residual: final norm, unembedding, soft cap. On the last layer's output these are
+        the model's logits; on an earlier layer's they are its *logit lens*.
+        """
+        logits = self.model.get_output_embeddings()(self.final_norm(y))
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    @cached_property
+    def content_hash(self) -> str:
+        """sha256 over every weight's name, dtype, shape and bytes: which backbone this is."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    @torch.no_grad()
+    def validate(self) -> None:
+        """Put the parts together again without a blend: every layer output and the logits must be the
+        model's own, bit for bit.
+        """
+        n = min(8, self.max_length or 8, self.window or 8)
+        tokens = (torch.arange(2 * n, device=self.device).view(2, n) * 37 + 11) % self.config.vocab_size
+        seen: list[Tensor] = []
+        blocks = getattr(self.decoder, "layers", None) or self.decoder.h
+        hooks = [
+            b.register_forward_hook(lambda _m, _a, out: seen.append(out[0] if isinstance(out, tuple) else out))
+            for b in blocks
+        ]
+        try:
+            theirs = self.model(tokens, use_cache=False).logits
+        finally:
+            for hook in hooks:
+                hook.remove()
+        position_ids = torch.arange(n, device=self.device).expand(2, n)
+        x = self.embed(tokens, position_ids)
+        rotary = self.rotary(x, position_ids)
+        for index, layer in enumerate(self.layers):
+            m = x + layer.attention_branch(x, rotary[layer.kind], self._causal(n), None)
+            x = m + layer.ffn_branch(m)
+            if not torch.equal(x, seen[index]):
+                off = (x - seen[index]).abs().max().item()
+                raise _unsupported(
+                    self.family,
+                    f"resid_mid + FFN branch is not the output of layer {index} (largest difference {off:.3g}), "
+                    "so there is a residual, scale or branch the blend would miss",
+                )
+        if not torch.equal(self.unembed(x), theirs):
+            raise _unsupported(self.family, "the logits are more than unembed(final_norm(last layer))")
+
+    def _causal(self, n: int) -> Tensor | None:
+        # sdpa takes its causal path without a mask, as the model itself does; others need one.
+        if self.config._attn_implementation == "sdpa":
+            return None
+        blocked = torch.ones(n, n, dtype=torch.bool, device=self.device).triu(1)
+        return torch.zeros(1, 1, n, n, dtype=self.dtype, device=self.device).masked_fill(
+            blocked, torch.finfo(self.dtype).min
+        )
+
+
+def take_apart(family: str, block: Any, kind: str) -> Layer:
+    """Find a decoder layer's parts by the names its family uses.
+
+    Raises:
+        SSTError: a part is missing (an encoder layer, parallel residual, norms after the branch only).
+    """
+    has = lambda name: getattr(block, name, None) is not None  # noqa: E731
+    if has("ln_1") and has("attn") and has("ln_2") and not has("crossattention"):
+        return Layer(block.ln_1, block.attn, None, block.ln_2, block.mlp, None, kind)
+    if not (has("self_attn") and has("mlp")):
+        raise _unsupported(family, "no `self_attn` and `mlp` branches that add to one residual in turn")
+    if not has("input_layernorm"):
+        raise _unsupported(family, "no norm before attention (`input_layernorm`)")
+    if has("pre_feedforward_layernorm"):
+        return Layer(
+            block.input_layernorm,
+            block.self_attn,
+            getattr(block, "post_attention_layernorm", None),
+            block.pre_feedforward_layernorm,
+            block.mlp,
+            getattr(block, "post_feedforward_layernorm", None),
+            kind,
+        )
+    if not has("post_attention_layernorm"):
+        raise _unsupported(
+            family,
+            "no norm between attention and FFN: the two run in parallel, so there is no post-attention "
+            "residual (resid_mid)",
+        )
+    return Layer(
+        block.input_layernorm, block.self_attn, None, block.post_attention_layernorm, block.mlp, None, kind
+    )
+
+
+def refuse_nonfinite(model: nn.Module) -> None:
+    """Raise if any weight is NaN or infinite, naming the first such tensor."""
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise SSTError(
+                f"weight {name} has non-finite values", "load an intact copy of the model, or another dtype"
+            )
+
+
+def _unsupported(family: str, missing: str) -> SSTError:
+    return SSTError(
+        f"family {family!r} is not supported: {missing}",
+        f"supported: {SUPPORTED}; docs/extending.md says how to add a family",
+    )

@@ -1,0 +1,130 @@
+"""What a parallel solution can say for itself: how it was found, and how far it is from sequential.
+
+Both solvers (`layerwise`, `sweeps`) return a `Solution`; `spot_check` recomputes a few of its positions with
+the sequential code itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sst_interp.errors import SSTError
+from sst_interp.sequential import advance
+from sst_interp.stream import Stream
+
+if TYPE_CHECKING:
+    from sst_interp.model import StateStreamModel
+
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}
+"""Default tolerance by dtype: relative change of a state in the last sweep, at the worst (row, layer,
+position). A few units of the dtype's rounding, measured on SmolLM2 (docs/measurements.md)."""
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """How a set of states was computed, and how far it can be from the sequential ones."""
+
+    method: str
+    """`sequential` (exact by definition), `layerwise`, `sweeps`, `two_pass` or `blend_off`."""
+    sweeps: int = 0
+    """Sweeps used: over the whole stack, or the most that any layer's FFN took (`layerwise`)."""
+    mean_sweeps: float = float("nan")
+    """`layerwise`: mean over layers (one sweep recomputes the FFN of the links that still move)."""
+    residual: float = 0.0
+    """`sweeps`: largest relative change of a carried state in the last sweep, over rows, layers and
+    positions. `layerwise`: the largest such change that was small enough not to be passed on."""
+    residuals: tuple[float, ...] = ()
+    """The same after every sweep (`layerwise`: largest over layers)."""
+    converged: bool = True
+    """The residual is below the tolerance (or the sweeps are enough to make every position exact)."""
+    checked: int = 0
+    """Positions recomputed one by one from the solution, as `sequential` would."""
+    argmax_agreement: float = float("nan")
+    """Share of checked positions whose most likely token is the same."""
+    logit_error: float = float("nan")
+    """Largest relative L2 difference of logits at a checked position."""
+
+    @property
+    def contraction(self) -> float:
+        """Observed factor by which the residual shrinks per sweep: geometric mean of the last half."""
+        r = [x for x in self.residuals if x > 0]
+        if len(r) < 2:
+            return float("nan")
+        tail = r[len(r) // 2 - 1 :] if len(r) > 2 else r
+        return (tail[-1] / tail[0]) ** (1 / (len(tail) - 1))
+
+
+@dataclass
+class Solution:
+    """States of all positions of a batch of sequences."""
+
+    resid_post: Float[Tensor, "layer row position iteration d_model"] | None
+    """Layer outputs; None where they were not asked for."""
+    last: Float[Tensor, "row position iteration d_model"]
+    """The last layer's outputs: what the logits are read from."""
+    incoming: dict[int, Float[Tensor, "layer row d_model"]]
+    """The state that each position to be checked starts from, by position."""
+    certificate: Certificate
+
+
+def picks(positions: int, n: int) -> list[int]:
+    """`n` evenly spread positions, the first and the last among them."""
+    return torch.linspace(0, positions - 1, min(n, positions)).round().long().unique().tolist() if n else []
+
+
+@torch.no_grad()
+def spot_check(
+    model: StateStreamModel, stream: Stream, tokens: Tensor, solution: Solution, iterations: int = 1
+) -> Certificate:
+    """The certificate with the positions in `solution.incoming` recomputed by `sequential.advance`, each from the
+    solution's state and keys before it. The stream is left as it was.
+
+    Args:
+        stream: as `solve` left it, standing behind `tokens`.
+    """
+    T = tokens.shape[1]
+    base = stream.column - T
+    agree, total, worst = 0, 0, 0.0
+    for t, state in solution.incoming.items():
+        rows = (base + t >= stream.pad).nonzero()[:, 0]
+        if not len(rows):
+            continue
+        saved = stream.kv.save_column(base + t)
+        probe = Stream(stream.kv, state.clone(), stream.pad, stream.origin, base + t)
+        last = advance(model, probe, tokens[:, t], iterations)[-1].resid_post[-1]
+        stream.kv.restore_column(base + t, saved)
+        alone = model.backbone.unembed(last[rows]).float()
+        together = model.backbone.unembed(solution.last[rows, t, -1]).float()
+        agree += int((alone.argmax(-1) == together.argmax(-1)).sum())
+        total += len(rows)
+        worst = max(worst, float(((alone - together).norm(dim=-1) / alone.norm(dim=-1)).max()))
+    return replace(
+        solution.certificate,
+        checked=total,
+        argmax_agreement=agree / total if total else float("nan"),
+        logit_error=worst if total else float("nan"),
+    )
+
+
+def relative_change(
+    new: Float[Tensor, "... d_model"], old: Float[Tensor, "... d_model"]
+) -> Float[Tensor, "..."]:
+    """|new - old| / |new|, state by state; an overflow is an error.
+
+    Raises:
+        SSTError: the states are no longer finite.
+    """
+    wide = torch.promote_types(new.dtype, torch.float32)
+    new, old = new.to(wide), old.to(wide)
+    change = (new - old).norm(dim=-1) / new.norm(dim=-1).clamp_min(1e-30)
+    if not bool(torch.isfinite(change).all()):
+        raise SSTError(
+            "the states overflow: the blend does not contract on this backbone",
+            "use a smaller alpha, or method='sequential'",
+        )
+    return change

@@ -1,0 +1,138 @@
+"""Greedy generation at any depth, in batches of prompts of different length.
+
+`Decoder` is the loop's body: one position for all rows. `generate` drives it with each row's own text;
+the capture (`sst_interp.capture`) drives it with several depths and texts side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sst_interp.errors import SSTError
+from sst_interp.sequential import Iteration, advance
+from sst_interp.certificate import Certificate
+from sst_interp.stream import Stream
+
+if TYPE_CHECKING:
+    from sst_interp.model import StateStreamModel
+
+
+@dataclass
+class Step:
+    """One generated position of a batch, as it was computed."""
+
+    position: int
+    """0-based step of generation."""
+    iterations: list[Iteration]
+    """Layer outputs [layer, row, d_model] of each iteration, for the first n rows of `rows`."""
+    logits: list[Float[Tensor, "row vocab"]]
+    """Logits after each iteration, rows as in `iterations`."""
+    rows: Int[Tensor, " row"]
+    """Which prompt each row is (rows are sorted by depth, deepest first)."""
+    alive: Tensor
+    """[row] False once a row has emitted its stop token at an earlier position."""
+
+
+Observe = Callable[[Step], Any]
+
+
+@dataclass
+class Generation:
+    """Generated continuations, in the order of the prompts."""
+
+    tokens: list[list[int]]
+    """New token ids per prompt, the stop token included."""
+    texts: list[str] | None
+    """Decoded without special tokens; None without a tokenizer."""
+    stopped: list[bool]
+    """Ended by a stop token (otherwise by the budget)."""
+    iterations: list[int]
+    """Depth per prompt."""
+    certificate: Certificate
+    """How the prompts were read."""
+
+
+def check_room(model: StateStreamModel, prompt_tokens: int, max_new_tokens: int) -> None:
+    """Raise if a prompt and its budget do not fit the context."""
+    limit = model.backbone.max_length
+    if limit is not None and prompt_tokens + max_new_tokens > limit:
+        raise SSTError(
+            f"a prompt of {prompt_tokens} tokens and {max_new_tokens} new ones exceed the context of {limit}",
+            f"leave room: at most {limit - max_new_tokens} prompt tokens, or a smaller max_new_tokens",
+        )
+
+
+@torch.no_grad()
+def decode(model: StateStreamModel, stream: Stream, tokens: Tensor, depths: Tensor) -> tuple[list[Iteration], list[Tensor], Tensor]:
+    """One position of every row: its iterations, their logits, and each row's logits at its own depth.
+
+    Args:
+        tokens: [row] input tokens.
+        depths: [row] on the CPU, descending.
+    """
+    iterations = advance(model, stream, tokens, depths)
+    logits = [model.backbone.unembed(it.resid_post[-1]) for it in iterations]
+    final = logits[0].clone() if len(logits) > 1 else logits[0]
+    for deeper in logits[1:]:
+        final[: len(deeper)] = deeper
+    return iterations, logits, final
+
+
+@torch.no_grad()
+def generate(
+    model: StateStreamModel,
+    prompts: Sequence[Any] | Tensor,
+    iterations: int | Sequence[int],
+    max_new_tokens: int,
+    stop_tokens: Sequence[int] | None,
+    observe: Observe | None,
+    progress: Callable[[int], Any] | None,
+) -> Generation:
+    """See `StateStreamModel.generate`."""
+    tokens, pad = model.batch(prompts)
+    rows = len(pad)
+    depths = [iterations] * rows if isinstance(iterations, int) else list(iterations)
+    if len(depths) != rows:
+        raise SSTError(f"{len(depths)} depths for {rows} prompts", "give one number, or one per prompt")
+    if min(depths) < 1 or max_new_tokens < 1:
+        raise SSTError(
+            f"iterations = {min(depths)}, max_new_tokens = {max_new_tokens}: both must be at least 1",
+            "1 iteration is a plain pass with the blend on",
+        )
+    check_room(model, tokens.shape[1], max_new_tokens)
+    order = torch.tensor(sorted(range(rows), key=lambda r: -depths[r]), device=tokens.device)
+    per_row = torch.tensor(depths)[order.cpu()]
+    tokens, pad = tokens[order], pad[order]
+    stop = torch.tensor(sorted(model.stop_tokens if stop_tokens is None else stop_tokens), device=tokens.device)
+
+    stream = model.new_stream(pad, tokens.shape[1] + max_new_tokens - 1)
+    certificate = model.prefill(stream, tokens[:, :-1])
+    current = tokens[:, -1]
+    alive = torch.ones(rows, dtype=torch.bool, device=tokens.device)
+    emitted, lived = [], []
+    for position in range(max_new_tokens):
+        passes, logits, final = decode(model, stream, current, per_row)
+        if observe is not None:
+            observe(Step(position, passes, logits, order, alive))
+        current = final.argmax(-1)
+        emitted.append(current)
+        lived.append(alive)
+        alive = alive & ~torch.isin(current, stop)
+        if progress is not None:
+            progress(position + 1)
+        if not bool(alive.any()):
+            break
+    new, lengths = torch.stack(emitted, 1), torch.stack(lived, 1).sum(1)
+    back = torch.argsort(order)
+    out = [new[r, : lengths[r]].tolist() for r in back.tolist()]
+    decoded = None
+    if model.tokenizer is not None:
+        decoded = [model.tokenizer.decode(ids, skip_special_tokens=True) for ids in out]
+    stopped = [not bool(alive[r]) for r in back.tolist()]
+    return Generation(out, decoded, stopped, depths, certificate)

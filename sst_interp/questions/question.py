@@ -1,0 +1,56 @@
+"""What a question is: as its dataset has it (`Item`), and as a model is asked it (`Question`).
+
+The texts are never part of a `repr`: a question in a traceback, a log line or a notebook's last line
+shows its id and its gold answer only. For GPQA that is a promise to its authors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Kind = Literal["choice", "number"]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One record of a dataset, before it is put to a model."""
+
+    id: str
+    text: str = field(repr=False)
+    choices: tuple[str, ...] = field(repr=False)
+    """In the dataset's order; empty for a question whose answer is a number."""
+    answer: int | str
+    """Index into `choices`, or the number as the dataset writes it."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question as it is asked."""
+
+    id: str
+    """The dataset's own record id."""
+    prompt: str = field(repr=False)
+    """The user's message; the chat template is applied by whoever generates."""
+    gold: str
+    """A letter, or a number in the form of `grading.canonical_number`."""
+    kind: Kind
+    n_choices: int
+    """0 for a number."""
+    choices: tuple[str, ...] = field(default=(), repr=False)
+    """Their texts in the order asked; for `grading.grade`."""
+
+
+@dataclass(frozen=True)
+class QuestionSet:
+    """Questions in dataset order, and where they came from."""
+
+    name: str
+    questions: tuple[Question, ...]
+    restricted: bool
+    """The text must not be logged, stored or published (GPQA)."""
+    provenance: dict[str, Any]
+    """JSON-ready: dataset, split, source, sha256, licence, n, available, seed, instruction."""
+
+    def __len__(self) -> int:
+        return len(self.questions)

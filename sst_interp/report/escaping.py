@@ -1,0 +1,38 @@
+"""Text from data, made safe and visible: for HTML, for JSON inside HTML, and for scripts under a CSP.
+
+Jinja2's autoescape does the HTML part. What it leaves alone is made visible here: control characters,
+bidirectional marks and lone surrogates, which would reorder, hide or break the text around them.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import unicodedata
+from typing import Any
+
+_INVISIBLE = {"Cc", "Cf", "Cs", "Cn", "Co"}
+_IN_SCRIPT = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
+
+
+def visible(text: object, lines: bool = False) -> str:
+    r"""Text in which control, bidi and unassigned characters show as `\u202e`; `lines` keeps newlines."""
+
+    def show(c: str) -> str:
+        if (lines and c in "\n\t") or unicodedata.category(c) not in _INVISIBLE:
+            return c
+        return f"\\u{ord(c):04x}"
+
+    return "".join(map(show, str(text)))
+
+
+def script_json(value: Any) -> str:
+    """JSON that can stand inside a `<script type="application/json">` and never close it."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False, sort_keys=True)
+    return text.translate(_IN_SCRIPT)
+
+
+def script_hash(source: str) -> str:
+    """The CSP source `'sha256-...'` that admits exactly this inline script."""
+    return "'sha256-" + base64.b64encode(hashlib.sha256(source.encode()).digest()).decode() + "'"

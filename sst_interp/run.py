@@ -1,0 +1,204 @@
+"""One captured run: its tables as pandas, its states as tensors, and only what the manifest lists."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.dataset as ds
+import torch
+from safetensors import safe_open
+
+from sst_interp import manifest
+from sst_interp.choices import COMPARISONS
+from sst_interp.errors import SSTError, unknown_name
+from sst_interp.recipe import Recipe
+from sst_interp.schema import CATEGORIES, KEYS, TABLES, to_frame
+
+
+@dataclass(eq=False, repr=False)
+class Run:
+    """A captured run, as far as it has been captured.
+
+    Each shard's sha256 is checked when it is first read. Treat the tables as read-only: they are cached.
+    """
+
+    name: str
+    """What it is called: the name of its folder."""
+    folder: Path
+    """Where it is."""
+    recipe: Recipe
+    """What it was captured with."""
+    manifest: dict[str, Any]
+    """Provenance, sessions and shards (docs/run-format.md)."""
+    verify: bool = True
+    """Whether to check shards against the manifest before reading them."""
+    _verified: set[str] = field(default_factory=set)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every batch has been captured."""
+        return self.manifest["state"] == "complete"
+
+    @cached_property
+    def questions(self) -> pd.DataFrame:
+        """A row per (question, depth)."""
+        return self.table("questions")
+
+    @cached_property
+    def steps(self) -> pd.DataFrame:
+        """A row per (question, text, depth, position, iteration)."""
+        return self.table("steps")
+
+    @cached_property
+    def outputs(self) -> pd.DataFrame:
+        """A row per (question, comparison, position, a, b)."""
+        return self.table("outputs")
+
+    @cached_property
+    def pairs(self) -> pd.DataFrame:
+        """A row per (question, comparison, position, layer, a, b). Large: `table` reads a part of it."""
+        return self.table("pairs")
+
+    def table(
+        self, name: str, columns: Sequence[str] | None = None, comparison: str | None = None
+    ) -> pd.DataFrame:
+        """A table, or the `columns` and the `comparison` of it that are asked for; no others are kept.
+
+        Rows are sorted by the table's key columns, whatever the batches were. Raises SSTError for a table,
+        column or comparison that is not there and for a damaged shard.
+        """
+        if name not in TABLES:
+            raise unknown_name("table", name, TABLES)
+        shards = [str(self._checked(file)) for file in self._listed(name).values()]
+        if not shards:
+            raise SSTError(f"run {self.name} has no table {name}", self._again)
+        dataset = ds.dataset(shards, format="parquet")
+        present, where = dataset.schema.names, None
+        for column in columns or ():
+            if column not in present:
+                raise unknown_name(f"column of {name}", column, present)
+        if comparison is not None:
+            known = COMPARISONS if "comparison" in present else ()
+            if comparison not in known:
+                raise unknown_name(f"comparison in {name}", comparison, known)
+            where = ds.field("comparison") == comparison
+        wanted = list(columns) if columns is not None else present
+        read = dataset.to_table(columns=list(dict.fromkeys([*wanted, *KEYS[name]])), filter=where)
+        order = _order(read, KEYS[name])
+        frame = to_frame(read.select(wanted))
+        return frame if order is None else frame.take(order).reset_index(drop=True)
+
+    def states(
+        self, question: int, position: int | None = 0, depth: int | None = None, text: str = "own"
+    ) -> torch.Tensor:
+        """Kept hidden states [layer, iteration, d_model], in the run's dtype.
+
+        `position=None` gives every position, [position, layer, iteration, d_model], if the run kept them.
+        `depth` is the deepest when left out; `text` is whose tokens were read (`own` or `depth1`). Only
+        what is asked for is read from the file. Raises SSTError for what was not kept.
+        """
+        keep, deepest = self.recipe.keep, max(self.recipe.depths)
+        depth = deepest if depth is None else depth
+        if keep != "all" and (keep == "none" or (position, depth, text) != (0, deepest, "own")):
+            has = (
+                "no states" if keep == "none" else f"states at position 0 of depth {deepest}'s own text only"
+            )
+            raise SSTError(
+                f"run {self.name} has {has}, not position {position} of depth {depth} on text {text!r}",
+                f"`sst-interp capture --run {self.name} --keep all --fresh` records every state",
+            )
+        key = f"q{question}.{text}.d{depth}" if keep == "all" else f"q{question}.position0"
+        if question not in self._batch_of:
+            raise SSTError(
+                f"run {self.name} has no question {question}", f"it has {len(self._batch_of)}, from 0"
+            )
+        file = self._listed("states").get(self._batch_of[question])
+        if file is None:
+            raise SSTError(f"run {self.name} has no states of question {question}", self._again)
+        with safe_open(str(self._checked(file)), framework="pt") as tensors:
+            if key not in tensors.keys():  # noqa: SIM118 (not a dict)
+                kept = [k for k in tensors.keys() if k.startswith(f"q{question}.")]  # noqa: SIM118
+                raise unknown_name(f"states in run {self.name}", key, kept)
+            if keep != "all" or position is None:
+                return tensors.get_tensor(key)
+            part = tensors.get_slice(key)
+            length = part.get_shape()[0]
+            if not 0 <= position < length:
+                raise SSTError(
+                    f"question {question} has no position {position} at depth {depth}",
+                    f"its {text!r} text there has positions 0 to {length - 1}",
+                )
+            return part[position : position + 1][0]
+
+    def summary(self) -> dict[str, Any]:
+        """What it is and how far it has got, as `list_runs` says it; JSON-ready."""
+        done, of = len(self.manifest["shards"]), self.manifest["n_batches"]
+        partial = f"partial {done} of {of or '?'}" if done else "not captured"
+        return {
+            "name": self.name,
+            "state": "complete" if self.complete else partial,
+            "checkpoint": self.recipe.checkpoint,
+            "dataset": self.recipe.dataset,
+            "questions": self.recipe.questions,
+            "depths": list(self.recipe.depths),
+            "bytes": sum(e["bytes"] for files in self.manifest["shards"].values() for e in files.values()),
+            "where": str(self.folder),
+        }
+
+    def __repr__(self) -> str:
+        return f"<Run {self.name}: {', '.join(f'{k} {v}' for k, v in self.summary().items() if k != 'name')}>"
+
+    def _repr_html_(self) -> str:
+        rows = (
+            f"<tr><th>{html.escape(key)}</th><td>{html.escape(str(value))}</td></tr>"
+            for key, value in self.summary().items()
+        )
+        return f"<table>{''.join(rows)}</table>"
+
+    @property
+    def _again(self) -> str:
+        return f"`sst-interp capture --run {self.name}` captures what is missing"
+
+    def _listed(self, table: str) -> dict[int, str]:
+        """{batch: shard} of a table, by batch."""
+        shards = self.manifest["shards"]
+        files = {batch: manifest.shard(table, batch) for batch in manifest.batches(self.manifest)}
+        return {batch: file for batch, file in files.items() if file in shards[str(batch)]}
+
+    def _checked(self, file: str) -> Path:
+        if self.verify and file not in self._verified:
+            batch = str(int(Path(file).stem))
+            if problem := manifest.damage(self.folder, file, self.manifest["shards"][batch][file]):
+                raise SSTError(
+                    f"run {self.name}: {file} is damaged ({problem})",
+                    f"`sst-interp capture --run {self.name}` captures only that part again",
+                )
+            self._verified.add(file)
+        return self.folder / file
+
+    @cached_property
+    def _batch_of(self) -> dict[int, int]:
+        """{question: the batch it is in}."""
+        shards = {batch: self._checked(file) for batch, file in self._listed("questions").items()}
+        read = {b: ds.dataset(str(path)).to_table(columns=["question"]) for b, path in shards.items()}
+        return {question: b for b, table in read.items() for question in table["question"].to_pylist()}
+
+
+def _order(table: pa.Table, keys: list[str]) -> np.ndarray | None:
+    """The order that sorts rows by `keys`; None where they are sorted already, as they nearly always are."""
+    frame = to_frame(table.select(keys))
+    columns = [frame[k].cat.codes.to_numpy() if k in CATEGORIES else frame[k].to_numpy() for k in keys]
+    equal = np.ones(max(len(frame) - 1, 0), dtype=bool)
+    for column in columns:
+        if (equal & (column[1:] < column[:-1])).any():
+            return np.lexsort(columns[::-1])
+        equal &= column[1:] == column[:-1]
+    return None

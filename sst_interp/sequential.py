@@ -1,0 +1,69 @@
+"""Sequential evaluation: the definition. One position at a time, each iterated to its depth.
+
+Everything faster is certified against this (`sst_interp.solver`), and generation runs on it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sst_interp.stream import Stream, stack_pass
+
+if TYPE_CHECKING:
+    from sst_interp.model import StateStreamModel
+
+
+class Iteration(NamedTuple):
+    """One run of the layer stack at one position."""
+
+    number: int
+    """1-based iteration."""
+    resid_post: Float[Tensor, "layer row d_model"]
+    """Each layer's output, for the rows that are still iterating: the first n of the batch."""
+
+
+@torch.no_grad()
+def advance(
+    model: StateStreamModel,
+    stream: Stream,
+    tokens: Int[Tensor, " row"],
+    depths: int | Int[Tensor, " row"],
+) -> list[Iteration]:
+    """Read one token per row, iterating row `r` `depths[r]` times; the stream moves on by one column.
+
+    Args:
+        tokens: the token at column `stream.column` of every row.
+        depths: iterations per row, >= 1 and in descending order, so that the rows still iterating are
+            always the first n of the batch and no row is copied.
+
+    Returns:
+        The iterations 1 to max(depths), each with the rows that took part in it.
+    """
+    rows, column = stream.rows, stream.column
+    per_row = torch.full((rows,), depths) if isinstance(depths, int) else depths.cpu()
+    columns = torch.tensor([column], device=tokens.device)
+    iterations = []
+    for number in range(1, int(per_row[0]) + 1):
+        n = int((per_row >= number).sum())
+        # s_l comes from the previous iteration here, or from the position before; where neither took part
+        # in the recurrence there is no state.
+        has_state = column >= stream.origin[:n] if number > 1 else column > stream.origin[:n]
+        resid_post, carried = stack_pass(
+            model.backbone,
+            model.alpha,
+            model.choices,
+            stream,
+            tokens[:n, None],
+            columns,
+            stream.state[:, :n, None],
+            None if bool(has_state.all()) else has_state[:, None],
+            "write" if number == 1 or model.choices.kv == "last" else "read",
+        )
+        stream.state[:, :n] = carried[:, :, 0]
+        iterations.append(Iteration(number, resid_post[:, :, 0]))
+    stream.column += 1
+    return iterations

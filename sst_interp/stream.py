@@ -1,0 +1,160 @@
+"""The state stream: the blend, the state update, and one pass through the layer stack.
+
+Layer `l`, position `t`, iteration `i` (arXiv 2605.00206, section 3):
+
+    m  = x + Attention(norm1(x))             # resid_mid
+    m~ = (1 - alpha_l) * m + alpha_l * s_l   # the blend
+    y  = m~ + FFN(norm2(m~))                 # resid_post
+    s_l <- y                                 # the state carried on
+
+`s_l` comes from (t, i-1) when i > 1, else from the last iteration at t-1. No state yet, no blend.
+This module knows the formula and who attends to whom; in which order positions are visited is the
+business of `sequential` and `solver`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sst_interp.backbone import FULL, SLIDING, Backbone
+from sst_interp.choices import Choices
+from sst_interp.keyvalues import Access, KeyValues
+
+
+@dataclass
+class Stream:
+    """Everything a batch of sequences carries from one token to the next.
+
+    Columns count from the left edge of the batch, padding included: row `r` holds its tokens in columns
+    `pad[r], pad[r] + 1, ...`, so all rows decode at the same column.
+    """
+
+    kv: KeyValues
+    state: Float[Tensor, "layer row d_model"]
+    """s_l after the last iteration at the last position."""
+    pad: Int[Tensor, " row"]
+    """Columns of left padding. Pads are never attended to, have no state and hand none on."""
+    origin: Int[Tensor, " row"]
+    """First column that takes part in the recurrence: there is no state before it. `pad`, unless the
+    prompt was read with the blend off."""
+    column: int = 0
+    """The next column to fill."""
+
+    @property
+    def rows(self) -> int:
+        """Number of sequences."""
+        return self.pad.shape[0]
+
+    def repeat(self, times: int) -> Stream:
+        """An independent copy with every row `times` over: rows 0..R-1, 0..R-1, ..."""
+        return Stream(
+            self.kv.repeat(times),
+            self.state.repeat(1, times, 1),
+            self.pad.repeat(times),
+            self.origin.repeat(times),
+            self.column,
+        )
+
+
+def blend(
+    m: Float[Tensor, "row position d_model"],
+    s: Float[Tensor, "row position d_model"],
+    alpha: Float[Tensor, "... d_model"],
+    choices: Choices,
+) -> Float[Tensor, "row position d_model"]:
+    """The blend m~. Computed in the wider of the two dtypes and rounded once; `alpha` 0 returns `m` exactly."""
+    keep = (1 - alpha) * m if choices.blend == "convex" else m
+    return (keep + alpha * s).to(m.dtype)
+
+
+def stack_pass(
+    backbone: Backbone,
+    alpha: Float[Tensor, "layer d_model"],
+    choices: Choices,
+    stream: Stream,
+    tokens: Int[Tensor, "row position"],
+    columns: Int[Tensor, " position"],
+    state: Float[Tensor, "layer row position d_model"] | None,
+    has_state: Bool[Tensor, "row position"] | None,
+    access: Access,
+) -> tuple[Float[Tensor, "layer row position d_model"], Float[Tensor, "layer row position d_model"]]:
+    """One pass of the first `len(tokens)` rows through all layers at the given columns.
+
+    Args:
+        state: incoming states; None switches the blend off.
+        has_state: where there is a state to blend; None means everywhere.
+        access: what the pass does with its keys and values.
+
+    Returns:
+        (resid_post, carried): each layer's output, and what it hands on (the same tensor unless
+        `choices.carry` is `ffn_output`).
+    """
+    rows = tokens.shape[0]
+    position_ids = (columns[None] - stream.pad[:rows, None]).clamp(min=0)
+    end = int(columns[-1]) + 1
+    x = backbone.embed(tokens, position_ids)
+    rotary = backbone.rotary(x, position_ids)
+    masks = attention_masks(backbone, stream.pad[:rows], columns, end, access, x.dtype)
+    kv = stream.kv.view(_as_slice(columns), end, access)
+    outputs, carried = [], []
+    for index, layer in enumerate(backbone.layers):
+        m = x + layer.attention_branch(x, rotary[layer.kind], masks[layer.kind], kv)
+        if state is not None:
+            a = alpha[index] if has_state is None else alpha[index] * has_state[..., None]
+            m = blend(m, state[index], a, choices)
+        ffn = layer.ffn_branch(m)
+        x = m + ffn
+        outputs.append(x)
+        carried.append(x if choices.carry == "layer_output" else ffn)
+    resid_post = torch.stack(outputs)
+    return resid_post, resid_post if choices.carry == "layer_output" else torch.stack(carried)
+
+
+def attention_masks(
+    backbone: Backbone,
+    pad: Int[Tensor, " row"],
+    columns: Int[Tensor, " position"],
+    end: int,
+    access: Access,
+    dtype: torch.dtype,
+) -> dict[str, Tensor | None]:
+    """Additive masks [row, 1, position, key] by layer kind: 0 where a query may look, else the lowest number.
+
+    With `beside` the keys are `[store | own]`: a query sees the store strictly before its column, and its
+    own entry on the diagonal. None stands for "plain causal over everything", the attention kernels' fast
+    path and the one the backbone itself takes. The lowest number is float32's at most: eager attention takes
+    its softmax in float32, and a row of -inf (a pad) would be NaN.
+    """
+    n, device = len(columns), pad.device
+    whole = n == end and access == "write" and n > 1 and not bool(pad.any())
+    key = torch.arange(end, device=device)
+    distance = columns[:, None] - key[None]
+    causal = distance > 0 if access == "beside" else distance >= 0
+    real = key[None] >= pad[:, None]
+    own = torch.eye(n, dtype=torch.bool, device=device)
+    masks: dict[str, Tensor | None] = {}
+    for kind in {layer.kind for layer in backbone.layers}:
+        narrow = kind == SLIDING and backbone.window is not None and end > backbone.window
+        if whole and not narrow and backbone.config._attn_implementation == "sdpa":
+            masks[kind] = None
+            continue
+        near = causal & (distance < backbone.window) if narrow else causal
+        seen = (near[None] & real[:, None])[:, None]
+        if access == "beside":
+            seen = torch.cat([seen, own.expand(len(pad), 1, n, n)], dim=-1)
+        mask = torch.zeros(seen.shape, dtype=dtype, device=device)
+        masks[kind] = mask.masked_fill_(~seen, max(torch.finfo(dtype).min, torch.finfo(torch.float32).min))
+    return masks
+
+
+def _as_slice(columns: Tensor) -> Tensor | slice:
+    """Neighbouring columns as a slice: written without an index kernel."""
+    first, last = int(columns[0]), int(columns[-1])
+    return slice(first, last + 1) if last - first + 1 == len(columns) else columns
+
+
+__all__ = ["FULL", "SLIDING", "Stream", "attention_masks", "blend", "stack_pass"]

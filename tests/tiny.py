@@ -1,0 +1,87 @@
+"""Tiny random-weight models of every supported family: a second or less to build, every code path real."""
+
+from __future__ import annotations
+
+import torch
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+from transformers.masking_utils import eager_mask
+
+COMMON = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+def float64_eager(module, query, key, value, attention_mask, scaling, softcap=None, **_):
+    """Gemma 2 needs eager attention (soft cap), and transformers' takes its softmax in float32, which hides
+    anything below 1e-8. The same in the tensors' own precision.
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.transpose(2, 3) * scaling
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    weights = torch.softmax(scores + attention_mask, dim=-1)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+AttentionInterface.register("float64_eager", float64_eager)
+AttentionMaskInterface.register("float64_eager", eager_mask)
+
+FAMILIES = {
+    "llama": lambda: LlamaConfig(**COMMON),
+    "qwen2": lambda: Qwen2Config(**COMMON),
+    "qwen3": lambda: Qwen3Config(**COMMON),
+    "mistral": lambda: MistralConfig(**COMMON, sliding_window=6),
+    "gemma2": lambda: Gemma2Config(**COMMON, sliding_window=6, query_pre_attn_scalar=8),
+    "gemma3": lambda: Gemma3TextConfig(
+        **COMMON,
+        sliding_window=6,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        query_pre_attn_scalar=8,
+    ),
+    "gpt2": lambda: GPT2Config(
+        vocab_size=97, n_embd=32, n_layer=3, n_head=4, n_positions=128, n_inner=48, bos_token_id=1, eos_token_id=2
+    ),
+}
+
+
+def tiny(family: str, dtype: torch.dtype = torch.float64, seed: int = 0, attention: str | None = None):
+    """A Hugging Face causal LM of `family` with random weights large enough that attention matters."""
+    torch.manual_seed(seed)
+    config = FAMILIES[family]()
+    kwargs = {} if attention is None else {"attn_implementation": attention}
+    if family == "gemma2" and dtype == torch.float64 and attention is None:
+        kwargs = {"attn_implementation": "float64_eager"}
+    model = AutoModelForCausalLM.from_config(config, **kwargs).to(dtype).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() > 1:
+                p.normal_(0, 0.15 if "embed" not in name and "wte" not in name else 1.0)
+    return model
+
+
+def prompts(rows: int = 3, longest: int = 11, seed: int = 0) -> list[list[int]]:
+    """Token lists of different lengths (longest first is not assumed)."""
+    g = torch.Generator().manual_seed(seed)
+    lengths = [longest - 3 * (r % 3) for r in range(rows)]
+    return [torch.randint(3, 97, (n,), generator=g).tolist() for n in lengths]

@@ -1,0 +1,117 @@
+"""Tiny synthetic runs: two questions a batch, two layers, three dimensions, three positions."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sst_interp.recipe import Recipe
+from sst_interp.run_writer import RunWriter
+
+LAYERS, D_MODEL, POSITIONS, DEPTHS = 2, 3, 3, (1, 2)
+PROVENANCE = {"model_hash": "abc", "dtype": "bfloat16", "versions": {"torch": "2"}, "host": "here"}
+BATCHES = [[0, 1], [2, 3], [4, 5]]
+PASSES = [("own", 1), ("own", 2), ("depth1", 2)]
+COMPARED = [("replayed", 1, 2), ("within", 1, 2), ("free", 1, 2)]
+KEYS = {
+    "questions": "question depth",
+    "steps": "question text depth position iteration",
+    "outputs": "question comparison position a b",
+    "pairs": "question comparison position layer a b",
+}
+
+
+def tiny_recipe(name: str = "tiny", **changes: Any) -> Recipe:
+    fields = {"checkpoint": "c", "dataset": "d", "depths": DEPTHS, "batch_size": 2, "questions": 6}
+    return Recipe(name=name, **(fields | changes))
+
+
+def rows(table: str, questions: list[int]) -> list[tuple]:
+    """The keys of a table's rows, sorted."""
+    places = range(POSITIONS)
+    outputs = [(q, c, p, a, b) for q in questions for c, a, b in COMPARED for p in places]
+    return {
+        "questions": [(q, d) for q in questions for d in DEPTHS],
+        "steps": [
+            (q, t, d, p, i + 1) for q in questions for t, d in PASSES for p in places for i in range(d)
+        ],
+        "outputs": outputs,
+        "pairs": [(*row[:3], layer, *row[3:]) for row in outputs for layer in range(LAYERS)],
+    }[table]
+
+
+def columns(table: str, questions: list[int]) -> dict[str, Any]:
+    """A table's columns; each value depends on its own row's keys only."""
+    keys = rows(table, questions)
+    noise = [zlib.crc32(repr(key).encode()) / 2**32 for key in keys]
+    ids, coin = [int(100 * x) for x in noise], [x > 0.5 for x in noise]
+    values: dict[str, dict[str, list]] = {
+        "questions": {
+            "id": [f"r{q}" for q, *_ in keys],
+            "gold": ["A"] * len(keys),
+            "answer": ["A" if x else None for x in coin],
+            "correct": coin,
+            "tokens": [POSITIONS] * len(keys),
+            "stopped": coin,
+            "prompt_tokens": ids,
+            "prompt_sweeps": ids,
+            "prompt_residual": noise,
+        },
+        "steps": {
+            "token": [i if x else None for i, x in zip(ids, coin, strict=True)],
+            "argmax": ids,
+            "entropy": noise,
+            "margin": noise,
+            "top100": [[i, i + 1] if x else None for i, x in zip(ids, coin, strict=True)],
+        },
+        "outputs": {
+            "same_prefix": coin,
+            "argmax_changed": coin,
+            "replaced": ids,
+            "winner_rank": ids,
+            "kl": noise,
+        },
+        "pairs": {"same_prefix": coin}
+        | dict.fromkeys(("cosine", "relative_l2", "norm_a", "norm_b", "bf16_ratio"), noise),
+    }
+    return dict(zip(KEYS[table].split(), map(list, zip(*keys, strict=True)), strict=True)) | values[table]
+
+
+def batch(questions: list[int], keep: str = "position0") -> tuple[dict, dict[str, torch.Tensor]]:
+    """What `RunWriter.commit` takes: every table, and the states that `keep` says."""
+    tables = {table: columns(table, questions) for table in KEYS}
+    if keep == "none":
+        return tables, {}
+    if keep == "all":
+        return tables, {f"q{q}.{t}.d{d}": state(q, d) for q in questions for t, d in PASSES}
+    return tables, {f"q{q}.position0": state(q, DEPTHS[-1])[0] for q in questions}
+
+
+def state(question: int, iterations: int) -> torch.Tensor:
+    """[position, layer, iteration, d_model] that says where it is from: every entry 8 question + position."""
+    entries = 8 * question + torch.arange(POSITIONS).view(-1, 1, 1, 1)
+    return entries.expand(POSITIONS, LAYERS, iterations, D_MODEL).to(torch.bfloat16)
+
+
+def capture(folder: Path, recipe: Recipe | None = None, batches: list[list[int]] = BATCHES) -> Path:
+    """Capture what is missing, and finish: what `sst-interp capture` does, without a model."""
+    recipe = recipe or tiny_recipe()
+    with RunWriter.open(folder, recipe, PROVENANCE, n_batches=len(batches)) as writer:
+        for number, questions in enumerate(batches):
+            if number not in writer.committed:
+                writer.commit(number, *batch(questions, recipe.keep))
+        writer.finish()
+    return folder
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """Everything a run consists of, by file; of the manifest, all but the sessions."""
+    files = [p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")]
+    found: dict[str, Any] = {str(p.relative_to(folder)): p.read_bytes() for p in files}
+    manifest = json.loads(found["manifest.json"])
+    assert manifest.pop("sessions")
+    return found | {"manifest.json": manifest}
