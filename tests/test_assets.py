@@ -191,7 +191,7 @@ def test_the_real_folder_speaks():
         names = list(weights.keys())
         assert "lm_head.weight" not in names  # tied
         assert {weights.get_tensor(name).dtype for name in names[:3]} == {torch.float32}
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model = LlamaForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert (tokenizer.eos_token, model.generation_config.eos_token_id) == (
         "<|im_end|>",

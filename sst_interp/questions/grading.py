@@ -12,8 +12,10 @@ follows an answer ("A because"). A text that only lists the choices again has no
 brackets inside a sentence is not read: "carbon (C)" names no choice.
 
 With the texts of the choices at hand, what is quoted counts and not the letter put before it: a small
-model writes "B) rain" where rain is D. It means rain; SmolLM2-135M's letters are at chance, its quotes
-are not. For a model whose letters and quotes agree this changes nothing.
+model writes "B) rain" where rain is D. SmolLM2-135M contradicts itself so in a quarter of its answers.
+Measured on 96 questions each, 32 tokens, answers found / right, by letter and with quotes: ARC-Easy
+84 / 18 and 93 / 29; ARC-Challenge 80 / 24 and 85 / 25 (at chance either way). For a model whose letters
+and quotes agree it changes nothing.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ INSTRUCTIONS: dict[str, str] = {
     "number": "Work it out step by step, then give the final number after ####.",
 }
 """The default instruction of each kind. The wording for choices, and "(A)" rather than "A.", are the pair
-for which an answer was found most often among twelve tried on SmolLM2-135M: 22 of 24."""
+for which an answer was found most often among those tried on SmolLM2-135M (22 of 24 questions)."""
 
 _POINTS_AT_OTHERS = re.compile(
     r"(?i:\b(?:all|none|both|neither|any|either|two)\b.*\b(?:above|of these|of the following|of them)\b)"

@@ -1,0 +1,210 @@
+"""Capturing a run: every question at every depth, measured while it is generated.
+
+Batches are fixed by the recipe and committed one by one (`sst_interp.run_writer`), so a capture that dies
+goes on where it was, and memory does not grow with the number of questions.
+"""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import sst_interp
+from sst_interp import places
+from sst_interp.certificate import Certificate
+from sst_interp.generation import check_room
+from sst_interp.lanes import LaneDecoder
+from sst_interp.loading import load
+from sst_interp.model import StateStreamModel
+from sst_interp.questions import Question, QuestionSet, grade, load_questions
+from sst_interp.recipe import Recipe
+from sst_interp.recorder import Recorder
+from sst_interp.run_writer import RunWriter
+from sst_interp.runs import Run, open_run
+
+VERSIONS = ("sst-interp", "torch", "transformers", "numpy", "pandas", "pyarrow")
+
+
+def capture(
+    recipe: Recipe,
+    model: StateStreamModel | None = None,
+    folder: str | Path | None = None,
+    fresh: bool = False,
+    progress: bool = True,
+) -> Run:
+    """Capture a run, or the rest of one, and open it.
+
+    Args:
+        recipe: what to capture.
+        model: a loaded model to use instead of the recipe's checkpoint (it must be the same on resuming).
+        folder: where the run goes; None is the runs folder.
+        fresh: erase what the run already has.
+        progress: show a bar with an ETA on stderr.
+
+    Raises:
+        SSTError: see `load`, `load_questions` and `RunWriter.open`; a prompt longer than the context.
+    """
+    folder = Path(folder) if folder is not None else places.runs_dir() / recipe.name
+    questions = load_questions(
+        recipe.dataset, recipe.questions, recipe.seed, instruction=recipe.instruction
+    )
+    if model is None:
+        if progress:
+            print(f"loading {recipe.checkpoint}", file=sys.stderr)
+        model = load(recipe.checkpoint, recipe.alpha, recipe.choices, recipe.dtype)
+    prompts = [model.chat(q.prompt) for q in questions.questions]
+    check_room(model, max(map(len, prompts)), recipe.max_new_tokens)
+    batches = batches_of([len(p) for p in prompts], recipe.batch_size)
+    with RunWriter.open(folder, recipe, provenance(model, questions), len(batches), fresh) as writer:
+        todo = [b for b in range(len(batches)) if b not in writer.committed]
+        bar = tqdm(
+            total=len(todo) * recipe.max_new_tokens,
+            desc=f"capturing {recipe.name}",
+            unit="pos",
+            disable=not progress or not todo,
+            smoothing=0.1,
+        )
+        with bar:
+            for batch in todo:
+                rows = batches[batch]
+                bar.set_postfix_str(f"batch {batch + 1} of {len(batches)}")
+                tables, states = capture_batch(
+                    model, recipe, rows, [questions.questions[r] for r in rows],
+                    [prompts[r] for r in rows], questions.restricted, bar,
+                )  # fmt: skip
+                writer.commit(batch, tables, states)
+        writer.finish()
+    return open_run(folder)
+
+
+def batches_of(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Question indices per batch: neighbours in length, to pad little. Fixed by lengths and size."""
+    order = sorted(range(len(lengths)), key=lambda r: (lengths[r], r))
+    return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+@torch.no_grad()
+def capture_batch(
+    model: StateStreamModel,
+    recipe: Recipe,
+    rows: Sequence[int],
+    questions: Sequence[Question],
+    prompts: Sequence[list[int]],
+    restricted: bool,
+    bar: Any = None,
+) -> tuple[dict[str, dict[str, Any]], dict[str, torch.Tensor]]:
+    """Generate one batch in all lanes and measure it.
+
+    Args:
+        rows: each question's index in the run.
+        prompts: token ids per question.
+        restricted: record no token ids.
+        bar: told of each position (`update`).
+
+    Returns:
+        (tables, states) as `RunWriter.commit` takes them.
+    """
+    tokens, pad = model.batch(prompts)
+    stream = model.new_stream(pad, tokens.shape[1] + recipe.max_new_tokens - 1)
+    certificate = model.prefill(stream, tokens[:, :-1])
+    stop = torch.tensor(model.stop_tokens, device=tokens.device, dtype=torch.long)
+    decoder = LaneDecoder(model, stream, tokens[:, -1], recipe.depths, stop)
+    lens = model.choices.overlap == "lens_jaccard"
+    recorder = Recorder(rows, recipe.depths, recipe.keep, lens, restricted)
+    texts: dict[int, list[list[int]]] = {d: [[] for _ in rows] for d in recipe.depths}
+    for position in range(recipe.max_new_tokens):
+        moment = decoder.step()
+        recorder.see(position, moment, decoder)
+        for depth, emitted in decoder.emitted.items():
+            for row in decoder.alive[depth].nonzero()[:, 0].tolist():
+                texts[depth][row].append(int(emitted[row]))
+        goes_on = decoder.finish_step()
+        if bar is not None:
+            bar.update(1)
+        if not goes_on:
+            break
+    if bar is not None:
+        bar.update(recipe.max_new_tokens - position - 1)
+    tables = {
+        "questions": answers(model, recipe, rows, questions, prompts, texts, decoder.alive, certificate),
+        **recorder.tables(),
+    }
+    return {name: columns for name, columns in tables.items() if columns}, recorder.states()
+
+
+def answers(
+    model: StateStreamModel,
+    recipe: Recipe,
+    rows: Sequence[int],
+    questions: Sequence[Question],
+    prompts: Sequence[list[int]],
+    texts: dict[int, list[list[int]]],
+    alive: dict[int, torch.Tensor],
+    certificate: Certificate,
+) -> dict[str, list[Any]]:
+    """The `questions` table of a batch: what each depth answered, graded in memory."""
+    found = []
+    for k, question in enumerate(questions):
+        for depth in recipe.depths:
+            said = model.tokenizer.decode(texts[depth][k], skip_special_tokens=True)
+            answer = grade(question.kind, said, question.n_choices, question.choices)
+            found.append(
+                {
+                    "question": rows[k],
+                    "id": question.id,
+                    "depth": depth,
+                    "gold": question.gold,
+                    "answer": answer,
+                    "correct": answer == question.gold,
+                    "tokens": len(texts[depth][k]),
+                    "stopped": not bool(alive[depth][k]),
+                    "prompt_tokens": len(prompts[k]),
+                    "prompt_sweeps": certificate.sweeps,
+                    "prompt_residual": certificate.residual,
+                }
+            )
+    return {name: [row[name] for row in found] for name in found[0]}
+
+
+def provenance(model: StateStreamModel, questions: QuestionSet) -> dict[str, Any]:
+    """What went into a run, and what it was made with. Keys ending in `_hash` must agree on resuming."""
+    return {
+        "model": model.name,
+        "family": model.backbone.family,
+        "n_layers": model.backbone.n_layers,
+        "d_model": model.backbone.d_model,
+        "model_hash": model.backbone.content_hash,
+        "alpha_mean": float(model.alpha.mean()),
+        "alpha_range": [float(model.alpha.min()), float(model.alpha.max())],
+        "dtype": str(model.backbone.dtype).removeprefix("torch."),
+        "device": model.backbone.device.type,
+        "dataset": questions.provenance,
+        "restricted": questions.restricted,
+        "versions": {name: _version(name) for name in VERSIONS} | {"python": platform.python_version()},
+        "git_revision": _git_revision(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _version(package: str) -> str:
+    return sst_interp.__version__ if package == "sst-interp" else version(package)
+
+
+def _git_revision() -> str | None:
+    """Of the source tree the package runs from; None for an installed wheel."""
+    here = Path(__file__).parent
+    if not (here.parent / ".git").exists():
+        return None
+    try:
+        command = ["git", "-C", str(here), "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,137 @@
+"""`sst.load`: a model with a state stream by name, wherever it is.
+
+Names are looked up in this order: a shipped asset (`smollm2-135m`), a local folder (a Hugging Face model or
+a checkpoint), a shipped checkpoint, a hub id (`owner/name`). Weights are read from safetensors only, and no
+code from a model's repository runs unless `trust_remote_code=True` is asked for by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sst_interp import places
+from sst_interp.assets import smollm2_folder
+from sst_interp.checkpoint import is_checkpoint, read_checkpoint
+from sst_interp.choices import Choices
+from sst_interp.errors import SSTError, unknown_name
+from sst_interp.model import StateStreamModel, attach
+
+ASSET_MODELS = {"smollm2-135m": smollm2_folder}
+"""Backbones that come from a package registry by name and sha256, for machines without a model hub."""
+
+PAPER_ALPHA = 0.027
+"""Mean of the learned blend weights in arXiv 2605.00206; the default for a backbone without trained ones."""
+
+
+def load(
+    name: str | Path,
+    alpha: float | Tensor | Sequence[float] | None = None,
+    choices: Choices | None = None,
+    dtype: str | torch.dtype = "bfloat16",
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
+) -> StateStreamModel:
+    """Load a model with a state stream.
+
+    Args:
+        name: an asset (`smollm2-135m`), a hub id, a local model folder, or a checkpoint (name or folder).
+        alpha: blend weights; None takes the checkpoint's, or 0.027 (the paper's mean) where there are none.
+        choices: what the paper leaves open; None takes the checkpoint's, or the defaults.
+        dtype: of the weights: `bfloat16`, `float32` or `float64`.
+        device: where to put the model.
+        trust_remote_code: run Python code from the model's hub repository.
+
+    Raises:
+        SSTError: unknown name, no access, unsupported family, a checkpoint trained on other weights, or
+            choices that a checkpoint was not trained with.
+    """
+    dtype = _dtype(dtype)
+    folder = _checkpoint_folder(name)
+    if folder is None:
+        model, tokenizer = _backbone(str(name), dtype, trust_remote_code)
+        return attach(
+            model.to(device), tokenizer, PAPER_ALPHA if alpha is None else alpha, choices, str(name)
+        )
+    config, trained, theirs = read_checkpoint(folder)
+    backbone = config["backbone"]
+    model, tokenizer = _backbone(backbone["name"], dtype, trust_remote_code)
+    for field in ("carry", "blend"):
+        if choices is not None and getattr(choices, field) != getattr(theirs, field):
+            raise SSTError(
+                f"checkpoint {name} was trained with {field} = {getattr(theirs, field)!r}, "
+                f"not {getattr(choices, field)!r}",
+                "leave the choice out, or train another checkpoint",
+            )
+    stream = attach(model.to(device), tokenizer, trained if alpha is None else alpha, choices or theirs, str(name))
+    if _dtype(config.get("dtype", "bfloat16")) == dtype and stream.backbone.content_hash != backbone["content_hash"]:
+        raise SSTError(
+            f"checkpoint {name} belongs to another backbone: its weights hash to "
+            f"{backbone['content_hash'][:12]}, those of {backbone['name']!r} to {stream.backbone.content_hash[:12]}",
+            "load it with the backbone it was trained on",
+        )
+    return stream
+
+
+def _checkpoint_folder(name: str | Path) -> Path | None:
+    for folder in (Path(name), places.shipped("checkpoints") / str(name)):
+        if is_checkpoint(folder):
+            return folder
+    return None
+
+
+def _backbone(name: str, dtype: torch.dtype, trust_remote_code: bool) -> tuple[Any, Any]:
+    """The Hugging Face model and tokenizer of that name."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    local = name in ASSET_MODELS or (Path(name) / "config.json").is_file()
+    if not local and ("/" not in name or name.startswith((".", "/", "~")) or Path(name).exists()):
+        if Path(name).exists():
+            raise SSTError(f"{name} is neither a model nor a checkpoint folder", "it has no config.json")
+        shipped = places.shipped("checkpoints")
+        known = [*ASSET_MODELS, *(p.name for p in shipped.glob("*") if is_checkpoint(p))]
+        raise unknown_name("model", name, known)
+    source = str(ASSET_MODELS[name]()) if name in ASSET_MODELS else name
+    with _quiet_transformers():
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
+            )
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise SSTError(
+                f"model {name!r} cannot be loaded: {first}",
+                "check the name and the network; `hf auth login` if the model is gated; "
+                "models that need their own code: trust_remote_code=True",
+            ) from error
+    return model, tokenizer
+
+
+def _dtype(name: str | torch.dtype) -> torch.dtype:
+    if isinstance(name, torch.dtype):
+        return name
+    known = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+    if name not in known:
+        raise unknown_name("dtype", name, known)
+    return known[name]
+
+
+@contextmanager
+def _quiet_transformers():
+    """No loading bars from inside a library: ours are the ones with a meaning."""
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
+
