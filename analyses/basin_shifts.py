@@ -14,18 +14,23 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+
 from sst_interp.analyses import figures, tallies
 from sst_interp.analyses.overlap import (
     OverlapDistribution,
     overlap_distribution,
     overlap_of,
     pair_words,
-    questions_words,
     select,
 )
 from sst_interp.analyses.result import Result
-from sst_interp.analyses.statistics import RESAMPLES, Interval, none_seen_bound, percent_text
-
+from sst_interp.analyses.statistics import (
+    RESAMPLES,
+    Interval,
+    none_seen_bound,
+    percent_text,
+    questions_words,
+)
 from sst_interp.choices import COMPARISONS, Choices
 from sst_interp.errors import SSTError, unknown_name
 

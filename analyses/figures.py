@@ -14,6 +14,8 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from sst_interp.analyses.statistics import questions_words
+
 if TYPE_CHECKING:
     from sst_interp.analyses.basin_shifts import BasinShifts
     from sst_interp.analyses.overlap import OverlapDistribution
@@ -79,7 +81,7 @@ def overlap_histogram(found: OverlapDistribution, threshold: float | None = None
     left, right = (to_overlap(e, found.resolution) for e in (edges[1:], edges[:-1]))
     figure = _figure(
         "Distribution of overlaps",
-        f"{pair_words(found.comparison, found.a, found.b)}; {found.n_questions:,} questions, "
+        f"{pair_words(found.comparison, found.a, found.b)}; {questions_words(found.n_questions)}, "
         f"{found.n_pairs:,} pairs",
         f"overlap, {found.kind.replace('_', ' ')}<br>(axis logarithmic in 1 - overlap)",
         "share of pairs per bin (log scale)",
@@ -204,9 +206,8 @@ def basin_shift_figures(result: BasinShifts) -> dict[str, go.Figure]:
         return {
             name: empty_figure(result.comparison, f"not testable: {result.not_testable}") for name in names
         }
-    subtitle = (
-        f"{result.words}; {result.n_questions:,} questions; shifted: overlap below {result.threshold:.4g}"
-    )
+    n = questions_words(result.n_questions)
+    subtitle = f"{result.words}; {n}; shifted: overlap below {result.threshold:.4g}"
     return {
         "overlap": overlap_histogram(result.distribution, result.threshold),
         "by_position": rate_line(result.by_position, "position", subtitle),

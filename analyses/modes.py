@@ -37,6 +37,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 from scipy.optimize import isotonic_regression
+
 from sst_interp.analyses.statistics import LEVEL, RESAMPLES, Interval, resample_weights
 
 BINS = 256

@@ -13,11 +13,11 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+
 from sst_interp.analyses import figures
 from sst_interp.analyses.modes import Modes, find_modes, grid, question_histograms, sensitivity
 from sst_interp.analyses.result import Result
-from sst_interp.analyses.statistics import RESAMPLES, percent_text
-
+from sst_interp.analyses.statistics import RESAMPLES, percent_text, questions_words
 from sst_interp.choices import COMPARISONS
 from sst_interp.errors import SSTError, unknown_name
 
@@ -154,11 +154,6 @@ class OverlapDistribution(Result):
         out = super().to_dict()
         out["histograms"] = self.histograms.sum(axis=0).tolist()
         return out
-
-
-def questions_words(n: int) -> str:
-    """`1 question`, `24 questions`."""
-    return f"{n:,} question" + ("" if n == 1 else "s")
 
 
 def overlap_distribution(

@@ -65,6 +65,11 @@ class Interval:
         return asdict(self)
 
 
+def questions_words(n: int) -> str:
+    """`1 question`, `24 questions`."""
+    return f"{n:,} question" + ("" if n == 1 else "s")
+
+
 def percent_text(share: float) -> str:
     """A share as a percentage that never rounds a small number to 0 or a large one to 100."""
     if not math.isfinite(share):

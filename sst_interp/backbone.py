@@ -24,6 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sst_interp.errors import SSTError
+from sst_interp.keyvalues import KeyValues
 
 SUPPORTED = "Llama, Qwen2, Qwen3, Mistral, Gemma 2, Gemma 3 and GPT-2"
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -79,9 +80,14 @@ class Backbone:
         kinds = getattr(self.config, "layer_types", None)
         if kinds is None:
             kinds = [SLIDING if getattr(self.config, "sliding_window", None) else FULL] * len(blocks)
+        if unknown := set(kinds) - {FULL, SLIDING}:
+            raise _unsupported(self.family, f"layers of kind {', '.join(sorted(unknown))}")
         self.layers = [take_apart(self.family, b, k) for b, k in zip(blocks, kinds, strict=True)]
         self.window: int | None = getattr(self.config, "sliding_window", None)
-        self.final_norm: nn.Module = getattr(decoder, "norm", None) or decoder.ln_f
+        final_norm = getattr(decoder, "norm", None) or getattr(decoder, "ln_f", None)
+        if final_norm is None:
+            raise _unsupported(self.family, "no final norm (`norm` or `ln_f`)")
+        self.final_norm: nn.Module = final_norm
         self._rotary = getattr(decoder, "rotary_emb", None)
         self._rotary_by_kind = self._rotary is not None and (
             "layer_type" in inspect.signature(self._rotary.forward).parameters
@@ -138,11 +144,14 @@ class Backbone:
 
     @cached_property
     def content_hash(self) -> str:
-        """sha256 over every weight's name, dtype, shape and bytes: which backbone this is."""
+        """sha256 over every weight's name, shape and values: which backbone this is. Values are rounded to
+        bfloat16 first, so that it is the same backbone in every dtype it is loaded in.
+        """
         digest = hashlib.sha256()
         for name, value in sorted(self.model.state_dict().items()):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+            digest.update(f"{name} {tuple(value.shape)}\n".encode())
+            rounded = value.detach().cpu().to(torch.bfloat16).contiguous()
+            digest.update(rounded.view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     @torch.no_grad()
@@ -155,7 +164,9 @@ class Backbone:
         seen: list[Tensor] = []
         blocks = getattr(self.decoder, "layers", None) or self.decoder.h
         hooks = [
-            b.register_forward_hook(lambda _m, _a, out: seen.append(out[0] if isinstance(out, tuple) else out))
+            b.register_forward_hook(
+                lambda _m, _a, out: seen.append(out[0] if isinstance(out, tuple) else out)
+            )
             for b in blocks
         ]
         try:
@@ -166,15 +177,28 @@ class Backbone:
         position_ids = torch.arange(n, device=self.device).expand(2, n)
         x = self.embed(tokens, position_ids)
         rotary = self.rotary(x, position_ids)
+        kv = KeyValues(self.n_layers, n)
         for index, layer in enumerate(self.layers):
-            m = x + layer.attention_branch(x, rotary[layer.kind], self._causal(n), None)
-            x = m + layer.ffn_branch(m)
+            try:
+                m = x + layer.attention_branch(
+                    x, rotary[layer.kind], self._causal(n), kv.view(slice(0, n), n, "write")
+                )
+                x = m + layer.ffn_branch(m)
+            except (TypeError, AttributeError, RuntimeError, ValueError) as error:
+                raise _unsupported(
+                    self.family, f"layer {index} cannot be called in parts ({error})"
+                ) from error
+            if kv.keys[index] is None:
+                raise _unsupported(
+                    self.family, f"attention of layer {index} does not hand its keys to a cache"
+                )
             if not torch.equal(x, seen[index]):
                 off = (x - seen[index]).abs().max().item()
                 raise _unsupported(
                     self.family,
-                    f"resid_mid + FFN branch is not the output of layer {index} (largest difference {off:.3g}), "
-                    "so there is a residual, scale or branch the blend would miss",
+                    f"resid_mid + FFN branch is not the output of layer {index} "
+                    f"(largest difference {off:.3g}), so there is a residual, scale or branch that the "
+                    "blend would miss",
                 )
         if not torch.equal(self.unembed(x), theirs):
             raise _unsupported(self.family, "the logits are more than unembed(final_norm(last layer))")

@@ -6,6 +6,8 @@ goes on where it was, and memory does not grow with the number of questions.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import platform
 import subprocess
 import sys
@@ -20,6 +22,8 @@ from tqdm import tqdm
 import sst_interp
 from sst_interp import places
 from sst_interp.certificate import Certificate
+from sst_interp.choices import TRAINED
+from sst_interp.errors import SSTError
 from sst_interp.generation import check_room
 from sst_interp.lanes import LaneDecoder
 from sst_interp.loading import load
@@ -54,12 +58,13 @@ def capture(
     """
     folder = Path(folder) if folder is not None else places.runs_dir() / recipe.name
     questions = load_questions(
-        recipe.dataset, recipe.questions, recipe.seed, instruction=recipe.instruction
+        recipe.dataset, recipe.questions, recipe.seed, recipe.split, instruction=recipe.instruction
     )
     if model is None:
         if progress:
             print(f"loading {recipe.checkpoint}", file=sys.stderr)
         model = load(recipe.checkpoint, recipe.alpha, recipe.choices, recipe.dtype)
+    refuse_other_model(model, recipe)
     prompts = [model.chat(q.prompt) for q in questions.questions]
     check_room(model, max(map(len, prompts)), recipe.max_new_tokens)
     batches = batches_of([len(p) for p in prompts], recipe.batch_size)
@@ -169,6 +174,7 @@ def answers(
                     "prompt_tokens": len(prompts[k]),
                     "prompt_sweeps": certificate.sweeps,
                     "prompt_residual": certificate.residual,
+                    "prompt_logit_error": certificate.logit_error,
                 }
             )
     return {name: [row[name] for row in found] for name in found[0]}
@@ -182,6 +188,9 @@ def provenance(model: StateStreamModel, questions: QuestionSet) -> dict[str, Any
         "n_layers": model.backbone.n_layers,
         "d_model": model.backbone.d_model,
         "model_hash": model.backbone.content_hash,
+        "alpha_hash": hashlib.sha256(model.alpha.cpu().numpy().tobytes()).hexdigest(),
+        "dataset_hash": dataset_hash(questions),
+        "choices": model.choices.to_dict(),
         "alpha_mean": float(model.alpha.mean()),
         "alpha_range": [float(model.alpha.min()), float(model.alpha.max())],
         "dtype": str(model.backbone.dtype).removeprefix("torch."),
@@ -191,7 +200,31 @@ def provenance(model: StateStreamModel, questions: QuestionSet) -> dict[str, Any
         "versions": {name: _version(name) for name in VERSIONS} | {"python": platform.python_version()},
         "git_revision": _git_revision(),
         "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
     }
+
+
+def dataset_hash(questions: QuestionSet) -> str:
+    """sha256 over what was asked, in order: tells two sets apart and tells nothing of their text."""
+    digest = hashlib.sha256()
+    for q in questions.questions:
+        digest.update(json.dumps([q.id, q.prompt, q.gold, q.kind]).encode())
+    return digest.hexdigest()
+
+
+def refuse_other_model(model: StateStreamModel, recipe: Recipe) -> None:
+    """Raise if a model that was handed in is not the recipe's: the recipe is what gets recorded."""
+    dtype = str(model.backbone.dtype).removeprefix("torch.")
+    if dtype != recipe.dtype:
+        raise SSTError(f"the model is {dtype}, the recipe says {recipe.dtype}", f"dtype = {dtype!r}")
+    if recipe.alpha is not None and not torch.allclose(
+        model.alpha, torch.as_tensor(recipe.alpha).to(model.alpha)
+    ):
+        raise SSTError(f"the model's alpha is not the recipe's {recipe.alpha:g}", "attach it with the same")
+    for name in (*TRAINED, "prompt"):
+        ours, theirs = getattr(model.choices, name), getattr(recipe.choices, name)
+        if ours != theirs:
+            raise SSTError(f"the model has {name} = {ours!r}, the recipe {theirs!r}", f"{name} = {ours!r}")
 
 
 def _version(package: str) -> str:

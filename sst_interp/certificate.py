@@ -1,7 +1,8 @@
-"""What a parallel solution can say for itself: how it was found, and how far it is from sequential.
+"""What a parallel solution can say for itself: how it was found, and whether it solves the equations.
 
 Both solvers (`layerwise`, `sweeps`) return a `Solution`; `spot_check` recomputes a few of its positions with
-the sequential code itself.
+the sequential code itself, each from the solution's own state before it: a local check, which together with
+the observed contraction bounds the distance to a sequential run.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class Certificate:
     residuals: tuple[float, ...] = ()
     """The same after every sweep (`layerwise`: largest over layers)."""
     converged: bool = True
-    """The residual is below the tolerance (or the sweeps are enough to make every position exact)."""
+    """The residual is below the tolerance, or the sweeps are enough to make every position exact. `layerwise`
+    goes on until one of the two holds, so there it is always true."""
     checked: int = 0
     """Positions recomputed one by one from the solution, as `sequential` would."""
     argmax_agreement: float = float("nan")
@@ -81,11 +83,11 @@ def picks(positions: int, n: int) -> list[int]:
 def spot_check(
     model: StateStreamModel, stream: Stream, tokens: Tensor, solution: Solution, iterations: int = 1
 ) -> Certificate:
-    """The certificate with the positions in `solution.incoming` recomputed by `sequential.advance`, each from the
-    solution's state and keys before it. The stream is left as it was.
+    """The certificate with the positions in `solution.incoming` recomputed by `sequential.advance`, each from
+    the solution's state and keys before it. The stream is left as it was.
 
     Args:
-        stream: as `solve` left it, standing behind `tokens`.
+        stream: as the solver left it, standing behind `tokens`.
     """
     T = tokens.shape[1]
     base = stream.column - T
@@ -113,7 +115,7 @@ def spot_check(
 
 def relative_change(
     new: Float[Tensor, "... d_model"], old: Float[Tensor, "... d_model"]
-) -> Float[Tensor, "..."]:
+) -> Float[Tensor, ...]:
     """|new - old| / |new|, state by state; an overflow is an error.
 
     Raises:
@@ -125,6 +127,6 @@ def relative_change(
     if not bool(torch.isfinite(change).all()):
         raise SSTError(
             "the states overflow: the blend does not contract on this backbone",
-            "use a smaller alpha, or method='sequential'",
+            "use a smaller alpha, replay(method='sequential'), or the choice prompt = 'blend_off'",
         )
     return change

@@ -1,7 +1,7 @@
 """A state stream on disk: its blend weights in safetensors, its choices and its backbone in JSON.
 
-    folder/stream.safetensors    alpha [layer, d_model]
-    folder/stream.json           choices, and the backbone's name and content hash
+folder/stream.safetensors    alpha [layer, d_model]
+folder/stream.json           choices, and the backbone's name and content hash
 """
 
 from __future__ import annotations

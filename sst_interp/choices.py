@@ -34,8 +34,8 @@ class Choices:
     """Which iteration's keys and values later positions attend to."""
 
     handoff: Literal["shift", "scan"] = "shift"
-    """How a blend-off pass becomes states (two-pass only). `shift`: s_t = y_(t-1). `scan`: an
-    exponential moving average, s_t = (1 - alpha) y_(t-1) + alpha s_(t-1)."""
+    """How a blend-off pass becomes states: the two-pass prompt, and any sweep solver's first guess.
+    `shift`: s_t = y_(t-1). `scan`: a moving average, s_t = (1 - alpha) y_(t-1) + alpha s_(t-1)."""
 
     overlap: Literal["cosine", "relative_l2", "lens_jaccard"] = "cosine"
     """Similarity of two hidden states. `relative_l2`: 1 - |b - a| / |a|. `lens_jaccard`: Jaccard index of
@@ -56,8 +56,10 @@ class Choices:
                     f"choice {field.name} = {value!r} is not one of {', '.join(map(repr, allowed))}",
                     f"for example {field.name} = {allowed[0]!r}",
                 )
-        if self.threshold != "antimode" and not (
-            isinstance(self.threshold, int | float) and 0 < self.threshold <= 1
+        if self.threshold != "antimode" and (
+            not isinstance(self.threshold, int | float)
+            or isinstance(self.threshold, bool)
+            or not 0 < self.threshold <= 1
         ):
             raise SSTError(
                 f"choice threshold = {self.threshold!r} is neither 'antimode' nor a number in (0, 1]",
@@ -77,6 +79,12 @@ class Choices:
         """A JSON- and TOML-ready dictionary."""
         return asdict(self)
 
+
+TRAINED = ("carry", "blend", "kv", "handoff")
+"""Choices that a checkpoint is trained with."""
+
+ANALYSIS = ("comparison", "threshold")
+"""Choices that only matter when a run is read: changing them needs no new capture."""
 
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "carry": ("layer_output", "ffn_output"),

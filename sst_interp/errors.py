@@ -37,5 +37,5 @@ def unknown_name(kind: str, name: str, known: Iterable[str], list_with: str | No
     else:
         hint = "known: " + (", ".join(known) if known else "none")
     if list_with:
-        hint += f" `{list_with}` lists them."
+        hint += f"{'' if near else ';'} `{list_with}` lists them"
     return SSTError(f"unknown {kind} {name!r}", hint)

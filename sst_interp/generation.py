@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sst_interp.certificate import Certificate
 from sst_interp.errors import SSTError
 from sst_interp.sequential import Iteration, advance
-from sst_interp.certificate import Certificate
 from sst_interp.stream import Stream
 
 if TYPE_CHECKING:
@@ -68,8 +68,20 @@ def check_room(model: StateStreamModel, prompt_tokens: int, max_new_tokens: int)
         )
 
 
+def check_iterations(depths: Sequence[int]) -> None:
+    """Raise for a depth that is not a whole number from 1 up."""
+    for depth in depths:
+        if not isinstance(depth, int) or depth < 1:
+            raise SSTError(
+                f"iterations = {depth} is below 1 or not a whole number",
+                "1 is a plain pass with the blend on",
+            )
+
+
 @torch.no_grad()
-def decode(model: StateStreamModel, stream: Stream, tokens: Tensor, depths: Tensor) -> tuple[list[Iteration], list[Tensor], Tensor]:
+def decode(
+    model: StateStreamModel, stream: Stream, tokens: Tensor, depths: Tensor
+) -> tuple[list[Iteration], list[Tensor], Tensor]:
     """One position of every row: its iterations, their logits, and each row's logits at its own depth.
 
     Args:
@@ -100,16 +112,16 @@ def generate(
     depths = [iterations] * rows if isinstance(iterations, int) else list(iterations)
     if len(depths) != rows:
         raise SSTError(f"{len(depths)} depths for {rows} prompts", "give one number, or one per prompt")
-    if min(depths) < 1 or max_new_tokens < 1:
-        raise SSTError(
-            f"iterations = {min(depths)}, max_new_tokens = {max_new_tokens}: both must be at least 1",
-            "1 iteration is a plain pass with the blend on",
-        )
+    check_iterations(depths)
+    if max_new_tokens < 1:
+        raise SSTError(f"max_new_tokens = {max_new_tokens} is below 1", "give it room for one token at least")
     check_room(model, tokens.shape[1], max_new_tokens)
     order = torch.tensor(sorted(range(rows), key=lambda r: -depths[r]), device=tokens.device)
     per_row = torch.tensor(depths)[order.cpu()]
     tokens, pad = tokens[order], pad[order]
-    stop = torch.tensor(sorted(model.stop_tokens if stop_tokens is None else stop_tokens), device=tokens.device)
+    stop = torch.tensor(
+        sorted(model.stop_tokens if stop_tokens is None else stop_tokens), device=tokens.device
+    )
 
     stream = model.new_stream(pad, tokens.shape[1] + max_new_tokens - 1)
     certificate = model.prefill(stream, tokens[:, :-1])

@@ -50,7 +50,8 @@ class KeyValues:
     def restore_column(self, column: int, saved: list[tuple[Tensor, Tensor]]) -> None:
         """Put back what `save_column` returned."""
         for (k, v), key, value in zip(saved, self.keys, self.values, strict=True):
-            assert key is not None and value is not None
+            assert key is not None
+            assert value is not None
             key[:, :, column], value[:, :, column] = k, v
 
     def repeat(self, times: int) -> KeyValues:
@@ -72,7 +73,9 @@ class View:
     end: int
     access: Access
 
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_args, **_kwargs) -> tuple[Tensor, Tensor]:
+    def update(
+        self, keys: Tensor, values: Tensor, layer_idx: int, *_args, **_kwargs
+    ) -> tuple[Tensor, Tensor]:
         """Store and return keys and values [row, head, key, d_head], as `access` says."""
         return (
             self._one(self.store.keys, keys, layer_idx),

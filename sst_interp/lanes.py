@@ -75,8 +75,8 @@ class Moment:
     """One generated position of a batch, in all lanes: states and readouts by cell."""
 
     def __init__(self, lanes: list[Lane], batch: int, resid_post: list[Tensor], logits: list[Tensor]) -> None:
-        self._resid_post = resid_post
-        self._readouts = [read_out(x) for x in logits]
+        self._resid_post, self._logits = resid_post, logits
+        self._read: dict[int, Readout] = {}
         self._rows = {lane: slice(k * batch, (k + 1) * batch) for k, lane in enumerate(lanes)}
 
     def states(self, cell: Cell) -> Float[Tensor, "layer question d_model"]:
@@ -85,7 +85,10 @@ class Moment:
 
     def readout(self, cell: Cell) -> Readout:
         """The next-token distributions of one iteration of one lane."""
-        return rows_of(self._readouts[cell.iteration - 1], self._rows[cell.lane])
+        i = cell.iteration - 1
+        if i not in self._read:  # all lanes at once, when first asked for
+            self._read[i] = read_out(self._logits[i])
+        return rows_of(self._read[i], self._rows[cell.lane])
 
 
 class LaneDecoder:
@@ -123,9 +126,7 @@ class LaneDecoder:
         """Compute the next position. `alive` and `same_prefix` describe it until `finish_step`."""
         iterations, logits, final = decode(self.model, self._stream, self._current, self._depths)
         winners = final.argmax(-1).view(len(self.lanes), self.batch)
-        self.emitted = {
-            lane.depth: winners[k] for k, lane in enumerate(self.lanes) if lane.text == "own"
-        }
+        self.emitted = {lane.depth: winners[k] for k, lane in enumerate(self.lanes) if lane.text == "own"}
         return Moment(self.lanes, self.batch, [it.resid_post for it in iterations], logits)
 
     def finish_step(self) -> bool:

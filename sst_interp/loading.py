@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from sst_interp import places
 from sst_interp.assets import smollm2_folder
 from sst_interp.checkpoint import is_checkpoint, read_checkpoint
-from sst_interp.choices import Choices
+from sst_interp.choices import TRAINED, Choices
 from sst_interp.errors import SSTError, unknown_name
 from sst_interp.model import StateStreamModel, attach
 
@@ -42,7 +43,7 @@ def load(
     Args:
         name: an asset (`smollm2-135m`), a hub id, a local model folder, or a checkpoint (name or folder).
         alpha: blend weights; None takes the checkpoint's, or 0.027 (the paper's mean) where there are none.
-        choices: what the paper leaves open; None takes the checkpoint's, or the defaults.
+        choices: what the paper leaves open; those a checkpoint was trained with are always its own.
         dtype: of the weights: `bfloat16`, `float32` or `float64`.
         device: where to put the model.
         trust_remote_code: run Python code from the model's hub repository.
@@ -61,18 +62,20 @@ def load(
     config, trained, theirs = read_checkpoint(folder)
     backbone = config["backbone"]
     model, tokenizer = _backbone(backbone["name"], dtype, trust_remote_code)
-    for field in ("carry", "blend"):
-        if choices is not None and getattr(choices, field) != getattr(theirs, field):
+    for field in TRAINED:
+        wanted = getattr(choices or theirs, field)
+        if wanted not in (getattr(theirs, field), getattr(Choices(), field)):
             raise SSTError(
-                f"checkpoint {name} was trained with {field} = {getattr(theirs, field)!r}, "
-                f"not {getattr(choices, field)!r}",
+                f"checkpoint {name} was trained with {field} = {getattr(theirs, field)!r}, not {wanted!r}",
                 "leave the choice out, or train another checkpoint",
             )
-    stream = attach(model.to(device), tokenizer, trained if alpha is None else alpha, choices or theirs, str(name))
-    if _dtype(config.get("dtype", "bfloat16")) == dtype and stream.backbone.content_hash != backbone["content_hash"]:
+    choices = replace(choices or theirs, **{field: getattr(theirs, field) for field in TRAINED})
+    stream = attach(model.to(device), tokenizer, trained if alpha is None else alpha, choices, str(name))
+    if stream.backbone.content_hash != backbone["content_hash"]:
         raise SSTError(
             f"checkpoint {name} belongs to another backbone: its weights hash to "
-            f"{backbone['content_hash'][:12]}, those of {backbone['name']!r} to {stream.backbone.content_hash[:12]}",
+            f"{backbone['content_hash'][:12]}, those of {backbone['name']!r} to "
+            f"{stream.backbone.content_hash[:12]}",
             "load it with the backbone it was trained on",
         )
     return stream
@@ -134,4 +137,3 @@ def _quiet_transformers():
     finally:
         if enabled:
             logging.enable_progress_bar()
-

@@ -70,6 +70,7 @@ class Readout(NamedTuple):
     """What is kept of a next-token distribution."""
 
     argmax: Int[Tensor, " row"]
+    """The first of the most likely tokens (bf16 logits tie now and then), as in greedy generation."""
     entropy: Float[Tensor, " row"]
     """Nats."""
     margin: Float[Tensor, " row"]
@@ -84,7 +85,7 @@ def read_out(logits: Float[Tensor, "row vocab"]) -> Readout:
     log_probs = wide(logits).log_softmax(-1)
     values, top = log_probs.topk(min(TOP, logits.shape[-1]))
     entropy = -(log_probs.exp() * log_probs).sum(-1)
-    return Readout(top[:, 0], entropy, values[:, 0] - values[:, 1], top, log_probs)
+    return Readout(log_probs.argmax(-1), entropy, values[:, 0] - values[:, 1], top, log_probs)
 
 
 class OutputChange(NamedTuple):
@@ -93,7 +94,7 @@ class OutputChange(NamedTuple):
     argmax_changed: Bool[Tensor, " row"]
     replaced: Int[Tensor, " row"]
     winner_rank: Int[Tensor, " row"]
-    """Rank of b's most likely token in a; 0 if it is a's, too."""
+    """Rank of b's most likely token in a, ties in order of id; 0 if and only if it is a's, too."""
     kl: Float[Tensor, " row"]
     """KL(b || a), nats."""
 
@@ -101,7 +102,8 @@ class OutputChange(NamedTuple):
 def compare_outputs(a: Readout, b: Readout) -> OutputChange:
     """What changed from `a` to `b`, row by row."""
     in_a = a.log_probs.gather(1, b.argmax[:, None])
-    rank = (a.log_probs > in_a).sum(-1)
+    before = torch.arange(a.log_probs.shape[1], device=in_a.device) < b.argmax[:, None]
+    rank = ((a.log_probs > in_a) | ((a.log_probs == in_a) & before)).sum(-1)
     kl = (b.log_probs.exp() * (b.log_probs - a.log_probs)).sum(-1).clamp_min(0)
     return OutputChange(a.argmax != b.argmax, replaced(a.top, b.top), rank, kl)
 

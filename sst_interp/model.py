@@ -1,8 +1,8 @@
 """A language model with a state stream: attach one to a backbone, replay tokens through it, generate.
 
-    model = sst.load("smollm2-135m", alpha=0.027)
-    model.replay(tokens, iterations=4).resid_post    # [question, position, layer, iteration, d_model]
-    model.generate(["Why is the sky blue?"], iterations=4).texts
+model = sst.load("smollm2-135m", alpha=0.027)
+model.replay(tokens, iterations=4).resid_post    # [question, position, layer, iteration, d_model]
+model.generate(["Why is the sky blue?"], iterations=4).texts
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sst_interp.backbone import Backbone
 from sst_interp.certificate import Certificate, picks, spot_check
 from sst_interp.choices import Choices
 from sst_interp.errors import SSTError
-from sst_interp.generation import Generation, Observe, generate
+from sst_interp.generation import Generation, Observe, check_iterations, generate
 from sst_interp.keyvalues import KeyValues
 from sst_interp.layerwise import solve_layerwise
 from sst_interp.sequential import advance
@@ -102,6 +102,8 @@ class StateStreamModel:
         Raises:
             SSTError: no prompts, an empty prompt, or an id outside the vocabulary.
         """
+        if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int)):
+            raise SSTError("one prompt was given where a list of prompts is needed", "put it in [ ]")
         rows = [self.encode(p) for p in (prompts.tolist() if isinstance(prompts, Tensor) else prompts)]
         if not rows or not all(rows):
             raise SSTError("there is an empty prompt", "every prompt needs at least one token")
@@ -182,11 +184,16 @@ class StateStreamModel:
         Raises:
             SSTError: iterations below 1, unknown method, empty or too long input.
         """
-        if iterations < 1:
-            raise SSTError(f"iterations = {iterations} is below 1", "1 is a plain pass with the blend on")
+        check_iterations([iterations])
         if method not in ("parallel", "sequential"):
             raise SSTError(f"unknown method {method!r}", "use 'parallel' or 'sequential'")
         tokens, pad = self.batch(token_ids)
+        if not 0 <= start < tokens.shape[1]:
+            raise SSTError(f"start = {start} is not a position of {tokens.shape[1]} tokens", "count from 0")
+        if (sweeps is not None and sweeps < 1) or (groups is not None and groups < 1):
+            raise SSTError(
+                f"sweeps = {sweeps}, groups = {groups}: both must be at least 1", "or leave them out"
+            )
         if start and bool(pad.any()):
             raise SSTError("start needs questions of equal length", "replay them one by one")
         stream = self.new_stream(pad, tokens.shape[1])
@@ -216,6 +223,12 @@ class StateStreamModel:
                 aligned[row, :n] = resid_post[row, p:]
             resid_post = aligned
         out = self.backbone.unembed(resid_post[:, :, -1]) if logits else None
+        if out is not None and bool(pad.any()):
+            out = out.masked_fill(
+                torch.arange(out.shape[1], device=out.device)[None, :, None, None]
+                >= lengths[:, None, None, None],
+                0,
+            )
         return Replay(out, resid_post, certificate, lengths)
 
     def generate(
@@ -247,7 +260,11 @@ class StateStreamModel:
     def stop_tokens(self) -> list[int]:
         """Ids that end a text: the generation config's, the model config's and the tokenizer's."""
         found: set[int] = set()
-        for source in (getattr(self.backbone.model, "generation_config", None), self.backbone.config, self.tokenizer):
+        for source in (
+            getattr(self.backbone.model, "generation_config", None),
+            self.backbone.config,
+            self.tokenizer,
+        ):
             ids = getattr(source, "eos_token_id", None)
             found |= set(ids if isinstance(ids, list | tuple) else [] if ids is None else [ids])
         return sorted(found)
@@ -291,6 +308,7 @@ def attach(
         tokenizer: its tokenizer, if texts are to be used.
         alpha: blend weights (see `StateStreamModel`); the default is the paper's mean.
         choices: what the paper leaves open.
+        name: how listings and errors call it; None takes the family's.
 
     Raises:
         SSTError: unsupported family (with the missing point), non-finite weights, alpha outside [0, 1].

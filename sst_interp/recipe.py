@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from sst_interp import places
-from sst_interp.choices import Choices
+from sst_interp.choices import ANALYSIS, Choices
 from sst_interp.errors import SSTError, unknown_name
 
 DType = Literal["bfloat16", "float32", "float64"]
@@ -66,6 +66,9 @@ class Recipe:
 
     seed: int = 0
     """Decides the order in which answer choices are shown."""
+
+    split: str | None = None
+    """Of the dataset; the default is the first that `sst-interp datasets` lists."""
 
     instruction: str | None = None
     """Replaces the default instruction that precedes every question."""
@@ -148,16 +151,14 @@ class Recipe:
         return "\n".join(lines) + "\n"
 
     def fingerprint(self) -> str:
-        """sha256 of everything that decides the run's contents: all fields but the name."""
-        values = {key: value for key, value in self.to_dict().items() if key != "name"}
+        """sha256 of everything that decides the run's contents: not the name, nor choices of analysis."""
+        values = _identity(self)
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def differences(self, now: Recipe) -> list[tuple[str, Any, Any]]:
         """(key, this recipe's value, `now`'s value) wherever the two would capture something different."""
-        ours, theirs = _flat(self), _flat(now)
-        return [
-            (key, value, theirs[key]) for key, value in ours.items() if key != "name" and value != theirs[key]
-        ]
+        ours, theirs = _identity(self), _identity(now)
+        return [(key, value, theirs[key]) for key, value in ours.items() if value != theirs[key]]
 
 
 def known_recipes() -> dict[str, Path]:
@@ -169,14 +170,14 @@ def known_recipes() -> dict[str, Path]:
     return found
 
 
-def find_recipe(name: str) -> Recipe:
+def find_recipe(name: str, captured: bool = True) -> Recipe:
     """The recipe called `name`.
 
-    Looked for as a run's own `run.toml`, as a file (a path, or a name that ends in `.toml`), in the runs
-    folder, and among the shipped ones. Raises SSTError with the nearest known names.
+    Looked for as a run's own `run.toml` (unless `captured` is False), as a file (a path, or a name that ends
+    in `.toml`), in the runs folder, and among the shipped ones. Raises SSTError with the nearest known names.
     """
     path = Path(name)
-    if re.fullmatch(NAME, name) and os.path.isfile(own := places.runs_dir() / name / "run.toml"):
+    if captured and re.fullmatch(NAME, name) and os.path.isfile(own := places.runs_dir() / name / "run.toml"):
         return Recipe.load(own, name)
     if name.endswith(".toml") or len(path.parts) > 1:
         if os.path.isdir(path):
@@ -185,12 +186,20 @@ def find_recipe(name: str) -> Recipe:
     known = known_recipes()
     if name not in known:
         raise unknown_name("run", name, known, "sst-interp runs")
+    for file in (places.runs_dir() / f"{name}.toml", places.shipped("recipes") / f"{name}.toml"):
+        if not captured and file.is_file():
+            return Recipe.load(file, name)
     return Recipe.load(known[name], name)
 
 
-def _flat(recipe: Recipe) -> dict[str, Any]:
+def _identity(recipe: Recipe) -> dict[str, Any]:
+    """What decides a run's contents. An `overlap` does only if it has to be measured while capturing."""
     values: dict[str, Any] = {**asdict(recipe), "depths": list(recipe.depths)}
-    return values | {f"choices.{key}": value for key, value in values.pop("choices").items()}
+    del values["name"]
+    choices = {key: value for key, value in values.pop("choices").items() if key not in ANALYSIS}
+    if choices["overlap"] != "lens_jaccard":
+        choices["overlap"] = "cosine or relative_l2"
+    return values | {f"choices.{key}": value for key, value in choices.items()}
 
 
 def _show(value: Any) -> str:
@@ -245,5 +254,6 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "dtype": (lambda v: v in get_args(DType), f"one of {', '.join(get_args(DType))}", '"bfloat16"'),
     "keep": (lambda v: v in get_args(Keep), f"one of {', '.join(get_args(Keep))}", '"position0"'),
     "seed": (lambda v: _whole(v, 0), "a whole number from 0", "0"),
+    "split": (lambda v: v is None or _text(v), "text", '"validation"'),
     "instruction": (lambda v: v is None or _text(v), "text", '"Answer with one letter."'),
 }

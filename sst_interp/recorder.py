@@ -174,7 +174,7 @@ class Recorder:
                 kept[f"q{q}.position0"] = self._position0[:, row].contiguous()
         if self._shifts:
             index = np.concatenate([i for i, _, _ in self._shifts])
-            a, b = (torch.cat([shift[side] for shift in self._shifts]) for side in (1, 2))
+            a, b = torch.cat([s[1] for s in self._shifts]), torch.cat([s[2] for s in self._shifts])
             for q in self.questions:
                 rows = torch.from_numpy(np.nonzero(index[:, 0] == q)[0])
                 kept[f"q{q}.shifts.index"] = torch.from_numpy(index[rows.numpy(), 1:]).contiguous()

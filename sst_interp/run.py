@@ -20,7 +20,7 @@ from sst_interp import manifest
 from sst_interp.choices import COMPARISONS
 from sst_interp.errors import SSTError, unknown_name
 from sst_interp.recipe import Recipe
-from sst_interp.schema import CATEGORIES, KEYS, TABLES, to_frame
+from sst_interp.schema import CATEGORIES, KEYS, OPTIONAL, TABLES, to_frame
 
 
 @dataclass(eq=False, repr=False)
@@ -78,8 +78,11 @@ class Run:
         if name not in TABLES:
             raise unknown_name("table", name, TABLES)
         shards = [str(self._checked(file)) for file in self._listed(name).values()]
-        if not shards:
+        if not shards and (not self.manifest["shards"] or name == "questions"):
             raise SSTError(f"run {self.name} has no table {name}", self._again)
+        if not shards:  # nothing to compare: one depth
+            wanted = columns if columns is not None else [c for c in TABLES[name].names if c not in OPTIONAL]
+            return to_frame(TABLES[name].empty_table().select(list(wanted)))
         dataset = ds.dataset(shards, format="parquet")
         present, where = dataset.schema.names, None
         for column in columns or ():

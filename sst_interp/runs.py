@@ -65,6 +65,7 @@ def _load(folder: Path, verify: bool) -> Run | None:
     if (folder / "run.toml").exists():
         now = Recipe.load(folder / "run.toml", recipe.name)
         manifest.refuse_other_recipe(name, recipe, now, "its run.toml now says")
+        recipe = now  # the choices of analysis may have changed
     return Run(name, folder, recipe, found, verify)
 
 

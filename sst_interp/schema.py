@@ -43,6 +43,7 @@ TABLES: dict[str, pa.Schema] = {
             "prompt_tokens": pa.int32(),
             "prompt_sweeps": pa.int16(),
             "prompt_residual": pa.float32(),
+            "prompt_logit_error": pa.float32(),
         },
         nullable=("answer",),
     ),

@@ -1,6 +1,6 @@
 """Sequential evaluation: the definition. One position at a time, each iterated to its depth.
 
-Everything faster is certified against this (`sst_interp.solver`), and generation runs on it.
+Generation runs on it; the parallel solvers are tested against it and recheck some of their positions with it.
 """
 
 from __future__ import annotations

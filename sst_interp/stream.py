@@ -9,7 +9,7 @@ Layer `l`, position `t`, iteration `i` (arXiv 2605.00206, section 3):
 
 `s_l` comes from (t, i-1) when i > 1, else from the last iteration at t-1. No state yet, no blend.
 This module knows the formula and who attends to whom; in which order positions are visited is the
-business of `sequential` and `solver`.
+business of `sequential`, `layerwise` and `sweeps`.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def blend(
     alpha: Float[Tensor, "... d_model"],
     choices: Choices,
 ) -> Float[Tensor, "row position d_model"]:
-    """The blend m~. Computed in the wider of the two dtypes and rounded once; `alpha` 0 returns `m` exactly."""
+    """The blend m~, computed in the wider of the two dtypes and rounded once; `alpha` 0 gives `m` exactly."""
     keep = (1 - alpha) * m if choices.blend == "convex" else m
     return (keep + alpha * s).to(m.dtype)
 
@@ -138,11 +138,12 @@ def attention_masks(
     own = torch.eye(n, dtype=torch.bool, device=device)
     masks: dict[str, Tensor | None] = {}
     for kind in {layer.kind for layer in backbone.layers}:
-        narrow = kind == SLIDING and backbone.window is not None and end > backbone.window
+        window = backbone.window if kind == SLIDING else None
+        narrow = window is not None and end > window
         if whole and not narrow and backbone.config._attn_implementation == "sdpa":
             masks[kind] = None
             continue
-        near = causal & (distance < backbone.window) if narrow else causal
+        near = causal if window is None else causal & (distance < window)
         seen = (near[None] & real[:, None])[:, None]
         if access == "beside":
             seen = torch.cat([seen, own.expand(len(pad), 1, n, n)], dim=-1)

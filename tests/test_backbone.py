@@ -32,7 +32,16 @@ def test_a_part_that_is_wrong_is_noticed(family, monkeypatch):
 @pytest.mark.parametrize(
     ("config", "missing"),
     [
-        (GPTNeoXConfig(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4), "self_attn"),
+        (
+            GPTNeoXConfig(
+                vocab_size=97,
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+            ),
+            "self_attn",
+        ),
         (PhiConfig(**COMMON | {"num_key_value_heads": 4}), "in parallel"),
         (Olmo2Config(**COMMON), "no norm before attention"),
         (GraniteConfig(**COMMON, residual_multiplier=0.5), "layer 0"),
@@ -59,8 +68,10 @@ def test_content_hash_tells_weights_apart():
     a, b, c = tiny("llama", seed=0), tiny("llama", seed=0), tiny("llama", seed=1)
     assert Backbone(a).content_hash == Backbone(b).content_hash != Backbone(c).content_hash
     with torch.no_grad():
-        b.model.norm.weight[0] += 1e-9
+        b.model.norm.weight[0] += 0.01
     assert Backbone(a).content_hash != Backbone(b).content_hash
+    c = tiny("llama", seed=0, dtype=torch.float32)
+    assert Backbone(c).content_hash == Backbone(c.bfloat16()).content_hash  # the same in another dtype
 
 
 @pytest.mark.parametrize("alpha", [-0.01, 1.01, float("nan"), [0.1, 0.2], torch.full((3, 5), 0.1)])

@@ -3,10 +3,10 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from sst_interp.analyses import all_comparisons, basin_shifts, question_map
-from sst_interp.analyses.tallies import share
 from synthetic import Planted, pairs_table
 
+from sst_interp.analyses import all_comparisons, basin_shifts, question_map
+from sst_interp.analyses.tallies import share
 from sst_interp.choices import COMPARISONS, Choices
 from sst_interp.errors import SSTError
 

@@ -25,7 +25,9 @@ def test_generation_is_greedy_on_its_own_replay(family):
 def test_zero_alpha_generates_what_transformers_generates(family):
     hf = tiny(family)
     prompt = prompts()[0]
-    theirs = hf.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+    theirs = hf.generate(
+        torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
     ours = attach(hf, alpha=0.0).generate([prompt], iterations=2, max_new_tokens=12, stop_tokens=[])
     assert ours.tokens[0] == theirs[0, len(prompt) :].tolist()
 
@@ -56,7 +58,7 @@ def test_stop_tokens_end_a_text():
 
 def test_generate_refuses_nonsense():
     model = attach(tiny("llama"))
-    with pytest.raises(SSTError, match="at least 1"):
+    with pytest.raises(SSTError, match="below 1"):
         model.generate([[5]], iterations=0)
     with pytest.raises(SSTError, match="depths for"):
         model.generate([[5]], iterations=[1, 2])

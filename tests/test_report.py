@@ -10,10 +10,10 @@ from itertools import pairwise
 import numpy as np
 import pandas as pd
 import pytest
-from sst_interp.analyses import Result, all_comparisons, basin_shifts
-from sst_interp.analyses.figures import empty_figure
 from synthetic import Planted, synthetic_run
 
+from sst_interp.analyses import Result, all_comparisons, basin_shifts
+from sst_interp.analyses.figures import empty_figure
 from sst_interp.choices import Choices
 from sst_interp.errors import SSTError
 from sst_interp.report import render_report, write_report

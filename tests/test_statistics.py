@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from sst_interp.analyses.statistics import (
     Interval,
     bootstrap_ends,
@@ -15,7 +16,6 @@ from sst_interp.analyses.statistics import (
     resample_weights,
     resampled,
 )
-
 from sst_interp.errors import SSTError
 
 

@@ -33,7 +33,10 @@ def test_zero_alpha_is_the_backbone_bit_for_bit(family):
         swept = model.replay(tokens, iterations, groups=1).resid_post[:, :, -1, -1]
         assert torch.equal(model.backbone.unembed(swept.contiguous()), theirs)
     for how in ({}, {"method": "sequential"}, {"groups": 3}):  # other matrix shapes, other rounding
-        assert relative(model.replay(tokens, 3, **how).logits, theirs[:, :, None].expand(-1, -1, 3, -1)) < ROUNDING
+        assert (
+            relative(model.replay(tokens, 3, **how).logits, theirs[:, :, None].expand(-1, -1, 3, -1))
+            < ROUNDING
+        )
 
 
 def written_out_by_hand(hf, tokens, alpha, iterations):
@@ -49,7 +52,7 @@ def written_out_by_hand(hf, tokens, alpha, iterations):
 
     def rope(v, t):
         frequency = theta ** (-torch.arange(0, d_head, 2, dtype=torch.float32) / d_head).double()
-        cos, sin = torch.cos((t * frequency.float())).double(), torch.sin((t * frequency.float())).double()
+        cos, sin = torch.cos(t * frequency.float()).double(), torch.sin(t * frequency.float()).double()
         a, b = v[..., : d_head // 2], v[..., d_head // 2 :]
         return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
@@ -60,24 +63,24 @@ def written_out_by_hand(hf, tokens, alpha, iterations):
     for t, token in enumerate(tokens):
         for i in range(iterations):
             x = hf.model.embed_tokens.weight[token]
-            for l, layer in enumerate(layers):
+            for k, layer in enumerate(layers):
                 h, w = norm(x, layer.input_layernorm.weight), layer.self_attn
                 q = rope((w.q_proj.weight @ h).view(n_heads, d_head), t)
-                keys[l][t] = rope((w.k_proj.weight @ h).view(n_kv, d_head), t)
-                values[l][t] = (w.v_proj.weight @ h).view(n_kv, d_head)
+                keys[k][t] = rope((w.k_proj.weight @ h).view(n_kv, d_head), t)
+                values[k][t] = (w.v_proj.weight @ h).view(n_kv, d_head)
                 heads = []
                 for head in range(n_heads):
                     group = head // (n_heads // n_kv)
-                    scores = torch.stack([q[head] @ keys[l][u][group] for u in range(t + 1)]) / d_head**0.5
+                    scores = torch.stack([q[head] @ keys[k][u][group] for u in range(t + 1)]) / d_head**0.5
                     weights = torch.softmax(scores, 0)
-                    heads.append(sum(p * values[l][u][group] for u, p in enumerate(weights)))
+                    heads.append(sum(p * values[k][u][group] for u, p in enumerate(weights)))
                 m = x + w.o_proj.weight @ torch.cat(heads)
-                if state[l] is not None:
-                    m = (1 - alpha) * m + alpha * state[l]
+                if state[k] is not None:
+                    m = (1 - alpha) * m + alpha * state[k]
                 f = norm(m, layer.post_attention_layernorm.weight)
                 gate, up = layer.mlp.gate_proj.weight @ f, layer.mlp.up_proj.weight @ f
                 x = m + layer.mlp.down_proj.weight @ (gate * torch.sigmoid(gate) * up)
-                state[l] = out[t, l, i] = x
+                state[k] = out[t, k, i] = x
     return out
 
 
@@ -237,7 +240,7 @@ def test_prompt_choices():
     a, b = [], []
     assert exact.generate([tokens], 1, 1, observe=a.append).certificate.converged
     assert two.generate([tokens], 1, 1, observe=b.append).certificate.method == "two_pass"
-    assert 1e-6 < relative(a[0].logits[0], b[0].logits[0])
+    assert relative(a[0].logits[0], b[0].logits[0]) > 1e-6
 
 
 def test_scan_handoff_is_the_moving_average():

@@ -31,6 +31,7 @@ COMMON = {
     "pad_token_id": 0,
 }
 
+
 def float64_eager(module, query, key, value, attention_mask, scaling, softcap=None, **_):
     """Gemma 2 needs eager attention (soft cap), and transformers' takes its softmax in float32, which hides
     anything below 1e-8. The same in the tensors' own precision.
@@ -60,7 +61,14 @@ FAMILIES = {
         query_pre_attn_scalar=8,
     ),
     "gpt2": lambda: GPT2Config(
-        vocab_size=97, n_embd=32, n_layer=3, n_head=4, n_positions=128, n_inner=48, bos_token_id=1, eos_token_id=2
+        vocab_size=97,
+        n_embd=32,
+        n_layer=3,
+        n_head=4,
+        n_positions=128,
+        n_inner=48,
+        bos_token_id=1,
+        eos_token_id=2,
     ),
 }
 

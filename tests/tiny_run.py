@@ -60,6 +60,7 @@ def columns(table: str, questions: list[int]) -> dict[str, Any]:
             "prompt_tokens": ids,
             "prompt_sweeps": ids,
             "prompt_residual": noise,
+            "prompt_logit_error": noise,
         },
         "steps": {
             "token": [i if x else None for i, x in zip(ids, coin, strict=True)],

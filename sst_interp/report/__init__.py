@@ -18,9 +18,9 @@ import pandas as pd
 import plotly.graph_objects as go
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
+
 from sst_interp.analyses import BasinShifts, Result, all_comparisons, table_html
 from sst_interp.analyses.statistics import LEVEL, RESAMPLES
-
 from sst_interp.choices import COMPARISONS, Choices
 from sst_interp.durable import replace_bytes
 from sst_interp.errors import SSTError
@@ -57,11 +57,30 @@ _LEFT_OUT = re.compile(r"^recipe\.|(^|\.)host$")
 class ReportableRun(Protocol):
     """What a report needs of a run (docs/run-format.md)."""
 
-    name: str
-    recipe: Any
-    manifest: Mapping[str, Any]
-    questions: pd.DataFrame
-    pairs: pd.DataFrame
+    @property
+    def name(self) -> str:
+        """How the report calls it."""
+        ...
+
+    @property
+    def recipe(self) -> Any:
+        """A `Recipe`."""
+        ...
+
+    @property
+    def manifest(self) -> Mapping[str, Any]:
+        """Provenance, sessions and shards."""
+        ...
+
+    @property
+    def questions(self) -> pd.DataFrame:
+        """The questions table."""
+        ...
+
+    @property
+    def pairs(self) -> pd.DataFrame:
+        """The pairs table."""
+        ...
 
 
 def write_report(run: ReportableRun, path: str | Path, results: Mapping[str, Result] | None = None) -> Path:
@@ -177,7 +196,11 @@ def _facts(run: ReportableRun, n_questions: int) -> list[tuple[str, str]]:
     """What was measured on what: the header's short list."""
     recipe = run.recipe
     depths = ", ".join(map(str, recipe.depths))
-    alpha = "the checkpoint's own" if recipe.alpha is None else f"{recipe.alpha:g}, fixed"
+    made = run.manifest.get("provenance", {})
+    alpha = "not recorded"
+    if "alpha_range" in made:
+        low, high = made["alpha_range"]
+        alpha = f"{low:g}, fixed" if low == high else f"{low:g} to {high:g}, mean {made['alpha_mean']:.3g}"
     found = [
         ("checkpoint", str(recipe.checkpoint)),
         ("questions", f"{n_questions:,} of {recipe.dataset}"),

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+
 from sst_interp.analyses.basin_shifts import BasinShifts
 from sst_interp.analyses.modes import grid, to_v
 from sst_interp.analyses.overlap import RESOLUTION, overlap_of, select
-
 from sst_interp.report.escaping import visible
 
 LARGEST_BYTES = 3_500_000

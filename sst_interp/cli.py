@@ -1,0 +1,311 @@
+"""The command line: thin over the same functions a notebook calls.
+
+A mistake that a person can put right prints one line that says what is wrong and one that says what to
+type, without a traceback, and exits with code 2. Progress goes to stderr, results to stdout.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+import sst_interp
+from sst_interp import places
+from sst_interp.errors import SSTError
+
+app = typer.Typer(
+    name="sst-interp",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Measure language models that think in latent space.\n\n"
+    "Start with: `sst-interp basin-shifts --run demo`",
+)
+
+RunOption = Annotated[
+    str,
+    typer.Option("--run", "-r", help="Name of a run or recipe (`sst-interp runs` lists them), or a path."),
+]
+HtmlOption = Annotated[
+    Path | None,
+    typer.Option("--html", help="Where the report goes; default: report.html in the run's folder."),
+]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+FreshFlag = Annotated[
+    bool, typer.Option("--fresh", help="Erase what the run already has and capture it anew.")
+]
+
+
+@app.callback(invoke_without_command=True)
+def top(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """Options that are not of one command."""
+    if version:
+        print(f"sst-interp {sst_interp.__version__}")
+        raise typer.Exit
+
+
+@app.command("basin-shifts")
+def basin_shifts(
+    run: RunOption,
+    html: HtmlOption = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the results as JSON; `-` prints them instead.")
+    ] = None,
+    fresh: FreshFlag = False,
+) -> None:
+    """Where does extra iteration change the state, and where does nothing happen?
+
+    Captures the run first if it has no data (or not all of it), then classifies every (position, layer) pair
+    as stable or shifted under each of the three comparisons, prints a summary and writes an HTML report.
+
+    Examples:
+        sst-interp basin-shifts --run demo
+
+        sst-interp basin-shifts --run demo --json - | jq .replayed.share
+    """
+    from sst_interp.analyses import all_comparisons
+    from sst_interp.report import write_report
+
+    captured = _captured(run, fresh)
+    print(f"analysing {captured.name}", file=sys.stderr)
+    results = all_comparisons(captured.pairs, captured.recipe.choices)
+    if str(json_file) == "-":
+        print(json.dumps({name: result.to_dict() for name, result in results.items()}, indent=2))
+    else:
+        _print_basin_shifts(captured, results)
+        if json_file is not None:
+            _write(json_file, json.dumps({n: r.to_dict() for n, r in results.items()}, indent=2) + "\n")
+    written = write_report(captured, _report_path(captured, html), results)
+    print(f"report: {written}", file=sys.stderr if str(json_file) == "-" else sys.stdout)
+
+
+@app.command()
+def report(run: RunOption, html: HtmlOption = None) -> None:
+    """Write the HTML report of a captured run: one file that works offline.
+
+    Example:
+        sst-interp report --run demo --html demo.html
+    """
+    from sst_interp.report import write_report
+    from sst_interp.runs import open_run
+
+    captured = open_run(run)
+    print(f"report: {write_report(captured, _report_path(captured, html))}")
+
+
+@app.command()
+def capture(
+    run: RunOption,
+    keep: Annotated[
+        str | None,
+        typer.Option(help="Full states to keep: none, position0, shifts or all (overrides the recipe)."),
+    ] = None,
+    fresh: FreshFlag = False,
+) -> None:
+    """Capture a run: every question at every depth, measured while it is generated.
+
+    A capture that was interrupted, or a run with a damaged shard, goes on with what is missing.
+
+    Examples:
+        sst-interp capture --run demo
+
+        sst-interp capture --run my-recipe.toml --keep all
+    """
+    from sst_interp.capture import capture as capture_run
+    from sst_interp.recipe import find_recipe
+
+    recipe = find_recipe(run, captured=not fresh)
+    if keep is not None:
+        recipe = replace(recipe, keep=keep)
+    captured = capture_run(recipe, fresh=fresh)
+    print(f"captured {len(captured.questions['question'].unique())} questions in {captured.folder}")
+
+
+@app.command()
+def runs(as_json: JsonFlag = False) -> None:
+    """List runs and recipes: yours, and those that ship.
+
+    Example:
+        sst-interp runs --json
+    """
+    from sst_interp.runs import list_runs
+
+    rows = list_runs()
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    shown = [
+        {
+            "name": row["name"],
+            "state": row["state"],
+            "checkpoint": row["checkpoint"] or "",
+            "dataset": row["dataset"] or "",
+            "questions": row["questions"] or ("all" if row["dataset"] else ""),
+            "depths": " ".join(map(str, row["depths"] or [])),
+            "size": f"{row['bytes'] / 1e6:.1f} MB" if row["bytes"] else "",
+            "where": row["where"],
+        }
+        for row in rows
+    ]
+    _print_table(shown)
+
+
+@app.command()
+def datasets(as_json: JsonFlag = False) -> None:
+    """List the datasets that recipes can name; a .csv or .jsonl path works, too.
+
+    Example:
+        sst-interp datasets
+    """
+    from sst_interp.questions import DATASETS
+
+    rows = [
+        {
+            "name": name,
+            "splits": list(known.splits),
+            "licence": known.licence,
+            "restricted": known.restricted,
+            "about": known.about,
+        }
+        for name, known in DATASETS.items()
+    ]
+    if as_json:
+        print(json.dumps(rows, indent=2))
+    else:
+        _print_table(
+            [
+                row | {"splits": " ".join(row["splits"]), "restricted": "yes" if row["restricted"] else ""}
+                for row in rows
+            ]
+        )
+
+
+def _captured(name: str, fresh: bool) -> Any:
+    """The run, captured if need be. A complete run (or a shipped one) is opened as it is."""
+    from sst_interp.capture import capture as capture_run
+    from sst_interp.recipe import find_recipe
+    from sst_interp.runs import open_run
+
+    if name.endswith(".toml"):
+        recipe = find_recipe(name)
+        return capture_run(recipe, fresh=fresh)
+    if not fresh:
+        try:
+            found = open_run(name)
+        except SSTError as error:
+            if "no data yet" not in error.message:
+                raise
+        else:
+            if found.complete:
+                _note_changed_recipe(found)
+                return found
+    return capture_run(find_recipe(name, captured=not fresh), fresh=fresh)
+
+
+def _note_changed_recipe(run: Any) -> None:
+    """Say so if the recipe of that name is no longer what the run was captured with."""
+    from sst_interp.recipe import find_recipe
+
+    try:
+        changed = run.recipe.differences(find_recipe(run.name, captured=False))
+    except SSTError:
+        return
+    for key, then, now in changed:
+        print(
+            f"note: {run.name} was captured with {key} = {then!r}; its recipe now says {now!r}",
+            file=sys.stderr,
+        )
+    if changed:
+        print("  --fresh captures it again", file=sys.stderr)
+
+
+def _report_path(run: Any, html: Path | None) -> Path:
+    if html is not None:
+        return html
+    inside = run.folder / "report.html"
+    if run.folder.parent.resolve() == places.shipped("runs").resolve() or not os.access(run.folder, os.W_OK):
+        return Path(f"{run.name}-report.html")
+    return inside
+
+
+def _print_basin_shifts(run: Any, results: dict[str, Any]) -> None:
+    _print_table(
+        [
+            {
+                "comparison": name,
+                "pair": "-" if result.not_testable else f"{result.a} vs {result.b}",
+                "shifted": "-" if result.not_testable else result.share.text(percent=True),
+                "threshold": "-" if result.not_testable else f"{result.threshold:.4g}",
+                "below 0.99": "-" if result.not_testable else result.share_at_paper.text(percent=True),
+                "modes": "-"
+                if result.distribution is None
+                else ("two" if result.distribution.modes.two else "one"),
+            }
+            for name, result in results.items()
+        ]
+    )
+    for name, result in results.items():
+        print(f"\n{name}: {result.verdict}")
+    print()
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    if not rows:
+        print("none")
+        return
+    cells = [list(rows[0]), *[[_plain(v) for v in row.values()] for row in rows]]
+    widths = [max(len(row[k]) for row in cells) for k in range(len(cells[0]))]
+    for row in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _plain(value: Any) -> str:
+    """One line of printable text, whatever a folder is called."""
+    return "".join(c if c.isprintable() else "?" for c in str(value))
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise SSTError(f"cannot write {path}: {error.strerror}", "choose another file") from None
+
+
+def main() -> None:
+    """Entry point of `sst-interp`."""
+    try:
+        app()
+    except SSTError as error:
+        _fail(error.message, error.hint)
+    except KeyboardInterrupt:
+        _fail("stopped", "what was captured is kept: the same command goes on from there")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            _fail(
+                f"the disk is full: {error.filename or ''}".rstrip(": "),
+                "free some space; the same command goes on",
+            )
+        raise
+
+
+def _fail(message: str, hint: str | None) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    if hint:
+        print(f"  {hint}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
