@@ -98,7 +98,7 @@ def report(run: RunOption, html: HtmlOption = None) -> None:
     from sst_interp.report import write_report
     from sst_interp.runs import open_run
 
-    captured = open_run(run)
+    captured: Any = open_run(run)
     print(f"report: {write_report(captured, _report_path(captured, html))}")
 
 

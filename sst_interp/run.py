@@ -78,11 +78,11 @@ class Run:
         if name not in TABLES:
             raise unknown_name("table", name, TABLES)
         shards = [str(self._checked(file)) for file in self._listed(name).values()]
-        if not shards and (not self.manifest["shards"] or name == "questions"):
-            raise SSTError(f"run {self.name} has no table {name}", self._again)
-        if not shards:  # nothing to compare: one depth
+        if not shards and name in ("outputs", "pairs") and len(self.recipe.depths) == 1:  # nothing to compare
             wanted = columns if columns is not None else [c for c in TABLES[name].names if c not in OPTIONAL]
             return to_frame(TABLES[name].empty_table().select(list(wanted)))
+        if not shards:
+            raise SSTError(f"run {self.name} has no table {name}", self._again)
         dataset = ds.dataset(shards, format="parquet")
         present, where = dataset.schema.names, None
         for column in columns or ():

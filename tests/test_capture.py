@@ -74,6 +74,15 @@ def recipe_for(csv, **changes):
     return Recipe(**({"name": "own", "checkpoint": "tiny", "dataset": str(csv)} | fields | changes))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """For the fixtures of this module, too: another number of threads is another rounding."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def csv(tmp_path_factory):
     return write_questions(tmp_path_factory.mktemp("questions") / "words.csv")
@@ -359,7 +368,7 @@ def files_of(folder):
 
 
 @pytest.mark.parametrize("state", ["partial", "complete"])
-@pytest.mark.parametrize("what", ["alpha", "alpha of one dimension", "questions", "model", "stop"])
+@pytest.mark.parametrize("what", ["alpha", "alpha of one dimension", "question", "gold", "model"])
 def test_resuming_with_something_else_is_refused(model, tmp_path, what, state):
     csv = write_questions(tmp_path / "mine.csv")
     recipe, folder = recipe_for(csv), tmp_path / "own"
@@ -378,13 +387,13 @@ def test_resuming_with_something_else_is_refused(model, tmp_path, what, state):
         alpha = model.alpha.clone()
         alpha[1, 5] += 1e-6
         other = attach(model.backbone.model, model.tokenizer, alpha)
-    elif what == "questions":
-        csv.write_text(original.replace(original.split()[4], "quorvex1", 1))
-        assert csv.read_text() != original
-    elif what == "model":
-        other = attach(tiny_llama(seed=1), model.tokenizer, ALPHA)
+    elif what == "question":
+        csv.write_text(original.replace("q4,quorvex", "q4,(C) quorvex"))
+    elif what == "gold":
+        csv.write_text(original.removesuffix("A\n") + "B\n")
     else:
-        pytest.skip("the stop tokens are not part of a run's identity")
+        other = attach(tiny_llama(seed=1), model.tokenizer, ALPHA)
+    assert other is not model or csv.read_text() != original
     with pytest.raises(SSTError, match="_hash") as refused:
         capture(recipe, other, folder, progress=False)
     assert "--fresh" in refused.value.hint
