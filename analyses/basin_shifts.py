@@ -237,10 +237,8 @@ def threshold_of(distribution: OverlapDistribution, choices: Choices) -> tuple[f
         return float(choices.threshold), "fixed by the user"
     antimode = distribution.modes.antimode
     if antimode is None:
-        return (
-            PAPER_THRESHOLD,
-            f"the paper's {PAPER_THRESHOLD}: {distribution.modes.reason.split(' (deep')[0]}",
-        )
+        why = {"one": "the distribution has one mode", "not tested": "modes not tested"}
+        return PAPER_THRESHOLD, f"the paper's {PAPER_THRESHOLD}: {why[distribution.modes.count]}"
     return antimode.estimate, "antimode of this run"
 
 

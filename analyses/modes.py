@@ -31,6 +31,7 @@ runs passed, and 78% to 100% of runs with a planted second mode of 5% to 30% of 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -75,6 +76,11 @@ class Modes:
     """Share of question resamples in which the dip is deeper than `MIN_DEPTH`; NaN if not tested."""
     reason: str
     """The decision in words."""
+
+    @property
+    def count(self) -> str:
+        """`two`, `one`, or `not tested`."""
+        return "two" if self.two else "not tested" if math.isnan(self.p_value) else "one"
 
 
 def grid(resolution: float) -> np.ndarray:

@@ -246,9 +246,7 @@ def _print_basin_shifts(run: Any, results: dict[str, Any]) -> None:
                 "shifted": "-" if result.not_testable else result.share.text(percent=True),
                 "threshold": "-" if result.not_testable else f"{result.threshold:.4g}",
                 "below 0.99": "-" if result.not_testable else result.share_at_paper.text(percent=True),
-                "modes": "-"
-                if result.distribution is None
-                else ("two" if result.distribution.modes.two else "one"),
+                "modes": "-" if result.distribution is None else result.distribution.modes.count,
             }
             for name, result in results.items()
         ]
