@@ -8,7 +8,6 @@ the observed contraction bounds the distance to a sequential run.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -16,10 +15,7 @@ from torch import Tensor
 
 from sst_interp.errors import SSTError
 from sst_interp.sequential import advance
-from sst_interp.stream import Stream
-
-if TYPE_CHECKING:
-    from sst_interp.model import StateStreamModel
+from sst_interp.stream import Recurrence, Stream
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}
 """Default tolerance by dtype: relative change of a state in the last sweep, at the worst (row, layer,
@@ -81,7 +77,7 @@ def picks(positions: int, n: int) -> list[int]:
 
 @torch.no_grad()
 def spot_check(
-    model: StateStreamModel, stream: Stream, tokens: Tensor, solution: Solution, iterations: int = 1
+    model: Recurrence, stream: Stream, tokens: Tensor, solution: Solution, iterations: int = 1
 ) -> Certificate:
     """The certificate with the positions in `solution.incoming` recomputed by `sequential.advance`, each from
     the solution's state and keys before it. The stream is left as it was.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -16,11 +16,9 @@ from torch import Tensor
 
 from sst_interp.certificate import Certificate
 from sst_interp.errors import SSTError
+from sst_interp.prompt import prefill
 from sst_interp.sequential import Iteration, advance
-from sst_interp.stream import Stream
-
-if TYPE_CHECKING:
-    from sst_interp.model import StateStreamModel
+from sst_interp.stream import Recurrence, Stream
 
 
 @dataclass
@@ -58,7 +56,7 @@ class Generation:
     """How the prompts were read."""
 
 
-def check_room(model: StateStreamModel, prompt_tokens: int, max_new_tokens: int) -> None:
+def check_room(model: Recurrence, prompt_tokens: int, max_new_tokens: int) -> None:
     """Raise if a prompt and its budget do not fit the context."""
     limit = model.backbone.max_length
     if limit is not None and prompt_tokens + max_new_tokens > limit:
@@ -80,7 +78,7 @@ def check_iterations(depths: Sequence[int]) -> None:
 
 @torch.no_grad()
 def decode(
-    model: StateStreamModel, stream: Stream, tokens: Tensor, depths: Tensor
+    model: Recurrence, stream: Stream, tokens: Tensor, depths: Tensor
 ) -> tuple[list[Iteration], list[Tensor], Tensor]:
     """One position of every row: its iterations, their logits, and each row's logits at its own depth.
 
@@ -98,35 +96,35 @@ def decode(
 
 @torch.no_grad()
 def generate(
-    model: StateStreamModel,
-    prompts: Sequence[Any] | Tensor,
-    iterations: int | Sequence[int],
+    model: Recurrence,
+    tokens: Int[Tensor, "row column"],
+    pad: Int[Tensor, " row"],
+    depths: Sequence[int],
     max_new_tokens: int,
-    stop_tokens: Sequence[int] | None,
-    observe: Observe | None,
-    progress: Callable[[int], Any] | None,
+    stop_tokens: Sequence[int],
+    observe: Observe | None = None,
+    progress: Callable[[int], Any] | None = None,
 ) -> Generation:
-    """See `StateStreamModel.generate`."""
-    tokens, pad = model.batch(prompts)
-    rows = len(pad)
-    depths = [iterations] * rows if isinstance(iterations, int) else list(iterations)
-    if len(depths) != rows:
-        raise SSTError(f"{len(depths)} depths for {rows} prompts", "give one number, or one per prompt")
+    """Generate from a left-padded batch of prompts; the arguments are those of `StateStreamModel.generate`.
+
+    Args:
+        tokens: prompts, with `pad` columns of padding on the left.
+        depths: one per row.
+    """
+    if len(depths) != len(pad):
+        raise SSTError(f"{len(depths)} depths for {len(pad)} prompts", "give one number, or one per prompt")
     check_iterations(depths)
     if max_new_tokens < 1:
         raise SSTError(f"max_new_tokens = {max_new_tokens} is below 1", "give it room for one token at least")
     check_room(model, tokens.shape[1], max_new_tokens)
-    order = torch.tensor(sorted(range(rows), key=lambda r: -depths[r]), device=tokens.device)
+    order = torch.tensor(sorted(range(len(pad)), key=lambda r: -depths[r]), device=tokens.device)
     per_row = torch.tensor(depths)[order.cpu()]
     tokens, pad = tokens[order], pad[order]
-    stop = torch.tensor(
-        sorted(model.stop_tokens if stop_tokens is None else stop_tokens), device=tokens.device
-    )
+    stop = torch.tensor(sorted(stop_tokens), dtype=torch.long, device=tokens.device)
 
     stream = model.new_stream(pad, tokens.shape[1] + max_new_tokens - 1)
-    certificate = model.prefill(stream, tokens[:, :-1])
-    current = tokens[:, -1]
-    alive = torch.ones(rows, dtype=torch.bool, device=tokens.device)
+    certificate = prefill(model, stream, tokens[:, :-1])
+    current, alive = tokens[:, -1], torch.ones_like(pad, dtype=torch.bool)
     emitted, lived = [], []
     for position in range(max_new_tokens):
         passes, logits, final = decode(model, stream, current, per_row)
@@ -141,10 +139,11 @@ def generate(
         if not bool(alive.any()):
             break
     new, lengths = torch.stack(emitted, 1), torch.stack(lived, 1).sum(1)
-    back = torch.argsort(order)
-    out = [new[r, : lengths[r]].tolist() for r in back.tolist()]
-    decoded = None
-    if model.tokenizer is not None:
-        decoded = [model.tokenizer.decode(ids, skip_special_tokens=True) for ids in out]
-    stopped = [not bool(alive[r]) for r in back.tolist()]
-    return Generation(out, decoded, stopped, depths, certificate)
+    back = torch.argsort(order).tolist()
+    return Generation(
+        tokens=[new[r, : lengths[r]].tolist() for r in back],
+        texts=None,
+        stopped=[not bool(alive[r]) for r in back],
+        iterations=list(depths),
+        certificate=certificate,
+    )

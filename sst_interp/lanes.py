@@ -18,8 +18,7 @@ from torch import Tensor
 from sst_interp.choices import Comparison
 from sst_interp.generation import decode
 from sst_interp.measures import Readout, read_out, rows_of
-from sst_interp.model import StateStreamModel
-from sst_interp.stream import Stream
+from sst_interp.stream import Recurrence, Stream
 
 
 class Lane(NamedTuple):
@@ -102,7 +101,7 @@ class LaneDecoder:
 
     def __init__(
         self,
-        model: StateStreamModel,
+        model: Recurrence,
         stream: Stream,
         last_tokens: Int[Tensor, " question"],
         depths: Sequence[int],

@@ -14,8 +14,6 @@ why a handful of sweeps reach rounding (docs/measurements.md).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -24,15 +22,12 @@ from sst_interp.backbone import Layer
 from sst_interp.certificate import TOLERANCE, Certificate, Solution, relative_change
 from sst_interp.choices import Choices
 from sst_interp.keyvalues import Access
-from sst_interp.stream import Stream, attention_masks, blend
-
-if TYPE_CHECKING:
-    from sst_interp.model import StateStreamModel
+from sst_interp.stream import Recurrence, Stream, attention_masks, blend
 
 
 @torch.no_grad()
 def solve_layerwise(
-    model: StateStreamModel,
+    model: Recurrence,
     stream: Stream,
     tokens: Int[Tensor, "row position"],
     *,

@@ -8,41 +8,25 @@ model.generate(["Why is the sky blue?"], iterations=4).texts
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from sst_interp.backbone import Backbone
-from sst_interp.certificate import Certificate, picks, spot_check
+from sst_interp.certificate import Certificate
 from sst_interp.choices import Choices
 from sst_interp.errors import SSTError
-from sst_interp.generation import Generation, Observe, check_iterations, generate
-from sst_interp.keyvalues import KeyValues
-from sst_interp.layerwise import solve_layerwise
-from sst_interp.sequential import advance
-from sst_interp.stream import Stream, stack_pass
-from sst_interp.sweeps import solve_by_sweeps
+from sst_interp.generation import Generation, Observe, generate
+from sst_interp.prompt import prefill
+from sst_interp.replay import Replay, replay
+from sst_interp.stream import Recurrence, Stream
 
 Prompt = str | Sequence[int]
 
 
-@dataclass
-class Replay:
-    """What a model does on given tokens. Positions are token indices; rows shorter than the longest end in
-    zeros (`lengths` says where).
-    """
-
-    logits: Float[Tensor, "question position iteration vocab"] | None
-    resid_post: Float[Tensor, "question position layer iteration d_model"]
-    certificate: Certificate
-    lengths: Int[Tensor, " question"]
-    """Tokens per question."""
-
-
-class StateStreamModel:
+class StateStreamModel(Recurrence):
     """A backbone with a state stream.
 
     Args:
@@ -121,37 +105,10 @@ class StateStreamModel:
         filled = [[row[0]] * (width - len(row)) + row for row in rows]
         return torch.tensor(filled, device=self.backbone.device), pad
 
-    def new_stream(self, pad: Int[Tensor, " row"], columns: int) -> Stream:
-        """An empty stream with room for `columns` tokens per row."""
-        b = self.backbone
-        state = torch.zeros(b.n_layers, len(pad), b.d_model, dtype=b.dtype, device=b.device)
-        return Stream(KeyValues(b.n_layers, columns), state, pad, pad.clone())
-
-    @torch.no_grad()
     def prefill(self, stream: Stream, tokens: Int[Tensor, "row position"]) -> Certificate:
-        """Read a prompt (or a further piece of one) as `choices.prompt` says, one iteration per token.
+        """Read a prompt (or a further piece of one) as `choices.prompt` says; see `prompt.prefill`."""
+        return prefill(self, stream, tokens)
 
-        `exact` is solved layer by layer to the dtype's tolerance; `two_pass` is one sweep; `blend_off`
-        leaves the stream empty: the recurrence starts at the next token.
-        """
-        how = self.choices.prompt
-        if tokens.shape[1] == 0:
-            return Certificate("sequential" if how == "exact" else how)
-        if how == "blend_off":
-            columns = torch.arange(tokens.shape[1], device=tokens.device) + stream.column
-            stack_pass(
-                self.backbone, self.alpha, self.choices, stream, tokens, columns, None, None, "write"
-            )  # fmt: skip
-            stream.column += tokens.shape[1]
-            stream.origin = torch.full_like(stream.origin, stream.column)
-            return Certificate("blend_off")
-        if how == "two_pass":
-            solution = solve_by_sweeps(self, stream, tokens, sweeps=1, keep=False)
-            return replace(solution.certificate, method="two_pass")
-        solution = solve_layerwise(self, stream, tokens, keep=False, check=picks(tokens.shape[1], 2))
-        return spot_check(self, stream, tokens, solution)
-
-    @torch.no_grad()
     def replay(
         self,
         token_ids: Sequence[Prompt] | Tensor,
@@ -184,52 +141,11 @@ class StateStreamModel:
         Raises:
             SSTError: iterations below 1, unknown method, empty or too long input.
         """
-        check_iterations([iterations])
-        if method not in ("parallel", "sequential"):
-            raise SSTError(f"unknown method {method!r}", "use 'parallel' or 'sequential'")
         tokens, pad = self.batch(token_ids)
-        if not 0 <= start < tokens.shape[1]:
-            raise SSTError(f"start = {start} is not a position of {tokens.shape[1]} tokens", "count from 0")
-        if (sweeps is not None and sweeps < 1) or (groups is not None and groups < 1):
-            raise SSTError(
-                f"sweeps = {sweeps}, groups = {groups}: both must be at least 1", "or leave them out"
-            )
-        if start and bool(pad.any()):
-            raise SSTError("start needs questions of equal length", "replay them one by one")
-        stream = self.new_stream(pad, tokens.shape[1])
-        if start:
-            self.prefill(stream, tokens[:, :start])
-            tokens = tokens[:, start:]
-        if method == "sequential":
-            steps = [advance(self, stream, tokens[:, t], iterations) for t in range(tokens.shape[1])]
-            resid_post = torch.stack([torch.stack([i.resid_post for i in step], 2) for step in steps], 2)
-            certificate = Certificate("sequential")
-        else:
-            how: dict[str, Any] = {"iterations": iterations, "tolerance": tolerance}
-            how["check"] = picks(tokens.shape[1], check)
-            if groups is None and sweeps is None:
-                solution = solve_layerwise(self, stream, tokens, **how)
-            else:
-                solution = solve_by_sweeps(self, stream, tokens, groups=groups or 1, sweeps=sweeps, **how)
-            assert solution.resid_post is not None
-            resid_post = solution.resid_post
-            certificate = spot_check(self, stream, tokens, solution, iterations)
-        # [layer, question, column, iteration, d] -> [question, position, layer, iteration, d], left-aligned
-        resid_post = resid_post.permute(1, 2, 0, 3, 4)
-        lengths = tokens.shape[1] - pad
-        if bool(pad.any()):
-            aligned = torch.zeros_like(resid_post)
-            for row, (p, n) in enumerate(zip(pad.tolist(), lengths.tolist(), strict=True)):
-                aligned[row, :n] = resid_post[row, p:]
-            resid_post = aligned
-        out = self.backbone.unembed(resid_post[:, :, -1]) if logits else None
-        if out is not None and bool(pad.any()):
-            out = out.masked_fill(
-                torch.arange(out.shape[1], device=out.device)[None, :, None, None]
-                >= lengths[:, None, None, None],
-                0,
-            )
-        return Replay(out, resid_post, certificate, lengths)
+        return replay(
+            self, tokens, pad, iterations, method, start=start, groups=groups, sweeps=sweeps,
+            tolerance=tolerance, logits=logits, check=check,
+        )  # fmt: skip
 
     def generate(
         self,
@@ -254,7 +170,13 @@ class StateStreamModel:
         Raises:
             SSTError: iterations below 1, an empty prompt, or prompt and budget longer than the context.
         """
-        return generate(self, prompts, iterations, max_new_tokens, stop_tokens, observe, progress)
+        tokens, pad = self.batch(prompts)
+        depths = [iterations] * len(pad) if isinstance(iterations, int | float) else list(iterations)
+        stop = self.stop_tokens if stop_tokens is None else stop_tokens
+        out = generate(self, tokens, pad, depths, max_new_tokens, stop, observe, progress)
+        if self.tokenizer is not None:
+            out.texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in out.tokens]
+        return out
 
     @property
     def stop_tokens(self) -> list[int]:

@@ -5,16 +5,13 @@ Generation runs on it; the parallel solvers are tested against it and recheck so
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sst_interp.stream import Stream, stack_pass
-
-if TYPE_CHECKING:
-    from sst_interp.model import StateStreamModel
+from sst_interp.stream import Recurrence, Stream, stack_pass
 
 
 class Iteration(NamedTuple):
@@ -28,7 +25,7 @@ class Iteration(NamedTuple):
 
 @torch.no_grad()
 def advance(
-    model: StateStreamModel,
+    model: Recurrence,
     stream: Stream,
     tokens: Int[Tensor, " row"],
     depths: int | Int[Tensor, " row"],
@@ -53,9 +50,7 @@ def advance(
         # in the recurrence there is no state.
         has_state = column >= stream.origin[:n] if number > 1 else column > stream.origin[:n]
         resid_post, carried = stack_pass(
-            model.backbone,
-            model.alpha,
-            model.choices,
+            model,
             stream,
             tokens[:n, None],
             columns,

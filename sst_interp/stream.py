@@ -20,9 +20,24 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sst_interp.backbone import FULL, SLIDING, Backbone
+from sst_interp.backbone import SLIDING, Backbone
 from sst_interp.choices import Choices
 from sst_interp.keyvalues import Access, KeyValues
+
+
+@dataclass(eq=False)
+class Recurrence:
+    """What the formula needs: a backbone, its blend weights, and the choices the paper leaves open."""
+
+    backbone: Backbone
+    alpha: Float[Tensor, "layer d_model"]
+    choices: Choices
+
+    def new_stream(self, pad: Int[Tensor, " row"], columns: int) -> Stream:
+        """An empty stream with room for `columns` tokens per row, `pad` of them padding on the left."""
+        b = self.backbone
+        state = torch.zeros(b.n_layers, len(pad), b.d_model, dtype=b.dtype, device=b.device)
+        return Stream(KeyValues(b.n_layers, columns), state, pad, pad.clone())
 
 
 @dataclass
@@ -72,9 +87,7 @@ def blend(
 
 
 def stack_pass(
-    backbone: Backbone,
-    alpha: Float[Tensor, "layer d_model"],
-    choices: Choices,
+    model: Recurrence,
     stream: Stream,
     tokens: Int[Tensor, "row position"],
     columns: Int[Tensor, " position"],
@@ -93,7 +106,7 @@ def stack_pass(
         (resid_post, carried): each layer's output, and what it hands on (the same tensor unless
         `choices.carry` is `ffn_output`).
     """
-    rows = tokens.shape[0]
+    backbone, choices, rows = model.backbone, model.choices, tokens.shape[0]
     position_ids = (columns[None] - stream.pad[:rows, None]).clamp(min=0)
     end = int(columns[-1]) + 1
     x = backbone.embed(tokens, position_ids)
@@ -104,7 +117,9 @@ def stack_pass(
     for index, layer in enumerate(backbone.layers):
         m = x + layer.attention_branch(x, rotary[layer.kind], masks[layer.kind], kv)
         if state is not None:
-            a = alpha[index] if has_state is None else alpha[index] * has_state[..., None]
+            a = model.alpha[index]
+            if has_state is not None:
+                a = a * has_state[..., None]
             m = blend(m, state[index], a, choices)
         ffn = layer.ffn_branch(m)
         x = m + ffn
@@ -156,6 +171,3 @@ def _as_slice(columns: Tensor) -> Tensor | slice:
     """Neighbouring columns as a slice: written without an index kernel."""
     first, last = int(columns[0]), int(columns[-1])
     return slice(first, last + 1) if last - first + 1 == len(columns) else columns
-
-
-__all__ = ["FULL", "SLIDING", "Stream", "attention_masks", "blend", "stack_pass"]

@@ -22,22 +22,17 @@ from the layer it goes back to, which this solver does not.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sst_interp.certificate import TOLERANCE, Certificate, Solution, relative_change
-from sst_interp.stream import Stream, stack_pass
-
-if TYPE_CHECKING:
-    from sst_interp.model import StateStreamModel
+from sst_interp.stream import Recurrence, Stream, stack_pass
 
 
 @torch.no_grad()
 def solve_by_sweeps(
-    model: StateStreamModel,
+    model: Recurrence,
     stream: Stream,
     tokens: Int[Tensor, "row position"],
     *,
@@ -68,9 +63,7 @@ def solve_by_sweeps(
     real = columns[None] >= stream.pad[:, None]
     tolerance = TOLERANCE[model.backbone.dtype] if tolerance is None else tolerance
 
-    first_guess, outgoing = stack_pass(
-        model.backbone, model.alpha, model.choices, stream, tokens, columns, None, None, "write"
-    )
+    first_guess, outgoing = stack_pass(model, stream, tokens, columns, None, None, "write")
     incoming = torch.cat([stream.state[:, :, None], outgoing[:, :, :-1]], dim=2)
     if model.choices.handoff == "scan":
         incoming = moving_average(incoming, model.alpha, columns > stream.origin[:, None])
@@ -105,7 +98,7 @@ def solve_by_sweeps(
 
 
 def _iterate(
-    model: StateStreamModel, stream: Stream, tokens: Tensor, columns: Tensor, state: Tensor, iterations: int
+    model: Recurrence, stream: Stream, tokens: Tensor, columns: Tensor, state: Tensor, iterations: int
 ) -> tuple[list[Tensor], Tensor]:
     """All iterations of some positions from the given states: each one's resid_post, and the last state."""
     outputs = []
@@ -115,9 +108,7 @@ def _iterate(
             access = "write" if number == 1 else "read"
         else:
             access = "write" if number == iterations else "beside"
-        resid_post, state = stack_pass(
-            model.backbone, model.alpha, model.choices, stream, tokens, columns, state, has_state, access
-        )
+        resid_post, state = stack_pass(model, stream, tokens, columns, state, has_state, access)
         outputs.append(resid_post)
     return outputs, state
 

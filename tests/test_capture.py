@@ -5,6 +5,7 @@ Also where the tiny parts for tests from a question file on come from: a Llama a
 
 import dataclasses
 import importlib
+import shutil
 import weakref
 
 import numpy as np
@@ -14,12 +15,13 @@ import pytest
 import tiny
 import tiny_run
 import torch
-from sst_interp.analyses import all_comparisons
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
+from sst_interp.analyses import all_comparisons
 from sst_interp.choices import COMPARISONS, Choices
 from sst_interp.errors import SSTError
+from sst_interp.lanes import LaneDecoder
 from sst_interp.measures import BF16_ROUNDOFF
 from sst_interp.model import attach
 from sst_interp.questions import load_questions
@@ -59,12 +61,12 @@ def word_tokenizer():
 
 
 def write_questions(path, n=5, seed=0):
-    """Multiple-choice questions of different lengths out of `WORDS`, as a CSV."""
+    """Multiple-choice questions out of `WORDS`, as a CSV; their lengths differ within a batch of two, too."""
     pick = np.random.default_rng(seed)
     lines = ["id,question,A,B,answer"]
     for i in range(n):
         a, b = pick.choice(WORDS, 2, replace=False)
-        lines.append(f"q{i},{' '.join(pick.choice(WORDS, 3 + 2 * (i % 3)))},{a},{b},{'AB'[i % 2]}")
+        lines.append(f"q{i},{' '.join(pick.choice(WORDS, (3, 8, 5, 10, 4)[i % 5]))},{a},{b},{'AB'[i % 2]}")
     path.write_text("\n".join(lines) + "\n")
     return path
 
@@ -137,7 +139,9 @@ def test_prompts_and_texts_differ_in_length(run):
     assert run.complete
     assert sorted(run.manifest["shards"]) == ["0", "1", "2"]
     lengths = run.questions.drop_duplicates("question")["prompt_tokens"].tolist()
-    assert lengths[2] - lengths[0] == 4
+    batches = capture_module.batches_of(lengths, 2)
+    assert batches == [[0, 4], [2, 1], [3]]
+    assert all(lengths[a] < lengths[b] for a, b in batches[:2])
     own = run.questions
     assert own["tokens"].nunique() > 1
     assert 0 < own["stopped"].sum() < len(own)
@@ -238,6 +242,22 @@ def test_same_prefix_is_that_of_the_texts(run, replays):
             assert row.same_prefix == (one[: row.position] == deep[: row.position])
 
 
+def test_texts_that_differed_once_have_no_common_prefix_again(model):
+    """Even if they write the same tokens again."""
+    tokens, pad = model.batch([[5, 9], [7, 8]])
+    stream = model.new_stream(pad, 8)
+    model.prefill(stream, tokens[:, :-1])
+    decoder = LaneDecoder(model, stream, tokens[:, -1], (1, 2), torch.tensor([2]))
+    for one, two, same in [
+        ([10, 10], [10, 11], [True, False]),
+        ([12, 12], [12, 12], [True, False]),
+        ([13, 13], [14, 13], [False, False]),
+    ]:
+        decoder.emitted = {1: torch.tensor(one), 2: torch.tensor(two)}
+        assert decoder.finish_step()
+        assert decoder.same_prefix[2].tolist() == same
+
+
 def test_questions_table(run, csv, model, replays):
     asked = load_questions(str(csv), instruction="").questions
     for row in run.questions.itertuples():
@@ -313,16 +333,19 @@ def interrupt(monkeypatch, owner, name, call, after=False):
     monkeypatch.setattr(owner, name, wrapped)
 
 
-PLACES = [
-    ("before a batch", capture_module, "capture_batch", False),
-    ("between measuring and writing", capture_module, "capture_batch", True),
-    ("after a commit", capture_module.RunWriter, "commit", True),
-]
+PLACES = {
+    "before": (capture_module, "capture_batch", False),
+    "measured": (capture_module, "capture_batch", True),
+    "committed": (capture_module.RunWriter, "commit", True),
+}
 
 
-@pytest.mark.parametrize("batch", [0, 1, 2])
-@pytest.mark.parametrize(("owner", "name", "after"), [p[1:] for p in PLACES], ids=[p[0] for p in PLACES])
-def test_killed_and_resumed_is_uninterrupted(whole, model, tmp_path, batch, owner, name, after):
+@pytest.mark.parametrize(
+    ("place", "batch"),
+    [("before", 0), ("measured", 0), ("measured", 2), ("committed", 0), ("committed", 1), ("committed", 2)],
+)
+def test_killed_and_resumed_is_uninterrupted(whole, model, tmp_path, place, batch):
+    owner, name, after = PLACES[place]
     recipe, expected = whole
     with pytest.MonkeyPatch.context() as patch:
         interrupt(patch, owner, name, batch, after)
@@ -367,20 +390,25 @@ def files_of(folder):
     return {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")}
 
 
+@pytest.fixture(scope="module")
+def begun(model, tmp_path_factory):
+    """(questions, recipe, folder) with a run that was killed in its second batch, and a whole one."""
+    here = tmp_path_factory.mktemp("begun")
+    csv = write_questions(here / "mine.csv")
+    recipe = recipe_for(csv)
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, capture_module, "capture_batch", 1)
+        with pytest.raises(KeyboardInterrupt):
+            capture(recipe, model, here / "partial", progress=False)
+    capture(recipe, model, here / "complete", progress=False)
+    return csv, recipe, here
+
+
 @pytest.mark.parametrize("state", ["partial", "complete"])
 @pytest.mark.parametrize("what", ["alpha", "alpha of one dimension", "question", "gold", "model"])
-def test_resuming_with_something_else_is_refused(model, tmp_path, what, state):
-    csv = write_questions(tmp_path / "mine.csv")
-    recipe, folder = recipe_for(csv), tmp_path / "own"
-    with pytest.MonkeyPatch.context() as patch:
-        if state == "partial":
-            interrupt(patch, capture_module, "capture_batch", 1)
-            with pytest.raises(KeyboardInterrupt):
-                capture(recipe, model, folder, progress=False)
-        else:
-            capture(recipe, model, folder, progress=False)
-    before, other = files_of(folder), model
-    original = csv.read_text()
+def test_resuming_with_something_else_is_refused(model, begun, what, state):
+    csv, recipe, here = begun
+    before, other, original = files_of(here / state), model, csv.read_text()
     if what == "alpha":
         other = attach(model.backbone.model, model.tokenizer, ALPHA + 1e-3)
     elif what == "alpha of one dimension":
@@ -394,12 +422,22 @@ def test_resuming_with_something_else_is_refused(model, tmp_path, what, state):
     else:
         other = attach(tiny_llama(seed=1), model.tokenizer, ALPHA)
     assert other is not model or csv.read_text() != original
-    with pytest.raises(SSTError, match="_hash") as refused:
-        capture(recipe, other, folder, progress=False)
+    try:
+        with pytest.raises(SSTError, match="_hash") as refused:
+            capture(recipe, other, here / state, progress=False)
+    finally:
+        csv.write_text(original)
     assert "--fresh" in refused.value.hint
-    assert files_of(folder) == before
-    csv.write_text(original)
-    assert capture(recipe, model, folder, progress=False).complete
+    assert files_of(here / state) == before
+
+
+def test_a_refused_run_can_still_be_finished(model, begun, tmp_path):
+    _, recipe, here = begun
+    shutil.copytree(here / "partial", tmp_path / "own")
+    with pytest.raises(SSTError, match="alpha_hash"):
+        capture(recipe, attach(model.backbone.model, model.tokenizer, 0.1), tmp_path / "own", progress=False)
+    capture(recipe, model, tmp_path / "own", progress=False)
+    assert tiny_run.contents(tmp_path / "own") == tiny_run.contents(here / "complete")
 
 
 def test_a_model_that_is_not_the_recipes_is_refused(csv, model, tmp_path):

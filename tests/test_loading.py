@@ -82,9 +82,10 @@ def test_a_checkpoint_comes_back(checkpoint, backbone, dtype):
     assert model.name == str(checkpoint)
     again = save_checkpoint(model, checkpoint.parent / "again", str(backbone))
     assert torch.equal(load_file(again / WEIGHTS)["alpha"].float(), saved)
-    assert json.loads((again / CONFIG).read_text())["backbone"] == json.loads(
-        (checkpoint / CONFIG).read_text()
-    )["backbone"]
+    assert (
+        json.loads((again / CONFIG).read_text())["backbone"]
+        == json.loads((checkpoint / CONFIG).read_text())["backbone"]
+    )
 
 
 def test_a_checkpoint_behaves_as_the_model_it_was_saved_from(checkpoint, backbone):
@@ -218,7 +219,9 @@ def test_a_damaged_checkpoint_is_an_error_to_act_on(checkpoint, damage):
     assert error.value.hint
 
 
-@pytest.mark.parametrize(("wrong", "near"), [("smollm2-135", "smollm2-135m"), ("smolm2-135m", "smollm2-135m")])
+@pytest.mark.parametrize(
+    ("wrong", "near"), [("smollm2-135", "smollm2-135m"), ("smolm2-135m", "smollm2-135m")]
+)
 def test_unknown_names_name_the_nearest(wrong, near):
     assert near in ASSET_MODELS
     with pytest.raises(SSTError, match=f"unknown model '{wrong}'") as error:
