@@ -60,11 +60,12 @@ def capture(
     questions = load_questions(
         recipe.dataset, recipe.questions, recipe.seed, recipe.split, instruction=recipe.instruction
     )
-    if model is None:
+    if model is not None:
+        refuse_other_model(model, recipe)
+    else:
         if progress:
             print(f"loading {recipe.checkpoint}", file=sys.stderr)
         model = load(recipe.checkpoint, recipe.alpha, recipe.choices, recipe.dtype)
-    refuse_other_model(model, recipe)
     prompts = [model.chat(q.prompt) for q in questions.questions]
     check_room(model, max(map(len, prompts)), recipe.max_new_tokens)
     batches = batches_of([len(p) for p in prompts], recipe.batch_size)
@@ -122,7 +123,7 @@ def capture_batch(
     certificate = model.prefill(stream, tokens[:, :-1])
     stop = torch.tensor(model.stop_tokens, device=tokens.device, dtype=torch.long)
     decoder = LaneDecoder(model, stream, tokens[:, -1], recipe.depths, stop)
-    lens = model.choices.overlap == "lens_jaccard"
+    lens = recipe.choices.overlap == "lens_jaccard"
     recorder = Recorder(rows, recipe.depths, recipe.keep, lens, restricted)
     texts: dict[int, list[list[int]]] = {d: [[] for _ in rows] for d in recipe.depths}
     for position in range(recipe.max_new_tokens):

@@ -59,8 +59,13 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Any], torch.Tensor, Choices
         weights = load_file(folder / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
         raise SSTError(f"checkpoint {folder} cannot be read: {error}", "fetch or save it again") from None
-    if set(weights) != {"alpha"} or "backbone" not in config:
+    if set(weights) != {"alpha"}:
         raise SSTError(
             f"checkpoint {folder} holds {sorted(weights)} where it must hold ['alpha']", "fetch it again"
+        )
+    backbone = config.get("backbone") if isinstance(config, dict) else None
+    if not isinstance(backbone, dict) or not {"name", "content_hash"} <= set(backbone):
+        raise SSTError(
+            f"checkpoint {folder}: {CONFIG} does not say which backbone it belongs to", "fetch it again"
         )
     return config, weights["alpha"], Choices.from_dict(config.get("choices", {}))

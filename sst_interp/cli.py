@@ -10,6 +10,8 @@ import errno
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -126,7 +128,8 @@ def capture(
     recipe = find_recipe(run, captured=not fresh)
     if keep is not None:
         recipe = replace(recipe, keep=keep)
-    captured = capture_run(recipe, fresh=fresh)
+    with _stopping():
+        captured = capture_run(recipe, fresh=fresh)
     print(f"captured {len(captured.questions['question'].unique())} questions in {captured.folder}")
 
 
@@ -191,14 +194,10 @@ def datasets(as_json: JsonFlag = False) -> None:
 
 def _captured(name: str, fresh: bool) -> Any:
     """The run, captured if need be. A complete run (or a shipped one) is opened as it is."""
-    from sst_interp.capture import capture as capture_run
     from sst_interp.recipe import find_recipe
     from sst_interp.runs import open_run
 
-    if name.endswith(".toml"):
-        recipe = find_recipe(name)
-        return capture_run(recipe, fresh=fresh)
-    if not fresh:
+    if not fresh and not name.endswith(".toml"):
         try:
             found = open_run(name)
         except SSTError as error:
@@ -208,7 +207,20 @@ def _captured(name: str, fresh: bool) -> Any:
             if found.complete:
                 _note_changed_recipe(found)
                 return found
-    return capture_run(find_recipe(name, captured=not fresh), fresh=fresh)
+    recipe = find_recipe(name, captured=not fresh)
+    with _stopping():
+        from sst_interp.capture import capture as capture_run
+
+        return capture_run(recipe, fresh=fresh)
+
+
+@contextmanager
+def _stopping() -> Iterator[None]:
+    """Ctrl-C in a capture as an error to read. (The command-line library would exit without a word.)"""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise SSTError("stopped", "what was captured is kept: the same command goes on from there") from None
 
 
 def _note_changed_recipe(run: Any) -> None:
@@ -273,6 +285,7 @@ def _plain(value: Any) -> str:
 
 def _write(path: Path, text: str) -> None:
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     except OSError as error:
         raise SSTError(f"cannot write {path}: {error.strerror}", "choose another file") from None
@@ -284,8 +297,6 @@ def main() -> None:
         app()
     except SSTError as error:
         _fail(error.message, error.hint)
-    except KeyboardInterrupt:
-        _fail("stopped", "what was captured is kept: the same command goes on from there")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from sst_interp import places
@@ -102,17 +103,27 @@ def _backbone(name: str, dtype: torch.dtype, trust_remote_code: bool) -> tuple[A
     source = str(ASSET_MODELS[name]()) if name in ASSET_MODELS else name
     with _quiet_transformers():
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
+            model, landed = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
             )
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             first = str(error).strip().splitlines()[0]
             raise SSTError(
                 f"model {name!r} cannot be loaded: {first}",
                 "check the name and the network; `hf auth login` if the model is gated; "
                 "models that need their own code: trust_remote_code=True",
             ) from error
+    if landed["missing_keys"]:  # transformers would have made them up
+        missing = sorted(landed["missing_keys"])
+        raise SSTError(
+            f"model {name!r} lacks {len(missing)} of its weights, {missing[0]} first",
+            "fetch it again: a part of it is missing",
+        )
     return model, tokenizer
 
 

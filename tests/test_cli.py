@@ -363,7 +363,8 @@ def test_a_report_where_none_can_be_written(run_cli, parts):
     recipe = write_recipe(parts)
     assert run_cli("capture", "--run", recipe)[0] == 0
     two_lines(run_cli("report", "--run", "own", "--html", f"{recipe}/out.html"), f"{recipe}/out.html")
-    two_lines(run_cli("basin-shifts", "--run", "own", "--json", "no/such/out.json"), "no/such/out.json")
+    blocked = f"{recipe}/out.json"
+    two_lines(run_cli("basin-shifts", "--run", "own", "--json", blocked), blocked)
 
 
 @pytest.mark.parametrize("command", ["capture", "basin-shifts"])
@@ -372,7 +373,7 @@ def test_ctrl_c_keeps_what_is_committed(run_cli, parts, batches, command):
     with pytest.MonkeyPatch.context() as patch:
         interrupt(patch, capture_module, "capture_batch", 1)
         code, out, err = run_cli(command, "--run", recipe)
-    assert code in (2, 130)  # 130 is what shells take for Ctrl-C
+    assert code == 2
     assert "goes on" in two_lines((2, out, err), "stopped")
     partial = open_run("own")
     assert list(partial.manifest["shards"]) == ["0"]
