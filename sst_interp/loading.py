@@ -103,13 +103,14 @@ def _backbone(name: str, dtype: torch.dtype, trust_remote_code: bool) -> tuple[A
     source = str(ASSET_MODELS[name]()) if name in ASSET_MODELS else name
     with _quiet_transformers():
         try:
-            model, landed = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source,
                 dtype=dtype,
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
             )
+            model, landed = loaded
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             first = str(error).strip().splitlines()[0]
