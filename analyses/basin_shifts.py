@@ -8,6 +8,7 @@ figures; nothing is pooled over comparisons, and the headline is one pair of dep
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -31,7 +32,7 @@ from sst_interp.analyses.statistics import (
     percent_text,
     questions_words,
 )
-from sst_interp.choices import COMPARISONS, Choices
+from sst_interp.choices import COMPARISONS, Choices, Comparison
 from sst_interp.errors import SSTError, unknown_name
 
 PAPER_THRESHOLD = 0.99
@@ -243,12 +244,18 @@ def threshold_of(distribution: OverlapDistribution, choices: Choices) -> tuple[f
 
 
 def all_comparisons(
-    pairs: pd.DataFrame, choices: Choices | None = None, resamples: int = RESAMPLES, seed: int = 0
+    pairs: pd.DataFrame,
+    choices: Choices | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    each: Callable[[Iterable[Comparison]], Iterable[Comparison]] = iter,
 ) -> dict[str, BasinShifts]:
-    """One result per comparison, the one the choices lead with first. Never pooled."""
+    """One result per comparison, the one the choices lead with first. Never pooled. `each` wraps the loop
+    over comparisons (a progress bar).
+    """
     choices = choices or Choices()
     order = sorted(COMPARISONS, key=lambda c: c != choices.comparison)
-    return {c: basin_shifts(pairs, c, choices, resamples, seed) for c in order}
+    return {c: basin_shifts(pairs, c, choices, resamples, seed) for c in each(order)}
 
 
 class QuestionMap(NamedTuple):

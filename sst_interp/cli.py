@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -74,12 +75,14 @@ def basin_shifts(
 
         sst-interp basin-shifts --run demo --json - | jq .replayed.share
     """
+    from tqdm import tqdm
+
     from sst_interp.analyses import all_comparisons
     from sst_interp.report import write_report
 
     captured = _captured(run, fresh)
-    print(f"analysing {captured.name}", file=sys.stderr)
-    results = all_comparisons(captured.pairs, captured.recipe.choices)
+    bar = partial(tqdm, desc=f"analysing {captured.name}", unit="comparison")
+    results = all_comparisons(captured.pairs, captured.recipe.choices, each=bar)
     if str(json_file) == "-":
         print(json.dumps({name: result.to_dict() for name, result in results.items()}, indent=2))
     else:

@@ -50,9 +50,9 @@ def bf16_ratio(
     (claim C7). One rounding is a lenient reference after many layers; docs/concepts.md.
     """
     a, b = wide(a), wide(b)
-    change, unit = (b - a).abs(), BF16_ROUNDOFF * a.abs()
-    ratio = torch.where(change == 0, torch.zeros_like(change), change / unit)
-    return ratio.median(dim=-1).values
+    change = (b - a).abs_()
+    same = change == 0
+    return change.div_(BF16_ROUNDOFF * a.abs()).masked_fill_(same, 0).median(dim=-1).values
 
 
 def jaccard(a: Int[Tensor, "*cell k"], b: Int[Tensor, "*cell k"]) -> Float[Tensor, "*cell"]:
@@ -84,7 +84,7 @@ def read_out(logits: Float[Tensor, "row vocab"]) -> Readout:
     """Reduce logits to what is recorded of them."""
     log_probs = wide(logits).log_softmax(-1)
     values, top = log_probs.topk(min(TOP, logits.shape[-1]))
-    entropy = -(log_probs.exp() * log_probs).sum(-1)
+    entropy = -torch.linalg.vecdot(log_probs.exp(), log_probs)
     return Readout(log_probs.argmax(-1), entropy, values[:, 0] - values[:, 1], top, log_probs)
 
 
@@ -104,7 +104,7 @@ def compare_outputs(a: Readout, b: Readout) -> OutputChange:
     in_a = a.log_probs.gather(1, b.argmax[:, None])
     before = torch.arange(a.log_probs.shape[1], device=in_a.device) < b.argmax[:, None]
     rank = ((a.log_probs > in_a) | ((a.log_probs == in_a) & before)).sum(-1)
-    kl = (b.log_probs.exp() * (b.log_probs - a.log_probs)).sum(-1).clamp_min(0)
+    kl = torch.linalg.vecdot(b.log_probs.exp(), b.log_probs - a.log_probs).clamp_min(0)
     return OutputChange(a.argmax != b.argmax, replaced(a.top, b.top), rank, kl)
 
 
