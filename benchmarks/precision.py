@@ -41,7 +41,7 @@ def main() -> None:
     states = {}
     for dtype in ("bfloat16", "float32"):
         model = sst.load("smollm2-135m", alpha=0.01, dtype=dtype)
-        ids = [model.chat(q.prompt)[:96] for q in prompts]
+        ids = [model.chat(q.prompt)[:64] for q in prompts]
         states[dtype, "batch 4"] = model.replay(ids, check=0, logits=False).resid_post.float()
         states[dtype, "batch 1"] = torch.cat(
             [model.replay([i], check=0, logits=False).resid_post.float() for i in ids]

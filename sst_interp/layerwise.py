@@ -1,4 +1,4 @@
-"""The layerwise solver: exact states of all positions for the price of about three passes.
+"""The layerwise solver: exact states of all positions for the price of a few passes.
 
 The recurrence couples a layer only to *itself* one step earlier: y_l at (t, i) needs x_l at (t, i), the
 keys of x_l at earlier positions, and y_l one step before. So the layers can be solved one after the other,
