@@ -8,6 +8,7 @@ from sst_interp.analyses.basin_shifts import (
     basin_shifts,
     question_map,
 )
+from sst_interp.analyses.depth_scores import DepthScores, depth_scores
 from sst_interp.analyses.modes import Modes, find_modes
 from sst_interp.analyses.overlap import (
     OverlapDistribution,
@@ -23,20 +24,24 @@ from sst_interp.analyses.statistics import (
     cluster_bootstrap,
     resample_weights,
 )
+from sst_interp.analyses.training_curves import TrainingCurves, training_curves
 
 __all__ = [
     "PAPER_THRESHOLD",
     "BasinShifts",
+    "DepthScores",
     "Interval",
     "Modes",
     "OverlapDistribution",
     "QuestionMap",
     "Result",
+    "TrainingCurves",
     "all_comparisons",
     "basin_shifts",
     "bootstrap_ends",
     "cluster_bootstrap",
     "deepest_pair",
+    "depth_scores",
     "find_modes",
     "json_ready",
     "overlap_distribution",
@@ -45,4 +50,5 @@ __all__ = [
     "question_map",
     "resample_weights",
     "table_html",
+    "training_curves",
 ]

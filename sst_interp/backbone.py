@@ -144,15 +144,8 @@ class Backbone:
 
     @cached_property
     def content_hash(self) -> str:
-        """sha256 over every weight's name, shape and values: which backbone this is. Values are rounded to
-        bfloat16 first, so that it is the same backbone in every dtype it is loaded in.
-        """
-        digest = hashlib.sha256()
-        for name, value in sorted(self.model.state_dict().items()):
-            digest.update(f"{name} {tuple(value.shape)}\n".encode())
-            rounded = value.detach().cpu().to(torch.bfloat16).contiguous()
-            digest.update(rounded.view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        """Which backbone this is: see `content_hash`."""
+        return content_hash(self.model)
 
     @torch.no_grad()
     def validate(self) -> None:
@@ -246,6 +239,18 @@ def take_apart(family: str, block: Any, kind: str) -> Layer:
     return Layer(
         block.input_layernorm, block.self_attn, None, block.post_attention_layernorm, block.mlp, None, kind
     )
+
+
+def content_hash(model: nn.Module) -> str:
+    """sha256 over every weight's name, shape and values: which model this is. Values are rounded to bfloat16
+    first, so that it is the same model in every dtype it is loaded in.
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)}\n".encode())
+        rounded = value.detach().cpu().to(torch.bfloat16).contiguous()
+        digest.update(rounded.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def refuse_nonfinite(model: nn.Module) -> None:

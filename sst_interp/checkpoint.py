@@ -1,7 +1,9 @@
 """A state stream on disk: its blend weights in safetensors, its choices and its backbone in JSON.
 
-folder/stream.safetensors    alpha [layer, d_model]
-folder/stream.json           choices, and the backbone's name and content hash
+folder/stream.safetensors         alpha [layer, d_model]
+folder/stream.json                choices, and the backbone's name, revision and content hash
+folder/adapter_model.safetensors  trained checkpoints: LoRA adapters, in PEFT's layout
+folder/adapter_config.json        and their configuration
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from sst_interp.choices import Choices
-from sst_interp.durable import replace_bytes
+from sst_interp.durable import publish, replace_bytes, stage
 from sst_interp.errors import SSTError
+from sst_interp.training.adapters import save_adapters
 
 if TYPE_CHECKING:
     from sst_interp.model import StateStreamModel
@@ -29,21 +32,36 @@ def is_checkpoint(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
 
 
-def save_checkpoint(model: StateStreamModel, folder: str | Path, backbone_name: str) -> Path:
+def save_checkpoint(
+    model: StateStreamModel,
+    folder: str | Path,
+    backbone_name: str,
+    adapters: Any = None,
+    content_hash: str | None = None,
+) -> Path:
     """Write a model's stream (not its backbone) to `folder`.
 
     Args:
         backbone_name: what `sst.load` loads the backbone by: an asset, a hub id or a folder.
+        adapters: the `peft.PeftModel` around the backbone, if adapters were trained with the stream.
+        content_hash: the backbone's, without the adapters; None takes the model's own.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = {
         "format": 1,
         "choices": model.choices.to_dict(),
-        "backbone": {"name": backbone_name, "content_hash": model.backbone.content_hash},
+        "backbone": {
+            "name": backbone_name,
+            "revision": getattr(model.backbone.config, "_commit_hash", None),
+            "content_hash": content_hash or model.backbone.content_hash,
+        },
         "dtype": str(model.backbone.dtype).removeprefix("torch."),
     }
-    save_file({"alpha": model.alpha.contiguous().cpu()}, folder / WEIGHTS)
+    if adapters is not None:
+        save_adapters(adapters, folder, backbone_name)
+    stage(folder / WEIGHTS, lambda path: save_file({"alpha": model.alpha.contiguous().cpu()}, path))
+    publish(folder / WEIGHTS)
     replace_bytes(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True).encode())
     return folder
 

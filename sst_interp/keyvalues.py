@@ -22,6 +22,19 @@ earlier iteration of many positions at once: everybody else is read as of *their
 `read`: leave the store alone and attend to it (the store is frozen after the first iteration)."""
 
 
+def put(target: Tensor, at: Tensor | slice, new: Tensor, dim: int) -> Tensor:
+    """`target` with `new` in its places `at` along `dim`: written in place, or, while gradients are
+    recorded, in a copy (`new` itself where it covers everything).
+    """
+    if not torch.is_grad_enabled():
+        target.movedim(dim, 0)[at] = new.movedim(dim, 0)
+        return target
+    if new.shape == target.shape:
+        return new
+    index = torch.arange(target.shape[dim], device=target.device)[at] if isinstance(at, slice) else at
+    return target.index_copy(dim, index, new)
+
+
 class KeyValues:
     """A store of keys and values [row, head, column, d_head] per layer, allocated on first write.
 
@@ -87,7 +100,9 @@ class View:
         kept = store[layer]
         if kept is None:
             kept = store[layer] = new.new_zeros(rows, heads, self.store.columns, d_head)
-        if self.access == "write":
+        if self.access == "write" and torch.is_grad_enabled():
+            kept = store[layer] = put(kept, self.columns, new, dim=2)
+        elif self.access == "write":
             kept[:rows, :, self.columns] = new
         seen = kept[:rows, :, : self.end]
         return torch.cat([seen, new], dim=2) if self.access == "beside" else seen

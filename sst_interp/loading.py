@@ -19,10 +19,12 @@ from torch import Tensor
 
 from sst_interp import places
 from sst_interp.assets import smollm2_folder
+from sst_interp.backbone import content_hash
 from sst_interp.checkpoint import is_checkpoint, read_checkpoint
 from sst_interp.choices import TRAINED, Choices
 from sst_interp.errors import SSTError, unknown_name
 from sst_interp.model import StateStreamModel, attach
+from sst_interp.training.adapters import merge_adapters
 
 ASSET_MODELS = {"smollm2-135m": smollm2_folder}
 """Backbones that come from a package registry by name and sha256, for machines without a model hub."""
@@ -54,7 +56,7 @@ def load(
             choices that a checkpoint was not trained with.
     """
     dtype = _dtype(dtype)
-    folder = _checkpoint_folder(name)
+    folder = checkpoint_folder(name)
     if folder is None:
         model, tokenizer = _backbone(str(name), dtype, trust_remote_code)
         return attach(
@@ -70,20 +72,22 @@ def load(
                 f"checkpoint {name} was trained with {field} = {getattr(theirs, field)!r}, not {wanted!r}",
                 "leave the choice out, or train another checkpoint",
             )
-    choices = replace(choices or theirs, **{field: getattr(theirs, field) for field in TRAINED})
-    stream = attach(model.to(device), tokenizer, trained if alpha is None else alpha, choices, str(name))
-    if stream.backbone.content_hash != backbone["content_hash"]:
+    found = content_hash(model)
+    if found != backbone["content_hash"]:
         raise SSTError(
             f"checkpoint {name} belongs to another backbone: its weights hash to "
-            f"{backbone['content_hash'][:12]}, those of {backbone['name']!r} to "
-            f"{stream.backbone.content_hash[:12]}",
+            f"{backbone['content_hash'][:12]}, those of {backbone['name']!r} to {found[:12]}",
             "load it with the backbone it was trained on",
         )
-    return stream
+    choices = replace(choices or theirs, **{field: getattr(theirs, field) for field in TRAINED})
+    model = merge_adapters(model, folder)
+    return attach(model.to(device), tokenizer, trained if alpha is None else alpha, choices, str(name))
 
 
-def _checkpoint_folder(name: str | Path) -> Path | None:
-    for folder in (Path(name), places.shipped("checkpoints") / str(name)):
+def checkpoint_folder(name: str | Path) -> Path | None:
+    """Where the checkpoint of that name is: a folder, the user's, or a shipped one; None if nowhere."""
+    here = (Path(name), places.checkpoints_dir() / str(name), places.shipped("checkpoints") / str(name))
+    for folder in here:
         if is_checkpoint(folder):
             return folder
     return None

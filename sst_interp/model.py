@@ -69,6 +69,12 @@ class StateStreamModel(Recurrence):
             raise SSTError("this model has no tokenizer", "pass token ids, or attach(..., tokenizer)")
         return list(self.tokenizer(prompt)["input_ids"])
 
+    def encode_plain(self, text: str) -> list[int]:
+        """Token ids of a piece of text inside a conversation: no special tokens are added."""
+        if self.tokenizer is None:
+            raise SSTError("this model has no tokenizer", "pass token ids, or attach(..., tokenizer)")
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
     def chat(self, message: str, system: str | None = None) -> list[int]:
         """Token ids of a user message in the tokenizer's chat template, ready to be answered. A tokenizer
         without a template gets the message as plain text.
@@ -78,7 +84,7 @@ class StateStreamModel(Recurrence):
         turns = [{"role": "system", "content": system}] if system is not None else []
         turns.append({"role": "user", "content": message})
         text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return self.encode_plain(text)
 
     def batch(self, prompts: Sequence[Prompt] | Tensor) -> tuple[Tensor, Tensor]:
         """Left-padded token ids [row, column] and the padding per row.

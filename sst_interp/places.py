@@ -24,3 +24,8 @@ def shipped(kind: str) -> Path:
 def runs_dir() -> Path:
     """The user's runs: `$SST_INTERP_RUNS`, else `runs` in the working folder. Not created here."""
     return Path(os.environ.get("SST_INTERP_RUNS") or "runs")
+
+
+def checkpoints_dir() -> Path:
+    """The user's checkpoints: `$SST_INTERP_CHECKPOINTS`, else `checkpoints` in the working folder."""
+    return Path(os.environ.get("SST_INTERP_CHECKPOINTS") or "checkpoints")

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sst_interp.keyvalues import put
 from sst_interp.stream import Recurrence, Stream, stack_pass
 
 
@@ -23,7 +24,6 @@ class Iteration(NamedTuple):
     """Each layer's output, for the rows that are still iterating: the first n of the batch."""
 
 
-@torch.no_grad()
 def advance(
     model: Recurrence,
     stream: Stream,
@@ -36,6 +36,9 @@ def advance(
         tokens: the token at column `stream.column` of every row.
         depths: iterations per row, >= 1 and in descending order, so that the rows still iterating are
             always the first n of the batch and no row is copied.
+
+    While gradients are enabled nothing is written in place: the result can be differentiated through every
+    earlier position (exact back-propagation through time).
 
     Returns:
         The iterations 1 to max(depths), each with the rows that took part in it.
@@ -58,7 +61,7 @@ def advance(
             None if bool(has_state.all()) else has_state[:, None],
             "write" if number == 1 or model.choices.kv == "last" else "read",
         )
-        stream.state[:, :n] = carried[:, :, 0]
+        stream.state = put(stream.state, slice(0, n), carried[:, :, 0], dim=1)
         iterations.append(Iteration(number, resid_post[:, :, 0]))
     stream.column += 1
     return iterations

@@ -114,13 +114,14 @@ def stack_pass(
     masks = attention_masks(backbone, stream.pad[:rows], columns, end, access, x.dtype)
     kv = stream.kv.view(_as_slice(columns), end, access)
     outputs, carried = [], []
+    states = [None] * backbone.n_layers if state is None else state.unbind(0)
     for index, layer in enumerate(backbone.layers):
         m = x + layer.attention_branch(x, rotary[layer.kind], masks[layer.kind], kv)
-        if state is not None:
+        if (s := states[index]) is not None:
             a = model.alpha[index]
             if has_state is not None:
                 a = a * has_state[..., None]
-            m = blend(m, state[index], a, choices)
+            m = blend(m, s, a, choices)
         ffn = layer.ffn_branch(m)
         x = m + ffn
         outputs.append(x)

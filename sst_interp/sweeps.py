@@ -22,15 +22,17 @@ from the layer it goes back to, which this solver does not.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sst_interp.certificate import TOLERANCE, Certificate, Solution, relative_change
+from sst_interp.keyvalues import put
 from sst_interp.stream import Recurrence, Stream, stack_pass
 
 
-@torch.no_grad()
 def solve_by_sweeps(
     model: Recurrence,
     stream: Stream,
@@ -55,6 +57,9 @@ def solve_by_sweeps(
         keep: return every layer's outputs (`resid_post`), not only the last layer's.
         check: positions whose incoming states are returned for `spot_check`.
 
+    While gradients are enabled (training) nothing is written in place, so that the result can be
+    differentiated through every pass, and with a fixed number of sweeps no residual is measured.
+
     Raises:
         SSTError: states overflow (alpha too large for this backbone).
     """
@@ -70,18 +75,20 @@ def solve_by_sweeps(
     kept = first_guess.new_zeros(len(first_guess) if keep else 1, rows, T, iterations, d)
     residuals: list[float] = []
     groups = max(1, min(groups, T))
+    unmeasured = torch.is_grad_enabled() and sweeps is not None
     while len(residuals) < (T if sweeps is None else sweeps):
-        change = 0.0
+        change = math.nan if unmeasured else 0.0
         for group in range(groups):
             at = torch.arange(group, T, groups, device=tokens.device)
             outputs, new = _iterate(model, stream, tokens[:, at], columns[at], incoming[:, :, at], iterations)
-            moved = relative_change(new, outgoing[:, :, at]).masked_fill(~real[:, at], 0)
-            change = max(change, float(moved.max()))
-            outgoing[:, :, at] = new
+            if not unmeasured:
+                moved = relative_change(new.detach(), outgoing[:, :, at].detach())
+                change = max(change, float(moved.masked_fill(~real[:, at], 0).max()))
+            outgoing = put(outgoing, at, new, dim=2)
             onward = at[at + 1 < T]
-            incoming[:, :, onward + 1] = new[:, :, : len(onward)]
-            for i, resid_post in enumerate(outputs):
-                kept[:, :, at, i] = resid_post if keep else resid_post[-1:]
+            incoming = put(incoming, onward + 1, new[:, :, : len(onward)], dim=2)
+            latest = torch.stack([r if keep else r[-1:] for r in outputs], dim=3)
+            kept = put(kept, at, latest, dim=2)
         residuals.append(change)
         if sweeps is None and change < tolerance:
             break

@@ -6,7 +6,8 @@
     {"question": "Which is a metal?", "choices": ["tin", "wood"], "answer": "tin"}
 
 In a CSV, one column `choices` may hold a JSON list or texts separated by `|`. Without choices the answer
-is a number. The answer is a letter or the exact text of a choice; `id` defaults to the row number.
+is a number, or a worked answer that ends in `#### 72`. The answer to choices is a letter or the exact text of
+one; `id` defaults to the row number.
 """
 
 from __future__ import annotations
@@ -103,7 +104,9 @@ def _item(where: str, row: dict[str, Any], columns: Columns, number: int) -> Ite
             raise SSTError(f"{where} has an empty {columns.get(name, name)!r}")
     choices = _choices(where, row, columns)
     if not choices:
-        return Item(cell("id") or str(number), cell("question"), (), cell("answer"))
+        worked, hashes, short = cell("answer").rpartition("####")  # as GSM8K writes it
+        answer = short.strip() if hashes and worked else cell("answer")
+        return Item(cell("id") or str(number), cell("question"), (), answer, cell("answer"))
     if len(choices) < 2:
         raise SSTError(f"{where} has a single choice", "give two or more, or none for a number")
     answer = _index(where, cell("answer"), choices)

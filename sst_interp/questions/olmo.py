@@ -48,7 +48,7 @@ def read_task(wheel: Path, task: str) -> tuple[list[Item], str]:
 
 def _item(key: str, doc: dict[str, Any]) -> Item:
     if "short_answer" in doc:
-        return Item(key, doc["question"].strip(), (), doc["short_answer"])
+        return Item(key, doc["question"].strip(), (), doc["short_answer"], doc.get("answer", ""))
     match = _QUERY.fullmatch(doc["query"])
     if match is None:
         raise SSTError(f"question {key}: its record is not a lettered multiple-choice question")

@@ -50,7 +50,7 @@ def ask(item: Item, seed: int = 0, instruction: str | None = None, ordered: bool
                 f"question {item.id}: the answer is not a number",
                 "give it as digits (18, 1,450, -2.5), or give the question choices",
             )
-        return Question(item.id, _message(item.text, instruction), gold, "number", 0)
+        return Question(item.id, message(item.text, instruction), gold, "number", 0)
     n = len(item.choices)
     if not 2 <= n <= len(ascii_uppercase):
         raise SSTError(f"question {item.id} has {n} choices; 2 to 26 can be lettered")
@@ -63,7 +63,7 @@ def ask(item: Item, seed: int = 0, instruction: str | None = None, ordered: bool
     gold = letters[order.index(int(item.answer))]
     return Question(
         item.id,
-        _message(item.text, listed, instruction),
+        message(item.text, listed, instruction),
         gold,
         "choice",
         n,
@@ -71,5 +71,6 @@ def ask(item: Item, seed: int = 0, instruction: str | None = None, ordered: bool
     )
 
 
-def _message(*parts: str) -> str:
+def message(*parts: str) -> str:
+    """The user's message: its parts, those that are not empty, a blank line apart."""
     return "\n\n".join(part for part in parts if part)

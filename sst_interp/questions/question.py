@@ -22,6 +22,8 @@ class Item:
     """In the dataset's order; empty for a question whose answer is a number."""
     answer: int | str
     """Index into `choices`, or the number as the dataset writes it."""
+    worked: str = field(default="", repr=False)
+    """The worked answer, for a dataset that has one: what a training learns to write."""
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,18 @@ def load_questions(
     return QuestionSet(provenance["dataset"], questions, restricted, provenance)
 
 
+def load_items(dataset: str, split: str | None = None) -> tuple[list[Item], dict[str, Any]]:
+    """The records of a dataset that has a name, as it has them, and their provenance.
+
+    Raises:
+        SSTError: unknown name or split.
+    """
+    name = dataset.partition(":")[0]
+    if name not in DATASETS:
+        raise unknown_name("dataset", dataset, DATASETS)
+    return _registered(dataset, DATASETS[name], split)
+
+
 def _registered(dataset: str, known: Dataset, split: str | None) -> tuple[list[Item], dict[str, Any]]:
     name, has_path, path = dataset.partition(":")
     if has_path and (name != "gpqa" or not path):

@@ -1,0 +1,156 @@
+"""The evaluation of a checkpoint: its tasks, run one (task, depth) at a time and kept as they finish.
+
+FOLDER/TASK-dDEPTH.parquet    a row per question: question, value, weight
+
+`value` is the summed loss of an answer (nats) and `weight` its tokens; or whether the answer is right, and 1.
+The score of a task is sum(value) / sum(weight); whoever reports one resamples questions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from sst_interp.durable import publish, stage
+from sst_interp.errors import SSTError, unknown_name
+from sst_interp.evaluation.accuracy import answers
+from sst_interp.evaluation.losses import answer_losses
+from sst_interp.model import StateStreamModel
+from sst_interp.questions import load_questions
+from sst_interp.questions.registry import load_items
+from sst_interp.training.examples import Example, encode
+
+
+@dataclass(frozen=True)
+class Task:
+    """One thing that is measured."""
+
+    kind: str
+    """`loss` (nats per answer token, lower is better) or `accuracy`."""
+    dataset: str
+    split: str
+    questions: int
+    """At most this many, from the first."""
+    max_new_tokens: int = 0
+    about: str = ""
+
+
+TASKS: dict[str, Task] = {
+    "gsm8k-loss": Task("loss", "gsm8k", "test", 256, about="GSM8K test, loss of the worked answer"),
+    "gsm8k": Task("accuracy", "gsm8k", "test", 200, 192, "GSM8K test, accuracy"),
+    "arc-easy": Task("accuracy", "arc-easy", "validation", 570, 24, "ARC-Easy validation, accuracy"),
+    "arc-challenge": Task(
+        "accuracy", "arc-challenge", "validation", 299, 24, "ARC-Challenge validation, accuracy"
+    ),
+}
+HELD_OUT, HELD_OUT_QUESTIONS = "held-out-loss", 256
+"""Loss on a training's held-out examples: there only if they are given, for it needs the training data."""
+
+
+def evaluate(
+    model: StateStreamModel,
+    folder: str | Path,
+    depths: Sequence[int] = (1, 2, 3, 4),
+    tasks: Sequence[str] = tuple(TASKS),
+    held_out: Sequence[Example] = (),
+    questions: int | None = None,
+    progress: Callable[[str, int, int], Any] | None = None,
+) -> pd.DataFrame:
+    """Measure `model` at every depth; what the folder already holds is not measured again.
+
+    A model whose blend is zero does the same at every depth: it is measured at depth 1 only.
+
+    Args:
+        model: the model; its name and weights are the caller's business: one folder per model.
+        folder: where the measurements are kept.
+        depths: iteration depths.
+        tasks: names of `TASKS`.
+        held_out: examples for the task `held-out-loss`.
+        questions: fewer questions per task than its own number.
+        progress: called with (task and depth, questions done, questions in all).
+
+    Returns:
+        A row per (task, depth, question): task, depth, question, value, weight.
+
+    Raises:
+        SSTError: an unknown task, or depths that are not whole numbers from 1.
+    """
+    if not bool(model.alpha.any()):
+        depths = [1]
+    wanted = [*tasks, *([HELD_OUT] if held_out else [])]
+    for name, depth, n in missing(Path(folder), wanted, depths, questions):
+        label = f"{name} at depth {depth}"
+        n = min(n, len(held_out)) if name == HELD_OUT else n
+        note = (lambda done, label=label, n=n: progress(label, done, n)) if progress else None
+        rows = _measure(model, name, depth, n, held_out, note)
+        path = Path(folder) / f"{name}-d{depth}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stage(path, rows.to_parquet)
+        publish(path)
+    return read_evaluation(folder)
+
+
+def missing(
+    folder: Path, tasks: Sequence[str], depths: Sequence[int], questions: int | None = None
+) -> list[tuple[str, int, int]]:
+    """What is still to be measured: (task, depth, questions), depth by depth.
+
+    Raises:
+        SSTError: an unknown task, or depths that are not whole numbers from 1.
+    """
+    for name in tasks:
+        if name not in TASKS and name != HELD_OUT:
+            raise unknown_name("task", name, [*TASKS, HELD_OUT])
+    if not depths or any(not isinstance(d, int) or d < 1 for d in depths):
+        raise SSTError(f"depths {list(depths)} are not whole numbers from 1", "for example 1,2,3,4")
+    todo = []
+    for depth in sorted(depths):
+        for name in tasks:
+            path = folder / f"{name}-d{depth}.parquet"
+            n = min(TASKS[name].questions if name in TASKS else HELD_OUT_QUESTIONS, questions or 10**9)
+            if not path.is_file() or (name in TASKS and len(pd.read_parquet(path)) < n):
+                todo.append((name, depth, n))
+    return todo
+
+
+def read_evaluation(folder: str | Path) -> pd.DataFrame:
+    """What `evaluate` has measured so far: task, depth, question, value, weight.
+
+    Raises:
+        SSTError: nothing was.
+    """
+    parts = []
+    for path in sorted(Path(folder).glob("*-d*.parquet")):
+        task, _, depth = path.stem.rpartition("-d")
+        parts.append(pd.read_parquet(path).assign(task=task, depth=int(depth)))
+    if not parts:
+        raise SSTError(f"{folder} holds no evaluation", "`sst-interp evaluate NAME` makes one")
+    return pd.concat(parts, ignore_index=True)[["task", "depth", "question", "value", "weight"]]
+
+
+def _measure(
+    model: StateStreamModel,
+    name: str,
+    depth: int,
+    n: int,
+    held_out: Sequence[Example],
+    progress: Callable[[int], Any] | None,
+) -> pd.DataFrame:
+    task = TASKS.get(name)
+    if task is None or task.kind == "loss":
+        if task is None:
+            examples = list(held_out[:n])
+        else:
+            items, _ = load_items(task.dataset, task.split)
+            examples = [encode(item, model) for item in items[:n]]
+        found = answer_losses(model, examples, iterations=depth, progress=progress)
+        columns = {"question": found["id"], "value": found["loss"], "weight": found["tokens"]}
+    else:
+        asked = load_questions(task.dataset, n, split=task.split).questions
+        found = answers(model, asked, depth, task.max_new_tokens, progress=progress)
+        columns = {"question": found["id"], "value": found["correct"], "weight": 1}
+    return pd.DataFrame(columns).astype({"question": str, "value": "float64", "weight": "float64"})

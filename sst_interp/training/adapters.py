@@ -1,0 +1,117 @@
+"""LoRA adapters (peft): put on a backbone to be trained, written in PEFT's layout, merged when loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from sst_interp.durable import publish, replace_bytes, stage
+from sst_interp.errors import SSTError
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def add_adapters(model: nn.Module, rank: int, lora_alpha: int, targets: tuple[str, ...], seed: int) -> Any:
+    """Put fresh adapters on a model's linear layers, in place; everything else is frozen.
+
+    The adapters take the model's own dtype: an optimiser keeps what it trains in fp32 (`optimiser.Masters`).
+
+    Args:
+        targets: ends of the names of the linear layers; empty for all but the unembedding.
+
+    Returns:
+        The `peft.PeftModel` around the model.
+
+    Raises:
+        SSTError: no linear layer has such a name.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=lora_alpha,
+        lora_dropout=0.0,
+        target_modules=list(targets) or "all-linear",
+        task_type="CAUSAL_LM",
+    )
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    dtype = next(model.parameters()).dtype
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            peft_model = get_peft_model(model, config, autocast_adapter_dtype=False)  # pyright: ignore[reportArgumentType]
+        except ValueError as error:
+            raise SSTError(
+                f"no linear layer is called {', '.join(targets)}",
+                'name the ends of module names, for example ["q_proj", "v_proj"], or leave targets out',
+            ) from error
+    for parameter in trainable(peft_model).values():
+        parameter.data = parameter.data.to(dtype)
+    return peft_model
+
+
+def trainable(peft_model: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapters' weights by name, in a fixed order."""
+    return {name: p for name, p in sorted(peft_model.named_parameters()) if p.requires_grad}
+
+
+def save_adapters(peft_model: Any, folder: Path, backbone_name: str) -> None:
+    """Write the adapters as `peft` does, with the backbone's name instead of where it happened to lie."""
+    from peft import get_peft_model_state_dict
+
+    weights: dict[str, Tensor] = {
+        name: value.detach().contiguous().cpu()
+        for name, value in get_peft_model_state_dict(peft_model).items()
+    }
+    stage(folder / WEIGHTS, lambda path: save_file(weights, path, {"format": "pt"}))
+    publish(folder / WEIGHTS)
+    config = peft_model.peft_config["default"].to_dict()
+    config |= {
+        "base_model_name_or_path": backbone_name,
+        "inference_mode": True,
+        "target_modules": sorted(config["target_modules"]),
+    }
+    plain = {key: sorted(v) if isinstance(v, set) else v for key, v in config.items()}
+    replace_bytes(folder / CONFIG, json.dumps(plain, indent=2, sort_keys=True, default=str).encode() + b"\n")
+
+
+def merge_adapters(model: nn.Module, folder: Path) -> nn.Module:
+    """The model with the adapters of `folder` added to its weights. Without any, the model itself.
+
+    Raises:
+        SSTError: the adapters are damaged, or are not exactly those that the model has places for.
+    """
+    if not (folder / CONFIG).is_file():
+        return model
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+    try:
+        config: Any = LoraConfig.from_pretrained(str(folder))
+        weights = load_file(folder / WEIGHTS)
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise SSTError(f"adapters of {folder} cannot be read: {error}", "fetch or train them again") from None
+    try:
+        peft_model: Any = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
+    except ValueError as error:
+        raise SSTError(
+            f"adapters of {folder} do not fit: {error}", "load them on their own backbone"
+        ) from None
+    places = {name: tuple(value.shape) for name, value in get_peft_model_state_dict(peft_model).items()}
+    given = {name: tuple(value.shape) for name, value in weights.items()}
+    if wrong := sorted(name for name in places | given if places.get(name) != given.get(name)):
+        raise SSTError(
+            f"adapters of {folder} do not fit: {len(wrong)} tensors are missing, surplus or of another "
+            f"shape, {wrong[0]} first",
+            "load them on the backbone they were trained on",
+        )
+    if bad := [name for name, value in weights.items() if not bool(torch.isfinite(value).all())]:
+        raise SSTError(f"adapters of {folder}: {bad[0]} has non-finite values", "fetch or train them again")
+    set_peft_model_state_dict(peft_model, weights)
+    return peft_model.merge_and_unload()

@@ -1,0 +1,67 @@
+"""The model card of a checkpoint: what it is, how it was made, what it does, and what it is not for.
+
+Everything in it is read from the checkpoint's own files or measured; nothing is typed in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+
+import jinja2
+import pandas as pd
+
+from sst_interp.durable import replace_bytes
+from sst_interp.training.log import read_about, read_log
+
+IMAGE = "training.png"
+"""A picture of the curves, shown if it lies in the folder."""
+
+
+def write_card(folder: Path, evaluations: Mapping[str, pd.DataFrame] | None = None) -> Path:
+    """Write `README.md` into a trained checkpoint's folder.
+
+    Args:
+        folder: of a finished training.
+        evaluations: model -> measurements (`evaluation.tasks`), this checkpoint's own first; without them the
+            card says that nothing was evaluated.
+
+    Raises:
+        SSTError: the folder holds no training.
+    """
+    from sst_interp.analyses import depth_scores, training_curves
+
+    about, log = read_about(folder), read_log(folder)
+    curves = training_curves(log, about["recipe"]["name"])
+    found, losses, accuracies = None, "", ""
+    if evaluations:
+        found = depth_scores(evaluations, next((n for n in evaluations if n.endswith("baseline")), None))
+        is_loss = found.table["task"].str.endswith("loss")
+        losses, accuracies = markdown(found.table[is_loss]), markdown(found.table[~is_loss])
+    template = resources.files("sst_interp.training").joinpath("card.md").read_text()
+    environment = jinja2.Environment(trim_blocks=True, undefined=jinja2.StrictUndefined, autoescape=False)
+    text = environment.from_string(template).render(
+        about=about,
+        recipe=about["recipe"],
+        curves=curves,
+        steps=log.dropna(subset=["loss"]),
+        looks=markdown(curves.looks.round(4)) if len(curves.looks) else "",
+        image=IMAGE if (folder / IMAGE).is_file() else None,
+        found=found,
+        losses=losses,
+        accuracies=accuracies,
+    )
+    replace_bytes(folder / "README.md", text.strip().encode() + b"\n")
+    return folder / "README.md"
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A DataFrame as a Markdown table."""
+
+    def cell(value: object) -> str:
+        return "" if pd.isna(value) else str(value).replace("|", r"\|")  # type: ignore[arg-type]
+
+    head = [str(name) for name in table.columns]
+    rows = [[cell(value) for value in row] for row in table.itertuples(index=False, name=None)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])

@@ -1,0 +1,243 @@
+"""A training recipe: everything that decides what a checkpoint learns, as one record and one TOML file."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from sst_interp import places
+from sst_interp.choices import Choices
+from sst_interp.errors import SSTError, unknown_name
+
+Method = Literal["two_pass", "exact", "none"]
+
+
+@dataclass(frozen=True)
+class TrainingRecipe:
+    """What is trained on what, and how. Raises SSTError for a value that cannot be trained with."""
+
+    name: str
+    """The checkpoint's name, and its folder's."""
+
+    backbone: str
+    """The model to start from: a shipped name, a hub id or a folder."""
+
+    data: str
+    """Questions with worked answers: `gsm8k`, `gsm8k:PATH`, or a .csv or .jsonl file with the columns
+    `question` and `answer`."""
+
+    method: Method = "two_pass"
+    """How states are found in training. `two_pass`: a blend-off pass, then `sweeps` sweeps in `groups`
+    groups (the paper's: one and one). `exact`: token by token, back-propagation through time (small models
+    only). `none`: no stream, the matched baseline."""
+
+    sweeps: int = 1
+    """Blended passes after the blend-off pass."""
+
+    groups: int = 1
+    """Interleaved groups of positions that a sweep refines in turn."""
+
+    alpha: float = 0.027
+    """Where every blend weight starts."""
+
+    alpha_bounds: tuple[float, float] = (0.015, 0.10)
+    """Blend weights stay strictly between these (arXiv 2605.00206)."""
+
+    alpha_learning_rate: float = 0.01
+    """Of the blend weights, in the logit of their place between the bounds."""
+
+    rank: int = 16
+    """LoRA rank."""
+
+    lora_alpha: int = 32
+    """LoRA scale: the adapter's product is multiplied by lora_alpha / rank."""
+
+    targets: tuple[str, ...] = ()
+    """Linear layers that get an adapter, by the end of their names; left out: all in attention and FFN."""
+
+    learning_rate: float = 5e-4
+    """Peak of the adapters' learning rate: linear warm-up, then linear decay to a tenth."""
+
+    warmup: int = 20
+    """Steps of warm-up."""
+
+    weight_decay: float = 0.0
+    """AdamW's, on the adapters."""
+
+    clip: float = 1.0
+    """Largest global gradient norm; longer gradients are scaled down to it."""
+
+    batch_size: int = 8
+    """Examples per step."""
+
+    examples: int | None = None
+    """How many examples to train on in all (passing over the data again if need be); left out: one epoch."""
+
+    holdout: int = 256
+    """Examples, drawn by the seed, that are never trained on."""
+
+    max_tokens: int = 512
+    """Longer examples are left out, and counted."""
+
+    instruction: str | None = None
+    """Follows every question; left out, the dataset's default."""
+
+    dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"
+    """Of weights and states; what is trained is kept in float32 (float64 with float64)."""
+
+    seed: int = 0
+    """Decides the split, the order, and the adapters' first values."""
+
+    save_minutes: float = 5.0
+    """Minutes between saved states, from which an interrupted training goes on."""
+
+    choices: Choices = field(default_factory=Choices)
+    """What the paper leaves open (`sst_interp.choices`)."""
+
+    def __post_init__(self) -> None:
+        for key, (fits, expected, example) in _CHECKS.items():
+            value = getattr(self, key)
+            if not fits(value):
+                raise SSTError(f"{key} = {value!r} is not {expected}", f"for example {key} = {example}")
+        object.__setattr__(self, "alpha_bounds", tuple(map(float, self.alpha_bounds)))
+        object.__setattr__(self, "targets", tuple(self.targets))
+        low, high = self.alpha_bounds
+        if not low < self.alpha < high:
+            raise SSTError(
+                f"alpha = {self.alpha} is not between its bounds {low} and {high}",
+                f"for example alpha = {(low * high) ** 0.5 or high / 2:.3g}",
+            )
+        if self.method != "two_pass" and (self.sweeps, self.groups) != (1, 1):
+            raise SSTError(
+                f"method = {self.method!r} makes no sweeps", "leave sweeps and groups out, or use 'two_pass'"
+            )
+        if not isinstance(self.choices, Choices):
+            raise SSTError(f"choices = {self.choices!r} is not a table", "for example [choices]")
+
+    @classmethod
+    def load(cls, path: str | Path) -> TrainingRecipe:
+        """Read a TOML file; the recipe is called as it says, else as the file.
+
+        Raises:
+            SSTError: the file cannot be read, is not TOML, or holds an unknown key or a wrong value.
+        """
+        path = Path(path)
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        except OSError as error:
+            raise SSTError(
+                f"cannot read recipe {path}: {error.strerror}", "give the path of a .toml"
+            ) from None
+        except (ValueError, RecursionError) as error:
+            hint = 'a line looks like: backbone = "smollm2-135m"'
+            raise SSTError(f"{path}: not valid TOML: {error}", hint) from None
+        try:
+            return cls.from_dict({"name": path.stem, **values})
+        except SSTError as error:
+            raise SSTError(f"{path}: {error.message}", error.hint) from None
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainingRecipe:
+        """A recipe from plain values; unknown and missing keys are errors."""
+        known = [f.name for f in fields(cls)]
+        for key in values:
+            if key not in known:
+                raise unknown_name("training recipe key", key, known)
+        for key in ("name", "backbone", "data"):
+            if key not in values:
+                raise SSTError(f"{key} is missing", f"for example {key} = {_CHECKS[key][2]}")
+        choices = values.get("choices", {})
+        return cls(
+            **{**values, "choices": Choices.from_dict(choices) if isinstance(choices, dict) else choices}
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary; what is left to its default of None is left out."""
+        values = {key: value for key, value in asdict(self).items() if value is not None}
+        return values | {"alpha_bounds": list(self.alpha_bounds), "targets": list(self.targets)}
+
+    def differences(self, now: TrainingRecipe) -> list[tuple[str, Any, Any]]:
+        """(key, this recipe's value, `now`'s) wherever the two would learn something different."""
+        ours, theirs = self.to_dict(), now.to_dict()
+        free = ("name", "save_minutes")
+        keys = [k for k in ours | theirs if k not in free and ours.get(k) != theirs.get(k)]
+        return [(key, ours.get(key), theirs.get(key)) for key in keys]
+
+
+def find_training_recipe(name: str) -> TrainingRecipe:
+    """The recipe called `name`: a path that ends in `.toml`, or a shipped name.
+
+    Raises:
+        SSTError: there is none, with the nearest known names.
+    """
+    if name.endswith(".toml"):
+        return TrainingRecipe.load(name)
+    known = {path.stem: path for path in places.shipped("training").glob("*.toml")}
+    if name not in known:
+        raise unknown_name("training recipe", name, [*known, "FILE.toml"])
+    return TrainingRecipe.load(known[name])
+
+
+def _number(low: float, high: float = float("inf"), open_below: bool = False) -> Callable[[Any], bool]:
+    def fits(value: Any) -> bool:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return is_number and (low < value if open_below else low <= value) and value <= high
+
+    return fits
+
+
+def _whole(low: int, optional: bool = False) -> Callable[[Any], bool]:
+    def fits(value: Any) -> bool:
+        if value is None:
+            return optional
+        return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+    return fits
+
+
+def _word(value: Any) -> bool:
+    return isinstance(value, str) and value.strip() != ""
+
+
+def _bounds(value: Any) -> bool:
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        return False
+    return all(_number(0, 1)(v) for v in value) and value[0] < value[1]
+
+
+_FOLDER = r"a plain folder name (letters, digits, '-', '_' and '.')"
+_CHECKS: dict[str, tuple[Callable[[Any], bool], str, str]] = {
+    "name": (lambda v: _word(v) and Path(v).name == v and v[0] != ".", _FOLDER, '"my-sst"'),
+    "backbone": (_word, "the name of a model", '"smollm2-135m"'),
+    "data": (_word, "the name of a dataset or a file", '"gsm8k"'),
+    "method": (lambda v: v in get_args(Method), f"one of {', '.join(get_args(Method))}", '"two_pass"'),
+    "sweeps": (_whole(1), "a whole number from 1", "1"),
+    "groups": (_whole(1), "a whole number from 1", "1"),
+    "alpha_bounds": (_bounds, "two numbers from 0 to 1, the lower first", "[0.015, 0.10]"),
+    "alpha": (_number(0, 1), "a number from 0 to 1", "0.027"),
+    "alpha_learning_rate": (_number(0), "a number from 0", "0.01"),
+    "rank": (_whole(1), "a whole number from 1", "16"),
+    "lora_alpha": (_whole(1), "a whole number from 1", "32"),
+    "targets": (
+        lambda v: isinstance(v, list | tuple) and all(map(_word, v)),
+        "a list of names",
+        '["q_proj", "v_proj"]',
+    ),
+    "learning_rate": (_number(0, open_below=True), "a number above 0", "5e-4"),
+    "warmup": (_whole(0), "a whole number from 0", "20"),
+    "weight_decay": (_number(0), "a number from 0", "0.0"),
+    "clip": (_number(0, open_below=True), "a number above 0", "1.0"),
+    "batch_size": (_whole(1), "a whole number from 1", "8"),
+    "examples": (_whole(1, optional=True), "a whole number from 1 (left out: one epoch)", "2560"),
+    "holdout": (_whole(0), "a whole number from 0", "256"),
+    "max_tokens": (_whole(2), "a whole number from 2", "512"),
+    "instruction": (lambda v: v is None or isinstance(v, str), "text", '"Think step by step."'),
+    "dtype": (
+        lambda v: v in ("bfloat16", "float32", "float64"), "one of bfloat16, float32, float64", '"bfloat16"'
+    ),
+    "seed": (_whole(0), "a whole number from 0", "0"),
+    "save_minutes": (_number(0), "a number from 0", "5"),
+}  # fmt: skip

@@ -1,0 +1,260 @@
+"""`train`: from a recipe to a checkpoint, interruptible at any point.
+
+NAME/                         the checkpoint, as `sst_interp.checkpoint` describes it
+NAME/training.json, .jsonl    the recipe and the log (`training.log`)
+NAME/README.md                the model card
+NAME/training.safetensors     while unfinished: everything the next step depends on
+
+The state is written every few minutes, atomically. A training that is started again goes on from it and takes
+the same steps as one that was never interrupted (with the same versions and number of threads).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from sst_interp import places
+from sst_interp.checkpoint import save_checkpoint
+from sst_interp.durable import publish, replace_bytes, replace_json, stage
+from sst_interp.errors import SSTError
+from sst_interp.evaluation.losses import answer_losses
+from sst_interp.loading import load
+from sst_interp.model import StateStreamModel
+from sst_interp.training.adapters import add_adapters, trainable
+from sst_interp.training.batches import make_batch, schedule
+from sst_interp.training.card import write_card
+from sst_interp.training.examples import Split, load_split
+from sst_interp.training.log import ABOUT, LOG, read_about
+from sst_interp.training.objective import answer_loss, last_layer
+from sst_interp.training.optimiser import Masters
+from sst_interp.training.recipe import TrainingRecipe
+
+STATE = "training.safetensors"
+LOOKS = 5
+"""How often the held-out loss is measured: before the first step, after the last, and evenly between."""
+LOOK_EXAMPLES = 24
+"""Held-out examples it is measured on."""
+
+
+class Training:
+    """A training in progress. `run` takes it to its end; `step` is one step.
+
+    Args:
+        recipe: what is trained on what.
+        folder: where the checkpoint goes; None for `checkpoints/NAME`.
+        fresh: erase what an earlier training left there.
+
+    Raises:
+        SSTError: data or backbone cannot be loaded, or the folder holds another recipe's training.
+    """
+
+    def __init__(self, recipe: TrainingRecipe, folder: str | Path | None = None, fresh: bool = False) -> None:
+        self.recipe = recipe
+        self.folder = places.checkpoints_dir() / recipe.name if folder is None else Path(folder)
+        begun = (self.folder / ABOUT).is_file()
+        if begun and not fresh:
+            _refuse_changes(self.folder, recipe)
+        elif not begun and self.folder.is_dir() and any(self.folder.iterdir()):
+            raise SSTError(f"{self.folder} is not a training", "give an empty or a new folder with --out")
+        self.model: StateStreamModel = load(recipe.backbone, recipe.alpha, recipe.choices, recipe.dtype)
+        self.split: Split = load_split(recipe, self.model)
+        if begun and not fresh and read_about(self.folder)["data"]["hash"] != self.split.data_hash:
+            raise SSTError(
+                f"{self.folder} was begun with other data than {recipe.data} holds now",
+                "give the data it was begun with, another --out, or --fresh",
+            )
+        self.backbone_hash = self.model.backbone.content_hash
+        if self.model.backbone.device.type == "cpu":
+            # The fused attention's backward is the slower one on CPUs: a step took 10% longer with it.
+            self.model.backbone.config._attn_implementation = "eager"
+        self.adapters: Any = add_adapters(
+            self.model.backbone.model, recipe.rank, recipe.lora_alpha, recipe.targets, recipe.seed
+        )
+        lengths = [len(example.tokens) for example in self.split.train]
+        self.schedule = schedule(lengths, recipe.batch_size, recipe.examples, recipe.seed)
+        shape = (
+            None if recipe.method == "none" else (self.model.backbone.n_layers, self.model.backbone.d_model)
+        )
+        self.masters = Masters(recipe, trainable(self.adapters), shape, len(self.schedule))
+        self.done, self.log = 0, []
+        if begun and not fresh:
+            self._resume()
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for name in (STATE, LOG):
+                (self.folder / name).unlink(missing_ok=True)
+            self._write_about("training")
+        self._use_alpha()
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole training."""
+        return len(self.schedule)
+
+    def step(self) -> dict[str, float]:
+        """One step; returns its line of the log.
+
+        Raises:
+            SSTError: the loss or the gradient is not finite. Nothing has been changed by the step.
+        """
+        recipe, began = self.recipe, time.perf_counter()
+        examples = [self.split.train[i] for i in self.schedule[self.done]]
+        batch = make_batch(examples).to(self.model.backbone.device)
+        if self.masters.logit is not None:
+            self.model.alpha = self.masters.alpha()
+        loss = answer_loss(
+            self.model, batch, last_layer(self.model, batch, recipe.method, recipe.sweeps, recipe.groups)
+        )
+        value, norm = float(loss.detach()), math.nan
+        if math.isfinite(value):
+            loss.backward()
+            norm = self.masters.gradient_norm()
+        if not math.isfinite(norm):
+            self.masters.forget()
+            raise SSTError(
+                f"step {self.done + 1}: the loss ({value:.4g}) or its gradient is not finite",
+                "the last saved state is kept; a lower learning_rate or alpha may train",
+            )
+        self.masters.step(self.done, norm)
+        self._use_alpha()
+        self.done += 1
+        tokens = sum(len(example.tokens) for example in examples)
+        line = {
+            "step": self.done,
+            "loss": value,
+            "gradient_norm": norm,
+            "tokens": tokens,
+            "seconds": time.perf_counter() - began,
+        }
+        if self.masters.logit is not None:
+            alpha = self.model.alpha
+            line |= {
+                "alpha_mean": float(alpha.mean()),
+                "alpha_min": float(alpha.min()),
+                "alpha_max": float(alpha.max()),
+            }
+        self.log.append(line)
+        return line
+
+    def look(self) -> dict[str, float]:
+        """Loss on held-out examples: under exact evaluation, and as the recipe's method computes it."""
+        examples = self.split.held_out[:LOOK_EXAMPLES]
+        if not examples:
+            return {}
+        exact = answer_losses(self.model, examples, self.recipe.batch_size)
+        found = {"held_out_exact": float(exact["loss"].sum() / exact["tokens"].sum())}
+        if self.recipe.method == "two_pass":
+            approximate = answer_losses(
+                self.model,
+                examples,
+                self.recipe.batch_size,
+                sweeps=self.recipe.sweeps,
+                groups=self.recipe.groups,
+            )
+            found["held_out_as_trained"] = float(approximate["loss"].sum() / approximate["tokens"].sum())
+        return found
+
+    def run(self, each: Callable[[Training, dict[str, float]], object] | None = None) -> Path:
+        """Train to the end; returns the checkpoint's folder.
+
+        Args:
+            each: called after every step with the training and the step's line of the log.
+
+        Raises:
+            SSTError: see `step`. A state is saved before a KeyboardInterrupt passes.
+        """
+        looks = {round(k * self.steps / (LOOKS - 1)) for k in range(LOOKS)}
+        if self.done == 0 and not self.log:
+            self.log.append({"step": 0, **self.look()})
+        saved = time.monotonic()
+        try:
+            while self.done < self.steps:
+                line = self.step()
+                if self.done in looks:
+                    line |= self.look()
+                if each is not None:
+                    each(self, line)
+                if time.monotonic() - saved > 60 * self.recipe.save_minutes and self.done < self.steps:
+                    self.save()
+                    saved = time.monotonic()
+        except KeyboardInterrupt:
+            self.save()
+            raise
+        self.save()
+        self._write_about("complete")
+        write_card(self.folder)
+        (self.folder / STATE).unlink(missing_ok=True)
+        return self.folder
+
+    def save(self) -> None:
+        """Write the checkpoint as it is now, the log, and (last) the state to go on from."""
+        save_checkpoint(self.model, self.folder, self.recipe.backbone, self.adapters, self.backbone_hash)
+        replace_bytes(self.folder / LOG, "".join(json.dumps(line) + "\n" for line in self.log).encode())
+        if not self.done:
+            return
+        # The log rides along, so that log and state are of one moment whatever happens between two files.
+        about = {"done": str(self.done), "log": json.dumps(self.log)}
+        tensors = {name: value.contiguous() for name, value in self.masters.state().items()}
+        stage(self.folder / STATE, lambda path: save_file(tensors, path, about))
+        publish(self.folder / STATE)
+
+    def _resume(self) -> None:
+        path = self.folder / STATE
+        if not path.is_file():
+            return
+        with safe_open(path, "pt") as file:
+            about = file.metadata()
+            self.masters.restore({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        self.done, self.log = int(about["done"]), json.loads(about["log"])
+
+    def _use_alpha(self) -> None:
+        """The blend as plain numbers: for looking and saving. Without a stream it is off."""
+        alpha = self.masters.alpha().detach() if self.masters.logit is not None else 0 * self.model.alpha
+        self.model.alpha = alpha
+
+    def _write_about(self, state: str) -> None:
+        replace_json(
+            self.folder / ABOUT,
+            {
+                "format": 1,
+                "state": state,
+                "recipe": self.recipe.to_dict(),
+                "backbone": {"name": self.recipe.backbone, "content_hash": self.backbone_hash},
+                "data": {
+                    "hash": self.split.data_hash,
+                    "train": len(self.split.train),
+                    "held_out": [example.id for example in self.split.held_out],
+                    "too_long": self.split.too_long,
+                },
+                "steps": self.steps,
+                "versions": _versions(),
+                "threads": torch.get_num_threads(),
+            },
+        )
+
+
+def _refuse_changes(folder: Path, recipe: TrainingRecipe) -> None:
+    about = read_about(folder)
+    then = TrainingRecipe.from_dict(about["recipe"])
+    for key, old, new in then.differences(recipe):
+        raise SSTError(
+            f"{folder} was begun with {key} = {old!r}; the recipe now says {new!r}",
+            "undo the change, give another --out, or --fresh to erase it and train anew",
+        )
+    if about["state"] == "complete":
+        raise SSTError(f"{folder} is trained already", "--fresh trains it anew")
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("sst-interp", "torch", "transformers", "peft")}

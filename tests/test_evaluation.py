@@ -1,0 +1,170 @@
+"""Evaluation: losses and accuracies by depth are what a replay gives, kept as they finish, and compared by question."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from test_capture import tiny_llama, word_tokenizer
+
+from sst_interp.analyses import depth_scores, training_curves
+from sst_interp.analyses.depth_scores import ORACLE
+from sst_interp.errors import SSTError
+from sst_interp.evaluation import TASKS, answer_losses, answers, evaluate, read_evaluation, tasks
+from sst_interp.evaluation.tasks import missing
+from sst_interp.model import attach
+from sst_interp.questions.question import Item, Question
+from sst_interp.training.examples import Example
+
+EXAMPLES = [Example("a", (5, 6, 7, 8, 9, 10), 2), Example("b", (6, 7, 8), 1), Example("c", (9, 8, 7, 6, 5), 3)]
+
+
+@pytest.fixture
+def model():
+    return attach(tiny_llama(), word_tokenizer(), alpha=0.05)
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_a_loss_is_that_of_a_sequential_replay(model, depth):
+    found = answer_losses(model, EXAMPLES, batch_size=2, iterations=depth)
+    assert found["id"].tolist() == ["a", "b", "c"]
+    for example, (_, row) in zip(EXAMPLES, found.iterrows(), strict=True):
+        logits = model.replay([list(example.tokens)], depth, "sequential").logits[0, :, -1].log_softmax(-1)
+        wanted = -sum(logits[t - 1, example.tokens[t]] for t in range(example.prompt, len(example.tokens)))
+        assert row["loss"] == pytest.approx(float(wanted), rel=1e-6)
+        assert row["tokens"] == len(example.tokens) - example.prompt
+
+
+def test_enough_sweeps_give_the_exact_loss(model):
+    exact = answer_losses(model, EXAMPLES)
+    swept = answer_losses(model, EXAMPLES, sweeps=6)
+    np.testing.assert_allclose(exact["loss"], swept["loss"], rtol=1e-8)
+    assert not np.allclose(exact["loss"], answer_losses(model, EXAMPLES, sweeps=1)["loss"], rtol=1e-4)
+
+
+def test_the_batch_does_not_matter(model):
+    one, all_ = (answer_losses(model, EXAMPLES, batch_size=n)["loss"] for n in (1, 3))
+    np.testing.assert_allclose(one, all_, rtol=1e-9)
+
+
+def test_answers_are_graded_in_the_order_given(model):
+    asked = [Question(str(n), "sun " * (4 - n), "A", "choice", 4) for n in range(4)]
+    one = pd.concat([answers(model, [q], 2, 5) for q in asked], ignore_index=True)
+    pd.testing.assert_frame_equal(answers(model, asked, 2, 5, batch_size=3), one)
+
+
+@pytest.fixture
+def small_tasks(monkeypatch):
+    """The real tasks' shape, with questions that a tiny model can read."""
+    items = [Item(str(n), "sun moon", (), str(n), f"moon #### {n}") for n in range(6)]
+    monkeypatch.setattr(tasks, "load_items", lambda *_: (items, {}))
+    asked = tuple(Question(str(n), "sun " * (1 + n), "A", "choice", 4) for n in range(6))
+    monkeypatch.setattr(
+        tasks, "load_questions", lambda _d, n, split: type("Set", (), {"questions": asked[:n]})
+    )
+    return ["gsm8k-loss", "arc-easy"]
+
+
+def test_what_is_measured_is_not_measured_again(model, small_tasks, tmp_path, monkeypatch):
+    done = []
+    found = evaluate(model, tmp_path, [1, 2], small_tasks, EXAMPLES, 3, lambda *seen: done.append(seen))
+    assert set(found["task"]) == {"gsm8k-loss", "arc-easy", "held-out-loss"}
+    assert found.groupby(["task", "depth"]).size().eq(3).all()
+    assert {label for label, *_ in done} >= {"arc-easy at depth 2"}
+    assert all(count <= total for _, count, total in done)
+    monkeypatch.setattr(tasks, "_measure", lambda *_: pytest.fail("measured again"))
+    again = evaluate(model, tmp_path, [1, 2], small_tasks, EXAMPLES, 3)
+    pd.testing.assert_frame_equal(found, again)
+
+
+def test_more_questions_are_measured_and_fewer_are_not(model, small_tasks, tmp_path):
+    evaluate(model, tmp_path, [1], small_tasks, questions=3)
+    assert missing(tmp_path, small_tasks, [1], 2) == []
+    assert [task for task, *_ in missing(tmp_path, small_tasks, [1], 4)] == small_tasks
+
+
+def test_a_model_without_a_stream_is_measured_once(small_tasks, tmp_path):
+    plain = attach(tiny_llama(), word_tokenizer(), alpha=0.0)
+    assert set(evaluate(plain, tmp_path, [1, 2, 4], small_tasks, questions=2)["depth"]) == {1}
+
+
+@pytest.mark.parametrize(
+    ("depths", "names", "message"),
+    [([], ["gsm8k"], "not whole numbers"), ([0], ["gsm8k"], "not whole"), ([1], ["gsm9k"], "unknown task 'gsm9k'")],
+)
+def test_bad_requests(model, tmp_path, depths, names, message):
+    with pytest.raises(SSTError, match=message):
+        evaluate(model, tmp_path, depths, names)
+    with pytest.raises(SSTError, match="holds no evaluation"):
+        read_evaluation(tmp_path)
+
+
+def test_the_tasks_are_never_a_training_split():
+    assert all(task.split in ("test", "validation") for task in TASKS.values())
+
+
+def made_up(rng, n, depths, rate, task="gsm8k"):
+    return pd.concat(
+        pd.DataFrame(
+            {"task": task, "depth": d, "question": [f"q{i}" for i in range(n)], "value": rng.random(n) < rate[d],
+             "weight": 1.0}
+        ).astype({"value": float})
+        for d in depths
+    )  # fmt: skip
+
+
+def test_scores_and_the_oracle():
+    rng = np.random.default_rng(0)
+    sst = made_up(rng, 400, [1, 2], {1: 0.5, 2: 0.3})
+    baseline = made_up(rng, 400, [1], {1: 0.5})
+    found = depth_scores({"sst": sst, "baseline": baseline}, "baseline")
+    by_depth = sst.groupby("depth")["value"].mean()
+    assert found.scores["gsm8k", "1", "sst"].estimate == pytest.approx(by_depth[1])
+    either = sst.groupby("question")["value"].max().mean()
+    assert found.scores["gsm8k", ORACLE, "sst"].estimate == pytest.approx(either)
+    drop = found.differences["gsm8k", "2", "sst"]
+    assert drop.estimate == pytest.approx(by_depth[2] - baseline["value"].mean())
+    assert drop.high < 0
+    assert "gsm8k: sst at depth 2" in found.verdict
+    assert "oracle" not in found.verdict
+    assert "sst at depth 1 " not in found.verdict
+    assert len(found.figure().data) == 2
+
+
+def test_a_loss_is_weighted_by_tokens():
+    rows = pd.DataFrame(
+        {"task": "x-loss", "depth": 1, "question": ["a", "b"], "value": [10.0, 2.0], "weight": [10.0, 1.0]}
+    )
+    found = depth_scores({"m": rows})
+    assert found.scores["x-loss", "1", "m"].estimate == pytest.approx(12 / 11)
+    assert found.verdict.startswith("not testable")
+    json.dumps(found.to_dict())
+
+
+def test_pairing_is_by_question_not_by_row():
+    rng = np.random.default_rng(1)
+    ours = made_up(rng, 50, [1, 2], {1: 0.5, 2: 0.5})
+    same = ours[ours["depth"] == 1].sample(frac=1, random_state=0)
+    found = depth_scores({"a": ours, "b-baseline": same}, "b-baseline")
+    difference = found.differences["gsm8k", "1", "a"]
+    assert difference.estimate == difference.low == difference.high == 0
+
+
+def test_curves():
+    log = [{"step": 0, "held_out_exact": 2.0}]
+    log += [{"step": n, "loss": 2 - n / 50, "tokens": 100, "seconds": 0.5, "alpha_mean": 0.03, "alpha_min": 0.02,
+             "alpha_max": 0.04} for n in range(1, 41)]  # fmt: skip
+    log[-1]["held_out_exact"] = 1.5
+    curves = training_curves(log, "x")
+    assert "2.000 -> 1.500" in curves.verdict
+    assert "200/s" in curves.verdict
+    assert len(curves.table) == 2
+    assert len(curves.figure().data) == 6
+    assert training_curves([{"step": 0}]).verdict.startswith("not testable")
+
+
+def test_gradients_are_not_kept(model):
+    model.alpha = model.alpha.requires_grad_()
+    assert not answer_losses(model, EXAMPLES)["loss"].isna().any()
+    assert torch.is_grad_enabled()

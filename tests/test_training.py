@@ -1,0 +1,308 @@
+"""Training end to end on a tiny model: reproducible, resumable, loadable, and stopped by what it should be."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from test_capture import tiny_llama
+from test_loading import save_model
+from test_training_data import write_gsm8k
+
+from sst_interp.errors import SSTError
+from sst_interp.loading import load
+from sst_interp.training.adapters import CONFIG, WEIGHTS
+from sst_interp.training.card import write_card
+from sst_interp.training.log import read_about, read_log
+from sst_interp.training.optimiser import rate
+from sst_interp.training.recipe import TrainingRecipe, find_training_recipe
+from sst_interp.training.trainer import STATE, Training
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("backbone") / "tiny", max_position_embeddings=256)
+
+
+@pytest.fixture
+def recipe(tmp_path, backbone):
+    data = write_gsm8k(tmp_path / "train.jsonl")
+    return TrainingRecipe(
+        name="tiny", backbone=str(backbone), data=str(data), holdout=5, batch_size=3, dtype="float32", rank=2,
+        lora_alpha=4, warmup=2, learning_rate=0.02, alpha_learning_rate=0.1,
+    )  # fmt: skip
+
+
+def without_time(training):
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in training.log]
+
+
+def weights_of(folder):
+    return load_file(folder / WEIGHTS) | load_file(folder / "stream.safetensors")
+
+
+def same(a, b):
+    a, b = weights_of(a), weights_of(b)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture
+def trained(recipe, tmp_path):
+    training = Training(recipe, tmp_path / "out")
+    training.run()
+    return training
+
+
+def test_it_learns(trained):
+    looks = [line["held_out_exact"] for line in trained.log if "held_out_exact" in line]
+    assert len(looks) >= 3
+    assert looks[-1] < looks[0] - 0.5
+    assert trained.log[-1]["held_out_as_trained"] == pytest.approx(looks[-1], rel=0.1)
+    assert read_about(trained.folder)["state"] == "complete"
+    assert not (trained.folder / STATE).exists()
+
+
+@pytest.mark.parametrize("stop", ["ctrl-c", "kill"])
+def test_an_interrupted_training_takes_the_same_steps(trained, recipe, tmp_path, stop):
+    class Killed(BaseException):
+        pass
+
+    def end(training, _line):
+        if training.done == 2:
+            if stop == "kill":
+                training.save()
+                return
+            raise KeyboardInterrupt
+        if training.done == 4 and stop == "kill":  # two steps after the last save: they are taken again
+            raise Killed
+
+    first = Training(recipe, tmp_path / "again")
+    with pytest.raises((KeyboardInterrupt, Killed)):
+        first.run(end)
+    assert (tmp_path / "again" / STATE).is_file()
+    second = Training(recipe, tmp_path / "again")
+    assert second.done == 2
+    second.run()
+    assert without_time(second) == without_time(trained)
+    assert same(second.folder, trained.folder)
+
+
+def test_the_same_seed_gives_the_same_checkpoint_and_another_another(trained, recipe, tmp_path):
+    again = Training(recipe, tmp_path / "again")
+    again.run()
+    assert same(again.folder, trained.folder)
+    other = Training(replace(recipe, seed=1), tmp_path / "other")
+    other.run()
+    assert not same(other.folder, trained.folder)
+
+
+@pytest.mark.parametrize("how", [{"sweeps": 2}, {"groups": 2}, {"method": "exact"}, {"method": "none"}], ids=str)
+def test_every_method_trains(recipe, tmp_path, how):
+    training = Training(replace(recipe, **how, examples=9), tmp_path / "out")
+    training.run()
+    losses = [line["loss"] for line in training.log if "loss" in line]
+    assert losses[-1] < losses[0]
+
+
+def test_the_baseline_is_matched(recipe, tmp_path):
+    """The same order and the same start; its loss at step 1 is the backbone's, whose adapters do nothing yet."""
+    stream, baseline = (
+        Training(replace(recipe, method=method), tmp_path / method) for method in ("two_pass", "none")
+    )
+    assert stream.schedule == baseline.schedule
+    for name, value in baseline.masters.values.items():
+        assert torch.equal(value, stream.masters.values[name])
+    baseline.run()
+    model = load(tmp_path / "none", dtype="float32")
+    assert not bool(model.alpha.any())
+
+
+def test_a_loaded_checkpoint_is_the_trained_model(trained):
+    loaded = load(trained.folder, dtype="float32")
+    assert torch.equal(loaded.alpha, trained.model.alpha)
+    tokens = [[5, 6, 7, 8, 9, 5, 6]]
+    with torch.no_grad():
+        ours, theirs = (m.replay(tokens, 3).logits for m in (trained.model, loaded))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    plain = load(trained.recipe.backbone, 0.0, dtype="float32").replay(tokens, 3).logits
+    assert not torch.allclose(ours, plain, atol=1e-2)
+
+
+def test_peft_reads_the_adapters(trained):
+    base = tiny_llama(torch.float32, max_position_embeddings=256)
+    tokens = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        theirs = PeftModel.from_pretrained(base, trained.folder)(tokens).logits
+        model = load(trained.folder, 0.0, dtype="float32")
+        ours = model.backbone.model(tokens).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_no_file_names_a_folder_of_this_machine(trained, tmp_path):
+    text = (trained.folder / CONFIG).read_text()
+    assert json.loads(text)["base_model_name_or_path"] == trained.recipe.backbone
+    assert str(tmp_path) not in text.replace(trained.recipe.backbone, "")
+
+
+def test_blend_weights_stay_within_their_bounds(recipe, tmp_path):
+    bounds = (0.02, 0.03)
+    wild = replace(recipe, alpha_learning_rate=50.0, alpha=0.025, alpha_bounds=bounds)
+    training = Training(wild, tmp_path / "out")
+    training.run()
+    alpha = training.model.alpha
+    assert alpha.min() >= bounds[0]
+    assert alpha.max() <= bounds[1]
+    assert alpha.max() - alpha.min() > 0.009
+
+
+def damage(folder, change):
+    weights = load_file(folder / WEIGHTS)
+    change(weights)
+    save_file(weights, folder / WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop(next(iter(w))), "1 tensors are missing, surplus"),
+        (lambda w: w.update(extra=torch.ones(2)), "1 tensors are missing, surplus"),
+        (lambda w: w.update({k: v[:, :1].clone() for k, v in list(w.items())[:1]}), "of another shape"),
+        (lambda w: next(iter(w.values())).fill_(torch.nan), "non-finite"),
+    ],
+)
+def test_weights_that_do_not_land_are_refused(trained, tmp_path, change, message):
+    copy = shutil.copytree(trained.folder, tmp_path / "copy")
+    damage(copy, change)
+    with pytest.raises(SSTError, match=message):
+        load(copy, dtype="float32")
+
+
+def test_a_damaged_adapter_file_is_refused(trained, tmp_path):
+    copy = shutil.copytree(trained.folder, tmp_path / "copy")
+    (copy / WEIGHTS).write_bytes(b"nothing")
+    with pytest.raises(SSTError, match="cannot be read"):
+        load(copy)
+
+
+def test_another_backbone_is_refused(trained, tmp_path):
+    other = save_model(tmp_path / "other", seed=9, max_position_embeddings=256)
+    copy = shutil.copytree(trained.folder, tmp_path / "copy")
+    config = json.loads((copy / "stream.json").read_text())
+    config["backbone"]["name"] = str(other)
+    (copy / "stream.json").write_text(json.dumps(config))
+    with pytest.raises(SSTError, match="belongs to another backbone"):
+        load(copy)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_last_state_kept(recipe, tmp_path):
+    training = Training(recipe, tmp_path / "out")
+    training.step()
+    training.save()
+    before = {p.name: p.read_bytes() for p in training.folder.iterdir()}
+    with torch.no_grad():
+        training.masters.logit.fill_(torch.nan)
+    values = {name: v.clone() for name, v in training.masters.values.items() if name != "alpha.logit"}
+    with pytest.raises(SSTError, match="step 2: the loss"):
+        training.run()
+    assert {p.name: p.read_bytes() for p in training.folder.iterdir()} == before
+    assert all(torch.equal(v, training.masters.values[name]) for name, v in values.items())
+    assert Training(recipe, tmp_path / "out").done == 1
+
+
+def test_a_changed_recipe_does_not_resume(recipe, tmp_path):
+    training = Training(recipe, tmp_path / "out")
+    training.step()
+    training.save()
+    before = {p.name: p.read_bytes() for p in training.folder.iterdir()}
+    with pytest.raises(SSTError, match="learning_rate = 0.02; the recipe now says 0.5"):
+        Training(replace(recipe, learning_rate=0.5), tmp_path / "out")
+    assert {p.name: p.read_bytes() for p in training.folder.iterdir()} == before
+    assert Training(replace(recipe, save_minutes=1.0), tmp_path / "out").done == 1
+    assert Training(replace(recipe, learning_rate=0.5), tmp_path / "out", fresh=True).done == 0
+
+
+def test_other_data_does_not_resume(recipe, tmp_path):
+    training = Training(recipe, tmp_path / "out")
+    training.step()
+    training.save()
+    write_gsm8k(tmp_path / "train.jsonl", n=19)
+    with pytest.raises(SSTError, match="was begun with other data"):
+        Training(recipe, tmp_path / "out")
+
+
+def test_a_finished_training_is_not_overwritten(trained, recipe):
+    with pytest.raises(SSTError, match="trained already"):
+        Training(recipe, trained.folder)
+
+
+def test_a_folder_that_is_something_else_is_not_overwritten(recipe, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    with pytest.raises(SSTError, match="not a training"):
+        Training(recipe, tmp_path / "out")
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "years of work"
+
+
+def test_the_card_is_made_of_what_was_measured(trained):
+    text = (trained.folder / "README.md").read_text()
+    log = read_log(trained.folder)
+    assert f"{len(log) - 1} steps" in text
+    assert f"| learning_rate | `{trained.recipe.learning_rate}` |" in text
+    assert "Not evaluated yet" in text
+    assert write_card(trained.folder).read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"learning_rat": 1}, "unknown training recipe key 'learning_rat'"),
+        ({"alpha": 0.2}, "not between its bounds"),
+        ({"alpha_bounds": [0.1, 0.01]}, "the lower first"),
+        ({"alpha_bounds": [0.1]}, "the lower first"),
+        ({"method": "magic"}, "method = 'magic'"),
+        ({"method": "none", "sweeps": 2}, "makes no sweeps"),
+        ({"batch_size": 0}, "batch_size = 0"),
+        ({"learning_rate": 0}, "learning_rate = 0"),
+        ({"clip": float("nan")}, "clip = nan"),
+        ({"choices": {"blend": "convexe"}}, "choice blend"),
+        ({"choices": 3}, "is not a table"),
+        ({"name": "../x"}, "plain folder name"),
+        ({"targets": "q_proj"}, "targets = 'q_proj'"),
+    ],
+)
+def test_a_wrong_recipe_is_one_line(values, message):
+    with pytest.raises(SSTError, match=message):
+        TrainingRecipe.from_dict({"name": "t", "backbone": "b", "data": "d"} | values)
+
+
+def test_missing_keys_and_files_are_one_line(tmp_path):
+    with pytest.raises(SSTError, match="backbone is missing"):
+        TrainingRecipe.from_dict({"name": "t"})
+    with pytest.raises(SSTError, match="cannot read recipe"):
+        find_training_recipe(str(tmp_path / "none.toml"))
+    with pytest.raises(SSTError, match="did you mean|known"):
+        find_training_recipe("smollm2-135m-sts")
+    (tmp_path / "bad.toml").write_text("x =")
+    with pytest.raises(SSTError, match="not valid TOML"):
+        find_training_recipe(str(tmp_path / "bad.toml"))
+
+
+def test_unknown_targets_are_one_line(recipe, tmp_path):
+    with pytest.raises(SSTError, match="no linear layer is called nothing"):
+        Training(replace(recipe, targets=("nothing",)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_shipped_recipes_differ_in_the_stream_alone():
+    stream, baseline = map(find_training_recipe, ("smollm2-135m-sst", "smollm2-135m-baseline"))
+    assert [key for key, *_ in stream.differences(baseline)] == ["method"]
+
+
+def test_the_learning_rate_warms_up_and_decays():
+    rates = [rate(n, 100, 10) for n in range(100)]
+    assert rates[:10] == pytest.approx([(n + 1) / 10 for n in range(10)])
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+    assert rates[-1] == pytest.approx(0.1, abs=0.02)
