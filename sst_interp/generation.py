@@ -120,11 +120,77 @@ def generate(
     order = torch.tensor(sorted(range(len(pad)), key=lambda r: -depths[r]), device=tokens.device)
     per_row = torch.tensor(depths)[order.cpu()]
     tokens, pad = tokens[order], pad[order]
-    stop = torch.tensor(sorted(stop_tokens), dtype=torch.long, device=tokens.device)
-
     stream = model.new_stream(pad, tokens.shape[1] + max_new_tokens - 1)
     certificate = prefill(model, stream, tokens[:, :-1])
-    current, alive = tokens[:, -1], torch.ones_like(pad, dtype=torch.bool)
+    new, stopped = _write(
+        model, stream, tokens[:, -1], per_row, max_new_tokens, stop_tokens, order, observe, progress
+    )
+    back = torch.argsort(order).tolist()
+    return Generation(
+        tokens=[new[r] for r in back],
+        texts=None,
+        stopped=[stopped[r] for r in back],
+        iterations=list(depths),
+        certificate=certificate,
+    )
+
+
+@torch.no_grad()
+def generate_at_depths(
+    model: Recurrence,
+    tokens: Int[Tensor, "row column"],
+    pad: Int[Tensor, " row"],
+    depths: Sequence[int],
+    max_new_tokens: int,
+    stop_tokens: Sequence[int],
+    progress: Callable[[int], Any] | None = None,
+) -> dict[int, Generation]:
+    """Every prompt continued at every depth: the prompts are read once, the depths decode side by side.
+
+    Args:
+        tokens: prompts, with `pad` columns of padding on the left.
+        depths: distinct.
+
+    Returns:
+        Depth -> what `generate` gives at that depth (but for rounding: the batch has another shape).
+    """
+    check_iterations(depths)
+    check_room(model, tokens.shape[1], max_new_tokens)
+    ordered, rows = sorted(set(depths), reverse=True), len(pad)
+    stream = model.new_stream(pad, tokens.shape[1] + max_new_tokens - 1)
+    certificate = prefill(model, stream, tokens[:, :-1])
+    new, stopped = _write(
+        model,
+        stream.repeat(len(ordered)),
+        tokens[:, -1].repeat(len(ordered)),
+        torch.tensor(ordered).repeat_interleave(rows),
+        max_new_tokens,
+        stop_tokens,
+        torch.arange(rows, device=tokens.device).repeat(len(ordered)),
+        None,
+        progress,
+    )
+    found = {}
+    for k, depth in enumerate(ordered):
+        here = slice(k * rows, (k + 1) * rows)
+        found[depth] = Generation(new[here], None, stopped[here], [depth] * rows, certificate)
+    return found
+
+
+def _write(
+    model: Recurrence,
+    stream: Stream,
+    current: Tensor,
+    per_row: Tensor,
+    max_new_tokens: int,
+    stop_tokens: Sequence[int],
+    order: Tensor,
+    observe: Observe | None,
+    progress: Callable[[int], Any] | None,
+) -> tuple[list[list[int]], list[bool]]:
+    """Greedy continuation of every row, deepest rows first: new tokens, and whether each stopped."""
+    stop = torch.tensor(sorted(stop_tokens), dtype=torch.long, device=current.device)
+    alive = torch.ones_like(current, dtype=torch.bool)
     emitted, lived = [], []
     for position in range(max_new_tokens):
         passes, logits, final = decode(model, stream, current, per_row)
@@ -138,12 +204,6 @@ def generate(
             progress(position + 1)
         if not bool(alive.any()):
             break
-    new, lengths = torch.stack(emitted, 1), torch.stack(lived, 1).sum(1)
-    back = torch.argsort(order).tolist()
-    return Generation(
-        tokens=[new[r, : lengths[r]].tolist() for r in back],
-        texts=None,
-        stopped=[not bool(alive[r]) for r in back],
-        iterations=list(depths),
-        certificate=certificate,
-    )
+    new, lengths = torch.stack(emitted, 1).tolist(), torch.stack(lived, 1).sum(1).tolist()
+    texts = [row[:length] for row, length in zip(new, lengths, strict=True)]
+    return texts, (~alive).tolist()

@@ -18,7 +18,7 @@ from sst_interp.backbone import Backbone
 from sst_interp.certificate import Certificate
 from sst_interp.choices import Choices
 from sst_interp.errors import SSTError
-from sst_interp.generation import Generation, Observe, generate
+from sst_interp.generation import Generation, Observe, generate, generate_at_depths
 from sst_interp.prompt import prefill
 from sst_interp.replay import Replay, replay
 from sst_interp.stream import Recurrence, Stream
@@ -183,6 +183,31 @@ class StateStreamModel(Recurrence):
         if self.tokenizer is not None:
             out.texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in out.tokens]
         return out
+
+    def generate_at_depths(
+        self,
+        prompts: Sequence[Prompt] | Tensor,
+        depths: Sequence[int],
+        max_new_tokens: int = 64,
+        progress: Callable[[int], Any] | None = None,
+    ) -> dict[int, Generation]:
+        """Every prompt continued at every depth; the prompts are read once.
+
+        Args:
+            prompts: as for `generate`.
+            depths: iteration depths.
+            max_new_tokens: token budget per text.
+            progress: called with the number of positions done.
+
+        Raises:
+            SSTError: as `generate`.
+        """
+        tokens, pad = self.batch(prompts)
+        found = generate_at_depths(self, tokens, pad, depths, max_new_tokens, self.stop_tokens, progress)
+        for out in found.values():
+            if self.tokenizer is not None:
+                out.texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in out.tokens]
+        return found
 
     @property
     def stop_tokens(self) -> list[int]:

@@ -1,4 +1,4 @@
-"""Evaluation: losses and accuracies by depth are what a replay gives, kept as they finish, and compared by question."""
+"""Losses and accuracies by depth: what a replay gives, kept as they finish, compared by question."""
 
 import json
 
@@ -17,7 +17,11 @@ from sst_interp.model import attach
 from sst_interp.questions.question import Item, Question
 from sst_interp.training.examples import Example
 
-EXAMPLES = [Example("a", (5, 6, 7, 8, 9, 10), 2), Example("b", (6, 7, 8), 1), Example("c", (9, 8, 7, 6, 5), 3)]
+EXAMPLES = [
+    Example("a", (5, 6, 7, 8, 9, 10), 2),
+    Example("b", (6, 7, 8), 1),
+    Example("c", (9, 8, 7, 6, 5), 3),
+]
 
 
 @pytest.fixture
@@ -50,8 +54,18 @@ def test_the_batch_does_not_matter(model):
 
 def test_answers_are_graded_in_the_order_given(model):
     asked = [Question(str(n), "sun " * (4 - n), "A", "choice", 4) for n in range(4)]
-    one = pd.concat([answers(model, [q], 2, 5) for q in asked], ignore_index=True)
-    pd.testing.assert_frame_equal(answers(model, asked, 2, 5, batch_size=3), one)
+    one = pd.concat([answers(model, [q], [2], 5) for q in asked], ignore_index=True)
+    pd.testing.assert_frame_equal(answers(model, asked, [2], 5, batch_size=3), one)
+
+
+def test_depths_side_by_side_are_depths_one_by_one(model):
+    prompts, depths = [[5, 6, 7, 8], [9, 8], [4, 5, 6]], [1, 3, 2]
+    together = model.generate_at_depths(prompts, depths, 6)
+    assert set(together) == set(depths)
+    for depth in depths:
+        alone = model.generate(prompts, depth, 6)
+        assert (together[depth].tokens, together[depth].texts) == (alone.tokens, alone.texts)
+        assert together[depth].stopped == alone.stopped
 
 
 @pytest.fixture
@@ -71,7 +85,7 @@ def test_what_is_measured_is_not_measured_again(model, small_tasks, tmp_path, mo
     found = evaluate(model, tmp_path, [1, 2], small_tasks, EXAMPLES, 3, lambda *seen: done.append(seen))
     assert set(found["task"]) == {"gsm8k-loss", "arc-easy", "held-out-loss"}
     assert found.groupby(["task", "depth"]).size().eq(3).all()
-    assert {label for label, *_ in done} >= {"arc-easy at depth 2"}
+    assert {label for label, *_ in done} >= {"arc-easy at depth 1, 2", "gsm8k-loss at depth 2"}
     assert all(count <= total for _, count, total in done)
     monkeypatch.setattr(tasks, "_measure", lambda *_: pytest.fail("measured again"))
     again = evaluate(model, tmp_path, [1, 2], small_tasks, EXAMPLES, 3)
@@ -91,7 +105,11 @@ def test_a_model_without_a_stream_is_measured_once(small_tasks, tmp_path):
 
 @pytest.mark.parametrize(
     ("depths", "names", "message"),
-    [([], ["gsm8k"], "not whole numbers"), ([0], ["gsm8k"], "not whole"), ([1], ["gsm9k"], "unknown task 'gsm9k'")],
+    [
+        ([], ["gsm8k"], "not whole"),
+        ([0], ["gsm8k"], "not whole"),
+        ([1], ["gsm9k"], "unknown task"),
+    ],
 )
 def test_bad_requests(model, tmp_path, depths, names, message):
     with pytest.raises(SSTError, match=message):
@@ -104,14 +122,21 @@ def test_the_tasks_are_never_a_training_split():
     assert all(task.split in ("test", "validation") for task in TASKS.values())
 
 
-def made_up(rng, n, depths, rate, task="gsm8k"):
+def made_up(rng, n, depths, rate):
+    """Answers that are right at random, at a rate by depth."""
+    question = [f"q{i}" for i in range(n)]
     return pd.concat(
         pd.DataFrame(
-            {"task": task, "depth": d, "question": [f"q{i}" for i in range(n)], "value": rng.random(n) < rate[d],
-             "weight": 1.0}
-        ).astype({"value": float})
-        for d in depths
-    )  # fmt: skip
+            {
+                "task": "gsm8k",
+                "depth": depth,
+                "question": question,
+                "value": (rng.random(n) < rate[depth]).astype(float),
+                "weight": 1.0,
+            }
+        )
+        for depth in depths
+    )
 
 
 def test_scores_and_the_oracle():
@@ -153,8 +178,8 @@ def test_pairing_is_by_question_not_by_row():
 
 def test_curves():
     log = [{"step": 0, "held_out_exact": 2.0}]
-    log += [{"step": n, "loss": 2 - n / 50, "tokens": 100, "seconds": 0.5, "alpha_mean": 0.03, "alpha_min": 0.02,
-             "alpha_max": 0.04} for n in range(1, 41)]  # fmt: skip
+    alphas = {"alpha_mean": 0.03, "alpha_min": 0.02, "alpha_max": 0.04}
+    log += [{"step": n, "loss": 2 - n / 50, "tokens": 100, "seconds": 0.5, **alphas} for n in range(1, 41)]
     log[-1]["held_out_exact"] = 1.5
     curves = training_curves(log, "x")
     assert "2.000 -> 1.500" in curves.verdict

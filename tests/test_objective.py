@@ -26,7 +26,9 @@ def batch(rows=2, seed=0):
 
 
 def weight_of(model):
-    return next(p for n, p in model.backbone.model.named_parameters() if "down_proj" in n or "mlp.c_proj.w" in n)
+    return next(
+        p for n, p in model.backbone.model.named_parameters() if "down_proj" in n or "mlp.c_proj.w" in n
+    )
 
 
 def loss_and_gradients(model, data, *how):
@@ -46,7 +48,9 @@ def test_enough_sweeps_are_exact_in_loss_and_gradient(family):
 
 
 @pytest.mark.parametrize(
-    "choices", [{"carry": "ffn_output"}, {"blend": "additive"}, {"kv": "first"}], ids=lambda c: str(*c.values())
+    "choices",
+    [{"carry": "ffn_output"}, {"blend": "additive"}, {"kv": "first"}],
+    ids=lambda c: str(*c.values()),
 )
 def test_every_choice_is_exact_with_enough_sweeps(choices):
     model = model_of(**choices)
@@ -105,7 +109,10 @@ def test_the_loss_is_taken_on_answers_only():
     last = last_layer(model, data, "two_pass")
     logits = model.backbone.unembed(last).log_softmax(-1)
     by_hand = [
-        -logits[row, t, data.tokens[row, t + 1]] for row in range(2) for t in range(T - 1) if data.answer[row, t]
+        -logits[row, t, data.tokens[row, t + 1]]
+        for row in range(2)
+        for t in range(T - 1)
+        if data.answer[row, t]
     ]
     torch.testing.assert_close(answer_token_losses(model, data, last), torch.stack(by_hand))
     torch.testing.assert_close(answer_loss(model, data, last), torch.stack(by_hand).mean())
@@ -117,5 +124,8 @@ def test_what_comes_after_does_not_change_what_came_before():
     for method in ("exact", "two_pass"):
         other = Batch(torch.cat([data.tokens[:, :5], data.tokens[:, :2]], dim=1), data.answer)
         torch.testing.assert_close(
-            last_layer(model, data, method)[:, :5], last_layer(model, other, method)[:, :5], rtol=1e-10, atol=1e-10
+            last_layer(model, data, method)[:, :5],
+            last_layer(model, other, method)[:, :5],
+            rtol=1e-10,
+            atol=1e-10,
         )

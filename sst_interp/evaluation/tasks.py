@@ -40,14 +40,14 @@ class Task:
 
 
 TASKS: dict[str, Task] = {
-    "gsm8k-loss": Task("loss", "gsm8k", "test", 256, about="GSM8K test, loss of the worked answer"),
+    "gsm8k-loss": Task("loss", "gsm8k", "test", 128, about="GSM8K test, loss of the worked answer"),
     "gsm8k": Task("accuracy", "gsm8k", "test", 200, 192, "GSM8K test, accuracy"),
-    "arc-easy": Task("accuracy", "arc-easy", "validation", 570, 24, "ARC-Easy validation, accuracy"),
+    "arc-easy": Task("accuracy", "arc-easy", "validation", 300, 24, "ARC-Easy validation, accuracy"),
     "arc-challenge": Task(
         "accuracy", "arc-challenge", "validation", 299, 24, "ARC-Challenge validation, accuracy"
     ),
 }
-HELD_OUT, HELD_OUT_QUESTIONS = "held-out-loss", 256
+HELD_OUT, HELD_OUT_QUESTIONS = "held-out-loss", 128
 """Loss on a training's held-out examples: there only if they are given, for it needs the training data."""
 
 
@@ -82,22 +82,22 @@ def evaluate(
     if not bool(model.alpha.any()):
         depths = [1]
     wanted = [*tasks, *([HELD_OUT] if held_out else [])]
-    for name, depth, n in missing(Path(folder), wanted, depths, questions):
-        label = f"{name} at depth {depth}"
+    for name, at, n in missing(Path(folder), wanted, depths, questions):
+        label = f"{name} at depth {', '.join(map(str, at))}"
         n = min(n, len(held_out)) if name == HELD_OUT else n
         note = (lambda done, label=label, n=n: progress(label, done, n)) if progress else None
-        rows = _measure(model, name, depth, n, held_out, note)
-        path = Path(folder) / f"{name}-d{depth}.parquet"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        stage(path, rows.to_parquet)
-        publish(path)
+        for depth, rows in _measure(model, name, at, n, held_out, note).items():
+            path = Path(folder) / f"{name}-d{depth}.parquet"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stage(path, rows.to_parquet)
+            publish(path)
     return read_evaluation(folder)
 
 
 def missing(
     folder: Path, tasks: Sequence[str], depths: Sequence[int], questions: int | None = None
-) -> list[tuple[str, int, int]]:
-    """What is still to be measured: (task, depth, questions), depth by depth.
+) -> list[tuple[str, list[int], int]]:
+    """What is still to be measured: (task, depths together, questions). A loss is measured depth by depth.
 
     Raises:
         SSTError: an unknown task, or depths that are not whole numbers from 1.
@@ -107,14 +107,20 @@ def missing(
             raise unknown_name("task", name, [*TASKS, HELD_OUT])
     if not depths or any(not isinstance(d, int) or d < 1 for d in depths):
         raise SSTError(f"depths {list(depths)} are not whole numbers from 1", "for example 1,2,3,4")
-    todo = []
-    for depth in sorted(depths):
-        for name in tasks:
-            path = folder / f"{name}-d{depth}.parquet"
-            n = min(TASKS[name].questions if name in TASKS else HELD_OUT_QUESTIONS, questions or 10**9)
-            if not path.is_file() or (name in TASKS and len(pd.read_parquet(path)) < n):
-                todo.append((name, depth, n))
+    todo: list[tuple[str, list[int], int]] = []
+    for name in tasks:
+        n = min(TASKS[name].questions if name in TASKS else HELD_OUT_QUESTIONS, questions or 10**9)
+        at = [depth for depth in sorted(depths) if not _measured(folder, name, depth, n)]
+        if name in TASKS and TASKS[name].kind == "accuracy":
+            todo += [(name, at, n)] if at else []
+        else:
+            todo += [(name, [depth], n) for depth in at]
     return todo
+
+
+def _measured(folder: Path, name: str, depth: int, n: int) -> bool:
+    path = folder / f"{name}-d{depth}.parquet"
+    return path.is_file() and (name not in TASKS or len(pd.read_parquet(path)) >= n)
 
 
 def read_evaluation(folder: str | Path) -> pd.DataFrame:
@@ -135,22 +141,27 @@ def read_evaluation(folder: str | Path) -> pd.DataFrame:
 def _measure(
     model: StateStreamModel,
     name: str,
-    depth: int,
+    depths: Sequence[int],
     n: int,
     held_out: Sequence[Example],
     progress: Callable[[int], Any] | None,
-) -> pd.DataFrame:
+) -> dict[int, pd.DataFrame]:
+    """Depth -> a row per question."""
     task = TASKS.get(name)
-    if task is None or task.kind == "loss":
-        if task is None:
-            examples = list(held_out[:n])
-        else:
-            items, _ = load_items(task.dataset, task.split)
-            examples = [encode(item, model) for item in items[:n]]
-        found = answer_losses(model, examples, iterations=depth, progress=progress)
-        columns = {"question": found["id"], "value": found["loss"], "weight": found["tokens"]}
-    else:
+    if task is not None and task.kind == "accuracy":
         asked = load_questions(task.dataset, n, split=task.split).questions
-        found = answers(model, asked, depth, task.max_new_tokens, progress=progress)
-        columns = {"question": found["id"], "value": found["correct"], "weight": 1}
-    return pd.DataFrame(columns).astype({"question": str, "value": "float64", "weight": "float64"})
+        found = answers(model, asked, depths, task.max_new_tokens, progress=progress)
+        by_depth = {depth: rows for depth, rows in found.groupby("depth")}
+        columns = {d: {"question": rows["id"], "value": rows["correct"]} for d, rows in by_depth.items()}
+        weight = {depth: 1.0 for depth in by_depth}
+    else:
+        items = [] if task is None else load_items(task.dataset, task.split)[0][:n]
+        examples = [encode(item, model) for item in items] if items else list(held_out[:n])
+        losses = {d: answer_losses(model, examples, iterations=d, progress=progress) for d in depths}
+        columns = {d: {"question": rows["id"], "value": rows["loss"]} for d, rows in losses.items()}
+        weight = {depth: rows["tokens"] for depth, rows in losses.items()}
+    kinds = {"question": str, "value": "float64", "weight": "float64"}
+    return {
+        int(d): pd.DataFrame({**columns[d], "weight": weight[d]}).astype(kinds).reset_index(drop=True)
+        for d in columns
+    }
