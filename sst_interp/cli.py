@@ -287,8 +287,12 @@ def evaluate(
         raise SSTError(f"--depths {depths!r} is not a list of whole numbers", "for example 1,2,3,4") from None
     wanted = [task.strip() for task in tasks.split(",")] if tasks else list(TASKS)
     own = models[0] if held_out else None
+    twice = lambda name: [Path(m).name for m in models].count(Path(name).name) > 1  # noqa: E731
     with _stopping("what was measured is kept: the same command goes on from there"):
-        found = {Path(name).name: evaluate_by_name(name, at, wanted, questions, own, out) for name in models}
+        found = {
+            name if twice(name) else Path(name).name: evaluate_by_name(name, at, wanted, questions, own, out)
+            for name in models
+        }
     result = depth_scores(found, next((name for name in found if name.endswith("baseline")), None))
     if as_json:
         print(json.dumps(result.to_dict(), indent=2))

@@ -14,12 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_capture import capture_module, interrupt, word_tokenizer, write_questions
 from test_loading import save_model
+from test_training_data import write_gsm8k
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 import sst_interp
 from sst_interp import assets, run_writer
 from sst_interp.checkpoint import save_checkpoint
-from sst_interp.loading import load
+from sst_interp.loading import ASSET_MODELS, load
+from sst_interp.questions.question import Item
 from sst_interp.runs import open_run
 
 cli = importlib.import_module("sst_interp.cli")
@@ -431,3 +433,98 @@ def test_datasets_as_json(run_cli):
     code, table, _ = run_cli("datasets")
     assert code == 0
     assert [line.split()[0] for line in table.splitlines()] == ["name", *rows]
+
+
+@pytest.fixture
+def training(parts, place):
+    """A training recipe for the tiny model, as a file."""
+    write_gsm8k(place / "train.jsonl")
+    recipe = place / "tiny-sst.toml"
+    recipe.write_text(
+        f"backbone = {json.dumps(str(parts / 'tiny'))}\ndata = 'train.jsonl'\nholdout = 5\nbatch_size = 3\n"
+        "rank = 2\nexamples = 6\ndtype = 'float32'\nmax_tokens = 40\n"
+    )
+    return recipe
+
+
+def test_train_from_a_file_to_a_checkpoint_that_loads(run_cli, training, place):
+    code, out, err = run_cli("train", training)
+    assert code == 0, err
+    folder = place / "checkpoints" / "tiny-sst"
+    assert "checkpoint: " in out
+    assert "training loss" in out
+    assert "examples are longer than max_tokens = 40" not in err
+    assert {p.name for p in folder.iterdir()} >= {"adapter_model.safetensors", "stream.json", "README.md"}
+    html = (folder / "training.html").read_text()
+    assert 'src="http' not in html
+    assert load("tiny-sst", dtype="float32").name == "tiny-sst"
+    assert "--fresh" in two_lines(run_cli("train", training), "trained already")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("learning_rat = 1", "unknown training recipe key"),
+        ("alpha = 0.5", "not between its bounds"),
+        ("holdout = 20", "leaves nothing to train on"),
+        ("data = 'none.jsonl'", "cannot read none.jsonl"),
+        ("max_tokens = 3", "longer than max_tokens"),
+        ("backbone = 'nothing'", "unknown model"),
+    ],
+)
+def test_a_training_that_cannot_be(run_cli, training, place, line, message):
+    key = line.split(" ")[0]
+    kept = [old for old in training.read_text().splitlines() if not old.startswith(key)]
+    training.write_text("\n".join([*kept, line]))
+    two_lines(run_cli("train", training), message)
+    assert not (place / "checkpoints").exists()
+
+
+def test_ctrl_c_in_a_training_saves_its_state(run_cli, training, place, monkeypatch):
+    trainer = importlib.import_module("sst_interp.training.trainer")
+    step = trainer.Training.step
+
+    def stop(self):
+        if self.done == 1:
+            raise KeyboardInterrupt
+        return step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Training, "step", stop)
+        code, _, err = run_cli("train", training)
+    assert code == 2
+    assert "error: stopped" in err
+    assert "goes on from there" in err
+    code, out, err = run_cli("train", training)
+    assert code == 0, err
+    assert "2 steps" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing"], "unknown model"),
+        (["smollm2-135m", "--depths", "deep"], "not a list of whole numbers"),
+        (["smollm2-135m", "--depths", "0"], "not whole numbers from 1"),
+        (["smollm2-135m", "--tasks", "gsm9k"], "unknown task"),
+        (["smollm2-135m", "--held-out"], "is not a checkpoint"),
+    ],
+)
+def test_an_evaluation_that_cannot_be(run_cli, arguments, message, monkeypatch, parts):
+    monkeypatch.setitem(ASSET_MODELS, "smollm2-135m", lambda: parts / "tiny")
+    two_lines(run_cli("evaluate", *arguments), message)
+
+
+def test_evaluate_prints_models_side_by_side(run_cli, training, place, monkeypatch, parts):
+    tasks = importlib.import_module("sst_interp.evaluation.tasks")
+    items = [Item(str(n), "sun moon", (), str(n), f"moon #### {n}") for n in range(4)]
+    monkeypatch.setattr(tasks, "load_items", lambda *_: (items, {}))
+    assert run_cli("train", training)[0] == 0
+    arguments = ("evaluate", "tiny-sst", parts / "tiny", "--tasks", "gsm8k-loss", "--depths", "1,2")
+    code, out, err = run_cli(*arguments, "--card")
+    assert code == 0, err
+    assert out.splitlines()[0].split() == ["task", "depth", "questions", "tiny-sst", "tiny"]
+    assert "gsm8k-loss" in (place / "checkpoints" / "tiny-sst" / "README.md").read_text()
+    monkeypatch.setattr(tasks, "_measure", lambda *_: pytest.fail("measured again"))
+    code, out, err = run_cli(*arguments, "--json")
+    assert {row["depth"] for row in json.loads(out)["table"]} == {"1", "2"}

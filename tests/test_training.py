@@ -110,7 +110,7 @@ def test_every_method_trains(recipe, tmp_path, how):
 
 
 def test_the_baseline_is_matched(recipe, tmp_path):
-    """The same order and the same start; its loss at step 1 is the backbone's, whose adapters do nothing yet."""
+    """The same order of the same data from the same start; without a stream it leaves alpha at zero."""
     stream, baseline = (
         Training(replace(recipe, method=method), tmp_path / method) for method in ("two_pass", "none")
     )

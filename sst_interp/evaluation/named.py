@@ -11,10 +11,10 @@ from pathlib import Path
 import pandas as pd
 from tqdm import tqdm
 
-from sst_interp.checkpoint import is_checkpoint
+from sst_interp.checkpoint import read_checkpoint
 from sst_interp.durable import replace_json
 from sst_interp.errors import SSTError
-from sst_interp.evaluation.tasks import TASKS, evaluate, missing, read_evaluation
+from sst_interp.evaluation.tasks import TASKS, check_depths, evaluate, missing, read_evaluation
 from sst_interp.loading import checkpoint_folder, load
 from sst_interp.model import StateStreamModel
 from sst_interp.training.examples import load_split
@@ -51,12 +51,15 @@ def evaluate_by_name(
         SSTError: unknown names, or measurements of another model in the folder.
     """
     folder = evaluation_folder(name, out)
-    plain = not is_checkpoint(checkpoint_folder(name) or Path(name))
+    check_depths(depths)
+    checkpoint = checkpoint_folder(name)
+    if checkpoint is None or not bool(read_checkpoint(checkpoint)[1].any()):
+        depths = [1]  # without a blend, every depth does the same
     wanted = [*tasks, *(["held-out-loss"] if held_out_of else [])]
     if not missing(folder, wanted, depths, questions):
         return read_evaluation(folder)
     print(f"loading {name}", file=sys.stderr)
-    model = load(name, alpha=0.0 if plain else None)
+    model = load(name, alpha=0.0 if checkpoint is None else None)
     _same_model(folder, model)
     held_out = ()
     if held_out_of is not None:

@@ -84,11 +84,12 @@ def evaluate(
     wanted = [*tasks, *([HELD_OUT] if held_out else [])]
     for name, at, n in missing(Path(folder), wanted, depths, questions):
         label = f"{name} at depth {', '.join(map(str, at))}"
-        n = min(n, len(held_out)) if name == HELD_OUT else n
-        note = (lambda done, label=label, n=n: progress(label, done, n)) if progress else None
+        total = min(n, len(held_out)) if name == HELD_OUT else n
+        note = (lambda done, label=label, n=total: progress(label, done, n)) if progress else None
         for depth, rows in _measure(model, name, at, n, held_out, note).items():
             path = Path(folder) / f"{name}-d{depth}.parquet"
             path.parent.mkdir(parents=True, exist_ok=True)
+            rows.attrs["asked"] = n  # a dataset may have fewer
             stage(path, rows.to_parquet)
             publish(path)
     return read_evaluation(folder)
@@ -105,8 +106,7 @@ def missing(
     for name in tasks:
         if name not in TASKS and name != HELD_OUT:
             raise unknown_name("task", name, [*TASKS, HELD_OUT])
-    if not depths or any(not isinstance(d, int) or d < 1 for d in depths):
-        raise SSTError(f"depths {list(depths)} are not whole numbers from 1", "for example 1,2,3,4")
+    check_depths(depths)
     todo: list[tuple[str, list[int], int]] = []
     for name in tasks:
         n = min(TASKS[name].questions if name in TASKS else HELD_OUT_QUESTIONS, questions or 10**9)
@@ -118,9 +118,15 @@ def missing(
     return todo
 
 
+def check_depths(depths: Sequence[int]) -> None:
+    """Raise for anything but whole numbers from 1."""
+    if not depths or any(not isinstance(d, int) or d < 1 for d in depths):
+        raise SSTError(f"depths {list(depths)} are not whole numbers from 1", "for example 1,2,3,4")
+
+
 def _measured(folder: Path, name: str, depth: int, n: int) -> bool:
     path = folder / f"{name}-d{depth}.parquet"
-    return path.is_file() and (name not in TASKS or len(pd.read_parquet(path)) >= n)
+    return path.is_file() and pd.read_parquet(path).attrs.get("asked", 0) >= n
 
 
 def read_evaluation(folder: str | Path) -> pd.DataFrame:
@@ -151,17 +157,18 @@ def _measure(
     if task is not None and task.kind == "accuracy":
         asked = load_questions(task.dataset, n, split=task.split).questions
         found = answers(model, asked, depths, task.max_new_tokens, progress=progress)
-        by_depth = {depth: rows for depth, rows in found.groupby("depth")}
-        columns = {d: {"question": rows["id"], "value": rows["correct"]} for d, rows in by_depth.items()}
-        weight = {depth: 1.0 for depth in by_depth}
+        by_depth = {depth: found[found["depth"] == depth] for depth in depths}
+        columns = {
+            d: {"question": rows["id"], "value": rows["correct"], "weight": 1.0}
+            for d, rows in by_depth.items()
+        }
     else:
         items = [] if task is None else load_items(task.dataset, task.split)[0][:n]
         examples = [encode(item, model) for item in items] if items else list(held_out[:n])
         losses = {d: answer_losses(model, examples, iterations=d, progress=progress) for d in depths}
-        columns = {d: {"question": rows["id"], "value": rows["loss"]} for d, rows in losses.items()}
-        weight = {depth: rows["tokens"] for depth, rows in losses.items()}
+        columns = {
+            d: {"question": rows["id"], "value": rows["loss"], "weight": rows["tokens"]}
+            for d, rows in losses.items()
+        }
     kinds = {"question": str, "value": "float64", "weight": "float64"}
-    return {
-        int(d): pd.DataFrame({**columns[d], "weight": weight[d]}).astype(kinds).reset_index(drop=True)
-        for d in columns
-    }
+    return {d: pd.DataFrame(c).astype(kinds).reset_index(drop=True) for d, c in columns.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
@@ -11,6 +12,7 @@ from typing import Any, Literal, get_args
 from sst_interp import places
 from sst_interp.choices import Choices
 from sst_interp.errors import SSTError, unknown_name
+from sst_interp.recipe import NAME
 
 Method = Literal["two_pass", "exact", "none"]
 
@@ -210,7 +212,7 @@ def _bounds(value: Any) -> bool:
 
 _FOLDER = r"a plain folder name (letters, digits, '-', '_' and '.')"
 _CHECKS: dict[str, tuple[Callable[[Any], bool], str, str]] = {
-    "name": (lambda v: _word(v) and Path(v).name == v and v[0] != ".", _FOLDER, '"my-sst"'),
+    "name": (lambda v: _word(v) and re.fullmatch(NAME, v) is not None, _FOLDER, '"my-sst"'),
     "backbone": (_word, "the name of a model", '"smollm2-135m"'),
     "data": (_word, "the name of a dataset or a file", '"gsm8k"'),
     "method": (lambda v: v in get_args(Method), f"one of {', '.join(get_args(Method))}", '"two_pass"'),
