@@ -90,7 +90,7 @@ class TrainingCurves(Result):
                     x=looks["step"], y=looks[column], name=words, mode="lines+markers",
                     line={"color": color}, row=1, col=1,
                 )  # fmt: skip
-        figure.update_yaxes(title_text="loss (nats per answer token)", row=1, col=1)
+        figure.update_yaxes(title_text="loss (nats per answer token)", type="log", dtick="D1", row=1, col=1)
         if stream:
             for column, dash in (("alpha_max", "dot"), ("alpha_mean", "solid"), ("alpha_min", "dot")):
                 figure.add_scatter(

@@ -1,17 +1,20 @@
 """Losses and accuracies by depth: what a replay gives, kept as they finish, compared by question."""
 
 import json
+from string import ascii_uppercase
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from test_capture import tiny_llama, word_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from sst_interp.analyses import depth_scores, training_curves
 from sst_interp.analyses.depth_scores import ORACLE
 from sst_interp.errors import SSTError
-from sst_interp.evaluation import TASKS, answer_losses, answers, evaluate, read_evaluation, tasks
+from sst_interp.evaluation import TASKS, answer_losses, answers, evaluate, letters, read_evaluation, tasks
 from sst_interp.evaluation.tasks import missing
 from sst_interp.model import attach
 from sst_interp.questions.question import Item, Question
@@ -66,6 +69,32 @@ def test_depths_side_by_side_are_depths_one_by_one(model):
         alone = model.generate(prompts, depth, 6)
         assert (together[depth].tokens, together[depth].texts) == (alone.tokens, alone.texts)
         assert together[depth].stopped == alone.stopped
+
+
+def test_letters_are_the_best_logit_of_a_replay_at_every_depth():
+    """One position iterated to the deepest depth shows every depth before it."""
+    tokenizer = letter_tokenizer()
+    model = attach(tiny_llama(), tokenizer, alpha=0.3)
+    asked = [Question(str(n), "sun moon " * (1 + n), "B", "choice", 3) for n in range(3)]
+    found = letters(model, asked, [1, 3], batch_size=2)
+    assert found["id"].tolist() == ["0", "1", "2"] * 2
+    ids = [tokenizer.convert_tokens_to_ids(x) for x in "ABC"]
+    for (_, row), (depth, q) in zip(found.iterrows(), [(d, q) for d in (1, 3) for q in asked], strict=True):
+        stream_text = [*model.chat(q.prompt), tokenizer.convert_tokens_to_ids("(")]
+        logits = (
+            model.generate([stream_text], depth, 1, observe=(seen := []).append) and seen[0].logits[-1][0]
+        )
+        assert row["answer"] == "ABC"[int(logits[ids].argmax())]
+        assert row["correct"] == (row["answer"] == "B")
+
+
+def letter_tokenizer():
+    """One token per character of "(A)" and per word."""
+    words = ["<unk>", "</s>", "(", ")", *ascii_uppercase, "sun", "moon"]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Punctuation()
+    inner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), inner.pre_tokenizer])
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="</s>")
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """What a checkpoint can do, by iteration depth: language-model loss and accuracy, question by question."""
 
-from sst_interp.evaluation.accuracy import answers
+from sst_interp.evaluation.accuracy import answers, letters
 from sst_interp.evaluation.losses import answer_losses
 from sst_interp.evaluation.named import evaluate_by_name, evaluation_folder
 from sst_interp.evaluation.tasks import TASKS, Task, evaluate, read_evaluation
@@ -13,5 +13,6 @@ __all__ = [
     "evaluate",
     "evaluate_by_name",
     "evaluation_folder",
+    "letters",
     "read_evaluation",
 ]

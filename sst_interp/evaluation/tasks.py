@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 
 from sst_interp.durable import publish, stage
 from sst_interp.errors import SSTError, unknown_name
-from sst_interp.evaluation.accuracy import answers
+from sst_interp.evaluation.accuracy import answers, letters
 from sst_interp.evaluation.losses import answer_losses
 from sst_interp.model import StateStreamModel
 from sst_interp.questions import load_questions
@@ -29,23 +29,21 @@ from sst_interp.training.examples import Example, encode
 class Task:
     """One thing that is measured."""
 
-    kind: str
-    """`loss` (nats per answer token, lower is better) or `accuracy`."""
+    kind: Literal["loss", "written", "letter"]
+    """`loss` of the worked answer (nats per token); `written`: an answer is written greedily and graded;
+    `letter`: the letter with the highest logit is the answer."""
     dataset: str
     split: str
     questions: int
     """At most this many, from the first."""
-    max_new_tokens: int = 0
-    about: str = ""
+    max_new_tokens: int = 1
 
 
 TASKS: dict[str, Task] = {
-    "gsm8k-loss": Task("loss", "gsm8k", "test", 128, about="GSM8K test, loss of the worked answer"),
-    "gsm8k": Task("accuracy", "gsm8k", "test", 200, 192, "GSM8K test, accuracy"),
-    "arc-easy": Task("accuracy", "arc-easy", "validation", 300, 24, "ARC-Easy validation, accuracy"),
-    "arc-challenge": Task(
-        "accuracy", "arc-challenge", "validation", 299, 24, "ARC-Challenge validation, accuracy"
-    ),
+    "gsm8k-loss": Task("loss", "gsm8k", "test", 128),
+    "gsm8k": Task("written", "gsm8k", "test", 200, 192),
+    "arc-easy": Task("letter", "arc-easy", "validation", 570),
+    "arc-challenge": Task("letter", "arc-challenge", "validation", 299),
 }
 HELD_OUT, HELD_OUT_QUESTIONS = "held-out-loss", 128
 """Loss on a training's held-out examples: there only if they are given, for it needs the training data."""
@@ -111,7 +109,7 @@ def missing(
     for name in tasks:
         n = min(TASKS[name].questions if name in TASKS else HELD_OUT_QUESTIONS, questions or 10**9)
         at = [depth for depth in sorted(depths) if not _measured(folder, name, depth, n)]
-        if name in TASKS and TASKS[name].kind == "accuracy":
+        if name in TASKS and TASKS[name].kind != "loss":
             todo += [(name, at, n)] if at else []
         else:
             todo += [(name, [depth], n) for depth in at]
@@ -154,9 +152,12 @@ def _measure(
 ) -> dict[int, pd.DataFrame]:
     """Depth -> a row per question."""
     task = TASKS.get(name)
-    if task is not None and task.kind == "accuracy":
+    if task is not None and task.kind != "loss":
         asked = load_questions(task.dataset, n, split=task.split).questions
-        found = answers(model, asked, depths, task.max_new_tokens, progress=progress)
+        if task.kind == "written":
+            found = answers(model, asked, depths, task.max_new_tokens, progress=progress)
+        else:
+            found = letters(model, asked, depths, progress=progress)
         by_depth = {depth: found[found["depth"] == depth] for depth in depths}
         columns = {
             d: {"question": rows["id"], "value": rows["correct"], "weight": 1.0}
