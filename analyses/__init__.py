@@ -8,7 +8,10 @@ from sst_interp.analyses.basin_shifts import (
     basin_shifts,
     question_map,
 )
+from sst_interp.analyses.bf16_noise import Bf16Noise, bf16_noise
+from sst_interp.analyses.content import Content, content
 from sst_interp.analyses.depth_scores import DepthScores, depth_scores
+from sst_interp.analyses.divergence import Divergence, divergence
 from sst_interp.analyses.modes import Modes, find_modes
 from sst_interp.analyses.overlap import (
     OverlapDistribution,
@@ -17,38 +20,59 @@ from sst_interp.analyses.overlap import (
     overlap_of,
     pair_words,
 )
+from sst_interp.analyses.overthinking import Overthinking, overthinking
+from sst_interp.analyses.position_zero import PositionZero, position_zero
+from sst_interp.analyses.precedence import Precedence, precedence
 from sst_interp.analyses.result import Result, json_ready, table_html
+from sst_interp.analyses.settling import Settling, settling
 from sst_interp.analyses.statistics import (
     Interval,
     bootstrap_ends,
     cluster_bootstrap,
     resample_weights,
 )
+from sst_interp.analyses.token_replacement import TokenReplacement, token_replacement
 from sst_interp.analyses.training_curves import TrainingCurves, training_curves
 
 __all__ = [
     "PAPER_THRESHOLD",
     "BasinShifts",
+    "Bf16Noise",
+    "Content",
     "DepthScores",
+    "Divergence",
     "Interval",
     "Modes",
     "OverlapDistribution",
+    "Overthinking",
+    "PositionZero",
+    "Precedence",
     "QuestionMap",
     "Result",
+    "Settling",
+    "TokenReplacement",
     "TrainingCurves",
     "all_comparisons",
     "basin_shifts",
+    "bf16_noise",
     "bootstrap_ends",
     "cluster_bootstrap",
+    "content",
     "deepest_pair",
     "depth_scores",
+    "divergence",
     "find_modes",
     "json_ready",
     "overlap_distribution",
     "overlap_of",
+    "overthinking",
     "pair_words",
+    "position_zero",
+    "precedence",
     "question_map",
     "resample_weights",
+    "settling",
     "table_html",
+    "token_replacement",
     "training_curves",
 ]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -22,15 +21,14 @@ from sst_interp.analyses.overlap import (
     overlap_distribution,
     overlap_of,
     pair_words,
-    select,
 )
+from sst_interp.analyses.question_map import QuestionMap as QuestionMap
+from sst_interp.analyses.question_map import question_map as question_map
 from sst_interp.analyses.result import Result
+from sst_interp.analyses.shift_words import shift_verdict
 from sst_interp.analyses.statistics import (
     RESAMPLES,
     Interval,
-    none_seen_bound,
-    percent_text,
-    questions_words,
 )
 from sst_interp.choices import COMPARISONS, Choices, Comparison
 from sst_interp.errors import SSTError, unknown_name
@@ -65,9 +63,9 @@ class BasinShifts(Result):
     """Overlaps of the headline pair, with their modes; None if not testable."""
     by_position: pd.DataFrame = field(default_factory=pd.DataFrame)
     """Columns position, share, low, high, pairs, questions, questions_shifted (share of questions with a
-    shift in any layer at this position: claim C8)."""
+    shift in any layer at this position: claim C8), band_low, band_high (for all positions at once)."""
     by_layer: pd.DataFrame = field(default_factory=pd.DataFrame)
-    """Columns layer, share, low, high, pairs, questions, questions_shifted."""
+    """Columns layer, share, low, high, pairs, questions, questions_shifted, band_low, band_high."""
     rates: pd.DataFrame = field(default_factory=pd.DataFrame)
     """Shift rate, positions down, layers across; NaN where there is no pair."""
     norm_ratio_shifted: Interval = UNKNOWN
@@ -116,7 +114,7 @@ class BasinShifts(Result):
         """What was found, with its sample size; a null result is stated as one."""
         if self.distribution is None:
             return f"not testable: {self.not_testable}."
-        return _verdict(self, self.distribution)
+        return shift_verdict(self, self.distribution)
 
     def figure(self) -> go.Figure:
         """The distribution of overlaps with the threshold."""
@@ -125,39 +123,6 @@ class BasinShifts(Result):
     def figures(self) -> dict[str, go.Figure]:
         """Overlap, by_position, by_layer, rates, norm_ratio; each says so if there is nothing to show."""
         return figures.basin_shift_figures(self)
-
-
-def _verdict(result: BasinShifts, distribution: OverlapDistribution) -> str:
-    n = f"{result.n_pairs:,} pairs from {questions_words(result.n_questions)}"
-    words = f"{result.words}: "
-    if result.share.estimate == 0:
-        bound = percent_text(none_seen_bound(result.n_questions))
-        words += f"no pair fell below {result.threshold:.4g} ({result.provenance}), i.e. no basin shift was "
-        words += f"seen in {n}; at most {bound} of such questions have one (95%)."
-    else:
-        words += f"{result.share.text(percent=True)} of {n} fell below {result.threshold:.4g} "
-        words += f"({result.provenance}). "
-        if distribution.modes.two:
-            at = " and ".join(f"{m:.3g}" for m in distribution.modes.at)
-            words += f"The overlaps have two modes, at {at}."
-        elif math.isnan(distribution.modes.p_value):
-            words += f"Whether there are two modes was not tested: {distribution.modes.reason}."
-        else:
-            words += "The overlaps have one mode, so this is a cut through one spread, not a second basin."
-        if max(result.of_layer, result.of_position) > 0.5:
-            which, part = max(
-                ("layer", result.of_layer), ("position", result.of_position), key=lambda x: x[1]
-            )
-            words += f" The {which} alone accounts for {part:.0%} of the variance of which pairs shift."
-    if result.same_prefix is not None and result.other_prefix is not None:
-        words += f" Before the two texts first differ {result.same_prefix.text(percent=True)} shift, from "
-        words += f"there on {result.other_prefix.text(percent=True)}"
-        if result.other_prefix.estimate > 2 * result.same_prefix.estimate:
-            words += ": most of it says only that the texts diverged"
-        words += "."
-    if distribution.n_excluded:
-        words += f" {distribution.n_excluded:,} pairs without an overlap are left out."
-    return words
 
 
 def basin_shifts(
@@ -256,39 +221,3 @@ def all_comparisons(
     choices = choices or Choices()
     order = sorted(COMPARISONS, key=lambda c: c != choices.comparison)
     return {c: basin_shifts(pairs, c, choices, resamples, seed) for c in each(order)}
-
-
-class QuestionMap(NamedTuple):
-    """One question: positions down, layers across; NaN where there is no pair."""
-
-    overlap: pd.DataFrame
-    norm_ratio: pd.DataFrame
-    """norm_b / norm_a."""
-
-
-def question_map(
-    pairs: pd.DataFrame,
-    question: int,
-    comparison: str,
-    a: int | None = None,
-    b: int | None = None,
-    kind: str = "cosine",
-) -> QuestionMap:
-    """Where one question shifts: overlap and norm ratio by position and layer (default: deepest pair).
-
-    Raises:
-        SSTError: if the question has no such pairs.
-    """
-    rows, a, b = select(pairs, comparison, a, b)
-    rows = rows[(rows["question"] == question).to_numpy(dtype=bool)]
-    if rows.empty:
-        raise SSTError(
-            f"question {question} has no pairs of comparison {comparison!r} between {a} and {b}",
-            "questions are numbered from 0 in the run's questions table",
-        )
-    values = rows.assign(
-        overlap=overlap_of(rows, kind), norm_ratio=(rows["norm_b"] / rows["norm_a"]).astype(float)
-    )
-    return QuestionMap(
-        *(values.pivot(index="position", columns="layer", values=v) for v in ("overlap", "norm_ratio"))
-    )

@@ -17,7 +17,8 @@ import plotly.graph_objects as go
 from sst_interp.analyses import figures
 from sst_interp.analyses.modes import Modes, find_modes, grid, question_histograms, sensitivity
 from sst_interp.analyses.result import Result
-from sst_interp.analyses.statistics import RESAMPLES, percent_text, questions_words
+from sst_interp.analyses.statistics import RESAMPLES, Interval, percent_text, questions_words
+from sst_interp.analyses.tallies import share
 from sst_interp.choices import COMPARISONS
 from sst_interp.errors import SSTError, unknown_name
 
@@ -116,6 +117,8 @@ class OverlapDistribution(Result):
     """Bin edges in v = log(1 - overlap + resolution), [BINS + 1]."""
     resolution: float
     modes: Modes
+    identical_share: Interval | None = None
+    """`identical` with its interval."""
 
     @cached_property
     def sensitivity(self) -> pd.DataFrame:
@@ -185,7 +188,9 @@ def overlap_distribution(
     if not there.any():
         raise SSTError(f"all {len(rows):,} overlaps of comparison {comparison!r} are NaN")
     values = values[there]
-    codes, questions = pd.factorize(rows["question"].to_numpy()[there], sort=True)
+    question = rows["question"].to_numpy()[there]
+    codes, questions = pd.factorize(question, sort=True)
+    identical = share(question, rows["relative_l2"].to_numpy()[there] == 0, resamples, seed)
     resolution = RESOLUTION[kind]
     histograms = question_histograms(codes, values, resolution)
     return OverlapDistribution(
@@ -196,10 +201,11 @@ def overlap_distribution(
         n_pairs=len(values),
         n_questions=len(questions),
         n_excluded=int(np.count_nonzero(~there)),
-        identical=float(np.mean(rows["relative_l2"].to_numpy()[there] == 0)),
+        identical=identical.estimate,
         quantiles=pd.DataFrame({"quantile": QUANTILES, "overlap": np.quantile(values, QUANTILES)}),
         histograms=histograms,
         edges=grid(resolution),
         resolution=resolution,
         modes=find_modes(histograms, resolution, resamples=resamples, seed=seed),
+        identical_share=identical,
     )

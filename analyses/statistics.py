@@ -15,9 +15,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from sst_interp.errors import SSTError
 
@@ -75,17 +77,23 @@ def percent_text(share: float) -> str:
     if not math.isfinite(share):
         return "none"
     percent = 100 * share
-    if percent and percent < 0.1:
+    if percent and abs(percent) < 0.1:
         return f"{percent:.1g}%"
     if 99.9 < percent < 100:
         return f"{math.floor(percent * 1000) / 1000:g}%"
     return f"{percent:.1f}%"
 
 
+@lru_cache(maxsize=8)
 def resample_weights(n_questions: int, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """How often each question is drawn in each resample: int64 [resample, question], rows sum to n."""
+    """How often each question is drawn in each resample: int64 [resample, question], rows sum to n.
+
+    Read-only: every statistic of a run is computed on the same draws, which are made once.
+    """
     rng = np.random.default_rng(seed)
-    return rng.multinomial(n_questions, np.full(n_questions, 1 / n_questions), size=resamples)
+    weights = rng.multinomial(n_questions, np.full(n_questions, 1 / n_questions), size=resamples)
+    weights.flags.writeable = False
+    return weights
 
 
 def resampled(sums: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
@@ -130,8 +138,46 @@ def bootstrap_ends(
     defined = np.isfinite(values).any(axis=0)
     tail = (1 - level) / 2
     ends = np.full((2, *np.shape(estimate)), np.nan)
-    ends[:, defined] = np.nanquantile(values[:, defined], [tail, 1 - tail], axis=0)
+    quantile = np.quantile if np.isfinite(values).all() else np.nanquantile  # the second is far slower
+    ends[:, defined] = quantile(values[:, defined], [tail, 1 - tail], axis=0)
     return estimate, ends[0], ends[1]
+
+
+def simultaneous_shares(
+    sums: np.ndarray, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Shares of a family and a band that holds for all of them at once (max-T bootstrap over questions).
+
+    In y = arcsin(sqrt(share)), where the spread of a share hardly depends on its size, every member gets
+    plus or minus c standard errors; c is the `level` quantile, over resamples, of the largest deviation in
+    standard errors. Members may be correlated. Bootstrap errors of few questions are too small: they are
+    multiplied by sqrt(n / (n - 1)) and the ratio of Student's quantile to the normal one.
+
+    Args:
+        sums: [question, member, 2], how many pairs count and how many there are.
+        resamples: number of bootstrap resamples.
+        level: coverage of the whole band.
+        seed: of the resampling.
+
+    Returns:
+        Shares, lower and upper ends [member]. Ends are NaN with fewer than 2 questions and for a member
+        without pairs; a resample counts by the members it has pairs of.
+    """
+    sums = np.asarray(sums, dtype=float)
+    share = ratio(sums.sum(axis=0))
+    there, n = np.isfinite(share), len(sums)
+    if n < 2 or not there.any():
+        return share, np.full(share.shape, np.nan), np.full(share.shape, np.nan)
+    y = np.arcsin(np.sqrt(share))
+    off = np.arcsin(np.sqrt(np.clip(ratio(resampled(sums, resamples, seed)), 0, 1))) - y
+    off = np.ma.masked_invalid(off)
+    error = np.ma.filled(off.std(axis=0), 0.0)
+    largest = (np.abs(off).filled(0.0) / np.where(error > 0, error, np.inf)).max(axis=-1)
+    tail = (1 + level) / 2
+    small = math.sqrt(n / (n - 1)) * stats.t.ppf(tail, n - 1) / stats.norm.ppf(tail)
+    half = small * np.quantile(largest, level) * error
+    low, high = (np.sin(np.clip(y + side * half, 0, np.pi / 2)) ** 2 for side in (-1, 1))
+    return share, low, high
 
 
 def cluster_bootstrap(

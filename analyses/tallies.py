@@ -15,6 +15,7 @@ from sst_interp.analyses.statistics import (
     cluster_bootstrap,
     histogram_quantile,
     ratio,
+    simultaneous_shares,
 )
 
 LOG_RATIO_EDGES = np.linspace(-np.log(64), np.log(64), 2001)
@@ -38,13 +39,17 @@ def per_pair(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """A row per (a, b) of one comparison: pairs, questions, shifted shares at both thresholds, medians."""
+    """A row per (a, b) of one comparison: pairs, questions, shifted shares at both thresholds, medians, and
+    the share of pairs that are bit-identical.
+    """
     columns = ["a", "b", "questions", "pairs", "shifted", "low", "high"]
-    columns += [f"{c} at {paper}" for c in ("shifted", "low", "high")] + ["median overlap", "lowest overlap"]
+    columns += [f"{c} at {paper}" for c in ("shifted", "low", "high")]
+    columns += ["median overlap", "lowest overlap", "identical"]
     records = []
     question, a, b = (rows[c].to_numpy() for c in ("question", "a", "b"))
     there = np.isfinite(overlaps)
-    for one, other in sorted(set(zip(a[there].tolist(), b[there].tolist(), strict=True))):
+    identical = rows["relative_l2"].to_numpy() == 0
+    for one, other in pairs_there(a[there], b[there]):
         here = there & (a == one) & (b == other)
         values, of = overlaps[here], question[here]
         own = share(of, values < threshold, resamples, seed)
@@ -53,9 +58,28 @@ def per_pair(
             (
                 *(one, other, own.n_questions, len(values), own.estimate, own.low, own.high),
                 *(theirs.estimate, theirs.low, theirs.high, np.median(values), values.min()),
+                identical[here].mean(),
             )
         )
     return pd.DataFrame(records, columns=columns)
+
+
+def pairs_there(a: np.ndarray, b: np.ndarray) -> list[tuple[int, int]]:
+    """The pairs (a, b) that occur, in order."""
+    codes = np.unique(256 * a.astype(np.int16) + b)
+    return [(int(code) // 256, int(code) % 256) for code in codes]
+
+
+def counts_by(
+    group: np.ndarray, question: np.ndarray, shifted: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Shifted pairs and all pairs, [question, group, 2], with the groups and the questions they are of."""
+    codes, names = pd.factorize(question, sort=True)
+    groups, values = pd.factorize(group, sort=True)
+    n, k = len(names), len(values)
+    flat = codes * k + groups
+    counts = [np.bincount(flat, w, n * k).reshape(n, k) for w in (shifted, np.ones(len(flat)))]
+    return np.stack(counts, axis=-1), values, names
 
 
 def by(
@@ -70,16 +94,12 @@ def by(
 
     Returns:
         Columns `name`, share, low, high, pairs, questions (that have such pairs), questions_shifted (the
-        share of those with at least one shift there).
+        share of those with at least one shift there), band_low, band_high (`simultaneous_shares`: holds for
+        all positions or layers at once).
     """
-    codes, names = pd.factorize(question)
-    groups, values = pd.factorize(group, sort=True)
-    n, k = len(names), len(values)
-    flat = codes * k + groups
-    counts = np.stack(
-        [np.bincount(flat, w, n * k).reshape(n, k) for w in (shifted, np.ones(len(flat)))], axis=-1
-    )
+    counts, values, _ = counts_by(group, question, shifted)
     estimate, low, high = bootstrap_ends(counts, ratio, resamples, seed=seed)
+    _, band_low, band_high = simultaneous_shares(counts, resamples, seed=seed)
     questions = (counts[..., 1] > 0).sum(axis=0)
     return pd.DataFrame(
         {
@@ -90,6 +110,8 @@ def by(
             "pairs": counts[..., 1].sum(axis=0).astype(int),
             "questions": questions,
             "questions_shifted": (counts[..., 0] > 0).sum(axis=0) / questions,
+            "band_low": band_low,
+            "band_high": band_high,
         }
     )
 

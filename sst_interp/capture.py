@@ -23,6 +23,7 @@ import sst_interp
 from sst_interp import places
 from sst_interp.certificate import Certificate
 from sst_interp.choices import TRAINED
+from sst_interp.controls import Controls
 from sst_interp.errors import SSTError
 from sst_interp.generation import check_room
 from sst_interp.lanes import LaneDecoder
@@ -69,10 +70,12 @@ def capture(
     prompts = [model.chat(q.prompt) for q in questions.questions]
     check_room(model, max(map(len, prompts)), recipe.max_new_tokens)
     batches = batches_of([len(p) for p in prompts], recipe.batch_size)
+    controls = Controls(model, recipe, len(prompts))
     with RunWriter.open(folder, recipe, provenance(model, questions), len(batches), fresh) as writer:
         todo = [b for b in range(len(batches)) if b not in writer.committed]
+        again = sum(len(controls.chosen.intersection(batches[b])) for b in todo)
         bar = tqdm(
-            total=len(todo) * recipe.max_new_tokens,
+            total=(len(todo) + again) * recipe.max_new_tokens,
             desc=f"capturing {recipe.name}",
             unit="pos",
             disable=not progress or not todo,
@@ -84,7 +87,7 @@ def capture(
                 bar.set_postfix_str(f"batch {batch + 1} of {len(batches)}")
                 tables, states = capture_batch(
                     model, recipe, rows, [questions.questions[r] for r in rows],
-                    [prompts[r] for r in rows], questions.restricted, bar,
+                    [prompts[r] for r in rows], questions.restricted, bar, controls,
                 )  # fmt: skip
                 writer.commit(batch, tables, states)
         writer.finish()
@@ -106,6 +109,7 @@ def capture_batch(
     prompts: Sequence[list[int]],
     restricted: bool,
     bar: Any = None,
+    controls: Controls | None = None,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, torch.Tensor]]:
     """Generate one batch in all lanes and measure it.
 
@@ -114,6 +118,7 @@ def capture_batch(
         prompts: token ids per question.
         restricted: record no token ids.
         bar: told of each position (`update`).
+        controls: measures the noise floor and nudges of the questions that get them.
 
     Returns:
         (tables, states) as `RunWriter.commit` takes them.
@@ -125,10 +130,13 @@ def capture_batch(
     decoder = LaneDecoder(model, stream, tokens[:, -1], recipe.depths, stop)
     lens = recipe.choices.overlap == "lens_jaccard"
     recorder = Recorder(rows, recipe.depths, recipe.keep, lens, restricted)
+    watch = controls.watch(rows) if controls is not None else None
     texts: dict[int, list[list[int]]] = {d: [[] for _ in rows] for d in recipe.depths}
     for position in range(recipe.max_new_tokens):
         moment = decoder.step()
         recorder.see(position, moment, decoder)
+        if watch is not None:
+            watch.see(moment)
         for depth, emitted in decoder.emitted.items():
             for row in decoder.alive[depth].nonzero()[:, 0].tolist():
                 texts[depth][row].append(int(emitted[row]))
@@ -143,6 +151,8 @@ def capture_batch(
         "questions": answers(model, recipe, rows, questions, prompts, texts, decoder.alive, certificate),
         **recorder.tables(),
     }
+    if watch is not None:
+        tables |= watch.tables(prompts, texts[1], bar.update if bar is not None else None)
     return {name: columns for name, columns in tables.items() if columns}, recorder.states()
 
 

@@ -73,6 +73,10 @@ class Recipe:
     instruction: str | None = None
     """Replaces the default instruction that precedes every question."""
 
+    controls: int = 0
+    """How many questions, evenly spread, also get the controls that need the model: the noise floor and
+    nudges of the same size (docs/run-format.md, noise and nudges). Each takes about half a batch's time."""
+
     choices: Choices = field(default_factory=Choices)
     """What the paper leaves open (`sst_interp.choices`)."""
 
@@ -137,8 +141,12 @@ class Recipe:
         return cls(**{**values, "choices": choices})
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON- and TOML-ready dictionary; what is left to its default of None is left out."""
+        """A JSON- and TOML-ready dictionary; what is left to its default of None, or without controls, is
+        left out.
+        """
         values = {key: value for key, value in asdict(self).items() if value is not None}
+        if not self.controls:
+            del values["controls"]
         return values | {"depths": list(self.depths), "choices": self.choices.to_dict()}
 
     def to_toml(self) -> str:
@@ -153,6 +161,8 @@ class Recipe:
     def fingerprint(self) -> str:
         """sha256 of everything that decides the run's contents: not the name, nor choices of analysis."""
         values = _identity(self)
+        if not self.controls:
+            del values["controls"]  # so that it is what it was before there were any
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def differences(self, now: Recipe) -> list[tuple[str, Any, Any]]:
@@ -254,6 +264,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "dtype": (lambda v: v in get_args(DType), f"one of {', '.join(get_args(DType))}", '"bfloat16"'),
     "keep": (lambda v: v in get_args(Keep), f"one of {', '.join(get_args(Keep))}", '"position0"'),
     "seed": (lambda v: _whole(v, 0), "a whole number from 0", "0"),
+    "controls": (lambda v: _whole(v, 0), "a whole number from 0 (left out: none)", "24"),
     "split": (lambda v: v is None or _text(v), "text", '"validation"'),
     "instruction": (lambda v: v is None or _text(v), "text", '"Answer with one letter."'),
 }

@@ -20,7 +20,7 @@ from sst_interp import manifest
 from sst_interp.choices import COMPARISONS
 from sst_interp.errors import SSTError, unknown_name
 from sst_interp.recipe import Recipe
-from sst_interp.schema import CATEGORIES, KEYS, OPTIONAL, TABLES, to_frame
+from sst_interp.schema import CATEGORIES, CONTROLS, KEYS, OPTIONAL, TABLES, to_frame
 
 
 @dataclass(eq=False, repr=False)
@@ -67,6 +67,16 @@ class Run:
         """A row per (question, comparison, position, layer, a, b). Large: `table` reads a part of it."""
         return self.table("pairs")
 
+    @cached_property
+    def noise(self) -> pd.DataFrame:
+        """A row per (question, kind, depth, position, layer); empty if the recipe asked for no controls."""
+        return self.table("noise")
+
+    @cached_property
+    def nudges(self) -> pd.DataFrame:
+        """A row per nudge and the change it stands beside; empty if the recipe asked for no controls."""
+        return self.table("nudges")
+
     def table(
         self, name: str, columns: Sequence[str] | None = None, comparison: str | None = None
     ) -> pd.DataFrame:
@@ -78,7 +88,8 @@ class Run:
         if name not in TABLES:
             raise unknown_name("table", name, TABLES)
         shards = [str(self._checked(file)) for file in self._listed(name).values()]
-        if not shards and name in ("outputs", "pairs") and len(self.recipe.depths) == 1:  # nothing to compare
+        nothing_to_compare = name in ("outputs", "pairs") and len(self.recipe.depths) == 1
+        if not shards and (nothing_to_compare or name in CONTROLS):
             wanted = columns if columns is not None else [c for c in TABLES[name].names if c not in OPTIONAL]
             return to_frame(TABLES[name].empty_table().select(list(wanted)))
         if not shards:

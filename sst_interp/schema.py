@@ -15,10 +15,24 @@ from sst_interp.choices import COMPARISONS
 
 TEXTS = ("own", "depth1")
 """Which tokens a pass reads: the depth's own text, or the one that depth 1 wrote."""
-CATEGORIES: dict[str, tuple[str, ...]] = {"comparison": COMPARISONS, "text": TEXTS}
+NOISE_KINDS = ("batch", "fp32")
+"""What else computed the same tokens at the same depth (`sst_interp.noise_floor`)."""
+SITES = ("output", "stream")
+"""Where a nudge is put in: the last layer's output, or the stream states handed in (`sst_interp.nudges`)."""
+DIRECTIONS = ("true", "random", "elsewhere")
+"""Where a nudge points: as iterating does, anywhere, or as iterating does at another position."""
+CATEGORIES: dict[str, tuple[str, ...]] = {
+    "comparison": COMPARISONS,
+    "text": TEXTS,
+    "kind": NOISE_KINDS,
+    "site": SITES,
+    "direction": DIRECTIONS,
+}
 """Columns with a fixed set of values, in the order in which they sort; one byte a row."""
 OPTIONAL = frozenset({"lens_jaccard"})
 """Columns that a run may lack."""
+CONTROLS = ("noise", "nudges")
+"""Tables that only some questions of a run have rows in, or none: `controls` in the recipe."""
 
 _CATEGORY = pa.dictionary(pa.int8(), pa.string())
 _PAIR = {"question": pa.int32(), "comparison": _CATEGORY, "position": pa.int16()}
@@ -87,6 +101,36 @@ TABLES: dict[str, pa.Schema] = {
             "lens_jaccard": pa.float32(),
         }
     ),
+    "noise": _schema(
+        {
+            "question": pa.int32(),
+            "kind": _CATEGORY,
+            "depth": pa.int8(),
+            "position": pa.int16(),
+            "layer": pa.int16(),
+            "cosine": pa.float32(),
+            "relative_l2": pa.float32(),
+            "norm_a": pa.float32(),
+            "norm_b": pa.float32(),
+            "bf16_ratio": pa.float32(),
+        }
+    ),
+    "nudges": _schema(
+        {
+            **_PAIR,
+            **_AB,
+            "site": _CATEGORY,
+            "direction": _CATEGORY,
+            "seed": pa.int8(),
+            "argmax_changed": pa.bool_(),
+            "replaced": pa.int16(),
+            "winner_rank": pa.int32(),
+            "kl": pa.float32(),
+            "size": pa.float32(),
+            "cosine": pa.list_(pa.float32()),
+            "relative_l2": pa.list_(pa.float32()),
+        }
+    ),
 }
 
 KEYS: dict[str, list[str]] = {
@@ -94,6 +138,8 @@ KEYS: dict[str, list[str]] = {
     "steps": ["question", "text", "depth", "position", "iteration"],
     "outputs": ["question", "comparison", "position", "a", "b"],
     "pairs": ["question", "comparison", "position", "layer", "a", "b"],
+    "noise": ["question", "kind", "depth", "position", "layer"],
+    "nudges": ["question", "comparison", "position", "a", "b", "site", "direction", "seed"],
 }
 """The columns that name a row. A table is read back sorted by them."""
 
@@ -101,8 +147,8 @@ KEYS: dict[str, list[str]] = {
 def to_table(name: str, columns: Mapping[str, Any]) -> pa.Table:
     """The Arrow table `name` from `columns`, in the schema's order and types.
 
-    Each column is one-dimensional (array, list, or Arrow array) with an entry per row; `top100` may also be
-    an integer array [row, 100]. Raises ValueError, naming table and column, for a missing or surplus
+    Each column is one-dimensional (array, list, or Arrow array) with an entry per row; a column of lists may
+    also be an array [row, entry]. Raises ValueError, naming table and column, for a missing or surplus
     column, unequal lengths, a value that does not fit its type (40,000 in an int16, 0.5 in an int32, a
     comparison that does not exist) and a null where there must be none.
     """
@@ -151,9 +197,11 @@ def write_parquet(table: pa.Table, path: Path) -> None:
     dictionaries for the floats, 1.58 MB with byte_stream_split as well, except for the norms: they repeat
     (one norm_a for every b), which zstd sees only where their bytes stay together (1.87 MB with all split).
     """
+    lists = {f.name: f"{f.name}.list.element" for f in table.schema if pa.types.is_list(f.type)}
     floats = [f.name for f in table.schema if pa.types.is_floating(f.type)]
-    repeating = [c for c in table.column_names if c not in floats and c != "top100"]
+    repeating = [c for c in table.column_names if c not in floats and c not in lists]
     split = [c for c in floats if not c.startswith("norm_")]
+    split += [path for name, path in lists.items() if name != "top100"]
     pq.write_table(
         table,
         path,

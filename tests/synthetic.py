@@ -50,6 +50,12 @@ class Planted:
     """norm_b / norm_a at shifted pairs; 1 at stable ones."""
     stable_layers: int = 0
     """Layers, from the first, that never shift."""
+    layer_places: tuple[float, ...] = ()
+    """1 - overlap of the stable pairs of each layer, instead of `stable`: a mode of its own for each."""
+    persistence: float = 0.0
+    """Chance that a position does what the one before did: the rate stays, shifts come in bursts."""
+    identical: float = 0.0
+    """Share of stable pairs that are bit-identical."""
 
 
 def latent(rng: np.random.Generator, questions: int, positions: int, layers: int) -> np.ndarray:
@@ -65,13 +71,20 @@ def distances(
     rng: np.random.Generator, shape: tuple[int, int, int], planted: Planted
 ) -> tuple[np.ndarray, ...]:
     """1 - overlap and which pairs shifted, both [question, position, layer]."""
-    u = planted.stable * np.exp(planted.spread * latent(rng, *shape))
+    stable = np.array(planted.layer_places) if planted.layer_places else planted.stable
+    u = stable * np.exp(planted.spread * latent(rng, *shape))
+    if planted.identical:
+        u = np.where(rng.random(shape) < planted.identical, 0, u)
     if not planted.share:
         return np.minimum(u, 2), np.zeros(shape, dtype=bool)
     # A probit threshold whose marginal is `share` whatever the spread between questions.
     centre = norm.ppf(planted.share) * np.sqrt(1 + planted.question_spread**2)
     odds = centre + planted.question_spread * rng.normal(size=(shape[0], 1, 1))
     moved = rng.random(shape) < norm.cdf(odds)
+    if planted.persistence:
+        kept = rng.random(shape) < planted.persistence
+        for position in range(1, shape[1]):
+            moved[:, position] = np.where(kept[:, position], moved[:, position - 1], moved[:, position])
     moved[..., : planted.stable_layers] = False
     if planted.uniform:
         far = rng.random(shape)
@@ -106,6 +119,7 @@ def pairs_table(
                 u, moved = np.where(same, calm, u), moved & ~same
             norm_a = 100 * np.exp(0.1 * rng.normal(size=len(p)))
             size = np.where(moved, planted.norm_ratio, 1.0) * np.exp(0.02 * rng.normal(size=len(p)))
+            size = np.where(u == 0, 1.0, size)  # bit-identical
             # |b - a|^2 / |a|^2 = 1 + s^2 - 2 s cos, with s the ratio of the norms.
             relative = np.sqrt(np.maximum((1 - size) ** 2 + 2 * size * u, 0))
             tables.append(

@@ -6,7 +6,7 @@ import pytest
 from synthetic import Planted, pairs_table
 
 from sst_interp.analyses import all_comparisons, basin_shifts, question_map
-from sst_interp.analyses.tallies import share
+from sst_interp.analyses.tallies import pairs_there, share
 from sst_interp.choices import COMPARISONS, Choices
 from sst_interp.errors import SSTError
 
@@ -29,8 +29,16 @@ def test_planted_shifts_are_found_and_nothing_else():
     assert found.share.estimate == pytest.approx(moved.mean())
     assert found.norm_ratio_shifted.estimate == pytest.approx(1.3, abs=0.01)
     assert found.norm_ratio_stable.low <= 1.0 <= found.norm_ratio_stable.high + 0.005
-    for words in ("24 questions", "3,072 pairs", "depth 1 against depth 4", "two modes", "replayed"):
+    for words in (
+        "24 questions",
+        "3,072 pairs",
+        "depth 1 against depth 4",
+        "two modes",
+        "replayed",
+        "valley",
+    ):
         assert words in found.verdict
+    assert found.distribution.modes.depth_interval.text(percent=True) in found.verdict
 
 
 def test_a_null_result_is_stated_as_one():
@@ -154,3 +162,31 @@ def test_a_question_map_is_that_question():
 def test_results_are_the_same_twice():
     table = pairs_table(seed=1)
     assert basin_shifts(table, "replayed").to_dict() == basin_shifts(table, "replayed").to_dict()
+
+
+def test_bit_identical_pairs_are_counted_per_pair_of_depths():
+    table = pairs_table(depths=(2, 4), planted=Planted(identical=0.25), seed=1)
+    found = basin_shifts(table, "replayed")
+    for row in found.table.itertuples():
+        part = table[table["b"] == row.b]
+        assert row.identical == pytest.approx((part["relative_l2"] == 0).mean())
+    share_of = found.distribution.identical_share
+    assert share_of.estimate == found.distribution.identical == found.table["identical"].iloc[-1]
+    assert share_of.low < share_of.estimate < share_of.high
+
+
+def test_the_bands_are_there_for_positions_and_layers():
+    found = basin_shifts(pairs_table(seed=1), "replayed")
+    for table in (found.by_position, found.by_layer):
+        assert (table["band_low"] <= table["share"]).all()
+        assert (table["share"] <= table["band_high"]).all()
+        assert (table["band_high"] - table["band_low"]).sum() > (table["high"] - table["low"]).sum()
+
+
+def test_the_pairs_that_are_there():
+    a = np.array([2, 1, 1, 1, 2], dtype=np.int8)
+    b = np.array([3, 4, 2, 4, 3], dtype=np.int8)
+    assert pairs_there(a, b) == [(1, 2), (1, 4), (2, 3)]
+    assert pairs_there(a[:0], b[:0]) == []
+    big = np.array([127], dtype=np.int8)
+    assert pairs_there(big, big) == [(127, 127)]

@@ -37,6 +37,7 @@ recipes = st.builds(
     keep=st.sampled_from(["none", "position0", "shifts", "all"]),
     seed=st.integers(0, 2**40),
     instruction=st.none() | st.text(),
+    controls=st.integers(0, 10**9),
     choices=choices,
 )
 
@@ -84,6 +85,7 @@ def test_fingerprints_differ_exactly_where_what_is_captured_does(a, b):
         {"keep": "all"},
         {"seed": 3},
         {"instruction": ""},
+        {"controls": 3},
         {"choices": Choices(kv="first")},
     ],
 )
@@ -94,6 +96,15 @@ def test_every_field_but_the_name_is_in_the_fingerprint_and_named_as_a_differenc
     assert key == {"choices": "choices.kv"}.get(next(iter(change)), next(iter(change)))
     assert now == changed.to_dict().get(key, "first")
     assert set(change) <= {f.name for f in dataclasses.fields(Recipe)}
+
+
+def test_a_recipe_without_controls_is_what_it_was_before_there_were_any():
+    assert recipe().controls == 0
+    assert "controls" not in recipe().to_toml()
+    assert recipe(controls=0).fingerprint() == recipe().fingerprint()
+    old = "77f887a86887abe619609eafdc412068"
+    assert recipe().fingerprint().startswith(old)
+    assert recipe(controls=2).differences(recipe()) == [("controls", 2, 0)]
 
 
 def test_the_name_is_not_in_the_fingerprint():
@@ -141,6 +152,10 @@ BAD = [
     ("keep", "some"),
     ("seed", -1),
     ("seed", 0.5),
+    ("controls", -1),
+    ("controls", True),
+    ("controls", 0.5),
+    ("controls", "all"),
     ("instruction", 3),
     ("choices", "exact"),
 ]

@@ -17,6 +17,7 @@ from sst_interp.errors import SSTError
 from sst_interp.manifest import damage, read_manifest
 from sst_interp.run_writer import RunWriter
 from sst_interp.runs import open_run
+from sst_interp.schema import KEYS, TABLES
 
 KILL_EVERYWHERE = """
 import itertools, os, signal, sys
@@ -123,7 +124,7 @@ def test_files_reach_the_disk_before_their_names_and_all_of_them_before_the_mani
     monkeypatch.setattr(os, "replace", checked)
     with RunWriter.open(tmp_path / "r", tiny_recipe(), PROVENANCE) as writer:
         writer.commit(0, *batch([0]))
-    assert len(listed) == 5
+    assert len(listed) == 7
     assert flushed == [tmp_path / "r"], "the manifest's own name"
 
 
@@ -194,7 +195,7 @@ def damaged(path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["flipped", "truncated", "missing"])
-@pytest.mark.parametrize("table", ["questions", "steps", "outputs", "pairs", "states"])
+@pytest.mark.parametrize("table", [*TABLES, "states"])
 def test_a_damaged_shard_is_named_and_only_its_batch_is_captured_again(
     tmp_path, how, table, uninterrupted, caplog
 ):
@@ -354,3 +355,30 @@ def test_a_file_in_the_place_of_the_folder_is_an_error(tmp_path):
     (tmp_path / "r").write_text("")
     with pytest.raises(SSTError, match="cannot write run"):
         RunWriter.open(tmp_path / "r", tiny_recipe(), PROVENANCE)
+
+
+def test_controls_are_tables_that_only_some_batches_have(tmp_path):
+    folder = capture(tmp_path / "r", tiny_recipe(controls=3))
+    shards = read_manifest(folder)["shards"]
+    assert [sum("noise" in file or "nudges" in file for file in shards[b]) for b in "012"] == [2, 2, 0]
+    run = open_run(folder)
+    for table in tiny_run.CONTROLS:
+        keys = run.table(table)[KEYS[table]].itertuples(index=False, name=None)
+        assert list(keys) == tiny_run.rows(table, [0, 1, 2])
+        assert getattr(run, table).equals(run.table(table))
+
+
+def test_a_run_without_controls_has_empty_ones(tmp_path):
+    run = open_run(capture(tmp_path / "r", tiny_recipe(controls=0)))
+    for table in tiny_run.CONTROLS:
+        assert not (tmp_path / "r" / table).exists()
+        empty = getattr(run, table)
+        assert empty.empty
+        assert list(empty.columns) == TABLES[table].names
+        assert list(run.table(table, columns=["question", "position"]).columns) == ["question", "position"]
+
+
+def test_fresh_erases_controls(tmp_path):
+    folder = capture(tmp_path / "r")
+    RunWriter.open(folder, tiny_recipe(controls=0), PROVENANCE, fresh=True).close()
+    assert not any((folder / table).exists() for table in tiny_run.CONTROLS)

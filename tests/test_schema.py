@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sst_interp.schema import KEYS, OPTIONAL, TABLES, to_frame, to_table, write_parquet
 
 DOCS = (Path(__file__).parents[1] / "docs" / "run-format.md").read_text()
-SPELLING = {"int32", "int16", "int8", "float32", "string", "bool", "list of int32"}
+SPELLING = {"int32", "int16", "int8", "float32", "string", "bool", "list of int32", "list of float32"}
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -28,14 +28,13 @@ def test_the_schema_is_the_documented_one(name):
             n: (t.removesuffix(" or null"), "or null" in kinds) for n, t in zip(names, types, strict=True)
         }
     documented.pop("column")
-    spelled = {
-        f.name: (
-            "list of int32" if pa.types.is_list(f.type) else "string" if pa.types.is_dictionary(f.type)
-            else str(f.type).replace("float", "float32"),
-            f.nullable,
-        )
-        for f in TABLES[name]
-    }  # fmt: skip
+
+    def spelling(kind: pa.DataType) -> str:
+        if pa.types.is_list(kind):
+            return f"list of {spelling(kind.value_type)}"
+        return "string" if pa.types.is_dictionary(kind) else str(kind).replace("float", "float32")
+
+    spelled = {f.name: (spelling(f.type), f.nullable) for f in TABLES[name]}
     assert spelled == documented
     assert {kind for kind, _ in spelled.values()} <= SPELLING
 
@@ -118,6 +117,17 @@ def test_top100_may_be_a_matrix():
     assert np.array_equal(np.stack(to_frame(table).top100.to_list()), ids)
     with pytest.raises(ValueError, match="top100"):
         to_table("steps", tiny_run.columns("steps", [0]) | {"top100": ids + 0.5})
+
+
+def test_lists_of_floats_may_be_of_different_length():
+    rows = tiny_run.columns("nudges", [0])
+    lengths = {len(values) for values in rows["cosine"]}
+    assert lengths == {1, tiny_run.LAYERS}
+    frame = to_frame(to_table("nudges", rows))
+    for column in ("cosine", "relative_l2"):
+        assert [v.tolist() for v in frame[column]] == [np.float32(v).tolist() for v in rows[column]]
+    with pytest.raises(ValueError, match="'cosine'"):
+        to_table("nudges", rows | {"cosine": [["x"]] * len(rows["a"])})
 
 
 def test_optional_columns_and_keys_are_columns():

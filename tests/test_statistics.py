@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import norm
 
 from sst_interp.analyses.statistics import (
     Interval,
@@ -15,6 +16,7 @@ from sst_interp.analyses.statistics import (
     ratio,
     resample_weights,
     resampled,
+    simultaneous_shares,
 )
 from sst_interp.errors import SSTError
 
@@ -127,3 +129,55 @@ def test_a_small_share_is_never_shown_as_none_or_all():
     assert percent_text(0.9999) == "99.99%"
     assert percent_text(0.99999999) != "100%"
     assert percent_text(1.0) == "100.0%"
+
+
+def test_the_draws_are_made_once_and_nobody_can_change_them():
+    weights = resample_weights(12, 100, seed=3)
+    assert resample_weights(12, 100, seed=3) is weights
+    with pytest.raises(ValueError, match="read-only"):
+        weights[0, 0] = 5
+
+
+def family(rng, questions, members=12, pairs=16):
+    """Per-question counts [question, member, 2] of a family whose members are correlated, and its rates."""
+    rates = 0.15 * (1 + 0.6 * np.sin(np.arange(members)))
+    effect = 0.7 * rng.normal(size=(questions, 1)) + 0.5 * rng.normal(size=(questions, members))
+    each = norm.cdf(norm.ppf(rates) * np.sqrt(1 + 0.74) + effect)
+    return np.stack([rng.binomial(pairs, each), np.full(each.shape, pairs)], axis=-1), rates
+
+
+def test_a_simultaneous_band_holds_everywhere_at_once_and_single_intervals_do_not():
+    rng = np.random.default_rng(7)
+    together = alone = 0
+    for _ in range(150):
+        counts, rates = family(rng, 60)
+        _, low, high = simultaneous_shares(counts, resamples=300)
+        together += ((low <= rates) & (rates <= high)).all()
+        _, low, high = bootstrap_ends(counts, resamples=300)
+        alone += ((low <= rates) & (rates <= high)).all()
+    assert 0.87 <= together / 150 <= 0.995  # 95% nominal; the standard error is 1.8 points
+    assert alone / 150 < 0.75
+
+
+def test_a_band_of_one_member_is_close_to_its_interval():
+    counts, _ = family(np.random.default_rng(8), 100, members=1)
+    share, low, high = simultaneous_shares(counts)
+    single = cluster_bootstrap(counts[:, 0])
+    assert share[0] == pytest.approx(single.estimate)
+    assert (low[0], high[0]) == pytest.approx((single.low, single.high), abs=0.01)
+
+
+def test_a_band_stays_between_0_and_1_and_where_there_are_pairs():
+    counts = np.zeros((20, 4, 2))
+    counts[..., 1] = 10
+    counts[:, 1, 0] = 10  # all
+    counts[0, 2, 0] = 10  # those of one question
+    counts[:, 3] = 0  # no pairs
+    share, low, high = simultaneous_shares(counts)
+    assert np.allclose(share[:3], [0, 1, 0.05])
+    assert (low[:2] == share[:2]).all()
+    assert (high[:2] == share[:2]).all()
+    assert 0 <= low[2] < 0.05 < high[2] <= 1
+    assert np.isnan([share[3], low[3], high[3]]).all()
+    assert np.isnan(simultaneous_shares(counts[:1])[1]).all()
+    assert simultaneous_shares(np.zeros((0, 3, 2)))[0].shape == (3,)

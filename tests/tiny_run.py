@@ -16,18 +16,23 @@ LAYERS, D_MODEL, POSITIONS, DEPTHS = 2, 3, 3, (1, 2)
 PROVENANCE = {"model_hash": "abc", "dtype": "bfloat16", "versions": {"torch": "2"}, "host": "here"}
 BATCHES = [[0, 1], [2, 3], [4, 5]]
 PASSES = [("own", 1), ("own", 2), ("depth1", 2)]
+MEASURED = ("cosine", "relative_l2", "norm_a", "norm_b", "bf16_ratio")
 COMPARED = [("replayed", 1, 2), ("within", 1, 2), ("free", 1, 2)]
 KEYS = {
     "questions": "question depth",
     "steps": "question text depth position iteration",
     "outputs": "question comparison position a b",
     "pairs": "question comparison position layer a b",
+    "noise": "question kind depth position layer",
+    "nudges": "question comparison position a b site direction seed",
 }
+CONTROLS = ("noise", "nudges")
+NUDGES = [("true", 0), ("random", 0), ("random", 1), ("elsewhere", 0)]
 
 
 def tiny_recipe(name: str = "tiny", **changes: Any) -> Recipe:
     fields = {"checkpoint": "c", "dataset": "d", "depths": DEPTHS, "batch_size": 2, "questions": 6}
-    return Recipe(name=name, **(fields | changes))
+    return Recipe(name=name, **(fields | {"controls": 6} | changes))
 
 
 def rows(table: str, questions: list[int]) -> list[tuple]:
@@ -41,6 +46,21 @@ def rows(table: str, questions: list[int]) -> list[tuple]:
         ],
         "outputs": outputs,
         "pairs": [(*row[:3], layer, *row[3:]) for row in outputs for layer in range(LAYERS)],
+        "noise": [
+            (q, kind, depth, p, layer)
+            for q in questions
+            for kind in ("batch", "fp32")
+            for depth in DEPTHS
+            for p in places
+            for layer in range(LAYERS)
+        ],
+        "nudges": [
+            (*row, site, direction, seed)
+            for row in outputs
+            if row[1] != "free"
+            for site in ("output", "stream")
+            for direction, seed in NUDGES
+        ],
     }[table]
 
 
@@ -49,6 +69,7 @@ def columns(table: str, questions: list[int]) -> dict[str, Any]:
     keys = rows(table, questions)
     noise = [zlib.crc32(repr(key).encode()) / 2**32 for key in keys]
     ids, coin = [int(100 * x) for x in noise], [x > 0.5 for x in noise]
+    per_layer = [[x] * (1 if "output" in key else LAYERS) for x, key in zip(noise, keys, strict=True)]
     values: dict[str, dict[str, list]] = {
         "questions": {
             "id": [f"r{q}" for q, *_ in keys],
@@ -76,15 +97,29 @@ def columns(table: str, questions: list[int]) -> dict[str, Any]:
             "winner_rank": ids,
             "kl": noise,
         },
-        "pairs": {"same_prefix": coin}
-        | dict.fromkeys(("cosine", "relative_l2", "norm_a", "norm_b", "bf16_ratio"), noise),
+        "pairs": {"same_prefix": coin} | dict.fromkeys(MEASURED, noise),
+        "noise": dict.fromkeys(MEASURED, noise),
+        "nudges": {
+            "argmax_changed": coin,
+            "replaced": ids,
+            "winner_rank": ids,
+            "kl": noise,
+            "size": noise,
+        }
+        | {"cosine": per_layer, "relative_l2": per_layer},
     }
     return dict(zip(KEYS[table].split(), map(list, zip(*keys, strict=True)), strict=True)) | values[table]
 
 
-def batch(questions: list[int], keep: str = "position0") -> tuple[dict, dict[str, torch.Tensor]]:
-    """What `RunWriter.commit` takes: every table, and the states that `keep` says."""
-    tables = {table: columns(table, questions) for table in KEYS}
+def batch(
+    questions: list[int], keep: str = "position0", controls: int = 6
+) -> tuple[dict, dict[str, torch.Tensor]]:
+    """What `RunWriter.commit` takes: every table, and the states that `keep` says. The first `controls`
+    questions of a run have the controls.
+    """
+    tables = {table: columns(table, questions) for table in KEYS if table not in CONTROLS}
+    if controlled := [q for q in questions if q < controls]:
+        tables |= {table: columns(table, controlled) for table in CONTROLS}
     if keep == "none":
         return tables, {}
     if keep == "all":
@@ -104,7 +139,7 @@ def capture(folder: Path, recipe: Recipe | None = None, batches: list[list[int]]
     with RunWriter.open(folder, recipe, PROVENANCE, n_batches=len(batches)) as writer:
         for number, questions in enumerate(batches):
             if number not in writer.committed:
-                writer.commit(number, *batch(questions, recipe.keep))
+                writer.commit(number, *batch(questions, recipe.keep, recipe.controls))
         writer.finish()
     return folder
 

@@ -1,0 +1,161 @@
+"""The controls that need the model: measured while a run is captured, since it may keep no text.
+
+Some questions, evenly spread, are read once more after their batch has been generated: alone, in float32
+(`noise_floor`), and with their states nudged (`nudges`). What comes of it belongs to their batch and is
+committed with it. Which questions they are and every random direction depend on the recipe alone, so a
+resumed run is an uninterrupted one here, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sst_interp.lanes import Cell, Lane, Moment
+from sst_interp.model import StateStreamModel
+from sst_interp.noise_floor import Rereading, in_float32, noise_rows
+from sst_interp.nudges import nudge_rows, read_alone
+from sst_interp.recipe import Recipe
+from sst_interp.stream import Recurrence
+
+SIGNIFICANT_BITS = 12
+"""Of every float in `noise` and `nudges`: within 1 part in 4,096. The rest of a float32 only takes room."""
+
+
+class Controls:
+    """The controls of one capture.
+
+    Args:
+        model: the model that is captured.
+        recipe: says how many questions get controls, and the seed.
+        questions: how many questions the run has.
+    """
+
+    def __init__(self, model: StateStreamModel, recipe: Recipe, questions: int) -> None:
+        self.model, self.recipe = model, recipe
+        self.chosen = spread(recipe.controls, questions)
+        """The questions, by index in the run, that get controls."""
+
+    def watch(self, rows: Sequence[int]) -> Watch | None:
+        """What to show every position of a batch of these questions; None if none gets controls."""
+        return Watch(self, rows) if self.chosen & set(rows) else None
+
+    @cached_property
+    def float32(self) -> Recurrence | None:
+        """The model in float32, made when first needed; None if it is in float32 already."""
+        return None if self.model.backbone.dtype == torch.float32 else in_float32(self.model)
+
+
+class Watch:
+    """The states of one batch that the controls are compared with, and the controls."""
+
+    def __init__(self, controls: Controls, rows: Sequence[int]) -> None:
+        self.controls = controls
+        self.places = [place for place, row in enumerate(rows) if row in controls.chosen]
+        self.questions = [rows[place] for place in self.places]
+        self.depths = controls.recipe.depths
+        self._captured: dict[int, list[Tensor]] = {d: [] for d in {1, max(self.depths)}}
+
+    def see(self, moment: Moment) -> None:
+        """Keep one position's states on depth 1's text, depth 1 and deepest."""
+        for depth, seen in self._captured.items():
+            lane = Lane("own" if depth == 1 else "depth1", depth)
+            seen.append(moment.states(Cell(lane, depth))[:, self.places])
+
+    def tables(
+        self,
+        prompts: Sequence[Sequence[int]],
+        texts: Sequence[Sequence[int]],
+        done: Callable[[int], Any] | None = None,
+    ) -> dict[str, dict[str, Any]]:
+        """Columns of `noise` and `nudges` (left out where there are no rows).
+
+        Args:
+            prompts: token ids of every question of the batch.
+            texts: what depth 1 wrote to each.
+            done: told the budget of every question that has its controls, for a progress bar.
+        """
+        model, recipe = self.controls.model, self.controls.recipe
+        read = [(list(prompts[place]), list(texts[place])) for place in self.places]
+        noise: list[dict[str, Any]] = []
+        nudges: list[dict[str, Any]] = []
+        for k, (question, (prompt, text)) in enumerate(zip(self.questions, read, strict=True)):
+            alone = read_alone(model, prompt, text, self.depths)
+            for depth, states in alone.resid_post.items():
+                noise.append(noise_rows(question, "batch", depth, self._states(depth, k, text), states))
+            nudges += nudge_rows(model, alone, question, recipe.seed)
+            if done is not None:
+                done(recipe.max_new_tokens)
+        if (twin := self.controls.float32) is not None:
+            noise += self._in_float32(twin, read)
+        columns = {"noise": joined(noise), "nudges": joined(nudges)}
+        return {name: rounded_columns(table) for name, table in columns.items() if table}
+
+    def _in_float32(
+        self, twin: Recurrence, read: Sequence[tuple[list[int], list[int]]]
+    ) -> list[dict[str, Any]]:
+        tokens, pad = self.controls.model.batch([prompt for prompt, _ in read])
+        reading = Rereading(twin, tokens, pad, [text for _, text in read], sorted(self._captured))
+        seen: dict[int, list[Tensor]] = {depth: [] for depth in self._captured}
+        for _, iterations in reading:
+            for depth, states in seen.items():
+                states.append(reading.last(iterations, depth))
+        rows = []
+        for depth, states in seen.items():
+            whole = torch.stack(states)  # [position, layer, question, d_model]
+            for k, (question, (_, text)) in enumerate(zip(self.questions, read, strict=True)):
+                captured = self._states(depth, k, text)
+                rows.append(noise_rows(question, "fp32", depth, captured, whole[: len(text), :, k]))
+        return rows
+
+    def _states(self, depth: int, k: int, text: Sequence[int]) -> Tensor:
+        """Captured states of the k-th question with controls, [position, layer, d_model]."""
+        return torch.stack([states[:, k] for states in self._captured[depth][: len(text)]])
+
+
+def spread(n: int, of: int) -> frozenset[int]:
+    """`n` of 0 .. of - 1, evenly spread; all of them if there are no more."""
+    n = min(n, of)
+    return frozenset(k * of // n for k in range(n))
+
+
+def joined(pieces: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Pieces with equal columns as one; an array [row, entry] becomes a list of arrays."""
+    columns: dict[str, Any] = {}
+    for name in pieces[0] if pieces else ():
+        parts = [piece[name] for piece in pieces]
+        if any(part.ndim > 1 for part in parts):
+            columns[name] = [row for part in parts for row in part]
+        else:
+            columns[name] = np.concatenate(parts)
+    return columns
+
+
+def rounded_columns(columns: dict[str, Any]) -> dict[str, Any]:
+    """The columns with their floats rounded; of a cosine, it is 1 - cosine that is."""
+    out = dict(columns)
+    for name, values in columns.items():
+        if isinstance(values, list):
+            flat = np.concatenate(values)
+            parts = np.split(_rounded(name, flat), np.cumsum([len(v) for v in values])[:-1])
+            out[name] = parts
+        elif values.dtype.kind == "f":
+            out[name] = _rounded(name, values)
+    return out
+
+
+def _rounded(name: str, values: np.ndarray) -> np.ndarray:
+    if name == "cosine":
+        return (1 - significant(1 - values.astype(np.float64))).astype(np.float32)
+    return significant(values).astype(np.float32)
+
+
+def significant(values: np.ndarray, bits: int = SIGNIFICANT_BITS) -> np.ndarray:
+    """Values rounded to so many significant bits: 0, infinities and NaN stay what they are."""
+    mantissa, exponent = np.frexp(values)
+    return np.ldexp(np.round(np.ldexp(mantissa, bits)), exponent - bits)

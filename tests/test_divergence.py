@@ -1,0 +1,250 @@
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from synthetic_outputs import parting_run
+
+from sst_interp.analyses.concordance import concordance
+from sst_interp.analyses.divergence import divergence
+from sst_interp.analyses.parting import parting_positions
+from sst_interp.errors import SSTError
+
+
+def found(run, **options):
+    return divergence(*run, **({"threshold": 0.95, "resamples": 300} | options))
+
+
+def free(rows):
+    """`outputs` of one question from (same_prefix, argmax_changed) by position."""
+    same, changed = zip(*rows, strict=True)
+    table = {"question": 7, "position": range(len(rows)), "same_prefix": same, "argmax_changed": changed}
+    return pd.DataFrame(table)
+
+
+def test_the_texts_part_where_the_output_first_differs():
+    same, differs, after = (True, False), (True, True), (False, True)
+    for rows, expected in (
+        ([same, same, differs, after], 2),
+        ([same, same, differs], 2),  # one text ends there
+        ([differs, after, (False, False)], 0),
+        ([same, same, (False, False)], 1),  # the flag alone
+        ([same, same], None),
+    ):
+        found = parting_positions(free(rows)).iloc[0]
+        assert (found["question"], found["positions"]) == (7, len(rows))
+        assert np.isnan(found["position"]) if expected is None else found["position"] == expected
+
+
+def test_planted_positions_are_found():
+    outputs, pairs, steps = parting_run(seed=1)
+    result = found((outputs, pairs, steps))
+    rows = outputs[outputs["comparison"] == "free"]
+    first = rows[rows["argmax_changed"]].groupby("question")["position"].min()
+    where = result.where.set_index("question")["position"]
+    assert where.dropna().equals(first.astype(float).rename("position"))
+    assert result.parted.estimate == len(first) / 60
+    assert result.position.estimate == first.median()
+    assert result.by_position["parted"].iloc[-1] == result.parted.estimate
+    assert (np.diff(result.by_position["parted"]) >= 0).all()
+    for words in ("free", "60 questions", "depth 1 against depth 4", "median"):
+        assert words in result.verdict
+
+
+def test_what_the_parting_explains_is_what_the_replay_does_not_have():
+    outputs, pairs, steps = parting_run(seed=2)
+    result = found((outputs, pairs, steps))
+    low = pairs["cosine"] < 0.95
+    counts = {c: (low & (pairs["comparison"] == c)).sum() for c in ("free", "replayed")}
+    assert result.explained.estimate == pytest.approx(1 - counts["replayed"] / counts["free"])
+    after = low & (pairs["comparison"] == "free") & ~pairs["same_prefix"]
+    assert result.after.estimate == pytest.approx(after.sum() / counts["free"])
+    table = result.shifts.set_index("when")
+    assert table["of_shifts"].sum() == pytest.approx(1)
+    assert table["of_pairs"].sum() == pytest.approx(1)
+    assert table.loc["after", "rate"] == pytest.approx(0.3, abs=0.03)
+    assert table.loc["after", "rate_replayed"] == pytest.approx(0.05, abs=0.015)
+    for when in ("before", "at"):  # the same computation up to there
+        assert table.loc[when, "rate"] == table.loc[when, "rate_replayed"]
+    assert result.agreement == 0
+    assert result.explained.low < result.explained.estimate < result.explained.high
+
+
+def test_nothing_is_explained_if_shifts_do_not_care():
+    inside = 0
+    for seed in range(30):
+        explained = found(parting_run(after=0.05, seed=seed)).explained
+        inside += explained.low <= 0 <= explained.high
+    assert inside >= 25  # 95% nominal, 30 trials; 24 or fewer has probability 0.3%
+
+
+def test_an_overlap_that_foretells_is_found_and_one_that_does_not_is_not():
+    told = found(parting_run(foretold=1.5, seed=1)).predictors.set_index("score").loc["lowest overlap"]
+    assert told["within_low"] > 0.6
+    assert told["across_low"] > 0.6
+    assert told["p"] < 0.01
+    result = found(parting_run(seed=1))
+    untold = result.predictors.set_index("score")
+    assert (untold["p_holm"] > 0.05).all()
+    assert (untold["p_holm"] >= untold["p"]).all()
+    assert untold.loc["lowest overlap", "p"] > 0.05
+    assert "no better than chance is shown" in result.verdict
+
+
+def test_without_an_effect_p_is_uniform():
+    p = []
+    for seed in range(120):
+        rng = np.random.default_rng(seed)
+        length = rng.integers(2, 9, 30)
+        question = np.repeat(np.arange(30), length)
+        position = np.concatenate([np.arange(n) for n in length])
+        event = position == length[question] - 1
+        score = rng.normal(size=len(question)) + 3 * rng.normal(size=30)[question]
+        p.append(concordance(question, position, event, score, 200, seed).p_value)
+    p = np.array(p)
+    assert p.min() > 0
+    assert (p <= 0.05).mean() <= 0.12  # 15 of 120 has probability 0.2%
+    assert p.mean() == pytest.approx(0.5, abs=0.09)
+
+
+def test_each_auc_takes_out_what_it_says():
+    rng = np.random.default_rng(0)
+    length = rng.integers(3, 9, 40)
+    question = np.repeat(np.arange(40), length)
+    position = np.concatenate([np.arange(n) for n in length])
+    event = position == length[question] - 1
+    drift = concordance(question, position, event, position.astype(float), 200)
+    assert drift.within.estimate == 1.0
+    assert drift.across.estimate == 0.5  # all ties
+    own = concordance(question, position, event, -length[question].astype(float), 200)
+    assert own.within.estimate == 0.5
+    assert own.across.estimate == 1.0
+    flipped = concordance(question, position, event, length[question] - position.astype(float), 200)
+    assert flipped.within.estimate == 0.0
+
+
+def test_aucs_are_those_of_all_pairs():
+    rng = np.random.default_rng(3)
+    length = rng.integers(1, 6, 15)
+    question = np.repeat(np.arange(15), length)
+    position = np.concatenate([np.arange(n) for n in length])
+    event = (position == length[question] - 1) & (question % 3 > 0)
+    score = rng.integers(0, 4, len(question)).astype(float)
+    got = concordance(question, position, event, score, 50)
+
+    def over(x, others):
+        return (x > others).sum() + 0.5 * (x == others).sum()
+
+    aucs, top, bottom = [], 0.0, 0
+    for i in np.flatnonzero(event):
+        own = score[(question == question[i]) & ~event]
+        if len(own):
+            aucs.append(over(score[i], own) / len(own))
+        others = score[(position == position[i]) & ~event]
+        top, bottom = top + over(score[i], others), bottom + len(others)
+    assert got.within.estimate == pytest.approx(np.mean(aucs))
+    assert got.across.estimate == pytest.approx(top / bottom)
+
+
+def test_readings_where_the_texts_part_are_the_planted_ones():
+    outputs, pairs, steps = parting_run(seed=4)
+    rows = outputs[(outputs["comparison"] == "free") & outputs["same_prefix"] & outputs["argmax_changed"]]
+    there = steps.set_index(["question", "position"]).index.isin(
+        rows.set_index(["question", "position"]).index
+    )
+    steps.loc[there, "margin"] = 0.1
+    steps.loc[there, "entropy"] = 4.0
+    table = found((outputs, pairs, steps)).readings.set_index("quantity")
+    assert table.loc["margin_a", "parting"] == pytest.approx(0.1)
+    assert table.loc["entropy_b", "parting"] == pytest.approx(4)
+    assert table.loc["entropy_b", "other"] == pytest.approx(2, abs=0.01)
+    assert table.loc["margin_a", "difference_high"] < 0
+    told = found((outputs, pairs, steps)).predictors.set_index("score").loc["margin of the shallower depth"]
+    assert told["within"] > 0.95
+
+
+def test_texts_that_never_part_leave_nothing_to_explain():
+    result = found(parting_run(hazard=0.0))
+    assert result.verdict.endswith(
+        "no two texts part in 60 questions; at most 4.9% of such questions do (95%)."
+    )
+    assert np.isnan(result.position.estimate)
+    assert result.explained.estimate == 0
+    json.dumps(result.to_dict(), allow_nan=False)
+    result.figures()
+    calm = found(parting_run(base=0, after=0), threshold=0.5)
+    assert "no shifts to explain" in calm.verdict
+    everything = found(parting_run(), threshold=1.0)
+    assert everything.explained.estimate == 0
+    at_once = found(parting_run(hazard=1.0))
+    assert at_once.position.estimate == 0
+    assert "not testable: only 0 questions of use" in at_once.verdict
+    for result in (calm, everything, at_once):
+        result.figures()
+
+
+def test_what_cannot_be_tested_says_why_and_nothing_crashes():
+    outputs, pairs, steps = parting_run(questions=12, seed=1)
+    nothing = pd.DataFrame()
+    for run in ((nothing, pairs, steps), (outputs, nothing, steps), (outputs[:0], pairs, None)):
+        assert found(run).verdict.startswith("not testable: the table ")
+    only = [t[t["comparison"] == "replayed"] for t in (outputs, pairs)]
+    assert found((*only, steps)).verdict == "not testable: no pairs of comparison 'free' in this run."
+    json.dumps(found((*only, steps)).to_dict(), allow_nan=False)
+    found((*only, steps)).figures()
+    bare = found((outputs, pairs[pairs["comparison"] == "free"], None))
+    assert "What is left on one text is not testable: no pairs of comparison 'replayed'" in bare.verdict
+    assert np.isfinite(bare.after.estimate)
+    assert np.isnan(bare.explained.estimate)
+    assert bare.readings.set_index("quantity").loc["margin_a"].isna().all()
+    json.dumps(bare.to_dict(), allow_nan=False)
+    bare.figures()
+    with pytest.raises(SSTError, match="lens_jaccard"):
+        found((outputs, pairs, steps), kind="lens_jaccard")
+
+
+def test_one_question_and_nan_do_not_crash():
+    outputs, pairs, steps = parting_run(seed=1)
+    one = found(tuple(t[t["question"] == 2] for t in (outputs, pairs, steps)))
+    assert not one.parted.known
+    one.figures()
+    broken = pairs.assign(cosine=pairs["cosine"].mask((pairs["position"] == 3) & (pairs["layer"] == 0)))
+    result = found((outputs, broken, steps.assign(margin=np.nan)))
+    assert "60 positions with a missing overlap or value are left out" in result.verdict
+    blind = found((outputs, pairs.assign(cosine=np.nan), steps))
+    assert np.isnan(blind.after.estimate)
+    blind.figures()
+    json.dumps(blind.to_dict(), allow_nan=False)
+
+
+def test_every_pair_of_depths_has_its_row():
+    deeper, shallower = parting_run(depth=4, seed=1), parting_run(depth=2, seed=2)
+    both = [pd.concat(tables) for tables in zip(shallower, deeper, strict=True)]
+    both[2] = both[2].drop_duplicates(["question", "text", "depth", "position", "iteration"])
+    result = found(both)
+    assert (result.a, result.b) == (1, 4)
+    assert result.per_pair["b"].tolist() == [2, 4]
+    for run, row in ((shallower, 0), (deeper, 1)):
+        alone = found(run)
+        assert result.per_pair["explained"].iloc[row] == alone.explained.estimate
+        assert result.where[result.where["b"] == alone.b].equals(
+            alone.where.set_index(result.where.index[result.where["b"] == alone.b])
+        )
+
+
+def test_order_of_rows_and_names_of_questions_change_nothing():
+    run = parting_run(seed=5)
+    mixed = found([t.sample(frac=1, random_state=1) for t in run])
+    renamed = found([t.assign(question=t["question"] * 7 + 100_000) for t in run])
+    one = found(run)
+    assert renamed.verdict == one.verdict
+    assert mixed.verdict == one.verdict
+    assert mixed.predictors.equals(one.predictors)
+
+
+def test_figures_say_comparison_questions_and_units():
+    for name, figure in found(parting_run(seed=1)).figures().items():
+        layout = str(figure.to_dict()["layout"])
+        assert "free" in layout
+        assert "questions" in layout
+        assert figure.layout.xaxis.title.text, name
