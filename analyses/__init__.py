@@ -9,9 +9,12 @@ from sst_interp.analyses.basin_shifts import (
     question_map,
 )
 from sst_interp.analyses.bf16_noise import Bf16Noise, bf16_noise
+from sst_interp.analyses.bimodality import Bimodality, bimodality
 from sst_interp.analyses.content import Content, content
 from sst_interp.analyses.depth_scores import DepthScores, depth_scores
 from sst_interp.analyses.divergence import Divergence, divergence
+from sst_interp.analyses.dwell import Dwell, dwell
+from sst_interp.analyses.layer_profile import LayerProfile, layer_profile
 from sst_interp.analyses.modes import Modes, find_modes
 from sst_interp.analyses.overlap import (
     OverlapDistribution,
@@ -21,10 +24,12 @@ from sst_interp.analyses.overlap import (
     pair_words,
 )
 from sst_interp.analyses.overthinking import Overthinking, overthinking
+from sst_interp.analyses.permutation import label_permutation, sign_flip
 from sst_interp.analyses.position_zero import PositionZero, position_zero
 from sst_interp.analyses.precedence import Precedence, precedence
 from sst_interp.analyses.result import Result, json_ready, table_html
 from sst_interp.analyses.settling import Settling, settling
+from sst_interp.analyses.shifts_per_question import ShiftsPerQuestion, shifts_per_question
 from sst_interp.analyses.statistics import (
     Interval,
     bootstrap_ends,
@@ -38,10 +43,13 @@ __all__ = [
     "PAPER_THRESHOLD",
     "BasinShifts",
     "Bf16Noise",
+    "Bimodality",
     "Content",
     "DepthScores",
     "Divergence",
+    "Dwell",
     "Interval",
+    "LayerProfile",
     "Modes",
     "OverlapDistribution",
     "Overthinking",
@@ -50,19 +58,24 @@ __all__ = [
     "QuestionMap",
     "Result",
     "Settling",
+    "ShiftsPerQuestion",
     "TokenReplacement",
     "TrainingCurves",
     "all_comparisons",
     "basin_shifts",
     "bf16_noise",
+    "bimodality",
     "bootstrap_ends",
     "cluster_bootstrap",
     "content",
     "deepest_pair",
     "depth_scores",
     "divergence",
+    "dwell",
     "find_modes",
     "json_ready",
+    "label_permutation",
+    "layer_profile",
     "overlap_distribution",
     "overlap_of",
     "overthinking",
@@ -72,6 +85,8 @@ __all__ = [
     "question_map",
     "resample_weights",
     "settling",
+    "shifts_per_question",
+    "sign_flip",
     "table_html",
     "token_replacement",
     "training_curves",

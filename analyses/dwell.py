@@ -97,7 +97,7 @@ class Dwell(Result):
         words += (
             f" ({_positions(self.median_shuffled)} if the same shifts fell anywhere); the mean stretch is "
         )
-        words += f"{self.ratio.text()} times that of chance, {_direction(self.ratio)}. "
+        words += f"{self.ratio.text(digits=4)} times that of chance, {_direction(self.ratio)}. "
         off = int((self.by_layer["p_layers"] < 0.05).sum())
         words += f"{off} of {len(self.by_layer)} layers differ from chance (sign flips, tested together). "
         words += f"{percent_text(self.cut.estimate)} of the stretches are cut by an end of the text; "

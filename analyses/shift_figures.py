@@ -60,7 +60,8 @@ def _spread_by_layer(found: Bimodality, subtitle: str) -> go.Figure:
     if len(two):
         figure.add_scatter(
             x=-to_v(two["antimode"].to_numpy(), found.resolution), y=two["layer"], mode="markers",
-            name="antimode of a layer with two modes", marker={"color": figures.VERMILLION, "size": 8},
+            name="antimode of a layer with two modes", showlegend=True,
+            marker={"color": figures.VERMILLION, "size": 8},
             customdata=two["antimode"], hovertemplate="layer %{y}: antimode %{customdata:.4g}<extra></extra>",
         )  # fmt: skip
     figure.update_xaxes(
@@ -99,7 +100,7 @@ def dwell_figures(found: Dwell) -> dict[str, go.Figure]:
         "Stable stretches between two shifts",
         subtitle,
         "length (generated positions)",
-        "complete stretches of that length (log scale)",
+        "complete stretches (log scale)",
     )
     for name, column, colour in (
         ("seen", "complete", figures.BLUE),
@@ -152,7 +153,7 @@ def per_question(found: ShiftsPerQuestion) -> go.Figure:
         "Shifts per question",
         f"{found.words}; {questions_words(found.n_questions)}; shifted: overlap below {found.threshold:.4g}",
         "questions, from least to most",
-        "shifted share of the question's pairs",
+        "shifted share of its pairs",
     )
     figure.add_bar(
         x=np.arange(1, len(rows) + 1), y=rows["share"], marker={"color": figures.BLUE, "line": {"width": 0}},

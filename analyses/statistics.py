@@ -170,9 +170,10 @@ def simultaneous_shares(
         return share, np.full(share.shape, np.nan), np.full(share.shape, np.nan)
     y = np.arcsin(np.sqrt(share))
     off = np.arcsin(np.sqrt(np.clip(ratio(resampled(sums, resamples, seed)), 0, 1))) - y
-    off = np.ma.masked_invalid(off)
-    error = np.ma.filled(off.std(axis=0), 0.0)
-    largest = (np.abs(off).filled(0.0) / np.where(error > 0, error, np.inf)).max(axis=-1)
+    known = np.isfinite(off)
+    off = np.where(known, off, 0.0)
+    error = np.sqrt((off**2).sum(axis=0) / np.maximum(known.sum(axis=0), 1))
+    largest = (np.abs(off) / np.where(error > 0, error, np.inf)).max(axis=-1)
     tail = (1 + level) / 2
     small = math.sqrt(n / (n - 1)) * stats.t.ppf(tail, n - 1) / stats.norm.ppf(tail)
     half = small * np.quantile(largest, level) * error
