@@ -113,7 +113,8 @@ def rank_table(rank: np.ndarray, shifted: np.ndarray) -> pd.DataFrame:
         rank: [row] 0-based rank in a of b's most likely token, at positions with a new winner.
         shifted: [row] whether a layer shifted there.
     """
-    index = np.searchsorted(RANKS, rank, side="right") - 1
+    # A tie: the new winner was as likely as the old one, so its rank is 0. It goes to the first bin.
+    index = np.maximum(np.searchsorted(RANKS, rank, side="right") - 1, 0)
     counts = [np.bincount(index[mask], minlength=len(RANKS)) for mask in (shifted, ~shifted)]
     ends = [str(end - 1) for end in RANKS[1:]] + ["more"]
     return pd.DataFrame({"rank": RANKS, "to": ends, "shifted": counts[0], "stable": counts[1]})

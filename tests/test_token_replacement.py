@@ -8,6 +8,7 @@ from synthetic_outputs import outputs_table, steps_table
 
 from sst_interp.analyses.lens_replacement import lens_replacement, replaced_of
 from sst_interp.analyses.medians import LEVELS, grouped_medians, level_median, to_levels
+from sst_interp.analyses.output_change import rank_table
 from sst_interp.analyses.positions import position_overlaps, readings
 from sst_interp.analyses.token_replacement import token_replacement
 from sst_interp.choices import COMPARISONS
@@ -249,3 +250,11 @@ def test_intervals_of_medians_hold_the_truth_as_often_as_stated():
         inside += interval.low <= 1 <= interval.high
         assert interval.estimate == np.median(values)
     assert inside >= 51  # 95% nominal, 60 trials; 50 or fewer has probability 0.2% at 93%
+
+
+def test_a_tie_between_winners_counts_as_the_nearest_rank():
+    """In bf16 two tokens can be equally likely: a new winner then comes from rank 0."""
+    rank = np.array([0, 1, 0, 3])
+    table = rank_table(rank, np.array([True, True, False, False]))
+    assert table["shifted"].sum() == table["stable"].sum() == 2
+    assert table["shifted"].iloc[0] == 2
