@@ -67,7 +67,7 @@ def capture(
         if progress:
             print(f"loading {recipe.checkpoint}", file=sys.stderr)
         model = load(recipe.checkpoint, recipe.alpha, recipe.choices, recipe.dtype)
-    prompts = [model.chat(q.prompt) for q in questions.questions]
+    prompts = [model.chat(q.prompt, reply_prefix=recipe.reply_prefix or "") for q in questions.questions]
     check_room(model, max(map(len, prompts)), recipe.max_new_tokens)
     batches = batches_of([len(p) for p in prompts], recipe.batch_size)
     controls = Controls(model, recipe, len(prompts))
@@ -171,6 +171,7 @@ def answers(
     for k, question in enumerate(questions):
         for depth in recipe.depths:
             said = model.tokenizer.decode(texts[depth][k], skip_special_tokens=True)
+            said = (recipe.reply_prefix or "") + said
             answer = grade(question.kind, said, question.n_choices, question.choices)
             found.append(
                 {

@@ -75,16 +75,17 @@ class StateStreamModel(Recurrence):
             raise SSTError("this model has no tokenizer", "pass token ids, or attach(..., tokenizer)")
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def chat(self, message: str, system: str | None = None) -> list[int]:
-        """Token ids of a user message in the tokenizer's chat template, ready to be answered. A tokenizer
-        without a template gets the message as plain text.
+    def chat(self, message: str, system: str | None = None, reply_prefix: str = "") -> list[int]:
+        """Token ids of a user message in the tokenizer's chat template, ready to be answered, and of what
+        the reply begins with. A tokenizer without a template gets the message as plain text.
         """
+        begun = self.encode_plain(reply_prefix) if reply_prefix else []
         if self.tokenizer is None or not getattr(self.tokenizer, "chat_template", None):
-            return self.encode(message)
+            return [*self.encode(message), *begun]
         turns = [{"role": "system", "content": system}] if system is not None else []
         turns.append({"role": "user", "content": message})
         text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        return self.encode_plain(text)
+        return [*self.encode_plain(text), *begun]
 
     def batch(self, prompts: Sequence[Prompt] | Tensor) -> tuple[Tensor, Tensor]:
         """Left-padded token ids [row, column] and the padding per row.

@@ -71,7 +71,11 @@ class Recipe:
     """Of the dataset; the default is the first that `sst-interp datasets` lists."""
 
     instruction: str | None = None
-    """Replaces the default instruction that precedes every question."""
+    """Replaces the default instruction that follows every question."""
+
+    reply_prefix: str | None = None
+    """How every reply begins, so that a model that seldom answers by letter does: "The answer is (". It is
+    read as part of the prompt (position 0 emits what comes next) and graded as part of the reply."""
 
     controls: int = 0
     """How many questions, evenly spread, also get the controls that need the model: the noise floor and
@@ -161,14 +165,19 @@ class Recipe:
     def fingerprint(self) -> str:
         """sha256 of everything that decides the run's contents: not the name, nor choices of analysis."""
         values = _identity(self)
-        if not self.controls:
-            del values["controls"]  # so that it is what it was before there were any
+        for key in _LATER:  # so that it is what it was before there were any
+            if not values[key]:
+                del values[key]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def differences(self, now: Recipe) -> list[tuple[str, Any, Any]]:
         """(key, this recipe's value, `now`'s value) wherever the two would capture something different."""
         ours, theirs = _identity(self), _identity(now)
         return [(key, value, theirs[key]) for key, value in ours.items() if value != theirs[key]]
+
+
+_LATER = ("controls", "reply_prefix")
+"""Keys that older recipes do not know."""
 
 
 def known_recipes() -> dict[str, Path]:
@@ -267,4 +276,5 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "controls": (lambda v: _whole(v, 0), "a whole number from 0 (left out: none)", "24"),
     "split": (lambda v: v is None or _text(v), "text", '"validation"'),
     "instruction": (lambda v: v is None or _text(v), "text", '"Answer with one letter."'),
+    "reply_prefix": (lambda v: v is None or _text(v), "text", '"The answer is ("'),
 }
