@@ -1,5 +1,6 @@
 """One module per question asked of a run: pure functions on its tables that return a typed result."""
 
+from sst_interp.analyses.approximation import ApproximationError, approximation_error
 from sst_interp.analyses.basin_shifts import (
     PAPER_THRESHOLD,
     BasinShifts,
@@ -10,6 +11,7 @@ from sst_interp.analyses.basin_shifts import (
 )
 from sst_interp.analyses.bf16_noise import Bf16Noise, bf16_noise
 from sst_interp.analyses.bimodality import Bimodality, bimodality
+from sst_interp.analyses.claims import BlendWeights, Claim, Finding, Ledger, Row, blend_weights, claims
 from sst_interp.analyses.content import Content, content
 from sst_interp.analyses.depth_scores import DepthScores, depth_scores
 from sst_interp.analyses.divergence import Divergence, divergence
@@ -41,15 +43,20 @@ from sst_interp.analyses.training_curves import TrainingCurves, training_curves
 
 __all__ = [
     "PAPER_THRESHOLD",
+    "ApproximationError",
     "BasinShifts",
     "Bf16Noise",
     "Bimodality",
+    "BlendWeights",
+    "Claim",
     "Content",
     "DepthScores",
     "Divergence",
     "Dwell",
+    "Finding",
     "Interval",
     "LayerProfile",
+    "Ledger",
     "Modes",
     "OverlapDistribution",
     "Overthinking",
@@ -57,15 +64,19 @@ __all__ = [
     "Precedence",
     "QuestionMap",
     "Result",
+    "Row",
     "Settling",
     "ShiftsPerQuestion",
     "TokenReplacement",
     "TrainingCurves",
     "all_comparisons",
+    "approximation_error",
     "basin_shifts",
     "bf16_noise",
     "bimodality",
+    "blend_weights",
     "bootstrap_ends",
+    "claims",
     "cluster_bootstrap",
     "content",
     "deepest_pair",

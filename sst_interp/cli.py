@@ -21,6 +21,7 @@ import typer
 
 import sst_interp
 from sst_interp import places
+from sst_interp.approximation.commands import app as approximation_app
 from sst_interp.errors import SSTError
 
 app = typer.Typer(
@@ -301,6 +302,9 @@ def evaluate(
         print(f"\n{result.verdict}")
     if card and (folder := checkpoint_folder(models[0])) is not None:
         print(f"card: {write_card(folder, found)}", file=sys.stderr)
+
+
+app.add_typer(approximation_app, name="approximation")
 
 
 def _captured(name: str, fresh: bool) -> Any:

@@ -276,5 +276,5 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "controls": (lambda v: _whole(v, 0), "a whole number from 0 (left out: none)", "24"),
     "split": (lambda v: v is None or _text(v), "text", '"validation"'),
     "instruction": (lambda v: v is None or _text(v), "text", '"Answer with one letter."'),
-    "reply_prefix": (lambda v: v is None or _text(v), "text", '"The answer is ("'),
+    "reply_prefix": (lambda v: v is None or (_text(v) and v), "text", '"The answer is ("'),
 }

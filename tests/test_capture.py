@@ -269,6 +269,20 @@ def test_questions_table(run, csv, model, replays):
         assert row.prompt_logit_error < 1e-6
 
 
+def test_a_reply_prefix_is_read_with_the_prompt_and_graded_with_the_reply(csv, model, tmp_path):
+    prefix = "The answer is (B)"
+    begun = capture(recipe_for(csv, reply_prefix=prefix), model, tmp_path / "begun", progress=False)
+    asked = load_questions(str(csv), instruction="").questions
+    for row in begun.questions.itertuples():
+        prompt = [*model.chat(asked[row.question].prompt), *model.encode_plain(prefix)]
+        assert row.prompt_tokens == len(prompt)
+        assert row.answer == "B"
+        text = model.generate([prompt], row.depth, NEW).tokens[0]
+        steps = begun.steps[(begun.steps["question"] == row.question) & (begun.steps["depth"] == row.depth)]
+        own = steps[(steps["text"] == "own") & (steps["iteration"] == row.depth)]
+        assert own["argmax"].tolist() == text
+
+
 def test_kept_states_are_replays(run, replays, csv, model, tmp_path):
     for (q, text, depth), (_, _, states) in replays.items():
         kept = run.states(q, position=None, depth=depth, text=text)

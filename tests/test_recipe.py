@@ -85,6 +85,7 @@ def test_fingerprints_differ_exactly_where_what_is_captured_does(a, b):
         {"keep": "all"},
         {"seed": 3},
         {"instruction": ""},
+        {"reply_prefix": "("},
         {"controls": 3},
         {"choices": Choices(kv="first")},
     ],
