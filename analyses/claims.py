@@ -39,6 +39,7 @@ from sst_interp.analyses.claim_suite import Progress, Suite, analyse
 from sst_interp.analyses.result import Result, json_ready
 from sst_interp.analyses.statistics import RESAMPLES, questions_words
 from sst_interp.analyses.token_classes import TokenClass
+from sst_interp.documents import markdown
 from sst_interp.errors import SSTError
 
 if TYPE_CHECKING:
@@ -148,6 +149,18 @@ class Ledger(Result):
             for claim, states in self.differ.items()
         ]
         return f"{words}The verdict depends on the comparison for {', '.join(parts)}."
+
+    def blocks(self) -> dict[str, str]:
+        """For documents: `RUN claims`, `RUN by claim`, `RUN verdict`, and `RUN ANALYSIS` for every verdict."""
+        shown = ["claim", "comparison", "paper", "this run", "verdict", "control"]
+        found = {
+            "claims": markdown(
+                [{name: row[name] for name in shown} for row in self.table.to_dict("records")]
+            ),
+            "by claim": markdown(self.by_claim),
+            "verdict": self.verdict,
+        } | {name: result.verdict for name, result in self.results.items()}
+        return {f"{self.name} {name}": text for name, text in found.items()}
 
     def figure(self) -> go.Figure:
         """Claims by comparisons, coloured by verdict."""

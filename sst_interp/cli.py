@@ -103,6 +103,9 @@ def claims(
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole ledger as JSON.")] = False,
     resamples: Annotated[int, typer.Option(min=2, help="Question resamples, shuffles, permutations.")] = 2000,
     seed: Annotated[int, typer.Option(help="Of all three.")] = 0,
+    document: Annotated[
+        Path | None, typer.Option(help="Also fill the places of this run in a Markdown file (docs/found.md).")
+    ] = None,
 ) -> None:
     """The paper's claims beside a run: its figure, this run's with its interval, a verdict by a stated rule.
 
@@ -116,6 +119,11 @@ def claims(
     """
     captured = _captured(run, fresh=False)
     ledger = _ledger(captured, resamples, seed)
+    if document is not None:
+        from sst_interp.documents import fill
+
+        filled = fill(document, ledger.blocks(), others=True)
+        print(f"{document}: {', '.join(filled) or 'no place for this run'}", file=sys.stderr)
     if as_json:
         print(json.dumps(ledger.to_dict(), indent=2))
         return

@@ -26,7 +26,8 @@ from sst_interp.approximation.small import (
     fresh_weights,
 )
 from sst_interp.approximation.study import compare_gradients, run_study, step_times, train_arm
-from sst_interp.approximation.tables import NOT_YET, all_tables, markdown, write_tables
+from sst_interp.approximation.tables import all_tables, write_tables
+from sst_interp.documents import NOT_YET, markdown
 from sst_interp.errors import SSTError
 
 TINY = Plan(

@@ -6,7 +6,6 @@ A table stands between two comments, `<!-- NAME -->` and `<!-- end of NAME -->`.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,9 @@ from sst_interp.analyses.approximation_contraction import contraction
 from sst_interp.analyses.approximation_gradients import bounds_words, gradient_fidelity
 from sst_interp.analyses.approximation_training import EXACT, training_cost
 from sst_interp.approximation.study import read_study
-from sst_interp.durable import replace_bytes
-from sst_interp.errors import SSTError
+from sst_interp.documents import NOT_YET, fill, markdown
 
 ERRORS = "errors.parquet"
-NOT_YET = "Not measured yet."
 
 
 def write_tables(document: str | Path, studies: str | Path) -> list[str]:
@@ -31,17 +28,7 @@ def write_tables(document: str | Path, studies: str | Path) -> list[str]:
     Raises:
         SSTError: the document names a table that there is none of.
     """
-    document = Path(document)
-    text, found = document.read_text(), all_tables(studies)
-    names = re.findall(r"<!-- end of (.+?) -->", text)
-    for name in names:
-        if name not in found:
-            raise SSTError(f"{document} asks for a table {name!r}", f"there are {', '.join(found)}")
-        place = rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end of {re.escape(name)} -->)"
-        block = found[name]
-        text = re.sub(place, lambda m, b=block: f"{m[1]}\n{b}\n\n{m[2]}", text, flags=re.DOTALL)
-    replace_bytes(document, text.encode())
-    return names
+    return fill(document, all_tables(studies))
 
 
 def all_tables(studies: str | Path) -> dict[str, str]:
@@ -66,22 +53,6 @@ def all_tables(studies: str | Path) -> dict[str, str]:
         "training": _training(cost.finals),
         "training verdict": cost.verdict,
     }
-
-
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """A Markdown table; numbers keep three digits, and what is missing stays empty."""
-    if not rows:
-        return NOT_YET
-    head = list(rows[0])
-    lines = [head, ["---"] * len(head), *([cell(row[name]) for name in head] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def cell(value: Any) -> str:
-    """One cell: 3 digits, no numbers that are not finite."""
-    if isinstance(value, float):
-        return f"{value:.3g}" if math.isfinite(value) else ""
-    return str(value)
 
 
 def spread(row: Mapping[Any, Any], name: str, form: str = ".2g") -> str:
