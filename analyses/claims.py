@@ -151,7 +151,7 @@ class Ledger(Result):
         return f"{words}The verdict depends on the comparison for {', '.join(parts)}."
 
     def blocks(self) -> dict[str, str]:
-        """For documents: `RUN claims`, `RUN by claim`, `RUN verdict`, and `RUN ANALYSIS` for every verdict."""
+        """Texts for a document: `RUN claims`, `RUN by claim`, `RUN verdict`, and `RUN ANALYSIS`, verdicts."""
         shown = ["claim", "comparison", "paper", "this run", "verdict", "control"]
         found = {
             "claims": markdown(

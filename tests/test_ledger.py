@@ -70,11 +70,11 @@ def test_the_approximation_is_that_of_the_runs_own_model(runs, tmp_path, monkeyp
 def test_a_ledger_fills_the_places_of_its_run_and_no_others(runs, tmp_path):
     page = tmp_path / "page.md"
     kept = "<!-- gpqa verdict -->\nleft alone\n<!-- end of gpqa verdict -->\n"
-    page.write_text("# Found\n<!-- tiny by claim -->\nold\n<!-- end of tiny by claim -->\n" + kept)
+    page.write_text("# Found\n<!-- tiny by claim -->\nstale\n<!-- end of tiny by claim -->\n" + kept)
     ledger = ledger_of(open_run("tiny"), resamples=20)
     assert fill(page, ledger.blocks(), others=True) == ["tiny by claim"]
     text = page.read_text()
-    assert "old" not in text
+    assert "stale" not in text
     assert kept in text
     assert text.count("\n| C") == len(ledger.by_claim) == 13
     with pytest.raises(SSTError, match="asks for a table 'gpqa verdict'"):
