@@ -16,6 +16,7 @@ from sst_interp.analyses.content import Content, content
 from sst_interp.analyses.depth_scores import DepthScores, depth_scores
 from sst_interp.analyses.divergence import Divergence, divergence
 from sst_interp.analyses.dwell import Dwell, dwell
+from sst_interp.analyses.halting import Halting, halting, halting_of
 from sst_interp.analyses.layer_profile import LayerProfile, layer_profile
 from sst_interp.analyses.modes import Modes, find_modes
 from sst_interp.analyses.overlap import (
@@ -30,6 +31,7 @@ from sst_interp.analyses.permutation import label_permutation, sign_flip
 from sst_interp.analyses.position_zero import PositionZero, position_zero
 from sst_interp.analyses.precedence import Precedence, precedence
 from sst_interp.analyses.result import Result, json_ready, table_html
+from sst_interp.analyses.routing import Routing, routing, routing_of
 from sst_interp.analyses.settling import Settling, settling
 from sst_interp.analyses.shifts_per_question import ShiftsPerQuestion, shifts_per_question
 from sst_interp.analyses.statistics import (
@@ -54,6 +56,7 @@ __all__ = [
     "Divergence",
     "Dwell",
     "Finding",
+    "Halting",
     "Interval",
     "LayerProfile",
     "Ledger",
@@ -64,6 +67,7 @@ __all__ = [
     "Precedence",
     "QuestionMap",
     "Result",
+    "Routing",
     "Row",
     "Settling",
     "ShiftsPerQuestion",
@@ -84,6 +88,8 @@ __all__ = [
     "divergence",
     "dwell",
     "find_modes",
+    "halting",
+    "halting_of",
     "json_ready",
     "label_permutation",
     "layer_profile",
@@ -95,6 +101,8 @@ __all__ = [
     "precedence",
     "question_map",
     "resample_weights",
+    "routing",
+    "routing_of",
     "settling",
     "shifts_per_question",
     "sign_flip",
