@@ -11,6 +11,7 @@ from sst_interp.analyses.basin_shifts import (
 )
 from sst_interp.analyses.bf16_noise import Bf16Noise, bf16_noise
 from sst_interp.analyses.bimodality import Bimodality, bimodality
+from sst_interp.analyses.claim_probe import probe_rows
 from sst_interp.analyses.claims import BlendWeights, Claim, Finding, Ledger, Row, blend_weights, claims
 from sst_interp.analyses.content import Content, content
 from sst_interp.analyses.depth_scores import DepthScores, depth_scores
@@ -99,6 +100,7 @@ __all__ = [
     "pair_words",
     "position_zero",
     "precedence",
+    "probe_rows",
     "question_map",
     "resample_weights",
     "routing",

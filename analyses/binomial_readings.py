@@ -3,7 +3,8 @@
 The paper: 29 of 48 must-halt questions found in leave-one-out, p = 0.0009. A binomial p-value is about a rate
 of hits without the probe, and the paper does not state the one it used. Three things are the matter with any:
 
-- the answer is the rate: 29 of 48 is rare against 0.37 and ordinary against one half;
+- the answer is the rate: 29 of 48 is rare against 0.37, more so against the base rate (48 of 198), and
+  ordinary against one half;
 - hits are recall. A probe that always says "halt" has 48 of 48. What it says to the other questions decides,
   and that is in the *rate at which it says halt*: Fisher's exact test takes both margins as they are;
 - leave-one-out probes share nearly all of their training questions, so hits are not independent tosses, and a
@@ -29,6 +30,8 @@ class Hits(NamedTuple):
 
 
 PAPER = Hits(29, 48)
+PAPER_QUESTIONS = 198
+"""GPQA-Diamond: 48 of them must halt."""
 PAPER_P = 0.0009
 """The paper's p-value, as printed."""
 
@@ -74,6 +77,8 @@ def binomial_readings(
 
     add("paper", PAPER, "the rate its p = 0.0009 implies", implied, binomial_p(PAPER, implied))
     add("paper", PAPER, "one half", 0.5, binomial_p(PAPER, 0.5))
+    share = PAPER.of / PAPER_QUESTIONS
+    add("paper", PAPER, "share of positive questions", share, binomial_p(PAPER, share))
     for against, rate in (
         ("the rate the paper's p implies", implied),
         ("one half", 0.5),

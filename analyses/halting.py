@@ -36,6 +36,7 @@ from sst_interp.analyses.probe_scores import (
 )
 from sst_interp.analyses.probe_validation import (
     Progress,
+    at_chance,
     in_folds,
     null_scores,
     pair_auc,
@@ -124,6 +125,9 @@ class Halting(Result):
     """By those of the folds, which share fewer questions: their agreement means more."""
     comparison: pd.DataFrame = field(default_factory=pd.DataFrame)
     """A row per probe and policy (`plain_probes.comparison`)."""
+    at_chance: str | None = None
+    """Why the labels are noise (they are about right and wrong, and the model guesses); None if they are
+    not."""
     not_testable: str | None = None
     """Why there is no result; None if there is one."""
 
@@ -189,9 +193,11 @@ def halting(
     try:
         if not len(run.questions):
             raise SSTError("the table questions of this run is empty", "capture the run first")
-        labels = halting_labels(answers_of(run.questions), label)
+        answers = answers_of(run.questions)
+        labels = halting_labels(answers, label)
         features = position0(run, labels.questions, iteration)
-        return halting_of(features, labels, layer, design, permutations, repeats, resamples, progress)
+        found = halting_of(features, labels, layer, design, permutations, repeats, resamples, progress)
+        return replace(found, at_chance=at_chance(answers, label, resamples))
     except SSTError as error:
         if strict:
             raise
@@ -229,11 +235,11 @@ def halting_of(
     p = {name: p_value(null[name].to_numpy(), value, 1) if len(null) else math.nan
          for name, value in observed.items()}  # fmt: skip
     permuted = {f"labels permuted {permutations:,} times": p["hits"]} if permutations else {}
-    width = inputs.d_model, len(design.layers)
+    width, action = (inputs.d_model, len(design.layers)), "halt" if labels.halts else "iterate"
     result = Halting(
         label=labels.name,
         definition=labels.definition,
-        action="halt" if labels.halts else "iterate",
+        action=action,
         kind=design.kind,
         iteration=features.iteration,
         n_questions=len(positive),
@@ -259,11 +265,7 @@ def halting_of(
         p_hits=p["hits"],
         null=null,
         readings=binomial_readings(
-            Hits(hits, labels.n_positive),
-            called,
-            len(positive),
-            permuted,
-            "halt" if labels.halts else "iterate",
+            Hits(hits, labels.n_positive), called, len(positive), permuted, action=action
         ),
         fitted=float(loo.fitted.mean()),
         fitted_random=float(null["fitted"].mean()) if len(null) else math.nan,

@@ -37,6 +37,8 @@ def _headline(found: Halting) -> str:
     if found.permutations:
         words += f" (p = {found.p_fold_auc:.2g})"
     words += f", pooled without rebalancing {_area(found.pooled_auc)}."
+    if found.at_chance:
+        words += f" {found.at_chance[0].upper()}{found.at_chance[1:]}: this label says little."
     if min(found.n_positive, negative) < 10:
         words += f" The smaller class has {questions_words(min(found.n_positive, negative))}: read with care."
     return words

@@ -11,6 +11,7 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
+from sst_interp.analyses.answers import Answers, mean_of
 from sst_interp.analyses.probe_scores import (
     Pairs,
     auc,
@@ -19,10 +20,10 @@ from sst_interp.analyses.probe_scores import (
     pairs_in_order,
     pairs_scored,
 )
-from sst_interp.analyses.statistics import Interval
+from sst_interp.analyses.statistics import RESAMPLES, Interval, percent_text
 from sst_interp.probe.design import Design
 from sst_interp.probe.fitting import Inputs
-from sst_interp.probe.labels import Labels
+from sst_interp.probe.labels import RULES, Labels
 from sst_interp.probe.permutation import permutation_scores
 from sst_interp.probe.selection import blocks_of, random_keys
 from sst_interp.probe.validation import Scores, score
@@ -31,6 +32,22 @@ MOST_PAIRS = 30_000
 """Leave-pair-out trains a probe per pair: beyond this many it is left out."""
 NULL = ("auc", "fold_auc", "balanced", "hits", "called", "fitted")
 Progress = Callable[[str, int, int], Any]
+
+
+def at_chance(answers: Answers, label: str, resamples: int = RESAMPLES) -> str | None:
+    """Why a label tells noise from noise: it is about right and wrong, and the answers are guesses; or None.
+
+    Guesses: lettered answers whose accuracy is above blind guessing (lower end of its interval) at no depth.
+    """
+    if RULES[label].needs_answers or not answers.choices or not len(answers.questions):
+        return None
+    guess = 1 / answers.choices
+    accuracies = [mean_of(right, resamples=resamples) for right in answers.correct.T]
+    if any(accuracy.known and accuracy.low > guess for accuracy in accuracies):
+        return None
+    return (
+        f"accuracy is above blind guessing ({percent_text(guess)}) at no depth, so right and wrong are noise"
+    )
 
 
 def pair_auc(design: Design, inputs: Inputs, y: Float[Tensor, "row question"], resamples: int) -> Interval:

@@ -65,6 +65,14 @@ def test_what_is_seen_is_position_0_and_looking_changes_nothing(prompt, kv):
         assert torch.allclose(policy.seen.logits[i], steps[0].logits[i], atol=1e-12)
 
 
+@pytest.mark.parametrize("depth", [1, 3])
+def test_a_policy_that_always_says_one_depth_writes_what_that_flat_depth_writes(model, depth):
+    flat = model.generate(prompts(), max_new_tokens=8, stop_tokens=[], depth=Flat(depth))
+    for policy in (ByLength([depth] * 3), Convergence(-1.0, deepest=depth), Entropy(-1.0, deepest=depth)):
+        out = model.generate(prompts(), max_new_tokens=8, stop_tokens=[], depth=policy)
+        assert (out.tokens, out.iterations) == (flat.tokens, [depth] * 3)
+
+
 def test_depth_and_iterations_are_two_words_for_the_same(model):
     flat = model.generate(prompts(), iterations=3, max_new_tokens=6, stop_tokens=[])
     for depth in (3, Flat(3)):

@@ -142,6 +142,8 @@ def test_29_of_48_can_be_read_both_ways():
     table = binomial_readings(Hits(12, 20), called=30, questions=60, others={"permuted": 0.2})
     paper = table[table["whose"] == "paper"].set_index("rate")["p"]
     assert paper.iloc[0] == pytest.approx(PAPER_P)
+    assert paper.loc[48 / 198] == pytest.approx(binomtest(29, 48, 48 / 198, "greater").pvalue)
+    assert paper.loc[48 / 198] < 1e-6  # recall at the base rate: as generous as the null can be made
     own = table[table["whose"] == "this run"].set_index("against")
     assert own.loc["share of positive questions", "rate"] == pytest.approx(1 / 3)
     assert own.loc["share of questions it calls positive", "rate"] == 0.5

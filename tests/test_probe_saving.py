@@ -135,3 +135,16 @@ def test_it_steers_generation_by_what_it_reads(halts, iteration):
     assert out.iterations == expected
     for prompt, depth, text in zip(prompts(), expected, out.tokens, strict=True):
         assert model.generate([prompt], depth, 6, stop_tokens=[]).tokens[0] == text
+
+
+@pytest.mark.parametrize("always", [1, 3])
+def test_a_probe_that_always_says_one_depth_is_that_flat_depth(always):
+    model = attach(tiny("llama"), alpha=0.2)
+    weights = {"mean": torch.zeros(1), "scale": torch.ones(1), "w": torch.zeros(1)}
+    weights["c"] = torch.tensor(1.0 if always == 1 else -1.0)
+    probe = HaltingProbe(
+        0, 1, torch.tensor([0]), weights, 1, 3, True, 0.0, "always the same", model_identity(model)
+    )
+    out = model.generate(prompts(), max_new_tokens=8, stop_tokens=[], depth=probe)
+    flat = model.generate(prompts(), always, 8, stop_tokens=[])
+    assert (out.tokens, out.iterations) == (flat.tokens, flat.iterations)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from sst_interp.analyses.answers import answers_of
 from sst_interp.analyses.halting import PERMUTATIONS, Halting, halting_of
-from sst_interp.analyses.probe_validation import Progress
+from sst_interp.analyses.probe_validation import Progress, at_chance
 from sst_interp.analyses.routing import Routing, routing_of
 from sst_interp.errors import SSTError
 from sst_interp.probe.design import Design
@@ -74,10 +74,12 @@ def probe_run(
     asked = layer_of(layer)
     if not len(run.questions):
         raise SSTError(f"run {run.name} has no questions", f"`sst-interp capture --run {run.name}`")
-    labels = halting_labels(answers_of(run.questions), label)
+    answers = answers_of(run.questions)
+    labels = halting_labels(answers, label)
     features = position0(run, labels.questions)
     design = replace(design or Design(), layers=usable_layers(features, asked))
     found = halting_of(features, labels, asked, design, permutations, progress=progress)
+    found = replace(found, at_chance=at_chance(answers, label))
     said = {"auc": found.auc.estimate, "p": found.p_auc, "hits": found.hits, "positive": found.n_positive}
     said |= {"called": found.called, "questions": found.n_questions, "permutations": permutations}
     evidence = {name: value if value == value else None for name, value in said.items()}
