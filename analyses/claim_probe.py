@@ -99,6 +99,6 @@ def _beside(found: Halting) -> str:
         words += f", {found.p_hits:.2g} by permutation"
     plain = found.comparison.iloc[1:-2]
     if len(plain):
-        best = plain.loc[plain["auc"].idxmax()]
+        best = plain.iloc[int(np.argmax(plain["auc"].to_numpy()))]
         words += f"; best plain alternative {best['name']} {best['auc']:.2f}"
     return words + f"; with selection outside the fold {found.leaky_auc.estimate:.2f}"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from sst_interp.analyses.plain_probes import constants
 from sst_interp.analyses.statistics import Interval, percent_text, questions_words
 
@@ -75,7 +77,7 @@ def _controls(found: Halting) -> str:
     table = found.comparison
     plain = table.iloc[1:-2]
     if len(plain):
-        best = plain.loc[plain["auc"].idxmax()]
+        best = plain.iloc[int(np.argmax(plain["auc"].to_numpy()))]
         words += f" The best plain alternative, {best['name']}, has {best['auc']:.2f}: the probe is "
         words += f"{best['probe_minus']:+.2f} [{best['probe_minus_low']:+.2f}, "
         words += f"{best['probe_minus_high']:+.2f}] from it."

@@ -121,7 +121,8 @@ def comparison(
     for name, call in zip(constants(probe.action), (1.0, 0.0), strict=True):
         constant = np.full(len(positive), call)
         even = pairs_in_order(constant, positive)
-        said = Decisions(*(_exactly(v, len(positive)) for v in (call, 1 - call, 0.5)), call)
+        found, let_go, half = (_exactly(v, len(positive)) for v in (call, 1 - call, 0.5))
+        said = Decisions(found, let_go, half, call)
         off, minus = brier(constant, positive, *options), auc_difference(pairs, even, *options)
         add(name, _exactly(0.5, len(positive)), said, off, minus, math.nan)
     return pd.DataFrame(rows)

@@ -91,7 +91,7 @@ class Routing(Result):
 
     def row(self, name: str) -> pd.Series:
         """One policy."""
-        return self.policies.set_index("name").loc[name]
+        return self.policies[(self.policies["name"] == name).to_numpy(dtype=bool)].iloc[0]
 
 
 def routing(
@@ -195,7 +195,7 @@ def _verdict(found: Routing) -> str:
         words += f" The probe is not testable: {found.no_probe}."
     rules = policies[policies["name"] != PROBE]
     if len(rules):
-        best = rules.loc[rules["accuracy"].idxmax()]
+        best = rules.iloc[int(np.argmax(rules["accuracy"].to_numpy()))]
         words += " " + _policy_words(found, best, f"the best rule, {best['name']}")
     oracle = table.iloc[-1]
     return words + f" The oracle, not a policy, has {percent_text(oracle['accuracy'])}."
@@ -203,8 +203,8 @@ def _verdict(found: Routing) -> str:
 
 def _policy_words(found: Routing, row: pd.Series, who: str) -> str:
     def interval(name: str) -> Interval:
-        ends = (float(row[name + end]) for end in ("", "_low", "_high"))
-        return Interval(*ends, found.n_questions, reason="one question")
+        exact, low, high = (float(row[name + end]) for end in ("", "_low", "_high"))
+        return Interval(exact, low, high, found.n_questions, reason="one question")
 
     beyond = interval("beyond")
     words = f"Routed by {who}, accuracy is {interval('accuracy').text(percent=True)} at "

@@ -135,7 +135,7 @@ def _table(
             return ""
         return f"{value:.3g}" if low == high or low != low else f"{value:.3g} [{low:.3g}, {high:.3g}]"
 
-    shown = {name: table[name] for name in names}
+    shown: dict[str, Any] = {name: table[name] for name in names}
     for name in intervals:
         ends = zip(table[name], table[f"{name}_low"], table[f"{name}_high"], strict=True)
         shown[name.replace("_", " ")] = [words(*row) for row in ends]
