@@ -126,7 +126,7 @@ def test_a_labelling_among_many_is_that_labelling_alone():
 
 
 def test_a_strong_signal_is_found_in_its_layer_and_dimensions_by_every_scheme():
-    features, own = states(strength=1.5, dims=3, layer=1, seed=2)
+    features, own = states(strength=2.5, dims=3, layer=1, seed=2)
     inputs, positive = Inputs(features.states), own.positive
     schemes = ("leave_one_out", "plain_leave_one_out", "folds", "leave_pair_out")
     for kind in ("two_layer", "l2", "l1"):
