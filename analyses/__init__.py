@@ -11,11 +11,13 @@ from sst_interp.analyses.basin_shifts import (
 )
 from sst_interp.analyses.bf16_noise import Bf16Noise, bf16_noise
 from sst_interp.analyses.bimodality import Bimodality, bimodality
+from sst_interp.analyses.claim_probe import probe_rows
 from sst_interp.analyses.claims import BlendWeights, Claim, Finding, Ledger, Row, blend_weights, claims
 from sst_interp.analyses.content import Content, content
 from sst_interp.analyses.depth_scores import DepthScores, depth_scores
 from sst_interp.analyses.divergence import Divergence, divergence
 from sst_interp.analyses.dwell import Dwell, dwell
+from sst_interp.analyses.halting import Halting, halting, halting_of
 from sst_interp.analyses.layer_profile import LayerProfile, layer_profile
 from sst_interp.analyses.modes import Modes, find_modes
 from sst_interp.analyses.overlap import (
@@ -30,6 +32,7 @@ from sst_interp.analyses.permutation import label_permutation, sign_flip
 from sst_interp.analyses.position_zero import PositionZero, position_zero
 from sst_interp.analyses.precedence import Precedence, precedence
 from sst_interp.analyses.result import Result, json_ready, table_html
+from sst_interp.analyses.routing import Routing, routing, routing_of
 from sst_interp.analyses.settling import Settling, settling
 from sst_interp.analyses.shifts_per_question import ShiftsPerQuestion, shifts_per_question
 from sst_interp.analyses.statistics import (
@@ -54,6 +57,7 @@ __all__ = [
     "Divergence",
     "Dwell",
     "Finding",
+    "Halting",
     "Interval",
     "LayerProfile",
     "Ledger",
@@ -64,6 +68,7 @@ __all__ = [
     "Precedence",
     "QuestionMap",
     "Result",
+    "Routing",
     "Row",
     "Settling",
     "ShiftsPerQuestion",
@@ -84,6 +89,8 @@ __all__ = [
     "divergence",
     "dwell",
     "find_modes",
+    "halting",
+    "halting_of",
     "json_ready",
     "label_permutation",
     "layer_profile",
@@ -93,8 +100,11 @@ __all__ = [
     "pair_words",
     "position_zero",
     "precedence",
+    "probe_rows",
     "question_map",
     "resample_weights",
+    "routing",
+    "routing_of",
     "settling",
     "shifts_per_question",
     "sign_flip",

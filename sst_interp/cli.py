@@ -24,6 +24,7 @@ from sst_interp.approximation.commands import app as approximation_app
 from sst_interp.choices import COMPARISONS
 from sst_interp.errors import SSTError
 from sst_interp.printing import print_table, write_text
+from sst_interp.probe.commands import probe
 
 app = typer.Typer(
     name="sst-interp",
@@ -388,6 +389,7 @@ def evaluate(
 
 
 app.add_typer(approximation_app, name="approximation")
+app.command()(probe)
 
 
 def _captured(name: str, fresh: bool) -> Any:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sst_interp.certificate import Certificate
 from sst_interp.errors import SSTError
+from sst_interp.halting import HaltingPolicy, in_order, look_ahead
 from sst_interp.prompt import prefill
 from sst_interp.sequential import Iteration, advance
 from sst_interp.stream import Recurrence, Stream
@@ -99,7 +100,7 @@ def generate(
     model: Recurrence,
     tokens: Int[Tensor, "row column"],
     pad: Int[Tensor, " row"],
-    depths: Sequence[int],
+    depths: Sequence[int] | HaltingPolicy,
     max_new_tokens: int,
     stop_tokens: Sequence[int],
     observe: Observe | None = None,
@@ -109,19 +110,27 @@ def generate(
 
     Args:
         tokens: prompts, with `pad` columns of padding on the left.
-        depths: one per row.
+        depths: one per row, or the policy that picks them at position 0.
     """
-    if len(depths) != len(pad):
+    if not isinstance(depths, HaltingPolicy) and len(depths) != len(pad):
         raise SSTError(f"{len(depths)} depths for {len(pad)} prompts", "give one number, or one per prompt")
-    check_iterations(depths)
     if max_new_tokens < 1:
         raise SSTError(f"max_new_tokens = {max_new_tokens} is below 1", "give it room for one token at least")
     check_room(model, tokens.shape[1], max_new_tokens)
+    read: tuple[Stream, Certificate] | None = None
+    if isinstance(depths, HaltingPolicy):
+        policy, stream = depths, model.new_stream(pad, tokens.shape[1] + max_new_tokens - 1)
+        read = stream, prefill(model, stream, tokens[:, :-1])
+        depths = policy.depths(look_ahead(model, stream, tokens[:, -1], policy.looks)).tolist()
+    check_iterations(depths)
     order = torch.tensor(sorted(range(len(pad)), key=lambda r: -depths[r]), device=tokens.device)
     per_row = torch.tensor(depths)[order.cpu()]
     tokens, pad = tokens[order], pad[order]
-    stream = model.new_stream(pad, tokens.shape[1] + max_new_tokens - 1)
-    certificate = prefill(model, stream, tokens[:, :-1])
+    if read is None:
+        stream = model.new_stream(pad, tokens.shape[1] + max_new_tokens - 1)
+        certificate = prefill(model, stream, tokens[:, :-1])
+    else:
+        stream, certificate = in_order(read[0], order), read[1]
     new, stopped = _write(
         model, stream, tokens[:, -1], per_row, max_new_tokens, stop_tokens, order, observe, progress
     )

@@ -19,6 +19,7 @@ from sst_interp.certificate import Certificate
 from sst_interp.choices import Choices
 from sst_interp.errors import SSTError
 from sst_interp.generation import Generation, Observe, generate, generate_at_depths
+from sst_interp.halting import Flat, HaltingPolicy
 from sst_interp.prompt import prefill
 from sst_interp.replay import Replay, replay
 from sst_interp.stream import Recurrence, Stream
@@ -162,6 +163,7 @@ class StateStreamModel(Recurrence):
         stop_tokens: Sequence[int] | None = None,
         observe: Observe | None = None,
         progress: Callable[[int], Any] | None = None,
+        depth: HaltingPolicy | int | None = None,
     ) -> Generation:
         """Generate greedily from prompts of different lengths.
 
@@ -173,12 +175,22 @@ class StateStreamModel(Recurrence):
             observe: called with a `Step` at each generated position: every iteration's layer outputs and
                 logits, recorded while generating.
             progress: called with the number of positions done.
+            depth: instead of `iterations`: a policy that looks at position 0 and picks each prompt's depth
+                (`sst_interp.halting`, or a trained probe), or one number.
 
         Raises:
-            SSTError: iterations below 1, an empty prompt, or prompt and budget longer than the context.
+            SSTError: iterations below 1, an empty prompt, prompt and budget longer than the context, or a
+                probe of another model.
         """
         tokens, pad = self.batch(prompts)
-        depths = [iterations] * len(pad) if isinstance(iterations, int | float) else list(iterations)
+        depths: Sequence[int] | HaltingPolicy = (
+            [iterations] * len(pad) if isinstance(iterations, int | float) else list(iterations)
+        )
+        if depth is not None:
+            if iterations != 1:
+                raise SSTError("both iterations and depth were given", "leave one of them out")
+            depths = Flat(depth) if isinstance(depth, int) else depth
+            depths.check(self)
         stop = self.stop_tokens if stop_tokens is None else stop_tokens
         out = generate(self, tokens, pad, depths, max_new_tokens, stop, observe, progress)
         if self.tokenizer is not None:

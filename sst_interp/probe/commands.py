@@ -1,0 +1,142 @@
+"""`sst-interp probe`: can it be told from position 0 whether thinking longer will help or break it?"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sst_interp.probe.labels import RULES
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from sst_interp.probe.named import Probed
+
+LABELS = "; ".join(f"{name}: {rule.definition}" for name, rule in RULES.items())
+PROBE_COLUMNS = ("auc", "sensitivity", "specificity", "balanced", "brier", "probe_minus")
+"""Of the table of probes: each with `_low` and `_high`."""
+POLICY_COLUMNS = ("accuracy", "passes", "beyond")
+COUNTS = ("broken", "mended", "conservative")
+
+
+def probe(
+    run: Annotated[
+        str,
+        typer.Option("--run", "-r", help="Name of a captured run (`sst-interp runs` lists them), or a path."),
+    ],
+    layer: Annotated[
+        str, typer.Option(help="Layer to read, 0-based; `auto` chooses one inside each fold.")
+    ] = "auto",
+    label: Annotated[str, typer.Option(help=f"What is to be told. {LABELS}.")] = "must-halt",
+    permutations: Annotated[
+        int, typer.Option(min=0, help="Labellings permuted through everything; 0 tests nothing.")
+    ] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Of folds, initial weights and permutations.")] = 0,
+    save: Annotated[
+        Path | None, typer.Option(help="Folder to keep the probe in (probe.json, probe.safetensors).")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print everything as JSON instead of tables and verdicts.")
+    ] = False,
+) -> None:
+    """Train a probe of the state at position 0, validate it, and route by it.
+
+    The probe reads the state of each question after the first iteration of position 0, before anything is
+    written or iterated, and tells which questions are to halt there. Layer, dimensions and penalty are
+    chosen inside each fold; the p-value permutes the labels through all of that. Beside the probe stand
+    plain probes, always-halt and never-halt; beside its routing, flat depths and the oracle.
+
+    The run must have kept its states at position 0 (`keep = "position0"`, the default). Where the model is
+    no better than guessing, right and wrong are noise: ask for `--label answer-changed`.
+
+    Examples:
+        sst-interp probe --run gpqa
+
+        sst-interp probe --run gpqa --label answer-changed --layer 15 --permutations 200
+
+        sst-interp probe --run arc-challenge --save probes/arc --json > probe.json
+    """
+    from tqdm import tqdm
+
+    from sst_interp.probe.design import Design
+    from sst_interp.probe.named import probe_run
+    from sst_interp.runs import open_run
+
+    opened: Any = open_run(run)
+    if not opened.complete:
+        captured = opened.questions["question"].nunique()
+        print(f"note: {opened.name} is not complete: {captured} questions so far", file=sys.stderr)
+    with tqdm(total=permutations, desc=f"probing {opened.name}", unit="permutation", file=sys.stderr) as bar:
+
+        def show(what: str, done: int, of: int) -> None:
+            bar.update(done - bar.n)
+
+        found = probe_run(opened, label, layer, permutations, Design(seed=seed), save, show)
+    if as_json:
+        print(json.dumps(as_dict(found), indent=2))
+    else:
+        print(as_text(found))
+    if save is not None:
+        print(f"probe: {save}", file=sys.stderr)
+
+
+def as_dict(found: Probed) -> dict[str, Any]:
+    """JSON-ready: both results, the rows of the claims ledger, and what was trained on every question."""
+    from sst_interp.analyses.claim_probe import probe_rows
+
+    rows = [
+        {
+            "claim": row.claim.id,
+            "in words": row.claim.words,
+            "paper": row.claim.paper,
+            "this run": row.finding.here,
+            "holds if": row.claim.rule,
+            "verdict": row.finding.verdict,
+            "control": row.finding.control,
+        }
+        for row in probe_rows(found.halting, found.routing)
+    ]
+    trained = {"layer": found.probe.layer, "dims": found.probe.dims.tolist()}
+    return {
+        "halting": found.halting.to_dict(),
+        "routing": found.routing.to_dict(),
+        "claims": rows,
+        "probe": trained,
+    }
+
+
+def as_text(found: Probed) -> str:
+    """Tables, verdicts and the rows of the claims ledger."""
+    from sst_interp.analyses.claim_probe import probe_rows
+
+    parts = [
+        _table(found.halting.table, ("name",), PROBE_COLUMNS),
+        found.halting.verdict,
+        _table(found.routing.table, ("name",), POLICY_COLUMNS, COUNTS),
+        found.routing.verdict,
+    ]
+    for row in probe_rows(found.halting, found.routing):
+        parts.append(f"{row.claim.id} ({row.claim.words}): {row.finding.verdict}. {row.finding.here}")
+    return "\n\n".join(parts)
+
+
+def _table(
+    table: pd.DataFrame, names: tuple[str, ...], intervals: tuple[str, ...], plain: tuple[str, ...] = ()
+) -> str:
+    """A row per probe or policy, every number with its interval."""
+    import pandas as pd
+
+    def words(value: float, low: float, high: float) -> str:
+        if value != value:
+            return ""
+        return f"{value:.3g}" if low == high or low != low else f"{value:.3g} [{low:.3g}, {high:.3g}]"
+
+    shown: dict[str, Any] = {name: table[name] for name in names}
+    for name in intervals:
+        ends = zip(table[name], table[f"{name}_low"], table[f"{name}_high"], strict=True)
+        shown[name.replace("_", " ")] = [words(*row) for row in ends]
+    return pd.DataFrame(shown | {name: table[name] for name in plain}).to_string(index=False)
