@@ -15,10 +15,12 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from sst_interp.backbone import Backbone
+from sst_interp.bridges import Bridges
 from sst_interp.certificate import Certificate
 from sst_interp.choices import Choices
 from sst_interp.errors import SSTError
 from sst_interp.generation import Generation, Observe, generate, generate_at_depths
+from sst_interp.hooks import Edit
 from sst_interp.prompt import prefill
 from sst_interp.replay import Replay, replay
 from sst_interp.stream import Recurrence, Stream
@@ -26,7 +28,7 @@ from sst_interp.stream import Recurrence, Stream
 Prompt = str | Sequence[int]
 
 
-class StateStreamModel(Recurrence):
+class StateStreamModel(Recurrence, Bridges):
     """A backbone with a state stream.
 
     Args:
@@ -162,6 +164,7 @@ class StateStreamModel(Recurrence):
         stop_tokens: Sequence[int] | None = None,
         observe: Observe | None = None,
         progress: Callable[[int], Any] | None = None,
+        edit: Edit | None = None,
     ) -> Generation:
         """Generate greedily from prompts of different lengths.
 
@@ -173,14 +176,17 @@ class StateStreamModel(Recurrence):
             observe: called with a `Step` at each generated position: every iteration's layer outputs and
                 logits, recorded while generating.
             progress: called with the number of positions done.
+            edit: called at every site of every layer, iteration and generated position, and may change what
+                it sees (`sst_interp.hooks`). The prompt is read without it.
 
         Raises:
-            SSTError: iterations below 1, an empty prompt, or prompt and budget longer than the context.
+            SSTError: iterations below 1, an empty prompt, or prompt and budget longer than the context; an
+                edit that returns another kind of tensor, or that is bound to places that never came.
         """
         tokens, pad = self.batch(prompts)
         depths = [iterations] * len(pad) if isinstance(iterations, int | float) else list(iterations)
         stop = self.stop_tokens if stop_tokens is None else stop_tokens
-        out = generate(self, tokens, pad, depths, max_new_tokens, stop, observe, progress)
+        out = generate(self, tokens, pad, depths, max_new_tokens, stop, observe, progress, edit)
         if self.tokenizer is not None:
             out.texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in out.tokens]
         return out
