@@ -23,6 +23,7 @@ import sst_interp
 from sst_interp import places
 from sst_interp.approximation.commands import app as approximation_app
 from sst_interp.errors import SSTError
+from sst_interp.patching.commands import patch
 
 app = typer.Typer(
     name="sst-interp",
@@ -305,6 +306,7 @@ def evaluate(
 
 
 app.add_typer(approximation_app, name="approximation")
+app.command("patch")(patch)
 
 
 def _captured(name: str, fresh: bool) -> Any:

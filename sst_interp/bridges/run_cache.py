@@ -8,7 +8,7 @@ run's by their hashes, so that a cache is never of something else.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sst_interp.bridges import NamesFilter
 from sst_interp.capture import provenance
@@ -51,13 +51,7 @@ def run_caches(
     )
     if model is None:
         model = load(recipe.checkpoint, recipe.alpha, recipe.choices, recipe.dtype)
-    now = provenance(model, asked)
-    for key, was in run.manifest["provenance"].items():
-        if key.endswith("_hash") and now.get(key, was) != was:
-            raise SSTError(
-                f"run {run.name} was captured with another {key.removesuffix('_hash')}",
-                "give the model and dataset it was captured with",
-            )
+    refuse_another(run, provenance(model, asked))
     bridge = model.bridge()
     prompt = model.chat(asked.questions[question].prompt, reply_prefix=recipe.reply_prefix or "")
     return bridge.read_with_caches(prompt, tokens, depth, names_filter)[1]
@@ -69,6 +63,16 @@ def run_cache(run: Run, question: int, iteration: int = 1, **how: object) -> Act
     if not 1 <= iteration <= len(caches):
         raise SSTError(f"there is no iteration {iteration}", f"this depth has 1 to {len(caches)}")
     return caches[iteration - 1]
+
+
+def refuse_another(run: Run, now: dict[str, Any]) -> None:
+    """Raise if a model or questions are not what a run was captured with, by the hashes of `provenance`."""
+    for key, was in run.manifest["provenance"].items():
+        if key.endswith("_hash") and now.get(key, was) != was:
+            raise SSTError(
+                f"run {run.name} was captured with another {key.removesuffix('_hash')}",
+                "give the model and dataset it was captured with",
+            )
 
 
 def written_tokens(run: Run, question: int, depth: int, text: str = "own") -> list[int]:
