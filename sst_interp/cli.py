@@ -23,6 +23,7 @@ from sst_interp import places
 from sst_interp.approximation.commands import app as approximation_app
 from sst_interp.choices import COMPARISONS
 from sst_interp.errors import SSTError
+from sst_interp.patching.commands import patch
 from sst_interp.printing import print_table, write_text
 from sst_interp.probe.commands import probe
 
@@ -390,6 +391,7 @@ def evaluate(
 
 app.add_typer(approximation_app, name="approximation")
 app.command()(probe)
+app.command("patch")(patch)
 
 
 def _captured(name: str, fresh: bool) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from sst_interp.certificate import Certificate
 from sst_interp.errors import SSTError
 from sst_interp.halting import HaltingPolicy, in_order, look_ahead
+from sst_interp.hooks import Edit, Hook, Visit, editing, refuse_unused
 from sst_interp.prompt import prefill
 from sst_interp.sequential import Iteration, advance
 from sst_interp.stream import Recurrence, Stream
@@ -79,15 +81,20 @@ def check_iterations(depths: Sequence[int]) -> None:
 
 @torch.no_grad()
 def decode(
-    model: Recurrence, stream: Stream, tokens: Tensor, depths: Tensor
+    model: Recurrence,
+    stream: Stream,
+    tokens: Tensor,
+    depths: Tensor,
+    hook: Callable[[int], Visit] | None = None,
 ) -> tuple[list[Iteration], list[Tensor], Tensor]:
     """One position of every row: its iterations, their logits, and each row's logits at its own depth.
 
     Args:
         tokens: [row] input tokens.
         depths: [row] on the CPU, descending.
+        hook: iteration -> what its pass asks.
     """
-    iterations = advance(model, stream, tokens, depths)
+    iterations = advance(model, stream, tokens, depths, hook)
     logits = [model.backbone.unembed(it.resid_post[-1]) for it in iterations]
     final = logits[0].clone() if len(logits) > 1 else logits[0]
     for deeper in logits[1:]:
@@ -105,12 +112,15 @@ def generate(
     stop_tokens: Sequence[int],
     observe: Observe | None = None,
     progress: Callable[[int], Any] | None = None,
+    edit: Edit | None = None,
+    hook: Hook | None = None,
 ) -> Generation:
     """Generate from a left-padded batch of prompts; the arguments are those of `StateStreamModel.generate`.
 
     Args:
         tokens: prompts, with `pad` columns of padding on the left.
         depths: one per row, or the policy that picks them at position 0.
+        hook: (position, iteration) -> what its pass asks, rows deepest first; instead of an `edit`.
     """
     if not isinstance(depths, HaltingPolicy) and len(depths) != len(pad):
         raise SSTError(f"{len(depths)} depths for {len(pad)} prompts", "give one number, or one per prompt")
@@ -131,9 +141,13 @@ def generate(
         certificate = prefill(model, stream, tokens[:, :-1])
     else:
         stream, certificate = in_order(read[0], order), read[1]
+    hook = hook if edit is None else editing(edit, order)
     new, stopped = _write(
-        model, stream, tokens[:, -1], per_row, max_new_tokens, stop_tokens, order, observe, progress
+        model, stream, tokens[:, -1], per_row, max_new_tokens, stop_tokens, order, observe, progress, hook
     )
+    if edit is not None:
+        ran = f"{max(map(len, new))} positions, {max(depths)} iterations, {model.backbone.n_layers} layers"
+        refuse_unused(edit, f"there were {ran}")
     back = torch.argsort(order).tolist()
     return Generation(
         tokens=[new[r] for r in back],
@@ -196,13 +210,15 @@ def _write(
     order: Tensor,
     observe: Observe | None,
     progress: Callable[[int], Any] | None,
+    hook: Hook | None = None,
 ) -> tuple[list[list[int]], list[bool]]:
     """Greedy continuation of every row, deepest rows first: new tokens, and whether each stopped."""
     stop = torch.tensor(sorted(stop_tokens), dtype=torch.long, device=current.device)
     alive = torch.ones_like(current, dtype=torch.bool)
     emitted, lived = [], []
     for position in range(max_new_tokens):
-        passes, logits, final = decode(model, stream, current, per_row)
+        at = None if hook is None else partial(hook, position)
+        passes, logits, final = decode(model, stream, current, per_row, at)
         if observe is not None:
             observe(Step(position, passes, logits, order, alive))
         current = final.argmax(-1)

@@ -1,8 +1,9 @@
 """`sst.load`: a model with a state stream by name, wherever it is.
 
 Names are looked up in this order: a shipped asset (`smollm2-135m`), a local folder (a Hugging Face model or
-a checkpoint), a shipped checkpoint, a hub id (`owner/name`). Weights are read from safetensors only, and no
-code from a model's repository runs unless `trust_remote_code=True` is asked for by name.
+a checkpoint), a shipped checkpoint, a hub id (`owner/name`, of a checkpoint or of a model). Weights are read
+from safetensors only, and no code from a model's repository runs unless `trust_remote_code=True` is asked for
+by name.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from sst_interp.checkpoint import is_checkpoint, read_checkpoint
 from sst_interp.choices import TRAINED, Choices
 from sst_interp.errors import SSTError, unknown_name
 from sst_interp.model import StateStreamModel, attach
+from sst_interp.sharing import fetch_checkpoint
 from sst_interp.training.adapters import merge_adapters
 
 ASSET_MODELS = {"smollm2-135m": smollm2_folder}
@@ -56,7 +58,7 @@ def load(
             choices that a checkpoint was not trained with.
     """
     dtype = _dtype(dtype)
-    folder = checkpoint_folder(name)
+    folder = checkpoint_folder(name) or fetch_from_hub(name)
     if folder is None:
         model, tokenizer = _backbone(str(name), dtype, trust_remote_code)
         return attach(
@@ -104,6 +106,11 @@ def checkpoint_folder(name: str | Path) -> Path | None:
         if is_checkpoint(folder):
             return folder
     return None
+
+
+def fetch_from_hub(name: str | Path) -> Path | None:
+    """Where the hub's cache has the checkpoint of that name; None if the hub has none."""
+    return None if (Path(name) / "config.json").is_file() else fetch_checkpoint(str(name))
 
 
 def _backbone(name: str, dtype: torch.dtype, trust_remote_code: bool) -> tuple[Any, Any]:

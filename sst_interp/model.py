@@ -15,11 +15,13 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from sst_interp.backbone import Backbone
+from sst_interp.bridges import Bridges
 from sst_interp.certificate import Certificate
 from sst_interp.choices import Choices
 from sst_interp.errors import SSTError
 from sst_interp.generation import Generation, Observe, generate, generate_at_depths
 from sst_interp.halting import Flat, HaltingPolicy
+from sst_interp.hooks import Edit
 from sst_interp.prompt import prefill
 from sst_interp.replay import Replay, replay
 from sst_interp.stream import Recurrence, Stream
@@ -27,7 +29,7 @@ from sst_interp.stream import Recurrence, Stream
 Prompt = str | Sequence[int]
 
 
-class StateStreamModel(Recurrence):
+class StateStreamModel(Recurrence, Bridges):
     """A backbone with a state stream.
 
     Args:
@@ -164,6 +166,7 @@ class StateStreamModel(Recurrence):
         observe: Observe | None = None,
         progress: Callable[[int], Any] | None = None,
         depth: HaltingPolicy | int | None = None,
+        edit: Edit | None = None,
     ) -> Generation:
         """Generate greedily from prompts of different lengths.
 
@@ -177,10 +180,13 @@ class StateStreamModel(Recurrence):
             progress: called with the number of positions done.
             depth: instead of `iterations`: a policy that looks at position 0 and picks each prompt's depth
                 (`sst_interp.halting`, or a trained probe), or one number.
+            edit: called at every site of every layer, iteration and generated position, and may change what
+                it sees (`sst_interp.hooks`). The prompt is read without it.
 
         Raises:
             SSTError: iterations below 1, an empty prompt, prompt and budget longer than the context, or a
-                probe of another model.
+                probe of another model; an edit that returns another kind of tensor, or that is bound to
+                places that never came.
         """
         tokens, pad = self.batch(prompts)
         depths: Sequence[int] | HaltingPolicy = (
@@ -192,7 +198,7 @@ class StateStreamModel(Recurrence):
             depths = Flat(depth) if isinstance(depth, int) else depth
             depths.check(self)
         stop = self.stop_tokens if stop_tokens is None else stop_tokens
-        out = generate(self, tokens, pad, depths, max_new_tokens, stop, observe, progress)
+        out = generate(self, tokens, pad, depths, max_new_tokens, stop, observe, progress, edit)
         if self.tokenizer is not None:
             out.texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in out.tokens]
         return out

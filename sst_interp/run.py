@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -21,6 +21,9 @@ from sst_interp.choices import COMPARISONS
 from sst_interp.errors import SSTError, unknown_name
 from sst_interp.recipe import Recipe
 from sst_interp.schema import CATEGORIES, CONTROLS, KEYS, OPTIONAL, TABLES, to_frame
+
+if TYPE_CHECKING:
+    from transformer_lens import ActivationCache
 
 
 @dataclass(eq=False, repr=False)
@@ -151,6 +154,20 @@ class Run:
                     f"its {text!r} text there has positions 0 to {length - 1}",
                 )
             return part[position : position + 1][0]
+
+    def caches(self, question: int, **how: Any) -> list[ActivationCache]:
+        """A question read again with every hook point, an `ActivationCache` per iteration; the options are
+        those of `sst_interp.bridges.run_cache.run_caches`.
+        """
+        from sst_interp.bridges.run_cache import run_caches
+
+        return run_caches(self, question, **how)
+
+    def cache(self, question: int, iteration: int = 1, **how: Any) -> ActivationCache:
+        """The cache of one iteration; see `caches`."""
+        from sst_interp.bridges.run_cache import run_cache
+
+        return run_cache(self, question, iteration, **how)
 
     def summary(self) -> dict[str, Any]:
         """What it is and how far it has got, as `list_runs` says it; JSON-ready."""

@@ -15,11 +15,16 @@ __all__ = ["Run", "list_runs", "open_run"]
 
 
 def open_run(name_or_path: str | Path, verify: bool = True) -> Run:
-    """The run in a folder, or the run of that name: the user's own, else a shipped one.
+    """The run in a folder, or the run of that name: the user's own, else a shipped one. A URL of a run's
+    folder, in any form that fsspec reads (`hf://datasets/user/runs/gpqa`), is fetched first.
 
     Raises SSTError with the nearest names if there is none, and if it has no data yet.
     """
     name = str(name_or_path)
+    if "://" in name:
+        from sst_interp.sharing import fetch_run
+
+        return open_run(fetch_run(name), verify)
     for folder in (Path(name), places.runs_dir() / name, places.shipped("runs") / name):
         if (run := _load(folder, verify)) is not None:
             if run.manifest["shards"]:

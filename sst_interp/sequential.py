@@ -5,12 +5,14 @@ Generation runs on it; the parallel solvers are tested against it and recheck so
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sst_interp.hooks import Visit, unhooked
 from sst_interp.keyvalues import put
 from sst_interp.stream import Recurrence, Stream, stack_pass
 
@@ -29,6 +31,7 @@ def advance(
     stream: Stream,
     tokens: Int[Tensor, " row"],
     depths: int | Int[Tensor, " row"],
+    hook: Callable[[int], Visit] | None = None,
 ) -> list[Iteration]:
     """Read one token per row, iterating row `r` `depths[r]` times; the stream moves on by one column.
 
@@ -36,6 +39,7 @@ def advance(
         tokens: the token at column `stream.column` of every row.
         depths: iterations per row, >= 1 and in descending order, so that the rows still iterating are
             always the first n of the batch and no row is copied.
+        hook: iteration -> what its pass asks (`sst_interp.hooks`).
 
     While gradients are enabled nothing is written in place: the result can be differentiated through every
     earlier position (exact back-propagation through time).
@@ -60,6 +64,7 @@ def advance(
             stream.state[:, :n, None],
             None if bool(has_state.all()) else has_state[:, None],
             "write" if number == 1 or model.choices.kv == "last" else "read",
+            unhooked if hook is None else hook(number),
         )
         stream.state = put(stream.state, slice(0, n), carried[:, :, 0], dim=1)
         iterations.append(Iteration(number, resid_post[:, :, 0]))

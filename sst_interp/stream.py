@@ -22,6 +22,7 @@ from torch import Tensor
 
 from sst_interp.backbone import SLIDING, Backbone
 from sst_interp.choices import Choices
+from sst_interp.hooks import Visit, unhooked
 from sst_interp.keyvalues import Access, KeyValues
 
 
@@ -94,6 +95,7 @@ def stack_pass(
     state: Float[Tensor, "layer row position d_model"] | None,
     has_state: Bool[Tensor, "row position"] | None,
     access: Access,
+    visit: Visit = unhooked,
 ) -> tuple[Float[Tensor, "layer row position d_model"], Float[Tensor, "layer row position d_model"]]:
     """One pass of the first `len(tokens)` rows through all layers at the given columns.
 
@@ -101,6 +103,7 @@ def stack_pass(
         state: incoming states; None switches the blend off.
         has_state: where there is a state to blend; None means everywhere.
         access: what the pass does with its keys and values.
+        visit: shown every tensor [row, position, d_model] on its way; the pass goes on with what it returns.
 
     Returns:
         (resid_post, carried): each layer's output, and what it hands on (the same tensor unless
@@ -116,14 +119,17 @@ def stack_pass(
     outputs, carried = [], []
     states = [None] * backbone.n_layers if state is None else state.unbind(0)
     for index, layer in enumerate(backbone.layers):
-        m = x + layer.attention_branch(x, rotary[layer.kind], masks[layer.kind], kv)
+        x = visit("resid_pre", index, x)
+        branch = layer.attention_branch(x, rotary[layer.kind], masks[layer.kind], kv)
+        m = visit("resid_mid", index, x + visit("attn_out", index, branch))
         if (s := states[index]) is not None:
             a = model.alpha[index]
             if has_state is not None:
                 a = a * has_state[..., None]
-            m = blend(m, s, a, choices)
-        ffn = layer.ffn_branch(m)
-        x = m + ffn
+            m = blend(m, visit("stream_state", index, s), a, choices)
+        m = visit("resid_blended", index, m)
+        ffn = visit("mlp_out", index, layer.ffn_branch(m))
+        x = visit("resid_post", index, m + ffn)
         outputs.append(x)
         carried.append(x if choices.carry == "layer_output" else ffn)
     resid_post = torch.stack(outputs)

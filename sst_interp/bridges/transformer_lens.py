@@ -1,0 +1,264 @@
+"""The model as a TransformerLens `TransformerBridge`: its hooks and caches, once per iteration.
+
+    bridge = model.bridge()
+    bridge.run_with_hooks(tokens, iterations=4, fwd_hooks=[
+        ("blocks.12.hook_resid_post", bridge.at(fn, iteration=2, position=5)),
+    ])
+    logits, caches = bridge.run_with_caches(tokens, iterations=4)
+
+TransformerLens' own adapters for models that loop say that a cache holds the final step. This bridge runs the
+pass of `sst_interp.stream` on a twin of the backbone and fires the hook points in it, so it knows which
+iteration it is in.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens import ActivationCache
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge import TransformerBridge
+
+from sst_interp.bridges import Method, NamesFilter
+from sst_interp.bridges.caches import Collector
+from sst_interp.bridges.forward import read_in_parallel, read_sequentially
+from sst_interp.bridges.points import Now, Placed, firing
+from sst_interp.bridges.twin import twin_of
+from sst_interp.errors import SSTError
+from sst_interp.generation import Generation, check_iterations, generate
+from sst_interp.hooks import SITES, Site, Visit, alike
+from sst_interp.model import StateStreamModel
+from sst_interp.stream import Recurrence
+
+Input = str | Sequence[Any] | Tensor
+"""Token ids [row, position] or [position], a text, or several of either."""
+
+
+class StateStreamBridge(TransformerBridge):
+    """A `TransformerBridge` whose forward is the state stream's.
+
+    Beside the standard names there are `blocks.{l}.hook_stream_state` and `blocks.{l}.hook_resid_blended`.
+    Attention and FFN run as the backbone runs them, so points that need attention written out
+    (`hook_pattern`, `hook_attn_scores`) do not fire, and asking for them is an error.
+    """
+
+    def __init__(self, model: StateStreamModel) -> None:
+        hf, backbone, adapter, tokenizer = twin_of(model)
+        super().__init__(hf, adapter, tokenizer)
+        self.state_stream, self._twin = model, backbone
+        self.now = Now(1, 0)
+        """Where it is; what hooks are called with belongs there."""
+        norms: list[Any] = [self.ln_final]
+        for index, block in enumerate(self.blocks):
+            norms += [block.ln1, block.ln2]
+            backbone.layers[index] = replace(backbone.layers[index], norm1=block.ln1, norm2=block.ln2)
+        for norm in norms:
+            norm.use_native_layernorm_autograd = True  # the backbone's own numbers, unless a hook edits them
+        backbone.final_norm = self.ln_final
+        named = self.hook_dict
+        self._points: list[dict[Site, HookPoint]] = [
+            {site: named[f"blocks.{layer}.hook_{site}"] for site in SITES}
+            for layer in range(backbone.n_layers)
+        ]
+        self.firing = firing(self._hooked(), self.hook_dict, self.cfg.n_heads + 1, self._hook, self._logits)
+        """Every hook point that fires, by name; `hook_dict` has others, too."""
+
+    def forward(
+        self,
+        input: Input,
+        iterations: int = 1,
+        method: Method = "parallel",
+        return_type: str | None = "logits",
+        loss_per_token: bool = False,
+        **others: Any,
+    ) -> Any:
+        """Read tokens at a depth; the logits [row, position, vocab] or loss are the last iteration's.
+
+        Raises:
+            SSTError: TransformerLens' options for parts of a forward pass, which a recurrence does not have.
+        """
+        _refuse(others)
+        tokens = self._tokens(input)
+        logits = self._read(tokens, iterations, method)[-1]
+        return self._finalize_return(return_type, logits, tokens, loss_per_token=loss_per_token)
+
+    def run_with_caches(
+        self,
+        input: Input,
+        iterations: int = 1,
+        names_filter: NamesFilter = None,
+        method: Method = "parallel",
+    ) -> tuple[list[Float[Tensor, "row position vocab"]], list[ActivationCache]]:
+        """(logits, caches), one of each per iteration; see `sst_interp.bridges.Bridges.run_with_cache`."""
+        with Collector(self, names_filter) as collected:
+            logits = self._read(self._tokens(input), iterations, method)
+        return logits, collected.caches()
+
+    def run_with_cache(
+        self,
+        input: Input,
+        names_filter: NamesFilter = None,
+        remove_batch_dim: bool = False,
+        iterations: int = 1,
+        method: Method = "parallel",
+        **others: Any,
+    ) -> tuple[Any, ActivationCache]:
+        """As TransformerLens has it: logits and cache of the last iteration. `run_with_caches` has all."""
+        _refuse(others)
+        logits, caches = self.run_with_caches(input, iterations, names_filter, method)
+        return logits[-1], caches[-1].remove_batch_dim() if remove_batch_dim else caches[-1]
+
+    def run_with_hooks(self, input: Input, fwd_hooks: Sequence[Any] = (), **how: Any) -> Any:
+        """As TransformerLens has it, with `iterations` and `method` of `forward`.
+
+        Raises:
+            SSTError: a hook of `at` that was never called.
+        """
+        if how.get("bwd_hooks"):
+            raise SSTError("backward hooks do not run: the pass records no gradients", "leave bwd_hooks out")
+        placed = [hook for _, hook in fwd_hooks if isinstance(hook, Placed)]
+        for hook in placed:
+            hook.calls = 0
+        out = super().run_with_hooks(input, fwd_hooks=list(fwd_hooks), **how)
+        for hook in placed:
+            hook.refuse_unused()
+        return out
+
+    def at(
+        self, fn: Callable[..., Any], *, iteration: int | None = None, position: int | None = None
+    ) -> Placed:
+        """`fn(tensor, hook)` at one iteration, or position, or both."""
+        return Placed(self, fn, iteration, position)
+
+    def generate(
+        self,
+        input: Input,
+        iterations: int = 1,
+        max_new_tokens: int = 64,
+        stop_tokens: Sequence[int] | None = None,
+        **others: Any,
+    ) -> Generation:
+        """Greedy generation at a depth; hooks fire at every generated position, [row, 1, d_model].
+
+        The prompt is read without hooks. Those of `ln_final` and `unembed` are shown all positions at the end
+        and change nothing.
+        """
+        _refuse(others)
+        check_iterations([iterations])
+        model, last, hooked = self.state_stream, [], self._hooked()
+        tokens, pad = model.batch(self._listed(input))
+        hooked.backbone = copy.copy(self._twin)
+        hooked.backbone.unembed = model.backbone.unembed
+        out = generate(
+            hooked, tokens, pad, [iterations] * len(pad), max_new_tokens,
+            model.stop_tokens if stop_tokens is None else stop_tokens,
+            observe=lambda step: last.append(torch.stack([it.resid_post[-1] for it in step.iterations], 1)),
+            hook=self._hook,
+        )  # fmt: skip
+        self._logits(torch.stack(last, 1))
+        if model.tokenizer is not None:
+            out.texts = [model.tokenizer.decode(ids, skip_special_tokens=True) for ids in out.tokens]
+        return out
+
+    def generate_with_caches(
+        self, input: Input, names_filter: NamesFilter = None, **how: Any
+    ) -> tuple[Generation, list[ActivationCache]]:
+        """What `generate` gives, and a cache per iteration whose positions are the generated ones."""
+        with Collector(self, names_filter) as collected:
+            out = self.generate(input, **how)
+        return out, collected.caches()
+
+    def read_with_caches(
+        self,
+        prompt: str | Sequence[int],
+        tokens: Sequence[int],
+        iterations: int = 1,
+        names_filter: NamesFilter = None,
+    ) -> tuple[list[Float[Tensor, "row position vocab"]], list[ActivationCache]]:
+        """Read what was written after a prompt, position by position: (logits, caches) per iteration.
+        Position 0 reads the prompt's last token; the last of `tokens` was emitted and is not read.
+        """
+        check_iterations([iterations])
+        model = self.state_stream
+        ids, pad = model.batch([prompt])
+        stream = model.new_stream(pad, ids.shape[1] + len(tokens) - 1)
+        model.prefill(stream, ids[:, :-1])
+        read = torch.cat([ids[:, -1:], ids.new_tensor(list(tokens[:-1])).view(1, -1)], dim=1)
+        with Collector(self, names_filter) as collected:
+            logits = self._logits(read_sequentially(self._hooked(), read, iterations, self._hook, stream))
+        return logits, collected.caches()
+
+    def _listed(self, input: Input) -> Sequence[Any] | Tensor:
+        """Always several prompts."""
+        one = isinstance(input, str) or not len(input) or isinstance(input[0], int)
+        return [input] if one else input[None] if isinstance(input, Tensor) and input.dim() == 1 else input
+
+    def _tokens(self, input: Input) -> Tensor:
+        tokens, pad = self.state_stream.batch(self._listed(input))
+        if bool(pad.any()):
+            raise SSTError("prompts of different length have no common positions", "run them one by one")
+        return tokens
+
+    def _read(self, tokens: Tensor, iterations: int, method: Method) -> list[Tensor]:
+        check_iterations([iterations])
+        if method == "parallel":
+            last = read_in_parallel(self.state_stream, self._hooked(), tokens, iterations, self._hook)
+        elif method == "sequential":
+            last = read_sequentially(self._hooked(), tokens, iterations, self._hook)
+        else:
+            raise SSTError(f"unknown method {method!r}", "use 'parallel' or 'sequential'")
+        return self._logits(last)
+
+    @torch.no_grad()
+    def _logits(self, last: Float[Tensor, "row position iteration d_model"]) -> list[Tensor]:
+        logits = []
+        for i in range(last.shape[2]):
+            self.now = Now(i + 1, 0)
+            logits.append(self._twin.unembed(last[:, :, i].contiguous()))
+        return logits
+
+    def _hooked(self) -> Recurrence:
+        return Recurrence(self._twin, self.state_stream.alpha, self.state_stream.choices)
+
+    def _hook(self, position: int, iteration: int) -> Visit:
+        self.now = Now(iteration, position)
+        return self._visit
+
+    def _visit(self, site: Site, layer: int, tensor: Tensor) -> Tensor:
+        point = self._points[layer][site]
+        return alike(point(tensor.clone()), tensor, str(point.name)) if point._forward_hooks else tensor
+
+    def _check_hook_fireable(self, *names: str) -> None:
+        """Refuse a hook that would never be called."""
+        if names[-1] in self.hook_dict and names[-1] not in self.firing:
+            raise SSTError(
+                f"{names[0]} does not fire: attention and FFN run as the backbone runs them",
+                "`bridge.firing` has the names of those that do",
+            )
+
+
+def _refuse(others: dict[str, Any]) -> None:
+    """Raise for an option of TransformerLens that would be ignored."""
+    if given := sorted(name for name, value in others.items() if value is not None):
+        raise SSTError(f"{', '.join(given)}: not with a state stream", "leave it out")
+
+
+def _backbone_only(name: str) -> Callable[..., Any]:
+    def method(self: StateStreamBridge, *_args: Any, **_kwargs: Any) -> Any:
+        raise SSTError(
+            f"{name} works on the backbone alone, without its stream",
+            "boot a TransformerBridge on a copy of `model.backbone.model` for that",
+        )
+
+    method.__doc__ = "Not with a state stream: it would run or change the backbone alone."
+    return method
+
+
+for _name in ("enable_compatibility_mode", "process_weights", "generate_stream", "hf_generate"):
+    setattr(StateStreamBridge, _name, _backbone_only(_name))

@@ -1,0 +1,55 @@
+"""`sst-interp patch`: is a shift the cause of the changed output?"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def patch(
+    run: Annotated[str, typer.Option("--run", "-r", help="Name of a captured run, or a path.")],
+    questions: Annotated[int, typer.Option(min=1, help="How many; more go on from fewer.")] = 40,
+    out: Annotated[Path | None, typer.Option(help="Folder of the rows; default: patching/RUN.")] = None,
+    layers: Annotated[int, typer.Option(min=1, help="Layers patched alone, spread evenly.")] = 6,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens written after the patched position.")] = 6,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Put one depth's state in the place of the other's and see whether the output follows.
+
+    Each question is kept as it is finished: the same command goes on from there.
+
+    Example:
+        sst-interp patch --run arc-challenge --questions 40
+    """
+    from tqdm import tqdm
+
+    from sst_interp.analyses.patching import patching
+    from sst_interp.errors import SSTError
+    from sst_interp.patching.study import Plan, patch_run
+    from sst_interp.runs import open_run
+
+    opened = open_run(run)
+    folder = out or Path("patching") / opened.name
+    bar = tqdm(total=questions, desc=f"patching {opened.name}", unit="question", file=sys.stderr)
+
+    def show(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+
+    try:
+        with bar:
+            table = patch_run(
+                opened, folder, questions, Plan(layers=layers, new_tokens=tokens), progress=show
+            )
+    except KeyboardInterrupt:
+        raise SSTError("stopped", "what was patched is kept: the same command goes on from there") from None
+    found = patching(table)
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=2))
+        return
+    print(found.table.to_string(index=False, float_format=lambda x: f"{x:.3g}"))
+    print(f"\n{found.verdict}\n\nrows: {folder}")
