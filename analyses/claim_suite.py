@@ -24,6 +24,7 @@ from sst_interp.analyses.overthinking import overthinking
 from sst_interp.analyses.position_zero import position_zero
 from sst_interp.analyses.precedence import precedence
 from sst_interp.analyses.result import Result
+from sst_interp.analyses.settling import settling
 from sst_interp.analyses.shifts_per_question import shifts_per_question
 from sst_interp.analyses.statistics import RESAMPLES
 from sst_interp.analyses.token_classes import TokenClass
@@ -38,7 +39,7 @@ PER_COMPARISON = (
     *("basin_shifts", "bimodality", "token_replacement", "precedence", "bf16_noise"),
     *("position_zero", "content", "layer_profile", "dwell", "shifts_per_question"),
 )
-PER_RUN = ("divergence", "overthinking")
+PER_RUN = ("divergence", "overthinking", "settling")
 R = TypeVar("R", bound=Result)
 
 
@@ -94,6 +95,7 @@ def analyse(
     reshuffled: Any = None,
     baseline: Any = None,
     beyond: Any = None,
+    lens: Any = None,
     token_class: TokenClass | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
@@ -112,7 +114,12 @@ def analyse(
     noise, nudges, steps = (tables[t] if len(tables[t]) else None for t in ("noise", "nudges", "steps"))
     other = {
         name: _tables_of(given)
-        for name, given in (("control", blend_off), ("other", reshuffled), ("baseline", baseline))
+        for name, given in (
+            ("control", blend_off),
+            ("other", reshuffled),
+            ("baseline", baseline),
+            ("lens", lens),
+        )
     }
     more = None if beyond is None else table_of(beyond, "questions")[0]
     of = len(order) * len(PER_COMPARISON) + len(PER_RUN)
@@ -140,7 +147,10 @@ def analyse(
         attempt(f"bimodality.{c}", state, partial(bimodality, pairs, c, kind, **how))
         shifts = suite.results.get(f"basin_shifts.{c}")
         level = threshold_in(suite, c)
-        call: Callable[[], Result] = partial(token_replacement, outputs, pairs, c, steps, level, kind, **how)
+        layers = other["lens"][0]
+        call: Callable[[], Result] = partial(
+            token_replacement, outputs, pairs, c, steps, level, kind, lens=layers, **how
+        )
         attempt(f"token_replacement.{c}", ("pairs", "outputs"), call)
         call = partial(precedence, pairs, outputs, c, level, nudges, kind, **how)
         attempt(f"precedence.{c}", ("pairs", "outputs"), call)
@@ -166,6 +176,9 @@ def analyse(
     attempt("divergence", ("pairs", "outputs"), call)
     call = partial(overthinking, tables["questions"], more, other["baseline"][1], **how)
     attempt("overthinking", ("questions",), call)
+    attempt(
+        "settling", ("questions",), partial(settling, tables["questions"] if more is None else more, **how)
+    )
     if progress is not None:
         progress(of, of, "done")
     return suite

@@ -110,6 +110,18 @@ class Ledger(Result):
         return {state: found[state] for state in (HOLDS, FAILS, UNTESTED)}
 
     @property
+    def by_claim(self) -> list[dict[str, str]]:
+        """A row per claim: the paper's figure and the verdict in each comparison, in one or two words."""
+        columns = [*dict.fromkeys(row.comparison for row in self.rows if row.comparison != EVERYWHERE)]
+        found: dict[str, dict[str, str]] = {}
+        for row in self.rows:
+            start = {"claim": row.claim.id, "in words": row.claim.words, "paper": row.claim.paper}
+            line = found.setdefault(row.claim.id, start | dict.fromkeys(columns, ""))
+            for column in columns if row.comparison == EVERYWHERE else [row.comparison]:
+                line[column] = row.state
+        return list(found.values())
+
+    @property
     def differ(self) -> dict[str, dict[str, list[str]]]:
         """Claims that hold in one comparison and not in another -> verdict -> comparisons."""
         found: dict[str, dict[str, list[str]]] = {}
@@ -161,6 +173,7 @@ def claims(
     reshuffled: Any = None,
     baseline: Any = None,
     beyond: Any = None,
+    lens: Any = None,
     alpha: Any = None,
     approximation: ApproximationError | None = None,
     token_class: TokenClass | None = None,
@@ -176,7 +189,8 @@ def claims(
         blend_off: a run of the same recipe with prompt = "blend_off": the start-up control of C8.
         reshuffled: a run of the same questions with reshuffled choices, for C9.
         baseline: a run of the matched baseline, for C11.
-        beyond: a run with more depths, kept in `overthinking`.
+        beyond: a run with more depths, for `overthinking` and `settling`.
+        lens: a run of the same questions that measured `lens_jaccard`, for `token_replacement` by layer.
         alpha: the learned blend weights [layer, d_model], or their `BlendWeights`, for C14.
         approximation: of `approximation_error`, for C15.
         token_class: token id -> class name, for C9.
@@ -185,7 +199,9 @@ def claims(
         seed: of all three.
         progress: told how many analyses are done, of how many, and which is next.
     """
-    suite = analyse(run, blend_off, reshuffled, baseline, beyond, token_class, resamples, seed, progress)
+    suite = analyse(
+        run, blend_off, reshuffled, baseline, beyond, lens, token_class, resamples, seed, progress
+    )
     rows = [
         Row(claim, comparison, _attempt(read, suite, comparison))
         for claim, read in PER_COMPARISON

@@ -184,6 +184,7 @@ def token_replacement(
     kind: str = "cosine",
     resamples: int = RESAMPLES,
     seed: int = 0,
+    lens: pd.DataFrame | None = None,
 ) -> TokenReplacement:
     """Token replacement at shifts and at stable positions of one comparison.
 
@@ -196,6 +197,7 @@ def token_replacement(
         kind: which overlap (`overlap_of`).
         resamples: question resamples.
         seed: of the resampling.
+        lens: the `pairs` table with `lens_jaccard`, for the layers; `pairs` if None.
 
     Returns:
         The result; with no usable rows one whose verdict begins "not testable:".
@@ -227,7 +229,8 @@ def token_replacement(
     rank = rows["winner_rank"].to_numpy()[changed]
     by_layer, no_layers = pd.DataFrame(), None
     try:
-        by_layer = lens_replacement(pairs, comparison, a, b, threshold, kind, resamples, seed)
+        read = pairs if lens is None else lens
+        by_layer = lens_replacement(read, comparison, a, b, threshold, kind, resamples, seed)
     except SSTError as error:
         no_layers = error.message
     counts = [np.bincount(replaced[mask].astype(int), minlength=TOP + 1) for mask in first[:2]]

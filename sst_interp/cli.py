@@ -13,7 +13,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -22,7 +21,9 @@ import typer
 import sst_interp
 from sst_interp import places
 from sst_interp.approximation.commands import app as approximation_app
+from sst_interp.choices import COMPARISONS
 from sst_interp.errors import SSTError
+from sst_interp.printing import print_table, write_text
 
 app = typer.Typer(
     name="sst-interp",
@@ -76,22 +77,57 @@ def basin_shifts(
 
         sst-interp basin-shifts --run demo --json - | jq .replayed.share
     """
-    from tqdm import tqdm
-
-    from sst_interp.analyses import all_comparisons
+    from sst_interp.analyses.basin_shifts import BasinShifts
     from sst_interp.report import write_report
 
     captured = _captured(run, fresh)
-    bar = partial(tqdm, desc=f"analysing {captured.name}", unit="comparison")
-    results = all_comparisons(captured.pairs, captured.recipe.choices, each=bar)
+    ledger = _ledger(captured)
+    found = {name: ledger.results.get(f"basin_shifts.{name}") for name in COMPARISONS}
+    results = {name: result for name, result in found.items() if isinstance(result, BasinShifts)}
+    as_json = json.dumps({name: result.to_dict() for name, result in results.items()}, indent=2)
     if str(json_file) == "-":
-        print(json.dumps({name: result.to_dict() for name, result in results.items()}, indent=2))
+        print(as_json)
     else:
         _print_basin_shifts(captured, results)
+        print_table(ledger.by_claim)
+        print(f"\n{ledger.verdict}\n`sst-interp claims --run {run}` says more\n")
         if json_file is not None:
-            _write(json_file, json.dumps({n: r.to_dict() for n, r in results.items()}, indent=2) + "\n")
+            write_text(json_file, as_json + "\n")
     written = write_report(captured, _report_path(captured, html), results)
     print(f"report: {written}", file=sys.stderr if str(json_file) == "-" else sys.stdout)
+
+
+@app.command()
+def claims(
+    run: RunOption,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole ledger as JSON.")] = False,
+    resamples: Annotated[int, typer.Option(min=2, help="Question resamples, shuffles, permutations.")] = 2000,
+    seed: Annotated[int, typer.Option(help="Of all three.")] = 0,
+) -> None:
+    """The paper's claims beside a run: its figure, this run's with its interval, a verdict by a stated rule.
+
+    Captures the run first if it has no data. Companion runs that are there are used: NAME-blend-off (start-up
+    control), NAME-reshuffled (content), NAME-baseline (matched baseline), NAME-deep (more depths), NAME-lens.
+
+    Examples:
+        sst-interp claims --run gpqa
+
+        sst-interp claims --run gpqa --json | jq '.table[] | {claim, comparison, verdict}'
+    """
+    captured = _captured(run, fresh=False)
+    ledger = _ledger(captured, resamples, seed)
+    if as_json:
+        print(json.dumps(ledger.to_dict(), indent=2))
+        return
+    for row in ledger.rows:
+        print(f"{row.claim.id} {row.comparison}: {row.claim.words}")
+        print(f"    paper     {row.claim.paper}\n    this run  {row.finding.here or '-'}")
+        print(f"    verdict   {row.finding.verdict} (holds if {row.claim.rule})")
+        if row.finding.control:
+            print(f"    control   {row.finding.control}")
+    print()
+    print_table(ledger.by_claim)
+    print(f"\n{ledger.verdict}")
 
 
 @app.command()
@@ -138,6 +174,45 @@ def capture(
 
 
 @app.command()
+def publish(
+    run: RunOption,
+    out: Annotated[Path, typer.Argument(help="Folder of the copy; it must not exist yet.")],
+    bits: Annotated[int, typer.Option(min=4, max=24, help="Significant bits of the floats in pairs.")] = 10,
+    top: Annotated[
+        int | None, typer.Option(min=0, help="Likely tokens to keep of each step's 100; default: all.")
+    ] = None,
+    iterations: Annotated[
+        str, typer.Option(help="Iterations whose states at position 0 are kept; empty for none.")
+    ] = "1",
+) -> None:
+    """Copy a complete run, smaller: measurements that others can read, check and pass round.
+
+    Example:
+        sst-interp publish --run gpqa published/gpqa --iterations 1,4
+    """
+    from tqdm import tqdm
+
+    from sst_interp.publishing import publish as publish_run
+    from sst_interp.runs import open_run
+
+    try:
+        kept = tuple(int(i) for i in iterations.split(",") if i.strip())
+    except ValueError:
+        raise SSTError(
+            f"--iterations {iterations!r} is not a list of whole numbers", "for example 1,4"
+        ) from None
+    original = open_run(run)
+    with tqdm(desc=f"publishing {original.name}", unit="batch", total=0) as bar:
+
+        def show(done: int, of: int) -> None:
+            bar.total = of
+            bar.update(done - bar.n)
+
+        copy = publish_run(original, out, bits, top, kept, show)
+    print(f"published: {copy.folder}, {copy.summary()['bytes'] / 1e6:.1f} MB")
+
+
+@app.command()
 def runs(as_json: JsonFlag = False) -> None:
     """List runs and recipes: yours, and those that ship.
 
@@ -163,7 +238,7 @@ def runs(as_json: JsonFlag = False) -> None:
         }
         for row in rows
     ]
-    _print_table(shown)
+    print_table(shown)
 
 
 @app.command()
@@ -188,7 +263,7 @@ def datasets(as_json: JsonFlag = False) -> None:
     if as_json:
         print(json.dumps(rows, indent=2))
     else:
-        _print_table(
+        print_table(
             [
                 row | {"splits": " ".join(row["splits"]), "restricted": "yes" if row["restricted"] else ""}
                 for row in rows
@@ -242,7 +317,7 @@ def train(
     with bar, _stopping("the state is saved: the same command goes on from there"):
         folder = training.run(show)
     curves = training_curves(read_log(folder), chosen.name)
-    _write(folder / "training.html", curves.figure().to_html(include_plotlyjs=True))
+    write_text(folder / "training.html", curves.figure().to_html(include_plotlyjs=True))
     print(f"{curves.verdict}\ncheckpoint: {folder}\ncurves: {folder / 'training.html'}")
 
 
@@ -298,7 +373,7 @@ def evaluate(
     if as_json:
         print(json.dumps(result.to_dict(), indent=2))
     else:
-        _print_table([{str(k): v for k, v in row.items()} for row in result.table.to_dict("records")])
+        print_table([{str(k): v for k, v in row.items()} for row in result.table.to_dict("records")])
         print(f"\n{result.verdict}")
     if card and (folder := checkpoint_folder(models[0])) is not None:
         print(f"card: {write_card(folder, found)}", file=sys.stderr)
@@ -327,6 +402,25 @@ def _captured(name: str, fresh: bool) -> Any:
         from sst_interp.capture import capture as capture_run
 
         return capture_run(recipe, fresh=fresh)
+
+
+def _ledger(run: Any, resamples: int = 2000, seed: int = 0) -> Any:
+    """The claims ledger of a run, with a bar over its analyses."""
+    from tqdm import tqdm
+
+    from sst_interp.ledger import companions, ledger_of
+
+    beside = companions(run)
+    for note in beside.notes:
+        print(f"note: {note}", file=sys.stderr)
+    with tqdm(desc=f"analysing {run.name}", unit="analysis", total=1) as bar:
+
+        def show(done: int, of: int, name: str) -> None:
+            bar.total = of
+            bar.set_postfix_str(name)
+            bar.update(done - bar.n)
+
+        return ledger_of(run, resamples, seed, progress=show)
 
 
 @contextmanager
@@ -367,7 +461,7 @@ def _report_path(run: Any, html: Path | None) -> Path:
 
 
 def _print_basin_shifts(run: Any, results: dict[str, Any]) -> None:
-    _print_table(
+    print_table(
         [
             {
                 "comparison": name,
@@ -383,29 +477,6 @@ def _print_basin_shifts(run: Any, results: dict[str, Any]) -> None:
     for name, result in results.items():
         print(f"\n{name}: {result.verdict}")
     print()
-
-
-def _print_table(rows: list[dict[str, Any]]) -> None:
-    if not rows:
-        print("none")
-        return
-    cells = [list(rows[0]), *[[_plain(v) for v in row.values()] for row in rows]]
-    widths = [max(len(row[k]) for row in cells) for k in range(len(cells[0]))]
-    for row in cells:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def _plain(value: Any) -> str:
-    """One line of printable text, whatever a folder is called."""
-    return "".join(c if c.isprintable() else "?" for c in str(value))
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    except OSError as error:
-        raise SSTError(f"cannot write {path}: {error.strerror}", "choose another file") from None
 
 
 def main() -> None:

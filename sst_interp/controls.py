@@ -21,10 +21,8 @@ from sst_interp.model import StateStreamModel
 from sst_interp.noise_floor import Rereading, in_float32, noise_rows
 from sst_interp.nudges import nudge_rows, read_alone
 from sst_interp.recipe import Recipe
+from sst_interp.rounding import rounded_columns
 from sst_interp.stream import Recurrence
-
-SIGNIFICANT_BITS = 12
-"""Of every float in `noise` and `nudges`: within 1 part in 4,096. The rest of a float32 only takes room."""
 
 
 class Controls:
@@ -134,28 +132,3 @@ def joined(pieces: Sequence[dict[str, Any]]) -> dict[str, Any]:
         else:
             columns[name] = np.concatenate(parts)
     return columns
-
-
-def rounded_columns(columns: dict[str, Any]) -> dict[str, Any]:
-    """The columns with their floats rounded; of a cosine, it is 1 - cosine that is."""
-    out = dict(columns)
-    for name, values in columns.items():
-        if isinstance(values, list):
-            flat = np.concatenate(values)
-            parts = np.split(_rounded(name, flat), np.cumsum([len(v) for v in values])[:-1])
-            out[name] = parts
-        elif values.dtype.kind == "f":
-            out[name] = _rounded(name, values)
-    return out
-
-
-def _rounded(name: str, values: np.ndarray) -> np.ndarray:
-    if name == "cosine":
-        return (1 - significant(1 - values.astype(np.float64))).astype(np.float32)
-    return significant(values).astype(np.float32)
-
-
-def significant(values: np.ndarray, bits: int = SIGNIFICANT_BITS) -> np.ndarray:
-    """Values rounded to so many significant bits: 0, infinities and NaN stay what they are."""
-    mantissa, exponent = np.frexp(values)
-    return np.ldexp(np.round(np.ldexp(mantissa, bits)), exponent - bits)

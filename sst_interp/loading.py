@@ -84,6 +84,19 @@ def load(
     return attach(model.to(device), tokenizer, trained if alpha is None else alpha, choices, str(name))
 
 
+def load_tokenizer(name: str | Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model or checkpoint of that name, without its weights.
+
+    Raises SSTError for unknown names and for one that cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    folder = checkpoint_folder(name)
+    source = _source(str(name) if folder is None else read_checkpoint(folder)[0]["backbone"]["name"])
+    with _readable(str(name)):
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+
+
 def checkpoint_folder(name: str | Path) -> Path | None:
     """Where the checkpoint of that name is: a folder, the user's, or a shipped one; None if nowhere."""
     here = (Path(name), places.checkpoints_dir() / str(name), places.shipped("checkpoints") / str(name))
@@ -97,32 +110,17 @@ def _backbone(name: str, dtype: torch.dtype, trust_remote_code: bool) -> tuple[A
     """The Hugging Face model and tokenizer of that name."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    local = name in ASSET_MODELS or (Path(name) / "config.json").is_file()
-    if not local and ("/" not in name or name.startswith((".", "/", "~")) or Path(name).exists()):
-        if Path(name).exists():
-            raise SSTError(f"{name} is neither a model nor a checkpoint folder", "it has no config.json")
-        shipped = places.shipped("checkpoints")
-        known = [*ASSET_MODELS, *(p.name for p in shipped.glob("*") if is_checkpoint(p))]
-        raise unknown_name("model", name, known)
-    source = str(ASSET_MODELS[name]()) if name in ASSET_MODELS else name
-    with _quiet_transformers():
-        try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source,
-                dtype=dtype,
-                use_safetensors=True,
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-            )
-            model, landed = loaded
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise SSTError(
-                f"model {name!r} cannot be loaded: {first}",
-                "check the name and the network; `hf auth login` if the model is gated; "
-                "models that need their own code: trust_remote_code=True",
-            ) from error
+    source = _source(name)
+    with _quiet_transformers(), _readable(name):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+        model, landed = loaded
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     if landed["missing_keys"]:  # transformers would have made them up
         missing = sorted(landed["missing_keys"])
         raise SSTError(
@@ -130,6 +128,32 @@ def _backbone(name: str, dtype: torch.dtype, trust_remote_code: bool) -> tuple[A
             "fetch it again: a part of it is missing",
         )
     return model, tokenizer
+
+
+def _source(name: str) -> str:
+    """Where Hugging Face finds that backbone: a folder or a hub id."""
+    local = name in ASSET_MODELS or (Path(name) / "config.json").is_file()
+    if not local and ("/" not in name or name.startswith((".", "/", "~")) or Path(name).exists()):
+        if Path(name).exists():
+            raise SSTError(f"{name} is neither a model nor a checkpoint folder", "it has no config.json")
+        shipped = places.shipped("checkpoints")
+        known = [*ASSET_MODELS, *(p.name for p in shipped.glob("*") if is_checkpoint(p))]
+        raise unknown_name("model", name, known)
+    return str(ASSET_MODELS[name]()) if name in ASSET_MODELS else name
+
+
+@contextmanager
+def _readable(name: str):
+    """What Hugging Face says about a model that it cannot read, as something to act on."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise SSTError(
+            f"model {name!r} cannot be loaded: {first}",
+            "check the name and the network; `hf auth login` if the model is gated; "
+            "models that need their own code: trust_remote_code=True",
+        ) from error
 
 
 def _dtype(name: str | torch.dtype) -> torch.dtype:

@@ -29,3 +29,8 @@ def runs_dir() -> Path:
 def checkpoints_dir() -> Path:
     """The user's checkpoints: `$SST_INTERP_CHECKPOINTS`, else `checkpoints` in the working folder."""
     return Path(os.environ.get("SST_INTERP_CHECKPOINTS") or "checkpoints")
+
+
+def studies_dir() -> Path:
+    """The user's measurements of the approximation: `studies` in the working folder. Not created here."""
+    return Path("studies")

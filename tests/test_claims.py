@@ -22,6 +22,8 @@ from sst_interp.analyses.claim_rules import (
     reaches,
     too_wide,
 )
+from sst_interp.analyses.claim_suite import PER_COMPARISON as ANALYSES
+from sst_interp.analyses.claim_suite import PER_RUN
 from sst_interp.analyses.claims import PER_COMPARISON, claims
 from sst_interp.analyses.statistics import Interval
 from sst_interp.choices import COMPARISONS, Choices
@@ -91,7 +93,7 @@ def test_every_claim_has_its_rows_and_every_analysis_its_result(planted):
         assert table.loc[table["claim"] == claim.id, "comparison"].tolist() == list(COMPARISONS)
     assert table["claim"].unique().tolist() == [f"C{i}" for i in (*range(1, 12), 14, 15)]
     assert planted.missing == {}
-    assert len(planted.results) == 10 * 3 + 2
+    assert len(planted.results) == len(ANALYSES) * 3 + len(PER_RUN)
     assert (table[["paper", "this run", "holds if", "verdict"]] != "").all(axis=None)
     known = table["verdict"].isin([HOLDS, FAILS]) | table["verdict"].str.startswith(f"{UNTESTED}: ")
     assert known.all()
@@ -251,7 +253,8 @@ def test_progress_counts_up_to_the_number_of_analyses():
     ledger = claims(run_of(small()), resamples=20, progress=lambda *now: told.append(now))
     done = [now[0] for now in told]
     assert done == sorted(done)
-    assert told[-1] == (32, 32, "done")
+    of = len(ANALYSES) * 3 + len(PER_RUN)
+    assert told[-1] == (of, of, "done")
     assert {name for _, _, name in told[:-1]} == set(ledger.results) | set(ledger.missing)
 
 

@@ -17,12 +17,13 @@ from test_capture import DEPTHS, NEW, interrupt, recipe_for, tiny_llama, word_to
 
 from sst_interp.analyses.precedence import precedence
 from sst_interp.choices import Choices
-from sst_interp.controls import SIGNIFICANT_BITS, Controls, significant, spread
+from sst_interp.controls import Controls, spread
 from sst_interp.measures import compare_outputs, cosine, read_out, relative_l2
 from sst_interp.model import attach
 from sst_interp.noise_floor import in_float32
 from sst_interp.nudges import SEEDS, nudge_rows, nudges_of, read_alone
 from sst_interp.questions import load_questions
+from sst_interp.rounding import SIGNIFICANT_BITS, significant
 from sst_interp.schema import TABLES
 from sst_interp.sequential import advance
 

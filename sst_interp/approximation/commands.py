@@ -8,13 +8,15 @@ from typing import Annotated
 
 import typer
 
+from sst_interp import places
+
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
     help="How good is the training's approximation of the states?",
 )
 
-STUDIES = Path("studies")
+STUDIES = places.studies_dir()
 Folder = Annotated[Path, typer.Option(help="Folder of the measured tables.")]
 Measured = Annotated[
     Path | None, typer.Option(help="Folder of the measured tables; default: `studies`, else the shipped one.")
@@ -85,8 +87,6 @@ def document(
 
 
 def _measured(studies: Path | None) -> Path:
-    from sst_interp import places
-
     if studies is not None:
         return studies
     return STUDIES if STUDIES.is_dir() else places.shipped("studies")

@@ -1,0 +1,65 @@
+"""The ledger of a run by name: its companions, its blend weights, the measured approximation."""
+
+import json
+import shutil
+
+import pytest
+import tiny_run
+
+from sst_interp import places
+from sst_interp.choices import Choices
+from sst_interp.ledger import approximation_of, blend_of, companions, ledger_of
+from sst_interp.runs import open_run
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("SST_INTERP_RUNS", str(tmp_path))
+    tiny_run.capture(tmp_path / "tiny")
+    return tmp_path
+
+
+def test_companions_are_found_by_name(runs):
+    assert companions(open_run("tiny")).runs == {}
+    blend_off = tiny_run.tiny_recipe("tiny-blend-off", choices=Choices(prompt="blend_off"))
+    tiny_run.capture(runs / "tiny-blend-off", blend_off)
+    tiny_run.capture(runs / "tiny-baseline", tiny_run.tiny_recipe("tiny-baseline"))
+    found = companions(open_run("tiny"))
+    assert {role: run.name for role, run in found.runs.items()} == {
+        "blend_off": "tiny-blend-off",
+        "baseline": "tiny-baseline",
+    }
+    assert not found.notes
+    assert ledger_of(open_run("tiny"), resamples=20).results["overthinking"].baseline.n_questions == 6
+
+
+def test_a_companion_of_other_questions_is_not_one_and_that_is_said(runs):
+    tiny_run.capture(runs / "tiny-deep", tiny_run.tiny_recipe("tiny-deep", dataset="other"))
+    found = companions(open_run("tiny"))
+    assert found.runs == {}
+    assert found.notes == ["tiny-deep is of other, not d"]
+
+
+def test_a_companion_that_is_not_complete_is_left_out_and_that_is_said(runs):
+    folder = tiny_run.capture(runs / "tiny-deep", tiny_run.tiny_recipe("tiny-deep"))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"state": "capturing"}))
+    assert companions(open_run("tiny")).notes == ["tiny-deep is not complete and is left out"]
+
+
+def test_blend_weights_are_those_of_the_capture(runs):
+    run = open_run("tiny")
+    assert blend_of(run) is None
+    run.manifest["provenance"] |= {"alpha_mean": 0.02, "alpha_range": [0.015, 0.03]}
+    weights = blend_of(run)
+    assert (weights.mean, weights.smallest, weights.largest, weights.start) == (0.02, 0.015, 0.03, None)
+
+
+def test_the_approximation_is_that_of_the_runs_own_model(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = open_run("tiny")
+    assert approximation_of(run) is None
+    run.manifest["provenance"]["model"] = "smollm2-135m"
+    assert "smollm2-135m" in approximation_of(run).headline
+    shutil.copytree(places.shipped("studies"), tmp_path / "studies")
+    assert "smollm2-135m" in approximation_of(run).headline
