@@ -34,7 +34,7 @@ const explorerPlots = (() => {
       mark.append(node("line", { x1: 0, x2: 26, y1: 4, y2: 4, class: "line", stroke: COLOURS[k % 4], "stroke-dasharray": DASHES[k % 4], "stroke-width": 2.5 }));
       return el("span", {}, mark, ` ${words(which)}`);
     }));
-    return el("figure", {}, el("figcaption", {}, "Overlap over the layers of this position (down is closer; dashed red: the threshold)"), svg, key);
+    return el("figure", {}, el("figcaption", {}, "Overlap over the layers of this position (1 is at the top; dashed: the threshold)"), svg, key);
   }
 
   return { profile };

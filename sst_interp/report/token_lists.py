@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from sst_interp.report.tokens import token_texts
+from sst_interp.report.tokens import shown_texts
 
 if TYPE_CHECKING:
     from sst_interp.report.explorer import Places
@@ -37,7 +37,7 @@ class Vocabulary:
     def texts(self, tokenizer: Any) -> dict[str, Any]:
         """`ids` and `texts`, from number 1 on, and whether the texts are texts."""
         ids = list(self.index)
-        return {"ids": ids, "texts": token_texts(tokenizer, ids), "known": tokenizer is not None}
+        return {"ids": ids, "texts": shown_texts(tokenizer, ids), "known": tokenizer is not None}
 
 
 def arrays(

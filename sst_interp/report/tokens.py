@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
+from sst_interp.errors import SSTError
 from sst_interp.report.escaping import visible
-
-TokenText = Callable[[list[int]], list[str]]
-"""Token ids -> their texts, one each."""
+from sst_interp.token_texts import token_texts
 
 
 def shows_text(run: Any) -> bool:
@@ -17,34 +15,20 @@ def shows_text(run: Any) -> bool:
     return run.manifest.get("provenance", {}).get("restricted") is False
 
 
-def token_texts(tokenizer: Any, ids: Iterable[int]) -> list[str]:
-    """A token each, as it would be read in the middle of a text: a space shows as a space, the rest escaped
-    where it is invisible. Without a tokenizer, the ids.
-    """
-    ids = list(ids)
-    if tokenizer is None:
+def tokenizer_of(run: Any) -> Any:
+    """The tokenizer of a run whose text may be shown; None if it may not, or is not at hand."""
+    if not shows_text(run):
+        return None
+    from sst_interp.loading import load_tokenizer
+
+    try:
+        return load_tokenizer(run.recipe.checkpoint)
+    except SSTError:
+        return None
+
+
+def shown_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """A text per token, in which what is invisible is escaped. Without a tokenizer, the ids."""
+    if tokenizer is None or not ids:
         return [f"#{i}" for i in ids]
-    return [visible(tokenizer.decode([i], skip_special_tokens=False)) or f"#{i}" for i in ids]
-
-
-def offline_tokenizer(checkpoint: str) -> Any:
-    """The tokenizer of a checkpoint or backbone, if it is on this machine; nothing is fetched. Else None."""
-    from transformers import AutoTokenizer
-
-    from sst_interp import places
-    from sst_interp.checkpoint import read_checkpoint
-    from sst_interp.errors import SSTError
-    from sst_interp.loading import ASSET_MODELS, checkpoint_folder
-
-    try:
-        folder = checkpoint_folder(checkpoint)
-        name = str(read_checkpoint(folder)[0]["backbone"]["name"]) if folder is not None else checkpoint
-    except (SSTError, KeyError, TypeError):
-        return None
-    source = str(places.cache_dir() / "models" / name) if name in ASSET_MODELS else name
-    if name in ASSET_MODELS and not Path(source).is_dir():
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(source, local_files_only=True)
-    except (OSError, ValueError):
-        return None
+    return [visible(text) or f"#{i}" for i, text in zip(ids, token_texts(tokenizer, ids), strict=True)]
