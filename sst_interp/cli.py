@@ -95,7 +95,7 @@ def basin_shifts(
         print(f"\n{ledger.verdict}\n`sst-interp claims --run {run}` says more\n")
         if json_file is not None:
             write_text(json_file, as_json + "\n")
-    written = write_report(captured, _report_path(captured, html), results)
+    written = write_report(captured, _report_path(captured, html), ledger)
     print(f"report: {written}", file=sys.stderr if str(json_file) == "-" else sys.stdout)
 
 
@@ -151,7 +151,7 @@ def report(run: RunOption, html: HtmlOption = None) -> None:
     from sst_interp.runs import open_run
 
     captured: Any = open_run(run)
-    print(f"report: {write_report(captured, _report_path(captured, html))}")
+    print(f"report: {write_report(captured, _report_path(captured, html), _ledger(captured))}")
 
 
 @app.command()

@@ -1,7 +1,7 @@
-"""One self-contained HTML file about a run: opens offline, in any browser, and from an archive in ten years.
+"""One self-contained HTML file about a run: opens offline, in any browser of the last years, from an archive.
 
-Nothing is fetched. The page carries plotly.js, its own script and its data, under a Content Security
-Policy that admits exactly those two scripts by their sha256. The same run gives the same bytes.
+Nothing is fetched. The page carries plotly.js (compressed), its own script and its data, under a Content
+Security Policy that admits exactly those two scripts by their sha256. The same run gives the same bytes.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,43 +20,27 @@ import plotly.graph_objects as go
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from sst_interp.analyses import BasinShifts, Result, all_comparisons, table_html
+from sst_interp.analyses import BasinShifts, Ledger, claims, table_html
 from sst_interp.analyses.statistics import LEVEL, RESAMPLES
-from sst_interp.choices import COMPARISONS, Choices
+from sst_interp.choices import Choices
 from sst_interp.durable import replace_bytes
 from sst_interp.errors import SSTError
 from sst_interp.report.escaping import script_hash, script_json, visible
-from sst_interp.report.heatmaps import maps_data
+from sst_interp.report.explorer import Threshold, explorer_data
+from sst_interp.report.facts import choices_rows, facts, flat, shown_manifest
+from sst_interp.report.ledger_table import claim_rows
+from sst_interp.report.packing import packed
+from sst_interp.report.sections import CAPTIONS, MEANING, STORY, Panel, Section, sections
+from sst_interp.report.tokens import shows_text, tokenizer_of
 
 __all__ = ["ReportableRun", "render_report", "write_report"]
 
 HERE = Path(__file__).parent
-
-MEANING = {
-    "replayed": "The text that depth 1 wrote is replayed token by token at the deeper depth: only the depth "
-    "differs.",
-    "within": "Iterations of one and the same pass at the deepest depth, on its own text.",
-    "free": "Each depth writes its own text and the states are compared by position. Once the texts differ "
-    "by a token, the inputs differ too, so a low overlap may say no more than that.",
-}
-CAPTIONS = {
-    "overlap": "How the overlaps are spread. Two separate humps would be two basins; one hump with a tail is "
-    "one spread that a threshold cuts through.",
-    "by_position": "Which generated positions shift. A high rate at position 0 alone is also what a start-up "
-    "transient looks like.",
-    "by_layer": "Which layers shift.",
-    "rates": "Where in position and depth of the network shifts happen, over all questions. Late positions "
-    "rest on fewer questions, because short answers have ended.",
-    "norm_ratio": "Whether a shifted state also changes its size: an overlap sees directions only.",
-}
-
-
-_LEFT_OUT = re.compile(r"^recipe\.|(^|\.)host$")
-"""Manifest keys that are not shown: the recipe stands above them, and a report is for others to read."""
+EXPLORER_SCRIPTS = ("unpack.js", "explorer_data.js", "explorer_map.js", "explorer_plots.js", "explorer.js")
 
 
 class ReportableRun(Protocol):
-    """What a report needs of a run (docs/run-format.md)."""
+    """What a report needs of a run (docs/run-format.md). Tables that are missing are said to be."""
 
     @property
     def name(self) -> str:
@@ -83,14 +68,17 @@ class ReportableRun(Protocol):
         ...
 
 
-def write_report(run: ReportableRun, path: str | Path, results: Mapping[str, Result] | None = None) -> Path:
+def write_report(
+    run: ReportableRun, path: str | Path, ledger: Ledger | None = None, tokenizer: Any = None
+) -> Path:
     """Write the HTML report of a run; a reader finds the old file or the whole new one.
 
     Args:
         run: name, recipe, manifest and tables.
         path: the file to write; its folder is made if need be.
-        results: from `all_comparisons` (computed here if None). Any other `Result` in it gets a section
-            of its own, under its key.
+        ledger: of `ledger_of` or `claims` (computed here if None). Any other `Result` in its `results` gets
+            a section of its own, under its key.
+        tokenizer: for token texts, of a run whose data may be shown (looked for if None).
 
     Returns:
         The path written.
@@ -99,7 +87,7 @@ def write_report(run: ReportableRun, path: str | Path, results: Mapping[str, Res
         SSTError: if the file cannot be written.
     """
     path = Path(path)
-    page = render_report(run, results)
+    page = render_report(run, ledger, tokenizer)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_bytes(path, page.encode(errors="backslashreplace"))  # a lone surrogate
@@ -108,73 +96,125 @@ def write_report(run: ReportableRun, path: str | Path, results: Mapping[str, Res
     return path
 
 
-def render_report(run: ReportableRun, results: Mapping[str, Result] | None = None) -> str:
-    """The report as one HTML text. Pure: no file is written and the clock is not read."""
+def render_report(run: ReportableRun, ledger: Ledger | None = None, tokenizer: Any = None) -> str:
+    """The report as one HTML text. No file is written and the clock is not read."""
+    ledger = ledger if ledger is not None else _ledger(run)
     choices: Choices = run.recipe.choices
-    results = dict(results) if results is not None else dict(all_comparisons(run.pairs, choices))
-    shifts = [r for r in results.values() if isinstance(r, BasinShifts)]
-    shifts.sort(key=lambda r: (r.comparison != choices.comparison, COMPARISONS.index(r.comparison)))
-    others = {key: r for key, r in results.items() if not isinstance(r, BasinShifts)}
-    names = _record_ids(run.questions)
-    plots: dict[str, Any] = {}
-    sections = [_section(f"basin-{r.comparison}", r, plots) for r in shifts]
-    other_sections = [_section(f"result-{i}", r, plots) for i, r in enumerate(others.values())]
-    maps = maps_data(run.pairs, [r for r in shifts if r.not_testable is None], names)
+    figures: dict[str, Any] = {}
+    tables: dict[str, dict[str, str]] = {"ledger": _csv("claims", ledger.table)}
+    shown = sections(ledger, choices.comparison)
+    for section in shown:
+        for panel in section.panels:
+            _draw(section.name, panel, figures)
+            tables[panel.id] = _csv(f"{section.name}-{panel.comparison}".rstrip("-"), panel.result.table)
+    columns, rows = claim_rows(ledger, choices.comparison)
+    data = {
+        "figures": packed(json.dumps(figures, separators=(",", ":"), sort_keys=True).encode()),
+        "tables": packed(json.dumps(tables, separators=(",", ":"), sort_keys=True).encode()),
+        "plotly": packed(plotly_script().encode()),
+        "explorer": explorer_data(run, thresholds(ledger), tokenizer or tokenizer_of(run))
+        | {"lead": choices.comparison},
+    }
+    return page(
+        "report.html",
+        (*EXPLORER_SCRIPTS, "report.js"),
+        data,
+        more=(plotly_script(),),
+        run=run,
+        recipe=run.recipe.to_toml(),
+        ledger=ledger,
+        columns=columns,
+        claim_rows=rows,
+        story=_story(shown),
+        sections=shown,
+        meaning=MEANING,
+        lead=choices.comparison,
+        choices=[(*row, getattr(choices, row[0])) for row in choices_rows([f.name for f in fields(choices)])],
+        facts=facts(run),
+        shows_text=shows_text(run),
+        manifest=shown_manifest(flat(run.manifest)),
+        resamples=RESAMPLES,
+        level=LEVEL,
+        table_html=lambda table: Markup(table_html(table)),
+    )
 
-    plotly_js, page_js = (_script(text) for text in (get_plotlyjs(), (HERE / "report.js").read_text("utf-8")))
-    recipe = run.recipe.to_toml()
+
+def page(
+    template: str, scripts: tuple[str, ...], data: Any, more: tuple[str, ...] = (), **values: Any
+) -> str:
+    """A page from a template, with its style, scripts, data and the policy that admits them.
+
+    Args:
+        template: file in this folder.
+        scripts: files in this folder, joined in this order.
+        data: JSON-ready, for the script.
+        more: scripts that the page's own script may add, besides itself.
+        values: for the template.
+    """
+    script = script_source("\n".join((HERE / name).read_text("utf-8") for name in scripts))
+    style = (HERE / "report.css").read_text("utf-8")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined
     )
     environment.filters["visible"] = visible
-    return environment.get_template("report.html").render(
-        run=run,
-        recipe=recipe,
-        choices=[(f.name, getattr(choices, f.name)) for f in fields(choices)],
-        summary=shifts,
-        meaning=MEANING,
-        sections=list(zip(shifts, sections, strict=True)),
-        others=list(zip(others, others.values(), other_sections, strict=True)),
-        maps=maps,
-        data=Markup(script_json({"plots": plots, "maps": maps})),
-        style=Markup((HERE / "report.css").read_text("utf-8")),
-        plotly_js=Markup(plotly_js),
-        page_js=Markup(page_js),
-        script_src=f"{script_hash(plotly_js)} {script_hash(page_js)}",
-        facts=_facts(run, len(names)),
-        manifest=[row for row in _flat(run.manifest) if not _LEFT_OUT.search(row[0])],
-        resamples=RESAMPLES,
-        level=LEVEL,
+    return environment.get_template(template).render(
+        style=Markup(style),
+        script=Markup(script),
+        data=Markup(script_json(data)),
+        script_src=" ".join(map(script_hash, (script, *more))),
+        # plotly writes style elements and attributes; without it the page's own style is all there is.
+        style_src="'unsafe-inline'" if more else script_hash(style),
+        **values,
     )
 
 
-def _section(prefix: str, result: Result, plots: dict[str, Any]) -> dict[str, Any]:
-    """Figures and table of one result; the figures' data go to `plots` under the ids of their elements."""
-    testable = not (isinstance(result, BasinShifts) and result.not_testable)
-    figures = result.figures() if testable else {}
-    shown = []
-    for name, figure in figures.items():
-        key = f"{prefix}-{name.replace('_', '-')}"
+def thresholds(ledger: Ledger) -> dict[str, Threshold]:
+    """Per testable comparison, what the explorer needs to know of its basin shifts."""
+    found = [r for r in ledger.results.values() if isinstance(r, BasinShifts) and r.not_testable is None]
+    return {r.comparison: Threshold(r.threshold, r.provenance, r.a, r.b) for r in found}
+
+
+def _ledger(run: Any) -> Ledger:
+    from sst_interp.ledger import ledger_of
+    from sst_interp.run import Run
+
+    return ledger_of(run) if isinstance(run, Run) else claims(run)
+
+
+def _draw(name: str, panel: Panel, figures: dict[str, Any]) -> None:
+    """Fill a panel's figures, the one that shows the finding first; their data go to `figures` by id."""
+    if getattr(panel.result, "not_testable", None):
+        return
+    drawn = panel.result.figures()
+    for i, (kind, figure) in enumerate(drawn.items()):
+        key = f"{panel.id}-f{i}"
         title, subtitle = _pop_title(figure)
-        plots[key] = json.loads(figure.to_json())  # type: ignore[arg-type]
-        height = figure.layout.height or figure.layout.template.layout.height or 400
-        shown.append(
+        figures[key] = json.loads(figure.to_json())  # type: ignore[arg-type]
+        height = figure.layout.height or figure.layout.template.layout.height or 380
+        panel.figures.append(
             {
-                "id": key,
-                "title": title,
-                "subtitle": subtitle,
-                "caption": CAPTIONS.get(name, ""),
-                "height": height,
+                "id": key, "kind": kind, "title": title, "subtitle": subtitle, "height": int(height),
+                "caption": CAPTIONS.get(f"{name}/{kind}", ""),
             }
-        )
-    return {
-        "id": prefix,
-        "figures": shown,
-        "table": Markup(table_html(result.table)),
-        "modes": Markup(table_html(result.distribution.sensitivity))
-        if isinstance(result, BasinShifts) and result.distribution
-        else None,
-    }
+        )  # fmt: skip
+
+
+def _story(shown: list[Section]) -> list[dict[str, Any]]:
+    """The figures of the first screen, per comparison; each refers to its figure in the section."""
+    found = []
+    for analysis, kind, asks in STORY:
+        panels = [p for s in shown if s.name == analysis for p in s.panels]
+        by_comparison = {
+            p.comparison: next((f for f in p.figures if f["kind"] == kind), None) for p in panels
+        }
+        section = next((s.id for s in shown if s.name == analysis), "")
+        found.append({"asks": asks, "figures": by_comparison, "section": section})
+    return found
+
+
+def _csv(name: str, table: pd.DataFrame) -> dict[str, str]:
+    """A table as a download, at full precision."""
+    return {"name": re.sub(r"[^a-z0-9_-]+", "-", name.lower()), "text": table.to_csv(index=False)}
 
 
 def _pop_title(figure: go.Figure) -> tuple[str, str]:
@@ -185,44 +225,13 @@ def _pop_title(figure: go.Figure) -> tuple[str, str]:
     return title, subtitle
 
 
-def _record_ids(questions: pd.DataFrame) -> dict[int, str]:
-    if questions.empty:
-        return {}
-    first = questions.drop_duplicates("question")
-    return {int(q): str(i) for q, i in zip(first["question"], first["id"], strict=True)}
+@cache
+def plotly_script() -> str:
+    """plotly.js of the installed plotly."""
+    return script_source(get_plotlyjs())
 
 
-def _facts(run: ReportableRun, n_questions: int) -> list[tuple[str, str]]:
-    """What was measured on what: the header's short list."""
-    recipe = run.recipe
-    depths = ", ".join(map(str, recipe.depths))
-    made = run.manifest.get("provenance", {})
-    alpha = "not recorded"
-    if "alpha_range" in made:
-        low, high = made["alpha_range"]
-        alpha = f"{low:g}, fixed" if low == high else f"{low:g} to {high:g}, mean {made['alpha_mean']:.3g}"
-    found = [
-        ("checkpoint", str(recipe.checkpoint)),
-        ("questions", f"{n_questions:,} of {recipe.dataset}"),
-        ("iteration depths", depths),
-        ("tokens per answer", f"at most {recipe.max_new_tokens}"),
-        ("alpha", alpha),
-        ("pairs measured", f"{len(run.pairs):,}"),
-    ]
-    return found
-
-
-def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
-    """A nested dictionary as (dotted key, text) rows."""
-    if isinstance(value, Mapping) and value:
-        return [row for key in value for row in _flat(value[key], f"{prefix}.{key}" if prefix else str(key))]
-    if isinstance(value, list | tuple) and any(isinstance(v, Mapping | list | tuple) for v in value):
-        return [row for i, item in enumerate(value) for row in _flat(item, f"{prefix}[{i}]")]
-    text = json.dumps(value, ensure_ascii=False, default=str) if not isinstance(value, str) else value
-    return [(prefix, text)]
-
-
-def _script(source: str) -> str:
+def script_source(source: str) -> str:
     """A script as the browser will see it and hash it.
 
     Raises:

@@ -1,134 +1,105 @@
-"use strict";
-// Draws the figures and the per-question heat map from the JSON in #data. Text from data only ever
-// becomes textContent: plotly reads a little HTML in its labels, so no name is handed to it.
-(() => {
+// The report: figures when they come into view, the switch between comparisons, downloads, the ledger's details.
+(async () => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const byId = (id) => document.getElementById(id);
+  const all = (selector, from = document) => [...from.querySelectorAll(selector)];
   const narrow = () => window.innerWidth < 640;
-  const css = (name) => getComputedStyle(document.body).getPropertyValue(name).trim();
-  const config = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d"] };
+  const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  const dark = matchMedia("(prefers-color-scheme: dark)");
 
-  function themed(layout) {
-    const ink = css("--soft"), grid = css("--grid");
-    const out = { ...layout, font: { family: css("font-family"), ...(layout.font || {}), color: ink, size: narrow() ? 12 : 13 } };
-    for (const axis of ["xaxis", "yaxis"]) {
-      out[axis] = { ...(layout[axis] || {}), gridcolor: grid, linecolor: ink };
-    }
-    // A finger that scrolls the page must not zoom a figure.
-    if (narrow()) out.dragmode = false;
+  // What needs no data: the ledger's details, and which comparison is shown.
+  const claims = all(".claim-more");
+  const open = (button, on) => {
+    button.setAttribute("aria-expanded", String(on));
+    byId(button.getAttribute("aria-controls")).hidden = !on;
+  };
+  claims.forEach((button) => {
+    open(button, false);
+    button.addEventListener("click", () => open(button, button.getAttribute("aria-expanded") !== "true"));
+  });
+  byId("all-claims").hidden = !claims.length;
+  byId("all-claims").addEventListener("click", (event) => {
+    const on = claims.some((button) => button.getAttribute("aria-expanded") !== "true");
+    claims.forEach((button) => open(button, on));
+    event.target.textContent = on ? "Close all claims" : "Open all claims";
+  });
+
+  let shown = all(".switch button")[0]?.dataset.comparison;
+  function choose(comparison) {
+    shown = comparison;
+    all(".switch button").forEach((b) => b.setAttribute("aria-pressed", String(b.dataset.comparison === shown)));
+    all("[data-panel]").forEach((panel) => { panel.hidden = panel.dataset.panel !== shown; });
+    drawVisible();
+  }
+  all(".switch button").forEach((button) => button.addEventListener("click", () => {
+    const before = button.getBoundingClientRect().top;
+    choose(button.dataset.comparison);
+    window.scrollBy(0, button.getBoundingClientRect().top - before);  // what was clicked stays where it was
+  }));
+
+  // Figures. Okabe and Ito's blue is too dark for a dark page; their sky blue is not.
+  let figures = null;
+  const drawn = new Map(), visible = new Set();
+  const config = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d"] };
+  const figureOf = (plot) => plot.dataset.figure || plot.getAttribute(`data-figure-${shown}`);
+  function themed(layout, height) {
+    const ink = css("--soft"), grid = css("--grid"), out = { ...layout, height, font: { ...(layout.font || {}), color: ink, size: narrow() ? 11 : 12.5 } };
+    for (const axis of Object.keys(layout).filter((k) => /^[xy]axis/.test(k))) out[axis] = { ...layout[axis], gridcolor: grid, linecolor: ink };
+    for (const axis of ["xaxis", "yaxis"]) out[axis] = out[axis] || { gridcolor: grid, linecolor: ink };
+    out.margin = { ...(layout.margin || {}), t: 36, r: 8, l: 46, b: 48 };
+    if (narrow()) out.dragmode = false;  // a finger that scrolls the page must not zoom a figure
     return out;
   }
+  function draw(plot) {
+    if (!figures || !window.Plotly) return;
+    const id = figureOf(plot), key = `${id} ${dark.matches} ${narrow()}`;
+    if (drawn.get(plot) === key) return;
+    drawn.set(plot, key);
+    if (!id || !figures[id]) { Plotly.purge(plot); return; }
+    const figure = JSON.parse(dark.matches ? JSON.stringify(figures[id]).replaceAll("#0072B2", "#56B4E9") : JSON.stringify(figures[id]));
+    Plotly.react(plot, figure.data, themed(figure.layout, Number(plot.dataset.height)), config);
+  }
+  const drawVisible = () => visible.forEach((plot) => { if (plot.offsetParent) draw(plot); });
+  const seen = new IntersectionObserver((entries) => {
+    for (const { target, isIntersecting } of entries) if (isIntersecting) visible.add(target); else visible.delete(target);
+    drawVisible();
+  }, { rootMargin: "300px" });
+  all(".plot").forEach((plot) => { plot.style.minHeight = `${plot.dataset.height}px`; seen.observe(plot); });
+  dark.addEventListener("change", drawVisible);
+  window.addEventListener("resize", drawVisible);
+  window.addEventListener("beforeprint", () => all(".plot").forEach((plot) => { if (plot.offsetParent) draw(plot); }));
+  if (shown) choose(shown);
 
-  // Okabe and Ito's blue is too dark for a dark page; their sky blue is not.
-  const dark = matchMedia("(prefers-color-scheme: dark)");
-  const coloured = (traces) => dark.matches ? JSON.parse(JSON.stringify(traces).replaceAll("#0072B2", "#56B4E9")) : traces;
-
-  function drawAll() {
-    for (const [id, plot] of Object.entries(data.plots)) {
-      if (byId(id)) Plotly.react(byId(id), coloured(plot.data), themed(plot.layout), config);
-    }
-    if (data.maps.maps.length) drawMap();
+  if (!pack.supported) {
+    byId("too-old").hidden = false;
+    document.documentElement.dataset.ready = "no";
+    return;
   }
 
-  function bytes(text) {
-    return Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
-  }
-
-  const decoded = new Map();
-  function cells(map, quantity) {
-    const key = map.comparison + quantity;
-    if (!decoded.has(key)) decoded.set(key, bytes(map[quantity]));
-    return decoded.get(key);
-  }
-
-  // Byte -> v = log(1 - overlap + r), or log2 of the norm ratio; 0 is "no pair".
-  function scale(map, quantity) {
-    const [low, high] = quantity === "overlap" ? map.v : [-data.maps.log2_ratio, data.maps.log2_ratio];
-    return (byte) => low + (byte - 1) / 254 * (high - low);
-  }
-  const overlapOf = (map, v) => 1 + map.resolution - Math.exp(v);
-  const vOf = (map, overlap) => Math.log(1 - overlap + map.resolution);
-  const shown = (x) => x > 0.99 ? x.toFixed(4) : x.toFixed(2);
-
-  const pick = { question: byId("pick-question"), comparison: byId("pick-comparison"), quantity: byId("pick-quantity") };
-
-  function drawMap() {
-    const index = pick.question.selectedIndex, map = data.maps.maps[pick.comparison.selectedIndex];
-    const quantity = pick.quantity.value, all = cells(map, quantity), value = scale(map, quantity);
-    const overlap = cells(map, "overlap"), toV = scale(map, "overlap");
-    const P = map.positions.length, L = map.layers.length, start = index * P * L;
-    const z = [], text = [];
-    let pairs = 0, shifted = 0, lowest = Infinity, at = "";
-    for (let l = 0; l < L; l++) {
-      const row = [], words = [];
-      for (let p = 0; p < P; p++) {
-        const byte = all[start + l * P + p], near = overlap[start + l * P + p];
-        const where = `position ${map.positions[p]}, layer ${map.layers[l]}`;
-        if (near) {
-          const o = overlapOf(map, toV(near));
-          pairs += 1;
-          if (o < map.threshold) shifted += 1;
-          if (o < lowest) { lowest = o; at = where; }
-        }
-        const x = value(byte);
-        row.push(byte ? (quantity === "overlap" ? -x : x) : null);
-        words.push(byte ? `${where}<br>${quantity === "overlap"
-          ? "overlap about " + shown(overlapOf(map, x)) : "norm b / norm a about " + (2 ** x).toFixed(2)}` : where + "<br>no pair");
-      }
-      z.push(row);
-      text.push(words);
-    }
-    const trace = { type: "heatmap", x: map.positions, y: map.layers, z, text, hovertemplate: "%{text}<extra></extra>", hoverongaps: false };
-    const ticks = [1, 0.997, 0.99, 0.9, 0.5, 0];
-    const bar = narrow() ? { orientation: "h", thickness: 12, y: -0.22, yanchor: "top", xanchor: "center", x: 0.5 } : { thickness: 14 };
-    if (quantity === "overlap") {
-      Object.assign(trace, { colorscale: "Cividis", zmin: -vOf(map, 0), zmax: -map.v[0],
-        colorbar: { ...bar, title: { text: map.kind.replace("_", " ") + " overlap", side: narrow() ? "top" : "right" },
-          tickvals: ticks.map((t) => -vOf(map, t)), ticktext: ticks.map(String) } });
-    } else {
-      const logs = [-3, -2, -1, 0, 1, 2, 3];
-      Object.assign(trace, { colorscale: "RdBu", zmin: -data.maps.log2_ratio, zmax: data.maps.log2_ratio,
-        colorbar: { ...bar, title: { text: "norm b / norm a", side: narrow() ? "top" : "right" }, tickvals: logs, ticktext: logs.map((x) => String(2 ** x)) } });
-    }
-    const layout = themed({ height: narrow() ? 500 : 460, margin: { l: 50, r: 10, t: 30, b: narrow() ? 120 : 50 },
-      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-      xaxis: { title: { text: "generated position" }, zeroline: false, showgrid: false },
-      yaxis: { title: { text: "layer (0-based)" }, zeroline: false, showgrid: false } });
-    const apart = map.differs_from && map.differs_from[index];
-    if (typeof apart === "number") {
-      layout.shapes = [{ type: "line", x0: apart - 0.5, x1: apart - 0.5, yref: "paper", y0: 0, y1: 1, line: { color: "#D55E00", dash: "dash", width: 2 } }];
-      layout.annotations = [{ x: apart - 0.5, xanchor: "left", yref: "paper", y: 1, yanchor: "bottom", text: "texts differ from here", showarrow: false, font: { color: css("--ink") } }];
-    }
-    Plotly.react(byId("question-map"), [trace], layout, config);
-    byId("question-words").textContent = pairs
-      ? `${map.label}. Question ${data.maps.questions[index]}: ${shifted} of ${pairs} pairs below ${map.threshold.toPrecision(4)}; lowest overlap about ${shown(lowest)}, at ${at}.`
-        + (typeof apart === "number" ? ` The two texts differ from position ${apart} on.` : "")
-      : `${map.label}. Question ${data.maps.questions[index]} has no pair in this comparison.`;
-  }
-
-  if (data.maps.maps.length) {
-    const fill = (select, labels) => labels.forEach((label) => {
-      const option = document.createElement("option");
-      option.textContent = label;
-      select.append(option);
+  // Downloads.
+  let tables = null;
+  all(".csv").forEach((button) => {
+    button.hidden = false;
+    button.addEventListener("click", async () => {
+      tables = tables || JSON.parse(await pack.text(data.tables));
+      const { name, text } = tables[button.dataset.table], link = document.createElement("a");
+      link.href = URL.createObjectURL(new Blob([text], { type: "text/csv" }));
+      link.download = `${name}.csv`;
+      link.click();
+      setTimeout(() => URL.revokeObjectURL(link.href), 10000);
     });
-    fill(pick.question, data.maps.questions);
-    fill(pick.comparison, data.maps.maps.map((map) => map.comparison));
-    document.querySelector(".controls").hidden = false;
-    Object.values(pick).forEach((select) => select.addEventListener("change", drawMap));
-    const step = (by) => {
-      const n = pick.question.options.length;
-      pick.question.selectedIndex = (pick.question.selectedIndex + by + n) % n;
-      drawMap();
-    };
-    byId("previous").addEventListener("click", () => step(-1));
-    byId("next").addEventListener("click", () => step(1));
-  }
-  drawAll();
-  dark.addEventListener("change", drawAll);
-  window.addEventListener("beforeprint", drawAll);
-  window.addEventListener("afterprint", drawAll);
-  let wasNarrow = narrow();
-  window.addEventListener("resize", () => { if (narrow() !== wasNarrow) { wasNarrow = narrow(); drawAll(); } });
+  });
+
+  if (data.explorer.left_out) byId("ex-left-out").textContent = `The first ${data.explorer.questions.length} questions are in this file; run.question(id) shows the other ${data.explorer.left_out}.`;
+  if (data.explorer.comparisons.length) await explorer(data.explorer);
+  else byId("ex-left-out").textContent = "No comparison of this run has pairs to draw.";
+  document.documentElement.dataset.explorer = "yes";
+
+  const [script, json] = await Promise.all([pack.text(data.plotly), pack.text(data.figures)]);
+  const element = document.createElement("script");
+  element.textContent = script;  // the page's policy admits exactly this text
+  document.head.append(element);
+  figures = JSON.parse(json);
+  drawVisible();
   document.documentElement.dataset.ready = "yes";
 })();

@@ -1,0 +1,276 @@
+"""What the explorer shows, taken from a run's tables and made small: every comparison, pair and question.
+
+Per comparison a block of arrays. A question takes `lengths[q]` positions; its cells are [layer, position], its
+outputs [position], both behind those of the questions before it. `states` are the depths (or iterations, in
+`within`) whose hidden states were compared, and `pairs` name two of them. Norms and cosines of a pair are stored
+as differences to the pair before, and relative L2 (of pairs that begin at 1) as the difference to what cosine and
+norms imply: together that halves the file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from sst_interp.analyses.claim_suite import table_of
+from sst_interp.analyses.overlap import overlap_of
+from sst_interp.choices import COMPARISONS
+from sst_interp.report import token_lists
+from sst_interp.report.escaping import visible
+from sst_interp.report.packing import DISTANCE, OUTPUT, SIZE, implied_l2, pack
+from sst_interp.report.tokens import shows_text
+
+LARGEST_CELLS = 4_600_000
+"""Rows of `pairs` embedded at most; beyond it the first questions are kept, and the page says so."""
+LOWEST = 24
+"""Positions offered as the lowest overlaps of the run, in each comparison."""
+WORDS = {"replayed": "depth", "within": "iteration", "free": "depth"}
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Below which overlap a pair has shifted in a comparison, where that comes from, and its headline pair."""
+
+    value: float
+    provenance: str
+    a: int
+    b: int
+
+
+def explorer_data(
+    run: Any,
+    thresholds: Mapping[str, Threshold],
+    tokenizer: Any = None,
+    questions: Iterable[int] | None = None,
+    largest: int = LARGEST_CELLS,
+) -> dict[str, Any]:
+    """JSON-ready data of the explorer.
+
+    Args:
+        run: name, recipe, manifest and tables.
+        thresholds: per comparison to show.
+        tokenizer: with `decode`, for token texts; without one, ids. Used for unrestricted runs only.
+        questions: indices of those to show; all if None.
+        largest: rows of `pairs` to embed at most.
+    """
+    pairs, outputs, steps, asked = (table_of(run, t)[0] for t in ("pairs", "outputs", "steps", "questions"))
+    present = [c for c in COMPARISONS if c in thresholds and (pairs["comparison"] == c).any()]
+    counts = pairs[pairs["comparison"].isin(present)].groupby("question").size()
+    if questions is not None:
+        counts = counts[counts.index.isin(list(questions))]
+    fits = max(1, int((counts.cumsum() <= largest).sum()))
+    kept = [int(q) for q in counts.index[:fits]]
+    vocabulary = token_lists.Vocabulary() if shows_text(run) else None
+    shown = [
+        _comparison(c, thresholds[c], run.recipe, _of(pairs, c, kept), _of(outputs, c, kept), steps, kept, vocabulary)
+        for c in present
+    ]  # fmt: skip
+    return {
+        "questions": _labels(asked, kept),
+        "left_out": len(counts) - len(kept),
+        "comparisons": shown,
+        "codes": {"distance": DISTANCE.to_dict(), "size": SIZE.to_dict(), "output": OUTPUT.to_dict()},
+        "tokens": vocabulary.texts(tokenizer) if vocabulary is not None else None,
+        "overlap": run.recipe.choices.overlap,
+    }
+
+
+def _of(table: pd.DataFrame, comparison: str, kept: list[int]) -> pd.DataFrame:
+    here = (table["comparison"] == comparison).to_numpy(dtype=bool)
+    return table[here & table["question"].isin(kept).to_numpy(dtype=bool)]
+
+
+def _labels(questions: pd.DataFrame, kept: list[int]) -> list[dict[str, Any]]:
+    """Record id and which depths answered rightly, per question kept. No text, and no answer letters."""
+    known = {int(q): rows for q, rows in questions.groupby("question")} if len(questions) else {}
+    labels = []
+    for q in kept:
+        rows = known.get(q)
+        label: dict[str, Any] = {"index": q, "id": "no id" if rows is None else visible(rows["id"].iloc[0])}
+        if rows is not None and {"depth", "correct"} <= set(rows.columns):
+            label["correct"] = [
+                [int(d), bool(c)] for d, c in zip(rows["depth"], rows["correct"], strict=True)
+            ]
+        labels.append(label)
+    return labels
+
+
+def _comparison(
+    comparison: str,
+    threshold: Threshold,
+    recipe: Any,
+    pairs: pd.DataFrame,
+    outputs: pd.DataFrame,
+    steps: pd.DataFrame,
+    kept: list[int],
+    vocabulary: token_lists.Vocabulary | None,
+) -> dict[str, Any]:
+    layers = np.unique(pairs["layer"].to_numpy())
+    last = pairs.groupby("question")["position"].max()
+    lengths = np.array([int(last.get(q, -1)) + 1 for q in kept])
+    places = Places(np.array(kept), lengths, layers)
+    names = [(int(a), int(b)) for a, b in pairs[["a", "b"]].drop_duplicates().to_numpy()]
+    names.sort(key=lambda ab: (ab[0] != 1, ab))
+    states = sorted({n for ab in names for n in ab})
+    arrays: dict[str, np.ndarray] = {f"norm.{n}": places.empty() for n in states}
+    chosen: dict[tuple[int, int], tuple[pd.DataFrame, np.ndarray]] = {}
+    for a, b in names:
+        rows = pairs[(pairs["a"] == a).to_numpy() & (pairs["b"] == b).to_numpy()]
+        at = places.cells(rows)
+        chosen[a, b] = rows, at
+        for n, column in ((a, "norm_a"), (b, "norm_b")):
+            arrays[f"norm.{n}"][at] = SIZE.codes(rows[column].to_numpy())
+    for (a, b), (rows, at) in chosen.items():
+        cosine = DISTANCE.codes(1 - rows["cosine"].to_numpy(dtype=float))
+        arrays[f"cosine.{a}.{b}"] = places.put(at, cosine)
+        if a == 1:
+            relative = DISTANCE.codes(rows["relative_l2"].to_numpy())
+            implied = implied_l2(cosine, arrays[f"norm.{a}"][at], arrays[f"norm.{b}"][at])
+            arrays[f"relative_l2.{a}.{b}"] = places.put(at, relative - implied)
+        if recipe.choices.overlap == "lens_jaccard":
+            jaccard = DISTANCE.codes(1 - rows["lens_jaccard"].to_numpy(dtype=float))
+            arrays[f"lens_jaccard.{a}.{b}"] = places.put(at, jaccard)
+    for chain in ([f"norm.{n}" for n in states], [f"cosine.{a}.{b}" for a, b in names]):
+        for before, name in reversed(list(pairwise(chain))):  # the next depth differs little from the last
+            arrays[name] = arrays[name] - arrays[before]
+    arrays |= _outputs(outputs, places, names)
+    arrays |= _steps(steps, places, comparison, states, max(recipe.depths))
+    if vocabulary is not None:
+        passes = {n: _pass(steps, comparison, n, max(recipe.depths)) for n in states}
+        arrays |= token_lists.arrays(passes, places, names, vocabulary)
+    headline = names.index((threshold.a, threshold.b)) if (threshold.a, threshold.b) in names else 0
+    rows, _ = chosen[names[headline]]
+    return {
+        "comparison": comparison,
+        "unit": WORDS[comparison],
+        "pairs": [list(ab) for ab in names],
+        "states": states,
+        "headline": headline,
+        "threshold": threshold.value if math.isfinite(threshold.value) else None,
+        "provenance": threshold.provenance,
+        "lengths": lengths.tolist(),
+        "layers": [int(x) for x in layers],
+        "differs_from": _first_difference(rows, kept),
+        "shifted": _shifted(rows, kept, threshold.value, recipe.choices.overlap),
+        "lowest": _lowest(rows, kept, recipe.choices.overlap),
+        "block": pack(arrays),
+    }
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a row of a table stands in the flat arrays."""
+
+    questions: np.ndarray
+    lengths: np.ndarray
+    layers: np.ndarray
+
+    @property
+    def starts(self) -> np.ndarray:
+        """First position of each question, in positions."""
+        return np.concatenate([[0], np.cumsum(self.lengths)])[:-1]
+
+    def positions(self, rows: pd.DataFrame) -> np.ndarray:
+        """Index into the arrays [question, position]."""
+        q = np.searchsorted(self.questions, rows["question"].to_numpy())
+        return self.starts[q] + rows["position"].to_numpy(dtype=np.int64)
+
+    def cells(self, rows: pd.DataFrame) -> np.ndarray:
+        """Index into the arrays [question, layer, position]."""
+        q = np.searchsorted(self.questions, rows["question"].to_numpy())
+        layer = np.searchsorted(self.layers, rows["layer"].to_numpy())
+        inside = layer * self.lengths[q] + rows["position"].to_numpy(dtype=np.int64)
+        return self.starts[q] * len(self.layers) + inside
+
+    def empty(self, per_position: int | None = None, dtype: type = np.uint16) -> np.ndarray:
+        """Zeros ("missing") for every cell, or `per_position` for every position."""
+        size = int(self.lengths.sum()) * (len(self.layers) if per_position is None else per_position)
+        return np.zeros(size, dtype=dtype)
+
+    def put(self, at: np.ndarray, codes: np.ndarray, per_position: int | None = None) -> np.ndarray:
+        """The codes where they belong."""
+        array = self.empty(per_position, codes.dtype.type)
+        array[at] = codes
+        return array
+
+    def inside(self, rows: pd.DataFrame) -> pd.DataFrame:
+        """The rows that have a place."""
+        rows = rows[rows["question"].isin(self.questions).to_numpy(dtype=bool)]
+        q = np.searchsorted(self.questions, rows["question"].to_numpy())
+        return rows[rows["position"].to_numpy() < self.lengths[q]]
+
+
+def _outputs(outputs: pd.DataFrame, places: Places, names: list[tuple[int, int]]) -> dict[str, np.ndarray]:
+    """What happened to the output at each position, per pair: 1 + tokens replaced, 1 + rank of the new winner,
+    KL, and flags (1: there is a row, 2: same prefix, 4: argmax changed).
+    """
+    arrays = {}
+    outputs = places.inside(outputs)
+    for a, b in names:
+        rows = outputs[(outputs["a"] == a).to_numpy() & (outputs["b"] == b).to_numpy()]
+        if rows.empty:
+            continue
+        at, key = places.positions(rows), f"{a}.{b}"
+        same, changed = (rows[c].to_numpy(dtype=bool) for c in ("same_prefix", "argmax_changed"))
+        arrays[f"flags.{key}"] = places.put(at, (1 + 2 * same + 4 * changed).astype(np.uint8), 1)
+        arrays[f"replaced.{key}"] = places.put(at, (1 + rows["replaced"].to_numpy()).astype(np.uint8), 1)
+        arrays[f"rank.{key}"] = places.put(at, (1 + rows["winner_rank"].to_numpy()).astype(np.uint32), 1)
+        arrays[f"kl.{key}"] = places.put(at, OUTPUT.codes(rows["kl"].to_numpy()), 1)
+    return arrays
+
+
+def _pass(steps: pd.DataFrame, comparison: str, n: int, deepest: int) -> pd.DataFrame:
+    """The steps of one state of a comparison: which text, depth and iteration it is."""
+    text, depth, iteration = {
+        "replayed": ("own" if n == 1 else "depth1", n, n),
+        "within": ("own", deepest, n),
+        "free": ("own", n, n),
+    }[comparison]
+    here = (steps["text"] == text) & (steps["depth"] == depth) & (steps["iteration"] == iteration)
+    return steps[here.to_numpy(dtype=bool)]
+
+
+def _steps(
+    steps: pd.DataFrame, places: Places, comparison: str, states: list[int], deepest: int
+) -> dict[str, np.ndarray]:
+    """Entropy and margin of each state's output distribution."""
+    arrays = {}
+    for n in states:
+        rows = places.inside(_pass(steps, comparison, n, deepest))
+        if len(rows):
+            at = places.positions(rows)
+            for column in ("entropy", "margin"):
+                arrays[f"{column}.{n}"] = places.put(at, OUTPUT.codes(rows[column].to_numpy()), 1)
+    return arrays
+
+
+def _first_difference(rows: pd.DataFrame, kept: list[int]) -> list[int | None]:
+    """First position at which the two passes had not read the same tokens, per question; None for never."""
+    apart = rows[~rows["same_prefix"].to_numpy(dtype=bool)]
+    first = apart.groupby("question")["position"].min()
+    return [int(first.loc[q]) if q in first.index else None for q in kept]
+
+
+def _shifted(rows: pd.DataFrame, kept: list[int], threshold: float, kind: str) -> list[list[int]]:
+    """[shifted pairs, pairs] of each question, counted before anything is rounded."""
+    overlap = overlap_of(rows, kind)
+    table = pd.DataFrame({"q": rows["question"].to_numpy(), "o": overlap}).dropna()
+    table["shifted"] = table["o"] < threshold
+    found = table.groupby("q")["shifted"].agg(["sum", "size"])
+    return [[int(x) for x in found.loc[q]] if q in found.index else [0, 0] for q in kept]
+
+
+def _lowest(rows: pd.DataFrame, kept: list[int], kind: str) -> list[list[int]]:
+    """[question, position, layer] of the lowest overlaps, at most one a position; questions as in `kept`."""
+    table = rows[["question", "position", "layer"]].assign(o=overlap_of(rows, kind)).dropna()
+    table = table.sort_values("o", kind="stable").drop_duplicates(["question", "position"]).head(LOWEST)
+    return [
+        [kept.index(int(q)), int(p), int(x)]
+        for q, p, x in table[["question", "position", "layer"]].to_numpy()
+    ]
