@@ -19,7 +19,7 @@ def answers(
     questions: Sequence[Question],
     depths: Sequence[int] = (1,),
     max_new_tokens: int = 64,
-    batch_size: int = 16,
+    batch_size: int = 40,
     progress: Callable[[int], Any] | None = None,
 ) -> pd.DataFrame:
     """Each question answered at every depth.
