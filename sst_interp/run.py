@@ -169,6 +169,12 @@ class Run:
 
         return run_cache(self, question, iteration, **how)
 
+    def check(self) -> None:
+        """Check every listed shard now rather than when it is first read. Raises SSTError for a damaged one."""
+        for batch in manifest.batches(self.manifest):
+            for file in self.manifest["shards"][str(batch)]:
+                self._checked(file)
+
     def summary(self) -> dict[str, Any]:
         """What it is and how far it has got, as `list_runs` says it; JSON-ready."""
         done, of = len(self.manifest["shards"]), self.manifest["n_batches"]

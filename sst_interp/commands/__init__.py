@@ -1,0 +1,1 @@
+"""The commands of `sst-interp`: thin over the same functions a notebook calls."""

@@ -1,0 +1,155 @@
+"""`sst-interp basin-shifts`, `claims` and `report`: what a run shows."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sst_interp import places
+from sst_interp.choices import COMPARISONS
+from sst_interp.commands.common import FreshFlag, HtmlOption, RunOption, captured_run
+from sst_interp.printing import print_table, write_text
+
+
+def basin_shifts(
+    run: RunOption,
+    html: HtmlOption = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the results as JSON; `-` prints them instead.")
+    ] = None,
+    fresh: FreshFlag = False,
+) -> None:
+    """Where does extra iteration change the state, and where does nothing happen?
+
+    Captures the run first if it has no data (or not all of it), then classifies every (position, layer) pair
+    as stable or shifted under each of the three comparisons, prints a summary and writes an HTML report.
+
+    Examples:
+        sst-interp basin-shifts --run demo
+
+        sst-interp basin-shifts --run demo --json - | jq .replayed.share
+    """
+    from sst_interp.analyses.basin_shifts import BasinShifts
+    from sst_interp.report import write_report
+
+    captured = captured_run(run, fresh)
+    ledger = ledger_with_bar(captured)
+    found = {name: ledger.results.get(f"basin_shifts.{name}") for name in COMPARISONS}
+    results = {name: result for name, result in found.items() if isinstance(result, BasinShifts)}
+    as_json = json.dumps({name: result.to_dict() for name, result in results.items()}, indent=2)
+    if str(json_file) == "-":
+        print(as_json)
+    else:
+        _print_basin_shifts(captured, results)
+        print_table(ledger.by_claim)
+        print(f"\n{ledger.verdict}\n`sst-interp claims --run {run}` says more\n")
+        if json_file is not None:
+            write_text(json_file, as_json + "\n")
+    written = write_report(captured, _report_path(captured, html), ledger)
+    print(f"report: {written}", file=sys.stderr if str(json_file) == "-" else sys.stdout)
+
+
+def claims(
+    run: RunOption,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole ledger as JSON.")] = False,
+    resamples: Annotated[int, typer.Option(min=2, help="Question resamples, shuffles, permutations.")] = 2000,
+    seed: Annotated[int, typer.Option(help="Of all three.")] = 0,
+    document: Annotated[
+        Path | None, typer.Option(help="Also fill the places of this run in a Markdown file (docs/found.md).")
+    ] = None,
+) -> None:
+    """The paper's claims beside a run: its figure, this run's with its interval, a verdict by a stated rule.
+
+    Captures the run first if it has no data. Companion runs that are there are used: NAME-blend-off (start-up
+    control), NAME-reshuffled (content), NAME-baseline (matched baseline), NAME-deep (more depths), NAME-lens.
+
+    Examples:
+        sst-interp claims --run gpqa
+
+        sst-interp claims --run gpqa --json | jq '.table[] | {claim, comparison, verdict}'
+    """
+    captured = captured_run(run, fresh=False)
+    ledger = ledger_with_bar(captured, resamples, seed)
+    if document is not None:
+        from sst_interp.documents import fill
+
+        filled = fill(document, ledger.blocks(), others=True)
+        print(f"{document}: {', '.join(filled) or 'no place for this run'}", file=sys.stderr)
+    if as_json:
+        print(json.dumps(ledger.to_dict(), indent=2))
+        return
+    for row in ledger.rows:
+        print(f"{row.claim.id} {row.comparison}: {row.claim.words}")
+        print(f"    paper     {row.claim.paper}\n    this run  {row.finding.here or '-'}")
+        print(f"    verdict   {row.finding.verdict} (holds if {row.claim.rule})")
+        if row.finding.control:
+            print(f"    control   {row.finding.control}")
+    print()
+    print_table(ledger.by_claim)
+    print(f"\n{ledger.verdict}")
+
+
+def report(run: RunOption, html: HtmlOption = None) -> None:
+    """Write the HTML report of a captured run: one file that works offline.
+
+    Example:
+        sst-interp report --run demo --html demo.html
+    """
+    from sst_interp.report import write_report
+    from sst_interp.runs import open_run
+
+    captured: Any = open_run(run)
+    print(f"report: {write_report(captured, _report_path(captured, html), ledger_with_bar(captured))}")
+
+
+def ledger_with_bar(run: Any, resamples: int = 2000, seed: int = 0) -> Any:
+    """The claims ledger of a run, with a bar over its analyses."""
+    from tqdm import tqdm
+
+    from sst_interp.ledger import companions, ledger_of
+
+    run.check()
+    beside = companions(run)
+    for note in beside.notes:
+        print(f"note: {note}", file=sys.stderr)
+    with tqdm(desc=f"analysing {run.name}", unit="analysis", total=1) as bar:
+
+        def show(done: int, of: int, name: str) -> None:
+            bar.total = of
+            bar.set_postfix_str(name)
+            bar.update(done - bar.n)
+
+        return ledger_of(run, resamples, seed, progress=show)
+
+
+def _report_path(run: Any, html: Path | None) -> Path:
+    if html is not None:
+        return html
+    inside = run.folder / "report.html"
+    if run.folder.parent.resolve() == places.shipped("runs").resolve() or not os.access(run.folder, os.W_OK):
+        return Path(f"{run.name}-report.html")
+    return inside
+
+
+def _print_basin_shifts(run: Any, results: dict[str, Any]) -> None:
+    print_table(
+        [
+            {
+                "comparison": name,
+                "pair": "-" if result.not_testable else f"{result.a} vs {result.b}",
+                "shifted": "-" if result.not_testable else result.share.text(percent=True),
+                "threshold": "-" if result.not_testable else f"{result.threshold:.4g}",
+                "below 0.99": "-" if result.not_testable else result.share_at_paper.text(percent=True),
+                "modes": "-" if result.distribution is None else result.distribution.modes.count,
+            }
+            for name, result in results.items()
+        ]
+    )
+    for name, result in results.items():
+        print(f"\n{name}: {result.verdict}")
+    print()
