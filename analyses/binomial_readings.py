@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.optimize import brentq
+from scipy.optimize import root_scalar
 from scipy.stats import binom, hypergeom
 
 
@@ -43,7 +43,8 @@ def binomial_p(hits: Hits, rate: float) -> float:
 
 def implied_rate(hits: Hits, p: float) -> float:
     """The rate without the probe that a binomial p-value of these hits implies (0.37 for the paper's)."""
-    return float(brentq(lambda rate: binomial_p(hits, rate) - p, 1e-9, 1 - 1e-9))
+    found = root_scalar(lambda rate: binomial_p(hits, rate) - p, bracket=(1e-9, 1 - 1e-9))
+    return float(found.root)
 
 
 def fisher_p(hits: Hits, called: int, questions: int) -> float:
