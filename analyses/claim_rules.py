@@ -173,3 +173,14 @@ C15 = Claim(
     "the interval of the relative error of the logits is at most 1.2e-3; straddling it is not testable",
     1.2e-3,
 )  # fmt: skip
+C16 = Claim(
+    "C16", "a shift causes the changed output (our own)", "not in the paper",
+    "at shifted pairs below the last layer the other depth's state moves the logit difference its way, put "
+    "in either direction (intervals of the recovered share above 0), and further than a random change and "
+    "another question's change of the same size (intervals of the differences above 0)",
+)  # fmt: skip
+C16B = Claim(
+    "C16b", "a shift matters more than its size (our own)", "not in the paper",
+    "in a regression of the log effect of a patch below the last layer on the log of its size, shifted pairs "
+    "have a larger effect than stable ones (interval of the coefficient above 0)",
+)  # fmt: skip
