@@ -46,8 +46,8 @@ class Patching(Result):
     beyond: dict[str, dict[str, Interval]] = field(default_factory=dict)
     """Direction -> control of the same size -> recovered by the donor's state minus by the control."""
     beyond_size: Interval | None = None
-    """Coefficient of `shifted` in a regression of log KL on log size over pairs below the last layer: how much
-    log effect a shifted pair has beyond a stable one of the same size. None if not testable."""
+    """Coefficient of `shifted` in a regression of log KL on log size over pairs below the last layer: the log
+    effect of a shifted pair beyond a stable one of the same size. None if not testable."""
     size_slope: Interval | None = None
     """Coefficient of log size in the same regression."""
     why_not: str | None = None
