@@ -1,4 +1,4 @@
-"""The claims of the paper, the rule by which each is judged, and the few ways in which a rule decides.
+"""The claims of the paper and our own (C16), the rule by which each is judged, and how a rule decides.
 
 The rules were written before a run was looked at. Each can fail. Where the paper gives a size, a run of
 another model need not meet it exactly: half to twice the paper's figure will do, or half of it where more is

@@ -21,9 +21,15 @@ import plotly.graph_objects as go
 
 from sst_interp.analyses import patching_figures
 from sst_interp.analyses.claim_rules import C16, C16B, EVERYWHERE, Finding, Row, judged, untestable
-from sst_interp.analyses.medians import as_columns
 from sst_interp.analyses.result import Result
-from sst_interp.analyses.statistics import RESAMPLES, Interval, cluster_bootstrap, questions_words, ratio
+from sst_interp.analyses.statistics import (
+    RESAMPLES,
+    Interval,
+    bootstrap_ends,
+    cluster_bootstrap,
+    questions_words,
+    ratio,
+)
 from sst_interp.errors import SSTError
 
 DIRECTIONS = ("back", "forward")
@@ -283,13 +289,13 @@ def _measured(
     )
     records = []
     for names, own in whole.groupby(list(by), sort=False, observed=True):
-        found = {name: share(own, *MEASURES[name], resamples, seed) for name in measures}
-        named = dict(zip(by, names, strict=True))
-        records.append(
-            named
-            | as_columns(**found)
-            | {"size": float(own["size"].median()), "questions": int(own["question"].nunique())}
-        )
+        sums = own.groupby("question")[[column for name in measures for column in MEASURES[name]]].sum()
+        totals = sums.to_numpy(dtype=float).reshape(len(sums), len(measures), 2)
+        ends = bootstrap_ends(totals, resamples=resamples, seed=seed)
+        found = dict(zip(by, names, strict=True))
+        for name, *three in zip(measures, *ends, strict=True):
+            found |= dict(zip((name, f"{name}_low", f"{name}_high"), map(float, three), strict=True))
+        records.append(found | {"size": float(own["size"].median()), "questions": len(sums)})
     return pd.DataFrame(records)
 
 
