@@ -1,4 +1,4 @@
-"""The claims of the paper, the rule by which each is judged, and the few ways in which a rule decides.
+"""The claims of the paper and our own (C16), the rule by which each is judged, and how a rule decides.
 
 The rules were written before a run was looked at. Each can fail. Where the paper gives a size, a run of
 another model need not meet it exactly: half to twice the paper's figure will do, or half of it where more is
@@ -186,4 +186,15 @@ C15 = Claim(
     "C15", "the error of the two-pass approximation is of the order of alpha squared", "6e-4 to 1.2e-3",
     "the interval of the relative error of the logits is at most 1.2e-3; straddling it is not testable",
     1.2e-3,
+)  # fmt: skip
+C16 = Claim(
+    "C16", "a shift causes the changed output (our own)", "not in the paper",
+    "at shifted pairs below the last layer the other depth's state moves the logit difference its way, put "
+    "in either direction (intervals of the recovered share above 0), and further than a random change and "
+    "another question's change of the same size (intervals of the differences above 0)",
+)  # fmt: skip
+C16B = Claim(
+    "C16b", "a shift matters more than its size (our own)", "not in the paper",
+    "in a regression of the log effect of a patch below the last layer on the log of its size, shifted pairs "
+    "have a larger effect than stable ones (interval of the coefficient above 0)",
 )  # fmt: skip

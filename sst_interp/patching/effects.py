@@ -179,7 +179,8 @@ def measured(
     texts: list[Texts] = []
     copies = len(todo) + 1
     logits, tokens = wide(written.logits), written.tokens
-    for direction, base, donor in (("back", 0, copies), ("forward", copies, 0)):
+    sides: tuple[tuple[Direction, int, int], ...] = (("back", 0, copies), ("forward", copies, 0))
+    for direction, base, donor in sides:
         own = slice(base + 1, base + copies)
         b = int(logits[base].argmax())
         a = int(logits[donor].argmax())

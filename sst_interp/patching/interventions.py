@@ -74,12 +74,12 @@ def interventions(n_layers: int, layers: Sequence[int], windows: int, stream: bo
     """
     top = n_layers - 1
     places: list[tuple[Place, int, int]] = [("layer", layer, layer) for layer in layers]
-    places += [("all", 0, top), *([("stream_in", 0, top)] if stream else []), ("stream_out", 0, top)]
+    places += [("all", 0, top), ("stream_in", 0, top), ("stream_out", 0, top)]
     found = [
         Intervention(place, what, a, b)
         for what in ("state", *CONTROLS)
         for place, a, b in places
-        if what != "stranger" or not place.startswith("stream")
+        if (what != "stranger" or not place.startswith("stream")) and (stream or place != "stream_in")
     ]
     edges = [k * n_layers // windows for k in range(windows + 1)]
     found += [Intervention("window", "state", a, b - 1) for a, b in pairwise(edges) if b > a]

@@ -122,7 +122,8 @@ def overlaps_of(run: Run, pairs: pd.DataFrame) -> tuple[dict[int, pd.DataFrame],
     threshold, _ = threshold_of(found, choices)
     table = rows[["question", "position", "layer"]].assign(overlap=values)
     wide = table.pivot(index=["question", "position"], columns="layer", values="overlap")
-    return {int(q): own.droplevel(0) for q, own in wide.groupby(level=0)}, float(threshold)
+    found: dict[int, Any] = {int(q): wide.xs(q) for q in wide.index.unique(level=0)}
+    return found, float(threshold)
 
 
 def positions_of(overlaps: pd.DataFrame, last: int, key: Sequence[int]) -> dict[str, int]:
@@ -181,13 +182,13 @@ class _Study:
                 self.model, reading, other, position, self.layers, plan.windows, plan.new_tokens,
                 (plan.seed, question),
             )  # fmt: skip
-            own = overlaps.loc[position]
+            own = overlaps.loc[[position]].to_numpy(dtype=float)[0]
             answers: dict[tuple[int, ...], str | None] = {}
             for row, written in zip(found, texts, strict=True):
                 patched, base, donor = (
                     self._answer(question, tokens[:position], t, answers) for t in written
                 )
-                here = own.loc[row["first"] : row["last"]]
+                here = own[row["first"] : row["last"] + 1]
                 rows.append(
                     {
                         "question": question,
