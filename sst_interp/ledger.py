@@ -24,6 +24,7 @@ from sst_interp.analyses.claim_suite import Progress
 from sst_interp.analyses.claims import BlendWeights, Ledger, claims
 from sst_interp.analyses.statistics import RESAMPLES
 from sst_interp.errors import SSTError
+from sst_interp.kept_rows import kept_rows
 from sst_interp.loading import checkpoint_folder, load_tokenizer
 from sst_interp.runs import Run, open_run
 from sst_interp.token_texts import token_classes
@@ -78,7 +79,7 @@ def ledger_of(
         run: a captured run; its companions are looked for.
         resamples: question resamples, shuffles and permutations.
         seed: of all three.
-        more: rows of claims that were measured elsewhere.
+        more: rows of claims that were measured elsewhere; they go before those kept with the run.
         progress: told how many analyses are done, of how many, and which is next.
     """
     return claims(
@@ -87,7 +88,7 @@ def ledger_of(
         alpha=blend_of(run),
         approximation=approximation_of(run),
         token_class=_classes(run),
-        more=more,
+        more=[*{(row.claim.id, row.comparison): row for row in (*kept_rows(run), *more)}.values()],
         resamples=resamples,
         seed=seed,
         progress=progress,

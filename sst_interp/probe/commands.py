@@ -51,7 +51,8 @@ def probe(
     plain probes, always-halt and never-halt; beside its routing, flat depths and the oracle.
 
     The run must have kept its states at position 0 (`keep = "position0"`, the default). Where the model is
-    no better than guessing, right and wrong are noise: ask for `--label answer-changed`.
+    no better than guessing, right and wrong are noise: ask for `--label answer-changed`. What `must-halt`
+    shows is kept for the claims ledger (C12, C13).
 
     Examples:
         sst-interp probe --run gpqa
@@ -62,6 +63,8 @@ def probe(
     """
     from tqdm import tqdm
 
+    from sst_interp.analyses.claim_probe import PAPER_LABEL, probe_rows
+    from sst_interp.kept_rows import keep_rows
     from sst_interp.probe.design import Design
     from sst_interp.probe.named import probe_run
     from sst_interp.runs import open_run
@@ -80,6 +83,10 @@ def probe(
         print(json.dumps(as_dict(found), indent=2))
     else:
         print(as_text(found))
+    if label == PAPER_LABEL:
+        made = {"label": label, "layer": layer, "permutations": permutations, "seed": seed}
+        kept = keep_rows(opened, "probe", probe_rows(found.halting, found.routing), made)
+        print(f"claims C12 and C13: {kept}", file=sys.stderr)
     if save is not None:
         print(f"probe: {save}", file=sys.stderr)
 
