@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -21,6 +21,9 @@ from sst_interp.choices import COMPARISONS
 from sst_interp.errors import SSTError, unknown_name
 from sst_interp.recipe import Recipe
 from sst_interp.schema import CATEGORIES, CONTROLS, KEYS, OPTIONAL, TABLES, to_frame
+
+if TYPE_CHECKING:
+    from sst_interp.report.question_view import QuestionView
 
 
 @dataclass(eq=False, repr=False)
@@ -151,6 +154,16 @@ class Run:
                     f"its {text!r} text there has positions 0 to {length - 1}",
                 )
             return part[position : position + 1][0]
+
+    def question(self, question: int | str, threshold: float | None = None) -> QuestionView:
+        """The explorer of one question, by index or record id: shown in a notebook, with `.table`,
+        `.figure()` and `.write(path)`. `threshold` marks shifted cells (`sst_interp.report.question_view`).
+
+        Raises SSTError if the run has no such question.
+        """
+        from sst_interp.report.question_view import question_view
+
+        return question_view(self, question, threshold)
 
     def summary(self) -> dict[str, Any]:
         """What it is and how far it has got, as `list_runs` says it; JSON-ready."""

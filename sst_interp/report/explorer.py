@@ -26,8 +26,9 @@ from sst_interp.report.escaping import visible
 from sst_interp.report.packing import DISTANCE, OUTPUT, SIZE, implied_l2, pack
 from sst_interp.report.tokens import shows_text
 
-LARGEST_CELLS = 4_600_000
-"""Rows of `pairs` embedded at most; beyond it the first questions are kept, and the page says so."""
+LARGEST_CELLS = 3_800_000
+"""Rows of `pairs` embedded at most, which keeps a file under 12 MB (about 2.5 bytes a row); beyond it the first
+questions are kept, and the page says so."""
 LOWEST = 24
 """Positions offered as the lowest overlaps of the run, in each comparison."""
 WORDS = {"replayed": "depth", "within": "iteration", "free": "depth"}

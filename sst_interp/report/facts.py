@@ -58,7 +58,9 @@ def _stream(recipe: Any, made: Mapping[str, Any]) -> str:
     if "alpha_range" in made:
         low, high = made["alpha_range"]
         words += (
-            f", alpha {low:g} fixed" if low == high else f", alpha {made['alpha_mean']:.3g} ({low:.2g}-{high:.2g})"
+            f", alpha {low:g} fixed"
+            if low == high
+            else f", alpha {made['alpha_mean']:.3g} ({low:.2g}-{high:.2g})"
         )
     elif recipe.alpha is not None:
         words += f", alpha {recipe.alpha:g}"
