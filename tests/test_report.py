@@ -407,7 +407,7 @@ def expected_cell(run, question, comparison, position, layer):
 def test_a_clicked_cell_says_what_the_tables_say_and_keys_move(opened, run, written):
     page = opened(written)
     page.get_by_label("Question", exact=True).select_option(index=5)
-    page.get_by_label("Comparison", exact=True).select_option("within")
+    page.locator("#ex-comparison").select_option("within")
     page.wait_for_function("document.getElementById('ex-summary').textContent.includes('within')")
     here = page.evaluate(
         "() => { const m = document.getElementById('ex-map'); m.scrollIntoView(); return m.cells; }"

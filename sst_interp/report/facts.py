@@ -18,7 +18,7 @@ CHOICES = {
     "handoff": "how a pass without the blend becomes states: shifted by a position, or a moving average",
     "overlap": "similarity of two hidden states",
     "comparison": "the comparison that the report leads with; all three are measured, never pooled",
-    "threshold": "overlap below which a pair has shifted: the antimode of the run's own overlaps, or a number",
+    "threshold": "overlap below which a pair has shifted: the antimode of the run's overlaps, or a number",
 }
 
 

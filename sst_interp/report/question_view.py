@@ -46,7 +46,7 @@ class QuestionView:
         return pairs[(pairs["question"] == self.question).to_numpy(dtype=bool)].reset_index(drop=True)
 
     def map(self, comparison: str | None = None) -> QuestionMap:
-        """Overlap and norm ratio by position and layer, at 1 and the deepest. Default: the leading comparison.
+        """Overlap and norm ratio by position and layer, at 1 and the deepest (default: leading comparison).
 
         Raises SSTError if the question has no pair in it.
         """
