@@ -1,10 +1,10 @@
 """What the explorer shows, taken from a run's tables and made small: every comparison, pair and question.
 
-Per comparison a block of arrays. A question takes `lengths[q]` positions; its cells are [layer, position], its
-outputs [position], both behind those of the questions before it. `states` are the depths (or iterations, in
-`within`) whose hidden states were compared, and `pairs` name two of them. Norms and cosines of a pair are stored
-as differences to the pair before, and relative L2 (of pairs that begin at 1) as the difference to what cosine and
-norms imply: together that halves the file.
+Per comparison a block of arrays. A question takes `lengths[q]` positions; its cells are [layer, position],
+its outputs [position], both behind those of the questions before it. `states` are the depths (or iterations,
+in `within`) whose hidden states were compared, and `pairs` name two of them. Norms and cosines of a pair are
+stored as differences to the pair before, and relative L2 (of pairs that begin at 1) as the difference to what
+cosine and norms imply: together that halves the file.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from sst_interp.report.packing import DISTANCE, OUTPUT, SIZE, implied_l2, pack
 from sst_interp.report.tokens import shows_text
 
 LARGEST_CELLS = 3_800_000
-"""Rows of `pairs` embedded at most, which keeps a file under 12 MB (about 2.5 bytes a row); beyond it the first
-questions are kept, and the page says so."""
+"""Rows of `pairs` embedded at most, which keeps a file under 12 MB (about 2.5 bytes a row); beyond it the
+first questions are kept, and the page says so."""
 LOWEST = 24
 """Positions offered as the lowest overlaps of the run, in each comparison."""
 WORDS = {"replayed": "depth", "within": "iteration", "free": "depth"}
@@ -36,7 +36,7 @@ WORDS = {"replayed": "depth", "within": "iteration", "free": "depth"}
 
 @dataclass(frozen=True)
 class Threshold:
-    """Below which overlap a pair has shifted in a comparison, where that comes from, and its headline pair."""
+    """Below which overlap a pair has shifted in a comparison, where that is from, and its headline pair."""
 
     value: float
     provenance: str
@@ -69,9 +69,11 @@ def explorer_data(
     kept = [int(q) for q in counts.index[:fits]]
     vocabulary = token_lists.Vocabulary() if shows_text(run) else None
     shown = [
-        _comparison(c, thresholds[c], run.recipe, _of(pairs, c, kept), _of(outputs, c, kept), steps, kept, vocabulary)
+        _comparison(
+            c, thresholds[c], run.recipe, _of(pairs, c, kept), _of(outputs, c, kept), steps, kept, vocabulary
+        )
         for c in present
-    ]  # fmt: skip
+    ]
     return {
         "questions": _labels(asked, kept),
         "left_out": len(counts) - len(kept),
@@ -208,8 +210,8 @@ class Places:
 
 
 def _outputs(outputs: pd.DataFrame, places: Places, names: list[tuple[int, int]]) -> dict[str, np.ndarray]:
-    """What happened to the output at each position, per pair: 1 + tokens replaced, 1 + rank of the new winner,
-    KL, and flags (1: there is a row, 2: same prefix, 4: argmax changed).
+    """What happened to the output at each position, per pair: 1 + tokens replaced, 1 + rank of the new
+    winner, KL, and flags (1: there is a row, 2: same prefix, 4: argmax changed).
     """
     arrays = {}
     outputs = places.inside(outputs)
