@@ -26,7 +26,7 @@ from sst_interp.report.escaping import visible
 from sst_interp.report.packing import DISTANCE, OUTPUT, SIZE, implied_l2, pack
 from sst_interp.report.tokens import shows_text
 
-LARGEST_CELLS = 3_800_000
+LARGEST_CELLS = 3_950_000
 """Rows of `pairs` embedded at most, which keeps a file under 12 MB (about 2.5 bytes a row); beyond it the
 first questions are kept, and the page says so."""
 LOWEST = 24
