@@ -408,7 +408,7 @@ def test_a_clicked_cell_says_what_the_tables_say_and_keys_move(opened, run, writ
     page = opened(written)
     page.get_by_label("Question", exact=True).select_option(index=5)
     page.locator("#ex-comparison").select_option("within")
-    page.wait_for_function("document.getElementById('ex-summary').textContent.includes('within')")
+    page.locator("#ex-summary", has_text="within").wait_for()
     here = page.evaluate(
         "() => { const m = document.getElementById('ex-map'); m.scrollIntoView(); return m.cells; }"
     )

@@ -91,12 +91,11 @@ def _of(table: pd.DataFrame, comparison: str, kept: list[int]) -> pd.DataFrame:
 
 def _labels(questions: pd.DataFrame, kept: list[int]) -> list[dict[str, Any]]:
     """Record id and which depths answered rightly, per question kept. No text, and no answer letters."""
-    known = {int(q): rows for q, rows in questions.groupby("question")} if len(questions) else {}
     labels = []
     for q in kept:
-        rows = known.get(q)
-        label: dict[str, Any] = {"index": q, "id": "no id" if rows is None else visible(rows["id"].iloc[0])}
-        if rows is not None and {"depth", "correct"} <= set(rows.columns):
+        rows = questions[(questions["question"] == q).to_numpy(dtype=bool)]
+        label: dict[str, Any] = {"index": q, "id": visible(rows["id"].iloc[0]) if len(rows) else "no id"}
+        if len(rows) and {"depth", "correct"} <= set(rows.columns):
             label["correct"] = [
                 [int(d), bool(c)] for d, c in zip(rows["depth"], rows["correct"], strict=True)
             ]
@@ -116,7 +115,7 @@ def _comparison(
 ) -> dict[str, Any]:
     layers = np.unique(pairs["layer"].to_numpy())
     last = pairs.groupby("question")["position"].max()
-    lengths = np.array([int(last.get(q, -1)) + 1 for q in kept])
+    lengths = last.reindex(kept, fill_value=-1).to_numpy(dtype=np.int64) + 1
     places = Places(np.array(kept), lengths, layers)
     names = [(int(a), int(b)) for a, b in pairs[["a", "b"]].drop_duplicates().to_numpy()]
     names.sort(key=lambda ab: (ab[0] != 1, ab))
@@ -256,8 +255,8 @@ def _steps(
 def _first_difference(rows: pd.DataFrame, kept: list[int]) -> list[int | None]:
     """First position at which the two passes had not read the same tokens, per question; None for never."""
     apart = rows[~rows["same_prefix"].to_numpy(dtype=bool)]
-    first = apart.groupby("question")["position"].min()
-    return [int(first.loc[q]) if q in first.index else None for q in kept]
+    first = apart.groupby("question")["position"].min().reindex(kept, fill_value=-1)
+    return [int(p) if p >= 0 else None for p in first.to_numpy()]
 
 
 def _shifted(rows: pd.DataFrame, kept: list[int], threshold: float, kind: str) -> list[list[int]]:
@@ -265,8 +264,8 @@ def _shifted(rows: pd.DataFrame, kept: list[int], threshold: float, kind: str) -
     overlap = overlap_of(rows, kind)
     table = pd.DataFrame({"q": rows["question"].to_numpy(), "o": overlap}).dropna()
     table["shifted"] = table["o"] < threshold
-    found = table.groupby("q")["shifted"].agg(["sum", "size"])
-    return [[int(x) for x in found.loc[q]] if q in found.index else [0, 0] for q in kept]
+    found = table.groupby("q")["shifted"].agg(["sum", "size"]).reindex(kept, fill_value=0)
+    return found.to_numpy(dtype=int).tolist()
 
 
 def _lowest(rows: pd.DataFrame, kept: list[int], kind: str) -> list[list[int]]:

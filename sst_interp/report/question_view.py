@@ -51,14 +51,14 @@ class QuestionView:
         Raises SSTError if the question has no pair in it.
         """
         choices = self.run.recipe.choices
-        comparison = comparison or choices.comparison
-        return question_map(self.run.pairs, self.question, comparison, kind=choices.overlap)
+        chosen: str = comparison or choices.comparison
+        return question_map(self.run.pairs, self.question, chosen, kind=choices.overlap)
 
     def figure(self, comparison: str | None = None) -> go.Figure:
         """The overlap by position and layer, at 1 and the deepest."""
-        comparison = comparison or self.run.recipe.choices.comparison
-        words = pair_words(comparison, *deepest_pair(self.run.pairs, comparison))
-        return question_figure(self.map(comparison).overlap, "overlap", f"question {self.question}; {words}")
+        chosen: str = comparison or self.run.recipe.choices.comparison
+        words = pair_words(chosen, *deepest_pair(self.run.pairs, chosen))
+        return question_figure(self.map(chosen).overlap, "overlap", f"question {self.question}; {words}")
 
     @property
     def html(self) -> str:
