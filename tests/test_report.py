@@ -433,7 +433,9 @@ def test_a_clicked_cell_says_what_the_tables_say_and_keys_move(opened, run, writ
     page.keyboard.press("End")
     is_at(5, 2)
     rows = run.pairs[(run.pairs["question"] == 5) & (run.pairs["comparison"] == "within")]
-    lowest = rows.loc[rows["cosine"].idxmin()]
+    each = rows.loc[rows.groupby("position")["cosine"].idxmin()].sort_values("cosine")
+    ranked = list(zip(each["position"].tolist(), each["layer"].tolist(), strict=True))
+    lowest = each.iloc[ranked.index((5, 2)) + 1 if (5, 2) in ranked else 0]
     page.keyboard.press("n")
     is_at(int(lowest["position"]), int(lowest["layer"]))
     output = run.outputs[(run.outputs["question"] == 5) & (run.outputs["comparison"] == "within")]
