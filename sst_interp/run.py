@@ -25,6 +25,8 @@ from sst_interp.schema import CATEGORIES, CONTROLS, KEYS, OPTIONAL, TABLES, to_f
 if TYPE_CHECKING:
     from transformer_lens import ActivationCache
 
+    from sst_interp.report.question_view import QuestionView
+
 
 @dataclass(eq=False, repr=False)
 class Run:
@@ -174,6 +176,16 @@ class Run:
         for batch in manifest.batches(self.manifest):
             for file in self.manifest["shards"][str(batch)]:
                 self._checked(file)
+
+    def question(self, question: int | str, threshold: float | None = None) -> QuestionView:
+        """The explorer of one question, by index or record id: shown in a notebook, with `.table`,
+        `.figure()` and `.write(path)`. `threshold` marks shifted cells (`sst_interp.report.question_view`).
+
+        Raises SSTError if the run has no such question.
+        """
+        from sst_interp.report.question_view import question_view
+
+        return question_view(self, question, threshold)
 
     def summary(self) -> dict[str, Any]:
         """What it is and how far it has got, as `list_runs` says it; JSON-ready."""

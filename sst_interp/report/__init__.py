@@ -111,7 +111,7 @@ def render_report(run: ReportableRun, ledger: Ledger | None = None, tokenizer: A
     data = {
         "figures": packed(json.dumps(figures, separators=(",", ":"), sort_keys=True).encode()),
         "tables": packed(json.dumps(tables, separators=(",", ":"), sort_keys=True).encode()),
-        "plotly": packed(plotly_script().encode()),
+        "plotly": _packed_plotly(),
         "explorer": explorer_data(run, thresholds(ledger), tokenizer or tokenizer_of(run))
         | {"lead": choices.comparison},
     }
@@ -229,6 +229,11 @@ def _pop_title(figure: go.Figure) -> tuple[str, str]:
 def plotly_script() -> str:
     """plotly.js of the installed plotly."""
     return script_source(get_plotlyjs())
+
+
+@cache
+def _packed_plotly() -> str:
+    return packed(plotly_script().encode())
 
 
 def script_source(source: str) -> str:

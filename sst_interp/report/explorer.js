@@ -27,7 +27,7 @@ async function explorer(data) {
     const v = which === pair() && values ? values : now.map(at.q, which, pick.quantity.value);
     return {
       values: v, P: length(), L: now.L, columns: columns(), layers: now.info.layers, quantity: pick.quantity.value,
-      threshold: threshold(), cursor, apart: now.info.differs_from[at.q],
+      ends: pick.quantity.value === "norm" ? [0, 1] : now.ends(pick.quantity.value), threshold: threshold(), cursor, apart: now.info.differs_from[at.q],
     };
   }
 

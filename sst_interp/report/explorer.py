@@ -1,10 +1,10 @@
 """What the explorer shows, taken from a run's tables and made small: every comparison, pair and question.
 
-Per comparison a block of arrays. A question takes `lengths[q]` positions; its cells are [layer, position], its
-outputs [position], both behind those of the questions before it. `states` are the depths (or iterations, in
-`within`) whose hidden states were compared, and `pairs` name two of them. Norms and cosines of a pair are stored
-as differences to the pair before, and relative L2 (of pairs that begin at 1) as the difference to what cosine and
-norms imply: together that halves the file.
+Per comparison a block of arrays. A question takes `lengths[q]` positions; its cells are [layer, position],
+its outputs [position], both behind those of the questions before it. `states` are the depths (or iterations,
+in `within`) whose hidden states were compared, and `pairs` name two of them. Norms and cosines of a pair are
+stored as differences to the pair before, and relative L2 (of pairs that begin at 1) as the difference to what
+cosine and norms imply: together that halves the file.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from sst_interp.report.escaping import visible
 from sst_interp.report.packing import DISTANCE, OUTPUT, SIZE, implied_l2, pack
 from sst_interp.report.tokens import shows_text
 
-LARGEST_CELLS = 4_600_000
-"""Rows of `pairs` embedded at most; beyond it the first questions are kept, and the page says so."""
+LARGEST_CELLS = 3_950_000
+"""Rows of `pairs` embedded at most, which keeps a file under 12 MB (about 2.5 bytes a row); beyond it the
+first questions are kept, and the page says so."""
 LOWEST = 24
 """Positions offered as the lowest overlaps of the run, in each comparison."""
 WORDS = {"replayed": "depth", "within": "iteration", "free": "depth"}
@@ -35,7 +36,7 @@ WORDS = {"replayed": "depth", "within": "iteration", "free": "depth"}
 
 @dataclass(frozen=True)
 class Threshold:
-    """Below which overlap a pair has shifted in a comparison, where that comes from, and its headline pair."""
+    """Below which overlap a pair has shifted in a comparison, where that is from, and its headline pair."""
 
     value: float
     provenance: str
@@ -68,9 +69,11 @@ def explorer_data(
     kept = [int(q) for q in counts.index[:fits]]
     vocabulary = token_lists.Vocabulary() if shows_text(run) else None
     shown = [
-        _comparison(c, thresholds[c], run.recipe, _of(pairs, c, kept), _of(outputs, c, kept), steps, kept, vocabulary)
+        _comparison(
+            c, thresholds[c], run.recipe, _of(pairs, c, kept), _of(outputs, c, kept), steps, kept, vocabulary
+        )
         for c in present
-    ]  # fmt: skip
+    ]
     return {
         "questions": _labels(asked, kept),
         "left_out": len(counts) - len(kept),
@@ -88,12 +91,11 @@ def _of(table: pd.DataFrame, comparison: str, kept: list[int]) -> pd.DataFrame:
 
 def _labels(questions: pd.DataFrame, kept: list[int]) -> list[dict[str, Any]]:
     """Record id and which depths answered rightly, per question kept. No text, and no answer letters."""
-    known = {int(q): rows for q, rows in questions.groupby("question")} if len(questions) else {}
     labels = []
     for q in kept:
-        rows = known.get(q)
-        label: dict[str, Any] = {"index": q, "id": "no id" if rows is None else visible(rows["id"].iloc[0])}
-        if rows is not None and {"depth", "correct"} <= set(rows.columns):
+        rows = questions[(questions["question"] == q).to_numpy(dtype=bool)]
+        label: dict[str, Any] = {"index": q, "id": visible(rows["id"].iloc[0]) if len(rows) else "no id"}
+        if len(rows) and {"depth", "correct"} <= set(rows.columns):
             label["correct"] = [
                 [int(d), bool(c)] for d, c in zip(rows["depth"], rows["correct"], strict=True)
             ]
@@ -113,7 +115,7 @@ def _comparison(
 ) -> dict[str, Any]:
     layers = np.unique(pairs["layer"].to_numpy())
     last = pairs.groupby("question")["position"].max()
-    lengths = np.array([int(last.get(q, -1)) + 1 for q in kept])
+    lengths = last.reindex(kept, fill_value=-1).to_numpy(dtype=np.int64) + 1
     places = Places(np.array(kept), lengths, layers)
     names = [(int(a), int(b)) for a, b in pairs[["a", "b"]].drop_duplicates().to_numpy()]
     names.sort(key=lambda ab: (ab[0] != 1, ab))
@@ -207,8 +209,8 @@ class Places:
 
 
 def _outputs(outputs: pd.DataFrame, places: Places, names: list[tuple[int, int]]) -> dict[str, np.ndarray]:
-    """What happened to the output at each position, per pair: 1 + tokens replaced, 1 + rank of the new winner,
-    KL, and flags (1: there is a row, 2: same prefix, 4: argmax changed).
+    """What happened to the output at each position, per pair: 1 + tokens replaced, 1 + rank of the new
+    winner, KL, and flags (1: there is a row, 2: same prefix, 4: argmax changed).
     """
     arrays = {}
     outputs = places.inside(outputs)
@@ -253,8 +255,8 @@ def _steps(
 def _first_difference(rows: pd.DataFrame, kept: list[int]) -> list[int | None]:
     """First position at which the two passes had not read the same tokens, per question; None for never."""
     apart = rows[~rows["same_prefix"].to_numpy(dtype=bool)]
-    first = apart.groupby("question")["position"].min()
-    return [int(first.loc[q]) if q in first.index else None for q in kept]
+    first = apart.groupby("question")["position"].min().reindex(kept, fill_value=-1)
+    return [int(p) if p >= 0 else None for p in first.to_numpy()]
 
 
 def _shifted(rows: pd.DataFrame, kept: list[int], threshold: float, kind: str) -> list[list[int]]:
@@ -262,8 +264,8 @@ def _shifted(rows: pd.DataFrame, kept: list[int], threshold: float, kind: str) -
     overlap = overlap_of(rows, kind)
     table = pd.DataFrame({"q": rows["question"].to_numpy(), "o": overlap}).dropna()
     table["shifted"] = table["o"] < threshold
-    found = table.groupby("q")["shifted"].agg(["sum", "size"])
-    return [[int(x) for x in found.loc[q]] if q in found.index else [0, 0] for q in kept]
+    found = table.groupby("q")["shifted"].agg(["sum", "size"]).reindex(kept, fill_value=0)
+    return found.to_numpy(dtype=int).tolist()
 
 
 def _lowest(rows: pd.DataFrame, kept: list[int], kind: str) -> list[list[int]]:

@@ -62,6 +62,29 @@ const explorerData = (data) => {
       return out;
     }
 
+    // The ends of the colours, of all questions at the headline pair: 1 in 40 cells may be below, 1 in 1000 above.
+    const known = {};
+    function ends(quantity) {
+      if (known[quantity]) return known[quantity];
+      const counts = new Uint32Array(distance.values.length);
+      let n = 0;
+      info.lengths.forEach((P, q) => {
+        for (const x of codesOf(q, info.pairs[info.headline], quantity)) if (x > 1) { counts[x]++; n++; }
+      });
+      const quantile = (share) => {
+        let left = share * n, k = 2;
+        while (k < counts.length - 1 && (left -= counts[k]) > 0) k++;
+        return distance.values[k];
+      };
+      const low = quantile(0.025);
+      return known[quantity] = [low, Math.max(quantile(0.999), 3 * low)];
+    }
+    function codesOf(q, [a, b], quantity) {
+      const from = starts[q] * L, to = starts[q + 1] * L;
+      if (quantity === "overlap" && data.overlap === "cosine") return arrays[`cosine.${a}.${b}`].subarray(from, to);
+      return Array.from({ length: to - from }, (_, k) => quantity === "overlap" ? overlap(a, b, from + k) : l2(a, b, from + k));
+    }
+
     const place = (q, position) => starts[q] + position;
     function output_(q, position, [a, b]) {
       const i = place(q, position), key = `${a}.${b}`, flags = arrays[`flags.${key}`];
@@ -93,7 +116,7 @@ const explorerData = (data) => {
     }
     const emitted = (q, position, n) => arrays[`token.${n}`] && position >= 0 ? token(arrays[`token.${n}`][place(q, position)]) : null;
 
-    return { info, L, cell, map, output: output_, step, top, moved, emitted, hasTokens: Boolean(arrays["top.1"]) };
+    return { info, L, cell, map, ends, output: output_, step, top, moved, emitted, hasTokens: Boolean(arrays["top.1"]) };
   }
 
   return { open };

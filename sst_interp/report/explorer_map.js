@@ -10,20 +10,26 @@ const explorerMap = (() => {
   });
   const COLOURS = { overlap: table(CIVIDIS), relative_l2: table(CIVIDIS), norm: table(DIVERGING) };
 
-  // 1 - overlap and relative L2 are coloured by their logarithm, bright is far; a norm ratio from half to twice.
-  function scale(quantity) {
-    if (quantity === "norm") return { of: (x) => (x + 1) / 2, ticks: [-1, -0.5, 0, 0.5, 1].map((x) => [(x + 1) / 2, (2 ** x).toFixed(2)]), title: "norm b / norm a" };
-    const low = -3.5, high = 0, of = (x) => (Math.log10(Math.max(x, 1e-9)) - low) / (high - low);
-    const distances = [0.001, 0.01, 0.1, 0.5, 1];
-    return { of, title: quantity === "overlap" ? "overlap" : "relative L2", ticks: distances.map((d) => [of(d), quantity === "overlap" ? String(Number((1 - d).toFixed(4))) : String(d)]) };
+  // 1 - overlap and relative L2 are coloured by their logarithm, bright is far, between the ends [low, high] that
+  // hold for the whole comparison; a norm ratio from half to twice.
+  function scale(quantity, [low, high]) {
+    if (quantity === "norm") return { of: (x) => (x + 1) / 2, ticks: [-1, 0, 1].map((x) => [(x + 1) / 2, String(2 ** x)]), title: "norm b / norm a" };
+    const from = Math.log10(low), to = Math.log10(high), of = (x) => (Math.log10(Math.max(x, 1e-9)) - from) / (to - from);
+    const ticks = [];
+    for (const d of [1e-6, 1e-5, 1e-4, 0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.5, 1, 2]) {
+      const at = of(d);
+      if (at < -0.01 || at > 1.01 || (ticks.length && at - ticks.at(-1)[0] < 0.17)) continue;
+      ticks.push([at, quantity === "overlap" ? String(Number((1 - d).toFixed(6))) : String(d)]);
+    }
+    return { of, ticks, title: quantity === "overlap" ? "overlap" : "relative L2" };
   }
   const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
-  function pixels(values, P, L, quantity) {
+  function pixels({ values, P, L, quantity, ends }) {
     const image = document.createElement("canvas");
     image.width = Math.max(1, P);
     image.height = L;
-    const context = image.getContext("2d"), cells = context.createImageData(image.width, L), { of } = scale(quantity), colours = COLOURS[quantity];
+    const context = image.getContext("2d"), cells = context.createImageData(image.width, L), { of } = scale(quantity, ends), colours = COLOURS[quantity];
     for (let l = 0; l < L; l++) {
       for (let p = 0; p < P; p++) {
         const x = values[l * P + p];
@@ -48,15 +54,16 @@ const explorerMap = (() => {
     return context;
   }
 
-  // `view`: values, P, L, columns (positions shown), layers, quantity, threshold (of 1 - overlap, or null), cursor, apart.
+  // `view`: values, P, L, columns (positions shown), layers, quantity, ends (of its colours), threshold (of 1 - overlap,
+  // or null), cursor, apart.
   function draw(canvas, view) {
     const width = canvas.clientWidth || 600, small = width < 480, height = small ? 330 : 400;
     const g = { x: 40, y: 46, w: width - 48, h: height - 46 - 40 }, cw = g.w / view.columns, ch = g.h / view.L;
-    const c = sized(canvas, width, height), ink = css("--soft"), { of, ticks, title } = scale(view.quantity);
+    const c = sized(canvas, width, height), ink = css("--soft"), { of, ticks, title } = scale(view.quantity, view.ends);
     c.font = `12px ${css("--sans") || "system-ui, sans-serif"}`;
     c.fillStyle = css("--panel");
     c.fillRect(g.x, g.y, g.w, g.h);
-    if (view.P) c.drawImage(pixels(view.values, view.P, view.L, view.quantity), g.x, g.y, cw * view.P, g.h);
+    if (view.P) c.drawImage(pixels(view), g.x, g.y, cw * view.P, g.h);
     if (view.quantity === "overlap" && view.threshold !== null) contour(c, view, g, cw, ch);
     if (typeof view.apart === "number") {
       c.strokeStyle = "#d55e00"; c.lineWidth = 2; c.setLineDash([5, 4]);
@@ -101,7 +108,7 @@ const explorerMap = (() => {
   }
 
   function bar(c, view, g, of, ticks, title, ink) {
-    const w = Math.min(260, g.w * 0.62), x = g.x + g.w - w, y = 6, h = 10, colours = COLOURS[view.quantity];
+    const w = Math.floor(Math.min(260, g.w * 0.62)), x = g.x + g.w - w, y = 6, h = 10, colours = COLOURS[view.quantity];
     for (let i = 0; i < w; i++) {
       c.fillStyle = `rgb(${colours[Math.round(255 * i / (w - 1))].join(",")})`;
       c.fillRect(x + i, y, 1.5, h);
@@ -120,7 +127,7 @@ const explorerMap = (() => {
     const width = canvas.clientWidth || 160, c = sized(canvas, width, 84);
     c.fillStyle = css("--panel");
     c.fillRect(0, 0, width, 84);
-    if (view.P) c.drawImage(pixels(view.values, view.P, view.L, view.quantity), 0, 0, width * view.P / view.columns, 84);
+    if (view.P) c.drawImage(pixels(view), 0, 0, width * view.P / view.columns, 84);
   }
 
   function hit(canvas, event, columns, L) {

@@ -25,13 +25,13 @@ const explorerPlots = (() => {
     shown.forEach((which, k) => {
       const all = now.map(at.q, which, "overlap"), points = [];
       for (let l = 0; l < L; l++) if (!Number.isNaN(all[l * P + at.position])) points.push(`${x(l).toFixed(1)},${y(all[l * P + at.position]).toFixed(1)}`);
-      svg.append(node("polyline", { points: points.join(" "), class: "line", stroke: COLOURS[k % 4], "stroke-dasharray": DASHES[k % 4], "stroke-width": which === chosen ? 3 : 1.7 }));
+      svg.append(node("polyline", { points: points.join(" "), class: "ex-line", stroke: COLOURS[k % 4], "stroke-dasharray": DASHES[k % 4], "stroke-width": which === chosen ? 3 : 1.7 }));
     });
     for (let l = 0; l < L; l += Math.max(1, Math.round(L / 6))) svg.append(node("text", { x: x(l), y: H - BOTTOM + 15, "text-anchor": "middle" }, now.info.layers[l]));
     svg.append(node("text", { x: (LEFT + W - RIGHT) / 2, y: H - 3, "text-anchor": "middle" }, "layer"));
     const key = el("p", { class: "key" }, ...shown.map((which, k) => {
       const mark = node("svg", { viewBox: "0 0 26 8", width: 26, height: 8, "aria-hidden": "true" });
-      mark.append(node("line", { x1: 0, x2: 26, y1: 4, y2: 4, class: "line", stroke: COLOURS[k % 4], "stroke-dasharray": DASHES[k % 4], "stroke-width": 2.5 }));
+      mark.append(node("line", { x1: 0, x2: 26, y1: 4, y2: 4, class: "ex-line", stroke: COLOURS[k % 4], "stroke-dasharray": DASHES[k % 4], "stroke-width": 2.5 }));
       return el("span", {}, mark, ` ${words(which)}`);
     }));
     return el("figure", {}, el("figcaption", {}, "Overlap over the layers of this position (1 is at the top; dashed: the threshold)"), svg, key);

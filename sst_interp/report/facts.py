@@ -18,7 +18,7 @@ CHOICES = {
     "handoff": "how a pass without the blend becomes states: shifted by a position, or a moving average",
     "overlap": "similarity of two hidden states",
     "comparison": "the comparison that the report leads with; all three are measured, never pooled",
-    "threshold": "overlap below which a pair has shifted: the antimode of the run's own overlaps, or a number",
+    "threshold": "overlap below which a pair has shifted: the antimode of the run's overlaps, or a number",
 }
 
 
@@ -58,7 +58,9 @@ def _stream(recipe: Any, made: Mapping[str, Any]) -> str:
     if "alpha_range" in made:
         low, high = made["alpha_range"]
         words += (
-            f", alpha {low:g} fixed" if low == high else f", alpha {made['alpha_mean']:.3g} ({low:.2g}-{high:.2g})"
+            f", alpha {low:g} fixed"
+            if low == high
+            else f", alpha {made['alpha_mean']:.3g} ({low:.2g}-{high:.2g})"
         )
     elif recipe.alpha is not None:
         words += f", alpha {recipe.alpha:g}"

@@ -1,8 +1,8 @@
 """Numbers made small enough to embed: rounded to significant digits, as codes, compressed, as base64.
 
-A code is exact: it stands for one decimal number (two or three significant digits), so that the page shows the
-table's number at a stated rounding and not an approximation to it. gzip is what every browser since 2023 can
-undo by itself (`DecompressionStream`); bytes of one significance are kept together, which gzip likes.
+A code stands for one decimal number of two or three significant digits, so that the page shows the table's
+number at a stated rounding and not an approximation to it. Every browser since 2023 can undo gzip by itself
+(`DecompressionStream`); bytes of one significance are kept together, which gzip likes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MISSING, ZERO = 0, 1
 
 @dataclass(frozen=True)
 class Decimals:
-    """Numbers from 10^low to 10^high by `digits` significant digits; anything smaller or larger is clipped."""
+    """Numbers from 10^low to 10^high by `digits` significant digits; what is outside is clipped."""
 
     digits: int
     low: int
@@ -81,7 +81,7 @@ def implied_l2(cosine: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def packed(data: bytes) -> str:
-    """gzip in base64; the same bytes give the same text."""
+    """Compressed, in base64; the same bytes give the same text."""
     return base64.b64encode(gzip.compress(data, 6, mtime=0)).decode()
 
 

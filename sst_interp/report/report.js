@@ -45,11 +45,16 @@
   function themed(layout, height) {
     const ink = css("--soft"), grid = css("--grid"), out = { ...layout, height, font: { ...(layout.font || {}), color: ink, size: narrow() ? 11 : 12.5 } };
     for (const axis of Object.keys(layout).filter((k) => /^[xy]axis/.test(k))) out[axis] = { ...layout[axis], gridcolor: grid, linecolor: ink };
-    for (const axis of ["xaxis", "yaxis"]) out[axis] = out[axis] || { gridcolor: grid, linecolor: ink };
-    out.margin = { ...(layout.margin || {}), t: 36, r: 8, l: 46, b: 48 };
+    for (const axis of ["xaxis", "yaxis"]) {
+      out[axis] = out[axis] || { gridcolor: grid, linecolor: ink };
+      if (out[axis].title) out[axis].title = { ...out[axis].title, font: { size: out.font.size, color: ink }, standoff: 8 };
+    }
+    out.margin = { ...(layout.margin || {}), t: 36, r: 14, l: 46, b: 48 };
     if (narrow()) out.dragmode = false;  // a finger that scrolls the page must not zoom a figure
     return out;
   }
+  // Colour bars say their title along themselves, in the size of everything else.
+  const slim = (trace) => trace.colorbar ? { ...trace, colorbar: { ...trace.colorbar, thickness: 10, title: { ...trace.colorbar.title, font: { size: 12 } } } } : trace;
   function draw(plot) {
     if (!figures || !window.Plotly) return;
     const id = figureOf(plot), key = `${id} ${dark.matches} ${narrow()}`;
@@ -57,7 +62,7 @@
     drawn.set(plot, key);
     if (!id || !figures[id]) { Plotly.purge(plot); return; }
     const figure = JSON.parse(dark.matches ? JSON.stringify(figures[id]).replaceAll("#0072B2", "#56B4E9") : JSON.stringify(figures[id]));
-    Plotly.react(plot, figure.data, themed(figure.layout, Number(plot.dataset.height)), config);
+    Plotly.react(plot, figure.data.map(slim), themed(figure.layout, Number(plot.dataset.height)), config);
   }
   const drawVisible = () => visible.forEach((plot) => { if (plot.offsetParent) draw(plot); });
   const seen = new IntersectionObserver((entries) => {

@@ -1,4 +1,4 @@
-"""What the report says about each analysis: its question, what each figure shows, which claims stand by it."""
+"""What the report says about each analysis: its question, its captions, which claims stand by it."""
 
 from __future__ import annotations
 
@@ -47,11 +47,13 @@ ABOUT = {
 """Analyses in the order of the report; any other result comes after them under its own title."""
 
 CAPTIONS = {
-    "basin_shifts/overlap": "Two separate humps would be two basins; one hump with a tail is one spread that a "
-    "threshold cuts through.",
-    "basin_shifts/by_position": "A high rate at position 0 alone is also what a start-up transient looks like.",
+    "basin_shifts/overlap": "Two separate humps would be two basins; one hump with a tail is one spread "
+    "that a threshold cuts through.",
+    "basin_shifts/by_position": "A high rate at position 0 alone is also what a start-up "
+    "transient looks like.",
     "basin_shifts/rates": "Late positions rest on fewer questions, because short answers have ended.",
-    "basin_shifts/norm_ratio": "Whether a shifted state also changes its size: an overlap sees directions only.",
+    "basin_shifts/norm_ratio": "Whether a shifted state also changes its size: an overlap sees "
+    "directions only.",
 }
 
 STORY = (

@@ -74,7 +74,7 @@ def arrays(
 
 
 def _not_in(of: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The first `MOVED` ids of each row of `of` that are not in the row of `other` (-1: none), and 1 + rank."""
+    """The first `MOVED` ids of each row of `of` that `other` lacks (-1: none), and 1 + their rank."""
     tokens = np.full((len(of), MOVED), -1, dtype=np.int64)
     ranks = np.zeros((len(of), MOVED), dtype=np.uint8)
     for i, (row, has) in enumerate(zip(of, other, strict=True)):
