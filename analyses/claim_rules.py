@@ -2,9 +2,9 @@
 
 The rules were written before a run was looked at (C16's after a look at three questions). Each can fail.
 Where the paper gives a size, a run of another model need not meet it exactly: half to twice the paper's
-figure will do, or half of it where more is more of the same. A figure meets a bound if its interval reaches the bound, so that nothing is refuted by
-noise; an interval that reaches beyond both ends of a range decides nothing and is "not testable". The same
-goes for fewer than `LEAST` questions.
+figure will do, or half of it where more is more of the same. A figure meets a bound if its interval reaches
+the bound, so that nothing is refuted by noise; an interval that reaches beyond both ends of a range decides
+nothing and is "not testable". The same goes for fewer than `LEAST` questions.
 """
 
 from __future__ import annotations

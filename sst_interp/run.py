@@ -172,7 +172,7 @@ class Run:
         return run_cache(self, question, iteration, **how)
 
     def check(self) -> None:
-        """Check every listed shard now rather than when it is first read. Raises SSTError for a damaged one."""
+        """Check every listed shard now, before it is read. Raises SSTError for a damaged one."""
         for batch in manifest.batches(self.manifest):
             for file in self.manifest["shards"][str(batch)]:
                 self._checked(file)
