@@ -200,7 +200,7 @@ def provenance(model: StateStreamModel, questions: QuestionSet) -> dict[str, Any
         "n_layers": model.backbone.n_layers,
         "d_model": model.backbone.d_model,
         "model_hash": model.backbone.content_hash,
-        "alpha_hash": hashlib.sha256(model.alpha.cpu().numpy().tobytes()).hexdigest(),
+        "alpha_hash": model.kind.digest(),
         "dataset_hash": dataset_hash(questions),
         "choices": model.choices.to_dict(),
         "alpha_mean": float(model.alpha.mean()),

@@ -22,9 +22,10 @@ from sst_interp.errors import SSTError
 from sst_interp.generation import Generation, Observe, generate, generate_at_depths
 from sst_interp.halting import Flat, HaltingPolicy
 from sst_interp.hooks import Edit
+from sst_interp.kind import Kind
 from sst_interp.prompt import prefill
 from sst_interp.replay import Replay, replay
-from sst_interp.stream import Recurrence, Stream
+from sst_interp.stream import LayerBlend, Recurrence, Stream
 
 Prompt = str | Sequence[int]
 
@@ -38,6 +39,7 @@ class StateStreamModel(Recurrence, Bridges):
         alpha: blend weights in [0, 1]: a number, one per layer [layer], or [layer, d_model].
         choices: what the paper leaves open.
         name: how listings and errors call this model.
+        kind: another kind of stream, instead of `alpha` (`sst_interp.lrt`).
 
     Raises:
         SSTError: alpha of the wrong shape, not finite, or outside [0, 1].
@@ -50,18 +52,20 @@ class StateStreamModel(Recurrence, Bridges):
         alpha: float | Tensor | Sequence[float] = 0.027,
         choices: Choices | None = None,
         name: str = "model",
+        kind: Kind | None = None,
     ) -> None:
         self.backbone = backbone
         self.tokenizer = tokenizer
         self.choices = choices or Choices()
         self.name = name
-        self.alpha = expand_alpha(alpha, backbone)
+        self.kind = LayerBlend(expand_alpha(alpha, backbone)) if kind is None else kind
+        self.kind.check(self.choices)
 
     def __repr__(self) -> str:
         b = self.backbone
         return (
             f"StateStreamModel({self.name}: {b.family}, {b.n_layers} layers x {b.d_model}, "
-            f"{str(b.dtype).removeprefix('torch.')}, alpha {self.alpha.min():.4g} to {self.alpha.max():.4g})"
+            f"{str(b.dtype).removeprefix('torch.')}, {self.kind})"
         )
 
     def encode(self, prompt: Prompt) -> list[int]:

@@ -84,9 +84,9 @@ class Rereading:
 
 
 def in_float32(model: Recurrence) -> Recurrence:
-    """The same weights and blend in float32: a copy in memory, nothing is loaded."""
+    """The same weights and stream in float32: a copy in memory, nothing is loaded."""
     upcast = copy.deepcopy(model.backbone.model).to(torch.float32)
-    return Recurrence(Backbone(upcast), model.alpha.to(torch.float32), model.choices)
+    return Recurrence(Backbone(upcast), model.kind.to(torch.float32), model.choices)
 
 
 def noise_rows(

@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sst_interp.certificate import Certificate, picks, spot_check
-from sst_interp.layerwise import solve_layerwise
+from sst_interp.exact import solve_exactly
 from sst_interp.stream import Recurrence, Stream, stack_pass
 from sst_interp.sweeps import solve_by_sweeps
 
@@ -18,7 +18,7 @@ from sst_interp.sweeps import solve_by_sweeps
 def prefill(model: Recurrence, stream: Stream, tokens: Int[Tensor, "row position"]) -> Certificate:
     """Read a prompt, or a further piece of one; the stream then stands behind it.
 
-    `exact` is solved layer by layer to the dtype's tolerance, and two positions are rechecked one by one.
+    `exact` is solved to the dtype's tolerance, and two positions are rechecked one by one.
     `two_pass` is one sweep. `blend_off` leaves the stream empty: the recurrence starts at the next token.
     """
     how = model.choices.prompt
@@ -33,5 +33,5 @@ def prefill(model: Recurrence, stream: Stream, tokens: Int[Tensor, "row position
     if how == "two_pass":
         solution = solve_by_sweeps(model, stream, tokens, sweeps=1, keep=False)
         return replace(solution.certificate, method="two_pass")
-    solution = solve_layerwise(model, stream, tokens, keep=False, check=picks(tokens.shape[1], 2))
+    solution = solve_exactly(model, stream, tokens, keep=False, check=picks(tokens.shape[1], 2))
     return spot_check(model, stream, tokens, solution)

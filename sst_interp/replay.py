@@ -11,8 +11,8 @@ from torch import Tensor
 
 from sst_interp.certificate import Certificate, picks, spot_check
 from sst_interp.errors import SSTError
+from sst_interp.exact import solve_exactly
 from sst_interp.generation import check_iterations
-from sst_interp.layerwise import solve_layerwise
 from sst_interp.prompt import prefill
 from sst_interp.sequential import advance
 from sst_interp.stream import Recurrence
@@ -69,7 +69,7 @@ def replay(
         how: dict[str, Any] = {"iterations": iterations, "tolerance": tolerance}
         how["check"] = picks(tokens.shape[1], check)
         if groups is None and sweeps is None:
-            solution = solve_layerwise(model, stream, tokens, **how)
+            solution = solve_exactly(model, stream, tokens, **how)
         else:
             solution = solve_by_sweeps(model, stream, tokens, groups=groups or 1, sweeps=sweeps, **how)
         assert solution.resid_post is not None

@@ -8,8 +8,9 @@ Layer `l`, position `t`, iteration `i` (arXiv 2605.00206, section 3):
     s_l <- y                                 # the state carried on
 
 `s_l` comes from (t, i-1) when i > 1, else from the last iteration at t-1. No state yet, no blend.
-This module knows the formula and who attends to whom; in which order positions are visited is the
-business of `sequential`, `layerwise` and `sweeps`.
+This is one kind of stream (`sst_interp.kind`); `sst_interp.lrt` has the other. This module knows the formula
+and who attends to whom; in which order positions are visited is the business of `sequential`, `layerwise` and
+`sweeps`.
 """
 
 from __future__ import annotations
@@ -22,22 +23,37 @@ from torch import Tensor
 
 from sst_interp.backbone import SLIDING, Backbone
 from sst_interp.choices import Choices
+from sst_interp.errors import SSTError
 from sst_interp.hooks import Visit, unhooked
 from sst_interp.keyvalues import Access, KeyValues
+from sst_interp.kind import NAMES, Kind, Reading
 
 
 @dataclass(eq=False)
 class Recurrence:
-    """What the formula needs: a backbone, its blend weights, and the choices the paper leaves open."""
+    """What the formula needs: a backbone, a kind of stream, and the choices the paper leaves open."""
 
     backbone: Backbone
-    alpha: Float[Tensor, "layer d_model"]
+    kind: Kind
     choices: Choices
+
+    @property
+    def alpha(self) -> Float[Tensor, "layer d_model"]:
+        """Blend weights of a State Stream Transformer; the other kind has none (SSTError)."""
+        if not isinstance(self.kind, LayerBlend):
+            raise SSTError(
+                f"a {NAMES[self.kind.name]} has no alpha", "its weights are `model.kind.weights()`"
+            )
+        return self.kind.alpha
+
+    @alpha.setter
+    def alpha(self, alpha: Float[Tensor, "layer d_model"]) -> None:
+        self.kind = LayerBlend(alpha)
 
     def new_stream(self, pad: Int[Tensor, " row"], columns: int) -> Stream:
         """An empty stream with room for `columns` tokens per row, `pad` of them padding on the left."""
         b = self.backbone
-        state = torch.zeros(b.n_layers, len(pad), b.d_model, dtype=b.dtype, device=b.device)
+        state = torch.zeros(self.kind.slots(b), len(pad), b.d_model, dtype=b.dtype, device=b.device)
         return Stream(KeyValues(b.n_layers, columns), state, pad, pad.clone())
 
 
@@ -50,8 +66,8 @@ class Stream:
     """
 
     kv: KeyValues
-    state: Float[Tensor, "layer row d_model"]
-    """s_l after the last iteration at the last position."""
+    state: Float[Tensor, "slot row d_model"]
+    """What the last iteration at the last position handed on: s_l, a slot per layer (or the memory: one)."""
     pad: Int[Tensor, " row"]
     """Columns of left padding. Pads are never attended to, have no state and hand none on."""
     origin: Int[Tensor, " row"]
@@ -76,6 +92,65 @@ class Stream:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class LayerBlend(Kind):
+    """The State Stream Transformer: every layer's output is carried, and blended in after its attention."""
+
+    alpha: Float[Tensor, "layer d_model"]
+
+    name = "sst"
+    layer_by_layer = True
+
+    def slots(self, backbone: Backbone) -> int:
+        """One per layer."""
+        return backbone.n_layers
+
+    def weights(self) -> dict[str, Tensor]:
+        """`alpha` [layer, d_model]."""
+        return {"alpha": self.alpha}
+
+    def with_weights(self, weights: dict[str, Tensor]) -> LayerBlend:
+        """Another `alpha`."""
+        return LayerBlend(weights["alpha"])
+
+    def reading(
+        self, choices: Choices, state: Tensor | None, has_state: Tensor | None, visit: Visit
+    ) -> Reading:
+        """The blend, where there is a state."""
+        return (
+            Reading() if state is None else _Blending(self.alpha, choices, state.unbind(0), has_state, visit)
+        )
+
+    def handed_on(
+        self, backbone: Backbone, choices: Choices, resid_post: Tensor, ffn: list[Tensor]
+    ) -> Float[Tensor, "layer row position d_model"]:
+        """What `choices.carry` says (the layer outputs are the same tensor)."""
+        return torch.stack(ffn) if choices.carry == "ffn_output" else resid_post
+
+    def __str__(self) -> str:
+        return f"alpha {self.alpha.min():.4g} to {self.alpha.max():.4g}"
+
+    @property
+    def off(self) -> bool:
+        """Every blend weight is 0."""
+        return not bool(self.alpha.any())
+
+
+@dataclass(frozen=True, eq=False)
+class _Blending(Reading):
+    alpha: Tensor
+    choices: Choices
+    state: tuple[Tensor, ...]
+    has_state: Tensor | None
+    visit: Visit
+
+    def after_attention(self, index: int, m: Tensor) -> Tensor:
+        a = self.alpha[index]
+        if self.has_state is not None:
+            a = a * self.has_state[..., None]
+        return blend(m, self.visit("stream_state", index, self.state[index]), a, self.choices)
+
+
 def blend(
     m: Float[Tensor, "row position d_model"],
     s: Float[Tensor, "row position d_model"],
@@ -92,22 +167,21 @@ def stack_pass(
     stream: Stream,
     tokens: Int[Tensor, "row position"],
     columns: Int[Tensor, " position"],
-    state: Float[Tensor, "layer row position d_model"] | None,
+    state: Float[Tensor, "slot row position d_model"] | None,
     has_state: Bool[Tensor, "row position"] | None,
     access: Access,
     visit: Visit = unhooked,
-) -> tuple[Float[Tensor, "layer row position d_model"], Float[Tensor, "layer row position d_model"]]:
+) -> tuple[Float[Tensor, "layer row position d_model"], Float[Tensor, "slot row position d_model"]]:
     """One pass of the first `len(tokens)` rows through all layers at the given columns.
 
     Args:
-        state: incoming states; None switches the blend off.
-        has_state: where there is a state to blend; None means everywhere.
+        state: incoming states; None: there are none (no blend, or a memory of zeros).
+        has_state: where there is a state to read; None means everywhere.
         access: what the pass does with its keys and values.
         visit: shown every tensor [row, position, d_model] on its way; the pass goes on with what it returns.
 
     Returns:
-        (resid_post, carried): each layer's output, and what it hands on (the same tensor unless
-        `choices.carry` is `ffn_output`).
+        (resid_post, carried): each layer's output, and the states that are handed on.
     """
     backbone, choices, rows = model.backbone, model.choices, tokens.shape[0]
     position_ids = (columns[None] - stream.pad[:rows, None]).clamp(min=0)
@@ -116,24 +190,20 @@ def stack_pass(
     rotary = backbone.rotary(x, position_ids)
     masks = attention_masks(backbone, stream.pad[:rows], columns, end, access, x.dtype)
     kv = stream.kv.view(_as_slice(columns), end, access)
-    outputs, carried = [], []
-    states = [None] * backbone.n_layers if state is None else state.unbind(0)
+    reading = model.kind.reading(choices, state, has_state, visit)
+    outputs, branches = [], []
     for index, layer in enumerate(backbone.layers):
-        x = visit("resid_pre", index, x)
-        branch = layer.attention_branch(x, rotary[layer.kind], masks[layer.kind], kv)
+        x = visit("resid_pre", index, reading.into_layer(index, x))
+        branch = reading.attention(index, layer, x, rotary[layer.kind], masks[layer.kind], kv)
         m = visit("resid_mid", index, x + visit("attn_out", index, branch))
-        if (s := states[index]) is not None:
-            a = model.alpha[index]
-            if has_state is not None:
-                a = a * has_state[..., None]
-            m = blend(m, visit("stream_state", index, s), a, choices)
-        m = visit("resid_blended", index, m)
+        m = visit("resid_blended", index, reading.after_attention(index, m))
         ffn = visit("mlp_out", index, layer.ffn_branch(m))
         x = visit("resid_post", index, m + ffn)
         outputs.append(x)
-        carried.append(x if choices.carry == "layer_output" else ffn)
+        if choices.carry == "ffn_output":
+            branches.append(ffn)
     resid_post = torch.stack(outputs)
-    return resid_post, resid_post if choices.carry == "layer_output" else torch.stack(carried)
+    return resid_post, model.kind.handed_on(backbone, choices, resid_post, branches)
 
 
 def attention_masks(

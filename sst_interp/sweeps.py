@@ -17,12 +17,13 @@ more than one iteration per position two sources of keys and values are needed: 
 attends to the *last-iteration* entries of earlier positions and to its own current entry.
 
 To solve for the exact states of an SST, `layerwise` is several times cheaper; it needs the state to come
-from the layer it goes back to, which this solver does not.
+from the layer it goes back to, which this solver does not, so that it is the exact solver of the other kind.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -44,6 +45,7 @@ def solve_by_sweeps(
     tolerance: float | None = None,
     keep: bool = True,
     check: list[int] | None = None,
+    watch: Callable[[Tensor, Tensor], object] | None = None,
 ) -> Solution:
     """States of `tokens`, continuing `stream`, which afterwards stands behind them.
 
@@ -56,6 +58,8 @@ def solve_by_sweeps(
             than positions, by when every position is exact.
         keep: return every layer's outputs (`resid_post`), not only the last layer's.
         check: positions whose incoming states are returned for `spot_check`.
+        watch: called after every pass, the first one without states included, with the positions it
+            computed and the last layer's outputs there [row, position, d_model].
 
     While gradients are enabled (training) nothing is written in place, so that the result can be
     differentiated through every pass, and with a fixed number of sweeps no residual is measured.
@@ -64,11 +68,13 @@ def solve_by_sweeps(
         SSTError: states overflow (alpha too large for this backbone).
     """
     (rows, T), d = tokens.shape, model.backbone.d_model
+    watch = watch or (lambda _at, _last: None)
     columns = torch.arange(T, device=tokens.device) + stream.column
     real = columns[None] >= stream.pad[:, None]
     tolerance = TOLERANCE[model.backbone.dtype] if tolerance is None else tolerance
 
     first_guess, outgoing = stack_pass(model, stream, tokens, columns, None, None, "write")
+    watch(columns - stream.column, first_guess[-1])
     incoming = torch.cat([stream.state[:, :, None], outgoing[:, :, :-1]], dim=2)
     if model.choices.handoff == "scan":
         incoming = moving_average(incoming, model.alpha, columns > stream.origin[:, None])
@@ -87,6 +93,7 @@ def solve_by_sweeps(
             outgoing = put(outgoing, at, new, dim=2)
             onward = at[at + 1 < T]
             incoming = put(incoming, onward + 1, new[:, :, : len(onward)], dim=2)
+            watch(at, outputs[-1][-1])
             latest = torch.stack([r if keep else r[-1:] for r in outputs], dim=3)
             kept = put(kept, at, latest, dim=2)
         residuals.append(change)

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from sst_interp.certificate import TOLERANCE, relative_change
 from sst_interp.errors import SSTError
+from sst_interp.exact import solve_exactly
 from sst_interp.hooks import Hook
 from sst_interp.keyvalues import Access
-from sst_interp.layerwise import solve_layerwise
 from sst_interp.sequential import advance
 from sst_interp.stream import Recurrence, Stream, stack_pass
 
@@ -68,7 +68,7 @@ def read_in_parallel(
     rows, positions = tokens.shape
     stream = model.new_stream(torch.zeros(rows, dtype=torch.long, device=tokens.device), positions)
     everywhere = list(range(positions))
-    solution = solve_layerwise(model, stream, tokens, iterations=iterations, check=everywhere)
+    solution = solve_exactly(model, stream, tokens, iterations=iterations, check=everywhere)
     incoming = torch.stack([solution.incoming[t] for t in everywhere], dim=2)
     before, columns = solution.resid_post, torch.arange(positions, device=tokens.device)
     assert before is not None

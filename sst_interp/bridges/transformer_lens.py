@@ -33,6 +33,7 @@ from sst_interp.bridges.twin import twin_of
 from sst_interp.errors import SSTError
 from sst_interp.generation import Generation, check_iterations, generate
 from sst_interp.hooks import SITES, Site, Visit, alike
+from sst_interp.kind import NAMES
 from sst_interp.model import StateStreamModel
 from sst_interp.stream import Recurrence
 
@@ -49,6 +50,11 @@ class StateStreamBridge(TransformerBridge):
     """
 
     def __init__(self, model: StateStreamModel) -> None:
+        if model.kind.name != "sst":
+            raise SSTError(
+                f"a {NAMES[model.kind.name]} does not go into TransformerLens yet",
+                "`model.generate(edit=...)` and nnsight work with it",
+            )
         hf, backbone, adapter, tokenizer = twin_of(model)
         super().__init__(hf, adapter, tokenizer)
         self.state_stream, self._twin = model, backbone
@@ -224,7 +230,7 @@ class StateStreamBridge(TransformerBridge):
         return logits
 
     def _hooked(self) -> Recurrence:
-        return Recurrence(self._twin, self.state_stream.alpha, self.state_stream.choices)
+        return Recurrence(self._twin, self.state_stream.kind, self.state_stream.choices)
 
     def _hook(self, position: int, iteration: int) -> Visit:
         self.now = Now(iteration, position)

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from sst_interp.layerwise import solve_layerwise
+from sst_interp.exact import solve_exactly
 from sst_interp.model import StateStreamModel
 from sst_interp.sweeps import solve_by_sweeps
 from sst_interp.training.batches import make_batch
@@ -49,7 +49,7 @@ def answer_losses(
         tokens, device = batch.tokens, batch.tokens.device
         stream = model.new_stream(torch.zeros(len(chosen), dtype=torch.long, device=device), tokens.shape[1])
         if sweeps is None:
-            solution = solve_layerwise(model, stream, tokens, iterations=iterations, keep=False)
+            solution = solve_exactly(model, stream, tokens, iterations=iterations, keep=False)
         else:
             solution = solve_by_sweeps(
                 model, stream, tokens, iterations=iterations, sweeps=sweeps, groups=groups, keep=False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -81,8 +80,7 @@ def evaluate_by_name(
 
 def _same_model(folder: Path, model: StateStreamModel) -> None:
     """Refuse a folder with another model's measurements; note whose they are."""
-    digest = hashlib.sha256(model.alpha.cpu().numpy().tobytes())
-    now = {"backbone": model.backbone.content_hash, "alpha": digest.hexdigest()}
+    now = {"backbone": model.backbone.content_hash, "alpha": model.kind.digest()}
     path = folder / MODEL
     if path.is_file():
         if json.loads(path.read_text()) != now:

@@ -77,7 +77,7 @@ def evaluate(
     Raises:
         SSTError: an unknown task, or depths that are not whole numbers from 1.
     """
-    if not bool(model.alpha.any()):
+    if model.kind.off:
         depths = [1]
     wanted = [*tasks, *([HELD_OUT] if held_out else [])]
     for name, at, n in missing(Path(folder), wanted, depths, questions):

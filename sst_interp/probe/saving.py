@@ -6,7 +6,6 @@ folder/probe.json          layer, iteration, label, depths, threshold, the model
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -179,7 +178,7 @@ def train_probe(
 
 def model_identity(model: StateStreamModel) -> dict[str, Any]:
     """What a probe's states depend on, of a model."""
-    alpha = hashlib.sha256(model.alpha.cpu().numpy().tobytes()).hexdigest()
+    alpha = model.kind.digest()
     shape = {"n_layers": model.backbone.n_layers, "d_model": model.backbone.d_model}
     choices = {name: getattr(model.choices, name) for name in STREAM}
     return {"model_hash": model.backbone.content_hash, "alpha_hash": alpha} | shape | choices
