@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sst_interp.choices import Choices as Choices
     from sst_interp.errors import SSTError as SSTError
     from sst_interp.loading import load as load
-    from sst_interp.lrt_design import attach_lrt as attach_lrt
+    from sst_interp.lrt_attach import attach_lrt as attach_lrt
     from sst_interp.model import StateStreamModel as StateStreamModel
     from sst_interp.model import attach as attach
     from sst_interp.recipe import Recipe as Recipe
@@ -32,7 +32,7 @@ _WHERE = {
     "load": "loading",
     "StateStreamModel": "model",
     "attach": "model",
-    "attach_lrt": "lrt_design",
+    "attach_lrt": "lrt_attach",
     "Recipe": "recipe",
     "open_run": "runs",
     "list_runs": "runs",

@@ -26,6 +26,7 @@ from sst_interp.choices import TRAINED
 from sst_interp.controls import Controls
 from sst_interp.errors import SSTError
 from sst_interp.generation import check_room
+from sst_interp.kind import NAMES
 from sst_interp.lanes import LaneDecoder
 from sst_interp.loading import load
 from sst_interp.model import StateStreamModel
@@ -203,8 +204,7 @@ def provenance(model: StateStreamModel, questions: QuestionSet) -> dict[str, Any
         "alpha_hash": model.kind.digest(),
         "dataset_hash": dataset_hash(questions),
         "choices": model.choices.to_dict(),
-        "alpha_mean": float(model.alpha.mean()),
-        "alpha_range": [float(model.alpha.min()), float(model.alpha.max())],
+        **_of_the_stream(model),
         "dtype": str(model.backbone.dtype).removeprefix("torch."),
         "device": model.backbone.device.type,
         "dataset": questions.provenance,
@@ -214,6 +214,16 @@ def provenance(model: StateStreamModel, questions: QuestionSet) -> dict[str, Any
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
     }
+
+
+def _of_the_stream(model: StateStreamModel) -> dict[str, Any]:
+    """The kind of stream, and its weights in a few numbers."""
+    if model.kind.name == "sst":
+        alpha = model.alpha
+        return {"alpha_mean": float(alpha.mean()), "alpha_range": [float(alpha.min()), float(alpha.max())]}
+    gamma = model.kind.weights().get("gamma")
+    found = {"kind": model.kind.name, "stream": str(model.kind)}
+    return found if gamma is None else found | {"gamma": gamma.tolist()}
 
 
 def dataset_hash(questions: QuestionSet) -> str:
@@ -229,6 +239,8 @@ def refuse_other_model(model: StateStreamModel, recipe: Recipe) -> None:
     dtype = str(model.backbone.dtype).removeprefix("torch.")
     if dtype != recipe.dtype:
         raise SSTError(f"the model is {dtype}, the recipe says {recipe.dtype}", f"dtype = {dtype!r}")
+    if recipe.alpha is not None and model.kind.name != "sst":
+        raise SSTError(f"a {NAMES[model.kind.name]} has no alpha", "leave alpha out of the recipe")
     if recipe.alpha is not None and not torch.allclose(
         model.alpha, torch.as_tensor(recipe.alpha).to(model.alpha)
     ):

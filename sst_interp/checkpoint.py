@@ -1,7 +1,7 @@
-"""A state stream on disk: its blend weights in safetensors, its choices and its backbone in JSON.
+"""A state stream on disk: its weights in safetensors, its choices and its backbone in JSON.
 
-folder/stream.safetensors         alpha [layer, d_model]
-folder/stream.json                choices, and the backbone's name, revision and content hash
+folder/stream.safetensors         SST: alpha [layer, d_model]; LRT: gamma, key, value, gates
+folder/stream.json                kind, choices, and the backbone's name, revision and content hash
 folder/adapter_model.safetensors  trained checkpoints: LoRA adapters, in PEFT's layout
 folder/adapter_config.json        and their configuration
 """
@@ -12,19 +12,24 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from sst_interp.choices import Choices
 from sst_interp.durable import publish, replace_bytes, stage
 from sst_interp.errors import SSTError
+from sst_interp.kind import NAMES, Kind, KindName
+from sst_interp.lrt import Memory
+from sst_interp.stream import LayerBlend
 from sst_interp.training.adapters import save_adapters
 
 if TYPE_CHECKING:
     from sst_interp.model import StateStreamModel
 
 CONFIG, WEIGHTS = "stream.json", "stream.safetensors"
+LRT_WEIGHTS = [{"gamma"}, {"key", "value", "gates"}, {"gamma", "key", "value", "gates"}]
+"""By pathway."""
+OWN: dict[KindName, str] = {"sst": "blend weights (alpha)", "lrt": "memory"}
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -50,6 +55,7 @@ def save_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     config = {
         "format": 1,
+        "kind": model.kind.name,
         "choices": model.choices.to_dict(),
         "backbone": {
             "name": backbone_name,
@@ -60,30 +66,52 @@ def save_checkpoint(
     }
     if adapters is not None:
         save_adapters(adapters, folder, backbone_name)
-    stage(folder / WEIGHTS, lambda path: save_file({"alpha": model.alpha.contiguous().cpu()}, path))
+    if isinstance(model.kind, Memory):
+        config["source"] = model.kind.source
+    weights = {name: w.detach().contiguous().cpu() for name, w in model.kind.weights().items()}
+    stage(folder / WEIGHTS, lambda path: save_file(weights, path))
     publish(folder / WEIGHTS)
     replace_bytes(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True).encode())
     return folder
 
 
-def read_checkpoint(folder: Path) -> tuple[dict[str, Any], torch.Tensor, Choices]:
-    """(config, alpha [layer, d_model], choices) of a checkpoint folder.
+def read_checkpoint(folder: Path, kind: KindName | None = None) -> tuple[dict[str, Any], Kind, Choices]:
+    """(config, the stream with its weights, choices) of a checkpoint folder.
+
+    Args:
+        kind: the only kind that will do; None for any.
 
     Raises:
-        SSTError: a file is missing or damaged, or holds other tensors than it must.
+        SSTError: a file is missing or damaged, or holds other tensors than it must; another kind.
     """
     try:
         config = json.loads((folder / CONFIG).read_text())
         weights = load_file(folder / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
         raise SSTError(f"checkpoint {folder} cannot be read: {error}", "fetch or save it again") from None
-    if set(weights) != {"alpha"}:
+    found = config.get("kind", "sst") if isinstance(config, dict) else "sst"
+    if found not in NAMES:
+        raise SSTError(f"checkpoint {folder} is of an unknown kind {found!r}", "a newer version may know it")
+    refuse_kind(folder, found, kind)
+    allowed = [{"alpha"}] if found == "sst" else LRT_WEIGHTS
+    if set(weights) not in allowed:
+        must = " or ".join(str(sorted(names)) for names in allowed)
         raise SSTError(
-            f"checkpoint {folder} holds {sorted(weights)} where it must hold ['alpha']", "fetch it again"
+            f"checkpoint {folder} holds {sorted(weights)} where it must hold {must}", "fetch it again"
         )
     backbone = config.get("backbone") if isinstance(config, dict) else None
     if not isinstance(backbone, dict) or not {"name", "content_hash"} <= set(backbone):
         raise SSTError(
             f"checkpoint {folder}: {CONFIG} does not say which backbone it belongs to", "fetch it again"
         )
-    return config, weights["alpha"], Choices.from_dict(config.get("choices", {}))
+    stream = LayerBlend(weights["alpha"]) if found == "sst" else Memory(config.get("source"), **weights)
+    return config, stream, Choices.from_dict(config.get("choices", {}))
+
+
+def refuse_kind(name: str | Path, found: KindName, wanted: KindName | None) -> None:
+    """Raise if a checkpoint is of another kind than the one that is wanted."""
+    if wanted is not None and found != wanted:
+        raise SSTError(
+            f"checkpoint {name} is a {NAMES[found]}, not a {NAMES[wanted]}",
+            f"it has no {OWN[wanted]}: name another checkpoint",
+        )

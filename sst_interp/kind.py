@@ -100,6 +100,13 @@ class Kind(ABC):
         """The same with weights of this dtype."""
         return self.with_weights({name: value.to(dtype) for name, value in self.weights().items()})
 
+    def like(self, other: Kind) -> bool:
+        """Whether the two are the same stream, in the dtype of the other."""
+        ours, theirs = self.weights(), other.weights()
+        if self.label() != other.label() or ours.keys() != theirs.keys():
+            return False
+        return all(torch.equal(w.to(theirs[name]), theirs[name]) for name, w in ours.items())
+
     def digest(self) -> str:
         """sha256 of everything that is its own: tells two streams on one backbone apart."""
         found = hashlib.sha256(self.label().encode())

@@ -21,9 +21,12 @@ from torch import Tensor
 from sst_interp import places
 from sst_interp.assets import smollm2_folder
 from sst_interp.backbone import content_hash
-from sst_interp.checkpoint import is_checkpoint, read_checkpoint
+from sst_interp.checkpoint import is_checkpoint, read_checkpoint, refuse_kind
 from sst_interp.choices import TRAINED, Choices
 from sst_interp.errors import SSTError, unknown_name
+from sst_interp.kind import KindName
+from sst_interp.lrt import Memory
+from sst_interp.lrt_attach import attach_memory
 from sst_interp.model import StateStreamModel, attach
 from sst_interp.sharing import fetch_checkpoint
 from sst_interp.training.adapters import merge_adapters
@@ -42,6 +45,7 @@ def load(
     dtype: str | torch.dtype = "bfloat16",
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
+    kind: KindName | None = None,
 ) -> StateStreamModel:
     """Load a model with a state stream.
 
@@ -52,6 +56,8 @@ def load(
         dtype: of the weights: `bfloat16`, `float32` or `float64`.
         device: where to put the model.
         trust_remote_code: run Python code from the model's hub repository.
+        kind: `sst` or `lrt` refuses a checkpoint of the other kind; None takes either. A backbone without a
+            checkpoint gets an SST (`sst.attach_lrt` attaches the other to a model in memory).
 
     Raises:
         SSTError: unknown name, no access, unsupported family, a checkpoint trained on other weights, or
@@ -60,11 +66,15 @@ def load(
     dtype = _dtype(dtype)
     folder = checkpoint_folder(name) or fetch_from_hub(name)
     if folder is None:
+        if kind == "lrt":
+            raise SSTError(f"{name} has no memory", "sst.attach_lrt(hf_model, tokenizer) attaches one")
         model, tokenizer = _backbone(str(name), dtype, trust_remote_code)
         return attach(
             model.to(device), tokenizer, PAPER_ALPHA if alpha is None else alpha, choices, str(name)
         )
-    config, trained, theirs = read_checkpoint(folder)
+    config, trained, theirs = read_checkpoint(folder, kind)
+    if alpha is not None:
+        refuse_kind(name, trained.name, "sst")
     backbone = config["backbone"]
     model, tokenizer = _backbone(backbone["name"], dtype, trust_remote_code)
     for field in TRAINED:
@@ -83,7 +93,10 @@ def load(
         )
     choices = replace(choices or theirs, **{field: getattr(theirs, field) for field in TRAINED})
     model = merge_adapters(model, folder)
-    return attach(model.to(device), tokenizer, trained if alpha is None else alpha, choices, str(name))
+    if isinstance(trained, Memory):
+        return attach_memory(model.to(device), trained, tokenizer, choices, str(name))
+    weights = trained.weights()["alpha"] if alpha is None else alpha
+    return attach(model.to(device), tokenizer, weights, choices, str(name))
 
 
 def load_tokenizer(name: str | Path, trust_remote_code: bool = False) -> Any:

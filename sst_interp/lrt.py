@@ -17,7 +17,7 @@ layer's own. With gamma 0 and W 0 the model is its backbone, bit for bit.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -29,13 +29,12 @@ from sst_interp.choices import Choices
 from sst_interp.errors import SSTError
 from sst_interp.hooks import Visit
 from sst_interp.kind import Kind, Reading
-
-Pathway = Literal["residual", "kv", "both"]
+from sst_interp.lrt_design import Pathway
 
 
 @dataclass(frozen=True, eq=False)
 class Memory(Kind):
-    """One source layer's output is carried, and every layer reads it. A pathway that is off has no weights."""
+    """One source layer's output is carried; every layer reads it. A pathway that is off has no weights."""
 
     source: int | None = None
     """From 0; None: the last layer's output after the final norm."""

@@ -20,8 +20,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from sst_interp import checkpoint, manifest, places
 from sst_interp.choices import TRAINED
 from sst_interp.durable import publish, replace_bytes, stage
@@ -95,8 +93,8 @@ def checkpoint_of(
 
     source, trained = checkpoint_folder(model.name) or fetch_checkpoint(model.name, api=api), False
     if source is not None:
-        config, alpha, theirs = checkpoint.read_checkpoint(source)
-        same = torch.equal(alpha.to(model.alpha), model.alpha) and all(
+        config, kind, theirs = checkpoint.read_checkpoint(source)
+        same = kind.like(model.kind) and all(
             getattr(theirs, field) == getattr(model.choices, field) for field in TRAINED
         )
         trained = (source / adapters.CONFIG).is_file()

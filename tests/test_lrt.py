@@ -6,7 +6,7 @@ from tiny import FAMILIES, prompts, tiny
 
 from sst_interp.choices import Choices
 from sst_interp.errors import SSTError
-from sst_interp.lrt_design import attach_lrt
+from sst_interp.lrt_attach import attach_lrt
 from sst_interp.sequential import advance
 
 ROUNDING = 1e-12

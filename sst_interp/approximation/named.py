@@ -66,8 +66,8 @@ def errors_by_name(
             verify = False
     else:
         _measure(model, label, "all", examples, SCHEDULES + CYCLIC, out, verify, progress)
-        config, alpha, _ = read_checkpoint(folder)
-        bare = load(config["backbone"]["name"], alpha, model.choices, "float32")
+        config, kind, _ = read_checkpoint(folder, "sst")
+        bare = load(config["backbone"]["name"], kind.weights()["alpha"], model.choices, "float32")
         _measure(bare, f"{label}, blend only", "all", examples, SCHEDULES, out, False, progress)
     return pd.read_parquet(out)
 

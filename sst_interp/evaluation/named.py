@@ -52,7 +52,7 @@ def evaluate_by_name(
     folder = evaluation_folder(name, out)
     check_depths(depths)
     checkpoint = checkpoint_folder(name)
-    if checkpoint is None or not bool(read_checkpoint(checkpoint)[1].any()):
+    if checkpoint is None or read_checkpoint(checkpoint)[1].off:
         depths = [1]  # without a blend, every depth does the same
     wanted = [*tasks, *(["held-out-loss"] if held_out_of else [])]
     if not missing(folder, wanted, depths, questions):

@@ -1,4 +1,4 @@
-"""What is trained, in fp32: AdamW over copies of the adapters and over the blend weights' logits.
+"""What is trained, in fp32: AdamW over copies of the adapters and over the stream's own weights.
 
 A bf16 weight of 1 cannot take a step of 0.001. So the optimiser works on fp32 masters; the model computes
 with their bf16 roundings. Blend weights are trained as the logit of their place between the bounds:
@@ -20,8 +20,9 @@ class Masters:
 
     Args:
         adapters: the model's adapter weights by name; they are overwritten after every step.
-        shape: of the blend weights, [layer, d_model]; None without a stream.
+        shape: of the blend weights, [layer, d_model]; None without a blend.
         steps: of the whole training, for the learning rate.
+        memory: weights of a Latent Recurrent Transformer, which are trained as they are.
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class Masters:
         adapters: dict[str, nn.Parameter],
         shape: tuple[int, int] | None,
         steps: int,
+        memory: dict[str, Tensor] | None = None,
     ) -> None:
         self.recipe, self.adapters, self.steps = recipe, adapters, steps
         dtype = torch.float64 if recipe.dtype == "float64" else torch.float32
@@ -48,6 +50,12 @@ class Masters:
             place = torch.full(shape, (recipe.alpha - low) / (high - low), dtype=dtype, device=device)
             self.logit = self.values["alpha.logit"] = nn.Parameter(torch.logit(place))
             groups.append({"params": [self.logit], "lr": recipe.alpha_learning_rate, "weight_decay": 0.0})
+        self.memory = {name: nn.Parameter(w.detach().to(dtype).clone()) for name, w in (memory or {}).items()}
+        """A Latent Recurrent Transformer's weights by name, differentiable."""
+        if self.memory:
+            self.values |= {f"memory.{name}": value for name, value in self.memory.items()}
+            params = list(self.memory.values())
+            groups.append({"params": params, "lr": recipe.lrt_learning_rate, "weight_decay": 0.0})
         self.optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.99))
         self._peaks = [group["lr"] for group in groups]
 
@@ -56,6 +64,10 @@ class Masters:
         assert self.logit is not None
         low, high = self.recipe.alpha_bounds
         return low + (high - low) * torch.sigmoid(self.logit)
+
+    def stream(self) -> dict[str, Tensor] | None:
+        """The stream's own weights by name, differentiable; None if none are trained."""
+        return {"alpha": self.alpha()} if self.logit is not None else self.memory or None
 
     def gradient_norm(self) -> float:
         """Norm of the whole gradient, which is taken over from the model."""

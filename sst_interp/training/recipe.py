@@ -12,9 +12,12 @@ from typing import Any, Literal, get_args
 from sst_interp import places
 from sst_interp.choices import Choices
 from sst_interp.errors import SSTError, unknown_name
+from sst_interp.lrt_design import MemoryDesign
 from sst_interp.recipe import NAME
 
-Method = Literal["two_pass", "exact", "none"]
+Method = Literal["two_pass", "multi_refine", "interleaved", "chunked", "exact", "none"]
+EVERY_PASS = ("multi_refine", "interleaved")
+"""Methods whose loss is the mean over all passes."""
 
 
 @dataclass(frozen=True)
@@ -32,15 +35,30 @@ class TrainingRecipe:
     `question` and `answer`."""
 
     method: Method = "two_pass"
-    """How states are found in training. `two_pass`: a blend-off pass, then `sweeps` sweeps in `groups`
-    groups (the paper's: one and one). `exact`: token by token, back-propagation through time (small models
-    only). `none`: no stream, the matched baseline."""
+    """How states are found in training (`training.schedules`). `two_pass`: a blend-off pass, then `sweeps`
+    sweeps in `groups` groups (the paper's: one and one). `multi_refine` and `interleaved`: as LRT is trained,
+    with the loss on every pass. `chunked`: a state crosses chunk boundaries only. `exact`: token by token,
+    back-propagation through time (small models only). `none`: no stream, the matched baseline."""
 
     sweeps: int = 1
-    """Blended passes after the blend-off pass."""
+    """Passes with states after the one without (`two_pass`, `multi_refine`)."""
 
     groups: int = 1
-    """Interleaved groups of positions that a sweep refines in turn."""
+    """Interleaved groups of positions that are refined in turn (`two_pass`, `interleaved`)."""
+
+    chunk: int = 64
+    """Positions per chunk (`chunked`)."""
+
+    loss_weights: tuple[float, ...] = ()
+    """Weight of each pass's loss (`multi_refine`, `interleaved`), the pass without states first; left out:
+    equal weights."""
+
+    lrt: MemoryDesign | None = None
+    """Trains a Latent Recurrent Transformer instead of a State Stream Transformer: `[lrt]`, with `source`,
+    `pathway`, `gamma` and `projections`. `alpha` then means nothing."""
+
+    lrt_learning_rate: float = 2e-3
+    """Of the LRT's own weights."""
 
     alpha: float = 0.027
     """Where every blend weight starts."""
@@ -112,9 +130,20 @@ class TrainingRecipe:
                 f"alpha = {self.alpha} is not between its bounds {low} and {high}",
                 f"for example alpha = {(low * high) ** 0.5 or high / 2:.3g}",
             )
-        if self.method != "two_pass" and (self.sweeps, self.groups) != (1, 1):
+        object.__setattr__(self, "loss_weights", tuple(map(float, self.loss_weights)))
+        for key, methods in (
+            ("sweeps", ("two_pass", "multi_refine")),
+            ("groups", ("two_pass", "interleaved")),
+        ):
+            if getattr(self, key) != 1 and self.method not in methods:
+                raise SSTError(
+                    f"method = {self.method!r} has no {key}", f"leave {key} out, or use {methods[0]!r}"
+                )
+        passes = 1 + (self.sweeps if self.method == "multi_refine" else self.groups)
+        if self.loss_weights and (self.method not in EVERY_PASS or len(self.loss_weights) != passes):
             raise SSTError(
-                f"method = {self.method!r} makes no sweeps", "leave sweeps and groups out, or use 'two_pass'"
+                f"loss_weights has {len(self.loss_weights)} numbers for method = {self.method!r}",
+                f"leave it out, or give one number for each of {passes} passes of {' or '.join(EVERY_PASS)}",
             )
         if not isinstance(self.choices, Choices):
             raise SSTError(f"choices = {self.choices!r} is not a table", "for example [choices]")
@@ -151,15 +180,20 @@ class TrainingRecipe:
         for key in ("name", "backbone", "data"):
             if key not in values:
                 raise SSTError(f"{key} is missing", f"for example {key} = {_CHECKS[key][2]}")
-        choices = values.get("choices", {})
-        return cls(
-            **{**values, "choices": Choices.from_dict(choices) if isinstance(choices, dict) else choices}
-        )
+        values = dict(values)
+        for key, read in (("choices", Choices.from_dict), ("lrt", MemoryDesign.from_dict)):
+            if isinstance(values.get(key), dict):
+                values[key] = read(values[key])
+        return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary; what is left to its default of None is left out."""
         values = {key: value for key, value in asdict(self).items() if value is not None}
-        return values | {"alpha_bounds": list(self.alpha_bounds), "targets": list(self.targets)}
+        for key in _LATER:  # so that an older training is still its recipe's
+            if values.get(key) == getattr(type(self), key):
+                del values[key]
+        lists = ("alpha_bounds", "targets", "loss_weights")
+        return values | {key: list(values[key]) for key in lists if key in values}
 
     def differences(self, now: TrainingRecipe) -> list[tuple[str, Any, Any]]:
         """(key, this recipe's value, `now`'s) wherever the two would learn something different."""
@@ -167,6 +201,10 @@ class TrainingRecipe:
         free = ("name", "save_minutes")
         keys = [k for k in ours | theirs if k not in free and ours.get(k) != theirs.get(k)]
         return [(key, ours.get(key), theirs.get(key)) for key in keys]
+
+
+_LATER = ("chunk", "loss_weights", "lrt_learning_rate")
+"""Keys that older recipes do not know; they are written only where they are not the default."""
 
 
 def find_training_recipe(name: str) -> TrainingRecipe:
@@ -218,6 +256,14 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "method": (lambda v: v in get_args(Method), f"one of {', '.join(get_args(Method))}", '"two_pass"'),
     "sweeps": (_whole(1), "a whole number from 1", "1"),
     "groups": (_whole(1), "a whole number from 1", "1"),
+    "chunk": (_whole(1), "a whole number from 1", "64"),
+    "loss_weights": (
+        lambda v: isinstance(v, list | tuple) and all(map(_number(0), v)) and (not v or any(v)),
+        "a list of numbers from 0, not all 0",
+        "[1, 1, 1]",
+    ),
+    "lrt": (lambda v: v is None or isinstance(v, MemoryDesign), "a table", '[lrt] and pathway = "both"'),
+    "lrt_learning_rate": (_number(0), "a number from 0", "2e-3"),
     "alpha_bounds": (_bounds, "two numbers from 0 to 1, the lower first", "[0.015, 0.10]"),
     "alpha": (_number(0, 1), "a number from 0 to 1", "0.027"),
     "alpha_learning_rate": (_number(0), "a number from 0", "0.01"),

@@ -28,15 +28,16 @@ from sst_interp.durable import publish, replace_bytes, replace_json, stage
 from sst_interp.errors import SSTError
 from sst_interp.evaluation.losses import answer_losses
 from sst_interp.loading import load
+from sst_interp.lrt_attach import build_memory
 from sst_interp.model import StateStreamModel
 from sst_interp.training.adapters import add_adapters, trainable
 from sst_interp.training.batches import make_batch, schedule
 from sst_interp.training.card import write_card
 from sst_interp.training.examples import Split, load_split
 from sst_interp.training.log import ABOUT, LOG, read_about
-from sst_interp.training.objective import answer_loss, last_layer
+from sst_interp.training.objective import training_loss
 from sst_interp.training.optimiser import Masters
-from sst_interp.training.recipe import TrainingRecipe
+from sst_interp.training.recipe import EVERY_PASS, TrainingRecipe
 
 STATE = "training.safetensors"
 LOOKS = 5
@@ -66,6 +67,9 @@ class Training:
         elif not begun and self.folder.is_dir() and any(self.folder.iterdir()):
             raise SSTError(f"{self.folder} is not a training", "give an empty or a new folder with --out")
         self.model: StateStreamModel = load(recipe.backbone, recipe.alpha, recipe.choices, recipe.dtype)
+        if recipe.lrt is not None:
+            self.model.kind = build_memory(recipe.lrt, self.model.backbone)
+            self.model.kind.check(self.model.choices)
         self.split: Split = load_split(recipe, self.model)
         if begun and not fresh and read_about(self.folder)["data"]["hash"] != self.split.data_hash:
             raise SSTError(
@@ -81,10 +85,12 @@ class Training:
         )
         lengths = [len(example.tokens) for example in self.split.train]
         self.schedule = schedule(lengths, recipe.batch_size, recipe.examples, recipe.seed)
-        shape = (
-            None if recipe.method == "none" else (self.model.backbone.n_layers, self.model.backbone.d_model)
-        )
-        self.masters = Masters(recipe, trainable(self.adapters), shape, len(self.schedule))
+        shape, memory = None, None
+        if recipe.method != "none" and recipe.lrt is None:
+            shape = (self.model.backbone.n_layers, self.model.backbone.d_model)
+        elif recipe.method != "none":
+            memory = self.model.kind.weights()
+        self.masters = Masters(recipe, trainable(self.adapters), shape, len(self.schedule), memory)
         self.done, self.log = 0, []
         if begun and not fresh:
             self._resume()
@@ -93,7 +99,7 @@ class Training:
             for name in (STATE, LOG):
                 (self.folder / name).unlink(missing_ok=True)
             self._write_about("training")
-        self._use_alpha()
+        self._use_stream()
 
     @property
     def steps(self) -> int:
@@ -109,11 +115,9 @@ class Training:
         recipe, began = self.recipe, time.perf_counter()
         examples = [self.split.train[i] for i in self.schedule[self.done]]
         batch = make_batch(examples).to(self.model.backbone.device)
-        if self.masters.logit is not None:
-            self.model.alpha = self.masters.alpha()
-        loss = answer_loss(
-            self.model, batch, last_layer(self.model, batch, recipe.method, recipe.sweeps, recipe.groups)
-        )
+        if (weights := self.masters.stream()) is not None:
+            self.model.kind = self.model.kind.with_weights(weights)
+        loss = training_loss(self.model, batch, recipe)
         value, norm = float(loss.detach()), math.nan
         if math.isfinite(value):
             loss.backward()
@@ -125,7 +129,7 @@ class Training:
                 "the last saved state is kept; a lower learning_rate or alpha may train",
             )
         self.masters.step(self.done, norm)
-        self._use_alpha()
+        self._use_stream()
         self.done += 1
         tokens = sum(len(example.tokens) for example in examples)
         line = {
@@ -142,6 +146,8 @@ class Training:
                 "alpha_min": float(alpha.min()),
                 "alpha_max": float(alpha.max()),
             }
+        if "gamma" in self.masters.memory:
+            line["gamma_mean"] = float(self.masters.memory["gamma"].detach().mean())
         self.log.append(line)
         return line
 
@@ -152,7 +158,7 @@ class Training:
             return {}
         exact = answer_losses(self.model, examples, self.recipe.batch_size)
         found = {"held_out_exact": float(exact["loss"].sum() / exact["tokens"].sum())}
-        if self.recipe.method == "two_pass":
+        if self.recipe.method in ("two_pass", *EVERY_PASS):
             approximate = answer_losses(
                 self.model,
                 examples,
@@ -216,10 +222,12 @@ class Training:
             self.masters.restore({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
         self.done, self.log = int(about["done"]), json.loads(about["log"])
 
-    def _use_alpha(self) -> None:
-        """The blend as plain numbers: for looking and saving. Without a stream it is off."""
-        alpha = self.masters.alpha().detach() if self.masters.logit is not None else 0 * self.model.alpha
-        self.model.alpha = alpha
+    def _use_stream(self) -> None:
+        """The stream's weights as plain numbers: for looking and saving. Without a stream they are 0."""
+        weights = self.masters.stream()
+        if weights is None:
+            weights = {name: 0 * value for name, value in self.model.kind.weights().items()}
+        self.model.kind = self.model.kind.with_weights({k: v.detach().clone() for k, v in weights.items()})
 
     def _write_about(self, state: str) -> None:
         replace_json(
