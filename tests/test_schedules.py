@@ -149,8 +149,8 @@ def test_bad_schedules_are_one_clear_line():
     with pytest.raises(SSTError, match="9 interleaved groups are more than the 8 positions"):
         run_passes(model, batch().tokens, "interleaved", groups=9)
     for how, said in (
-        ({"method": "interleaved", "sweeps": 2}, "'interleaved' has no sweeps"),
-        ({"method": "multi_refine", "groups": 2}, "'multi_refine' has no groups"),
+        ({"method": "interleaved", "sweeps": 2}, "'interleaved' makes no sweeps"),
+        ({"method": "multi_refine", "groups": 2}, "'multi_refine' makes no groups"),
         ({"method": "multi_refine", "loss_weights": [1]}, "loss_weights has 1 numbers"),
         ({"method": "interleaved", "loss_weights": [0, 0]}, "not all 0"),
         ({"method": "chunked", "chunk": 0}, "chunk = 0"),

@@ -137,7 +137,7 @@ class TrainingRecipe:
         ):
             if getattr(self, key) != 1 and self.method not in methods:
                 raise SSTError(
-                    f"method = {self.method!r} has no {key}", f"leave {key} out, or use {methods[0]!r}"
+                    f"method = {self.method!r} makes no {key}", f"leave {key} out, or use {methods[0]!r}"
                 )
         passes = 1 + (self.sweeps if self.method == "multi_refine" else self.groups)
         if self.loss_weights and (self.method not in EVERY_PASS or len(self.loss_weights) != passes):
