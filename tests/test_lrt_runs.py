@@ -20,6 +20,7 @@ from sst_interp.errors import SSTError
 from sst_interp.ledger import ledger_of
 from sst_interp.loading import load
 from sst_interp.lrt_design import MemoryDesign
+from sst_interp.patching.study import Plan, patch_run
 from sst_interp.training.recipe import TrainingRecipe
 from sst_interp.training.trainer import Training
 
@@ -180,3 +181,15 @@ def test_a_recipe_with_alpha_is_refused(run, tmp_path):
     captured, model = run
     with pytest.raises(SSTError, match="Latent Recurrent Transformer has no alpha"):
         capture(replace(captured.recipe, alpha=0.1), model, tmp_path / "other", progress=False)
+
+
+def test_patches_do_what_holds_by_construction(run, tmp_path):
+    captured, model = run
+    rows = patch_run(captured, tmp_path / "patched", 2, Plan(layers=2, windows=1, new_tokens=2), model)
+    by = rows.set_index(["place", "what"]).sort_index()
+    assert (by.loc[("all", "own"), "kl"] < 1e-9).all()
+    assert (by.loc[("stream_out", "state"), "kl"] < 1e-9).all()  # this token was emitted before
+    assert by.loc[("all", "state"), "token_donors"].all()
+    assert {"stream_in", "stream_out", "layer", "window"} <= set(rows["place"])
+    back = rows[(rows["place"] == "stream_in") & (rows["what"] == "state")]
+    assert (back["kl"] > 1e-12).any()

@@ -27,6 +27,7 @@ class Arm:
     method: Method
     sweeps: int = 1
     groups: int = 1
+    chunk: int = 64
 
 
 ARMS = (

@@ -127,10 +127,11 @@ def placed(
         for k, intervention in enumerate(todo):
             part = {"stream_in": "blended", "stream_out": "handed"}.get(intervention.place, "resid_post")
             mine, theirs = getattr(reading, part)[position], getattr(other, part)[stranger]
+            own = slice(None if part == "resid_post" else reading.slots)  # one vector if layers share it
             new = vectors(
-                intervention.what, mine[base], mine[donor], theirs[base], theirs[donor],
+                intervention.what, mine[base][own], mine[donor][own], theirs[base][own], theirs[donor][own],
                 (*key, position, direction, part),
-            )  # fmt: skip
+            ).expand(mine[base].shape)  # fmt: skip
             where = list(intervention.layers)
             change = (wide(new) - wide(mine[base]))[where].norm(dim=-1)
             norms = wide(mine[base])[where].norm(dim=-1)

@@ -35,11 +35,16 @@ class Reading:
     blended: Float[Tensor, "position lane layer d_model"]
     """The state that its last iteration blends in."""
     handed: Float[Tensor, "position lane layer d_model"]
-    """The state that it hands on."""
-    before: Float[Tensor, "position lane layer d_model"]
+    """The state that it hands on, by the layer that reads it."""
+    before: Float[Tensor, "position lane slot d_model"]
     """The state that it is handed."""
     has_state: Bool[Tensor, " position"]
     """Whether depth 1 is handed a state there."""
+
+    @property
+    def slots(self) -> int:
+        """States per position: as many as layers, or one that all layers read."""
+        return self.before.shape[2]
 
     def at(self, position: int, copies: int, room: int) -> Stream:
         """The stream just before a position, every lane `copies` times over, with `room` more columns:
@@ -93,6 +98,6 @@ def read_text(model: Recurrence, prompt: Sequence[int], text: Sequence[int], dep
         last = [done[int(depths[lane]) - 1].resid_post[:, lane] for lane in (DEEP, SHALLOW)]
         seen["resid_post"].append(torch.stack(last))
         seen["blended"].append(blended)
-        seen["handed"].append(stream.state.transpose(0, 1).clone())
+        seen["handed"].append(stream.state.transpose(0, 1).expand(-1, layers, -1).clone())
     stacked = {name: torch.stack(pieces) for name, pieces in seen.items()}
     return Reading(depth, stream, inputs, first, has_state=torch.tensor(has_state), **stacked)
