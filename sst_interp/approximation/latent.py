@@ -1,8 +1,8 @@
 """A small Latent Recurrent Transformer, trained in full under every schedule to the same number of steps.
 
 Its loss is then taken under *sequential* evaluation, whatever the schedule computed in training. Task and
-start are those of `approximation.small`: flip-flop with a short attention window, from weights that were trained
-without a memory.
+start are those of `approximation.small`: flip-flop with a short attention window, from weights that were
+trained without a memory.
 
     python -m sst_interp.approximation.latent FOLDER
 """
@@ -100,7 +100,7 @@ def run_latent_study(
 
     Returns:
         A row per seed, arm and evaluation (`sequential`, the definition; `own`, as the arm computes states):
-        loss, accuracy, seconds_per_step. Also written to `latent-losses.parquet` in the folder.
+        loss, accuracy, seconds_per_step. Also written, arm by arm, to `latent-losses.parquet` in the folder.
     """
     plan, rows = plan or LatentPlan(), []
     for seed in seeds:
@@ -112,10 +112,9 @@ def run_latent_study(
             about = {"seed": seed, "arm": arm.name, "seconds_per_step": seconds}
             for name, how in (("sequential", Arm("exact", "exact")), ("own", arm)):
                 rows.append(about | {"evaluated": name} | evaluate_latent(model, plan, how))
-    table = pd.DataFrame(rows)
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    table.to_parquet(Path(folder) / "latent-losses.parquet")
-    return table
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            pd.DataFrame(rows).to_parquet(Path(folder) / "latent-losses.parquet")
+    return pd.DataFrame(rows)
 
 
 def _passes(model: StateStreamModel, tokens: Tensor, arm: Arm) -> list[Pass]:
