@@ -131,7 +131,8 @@ class _Remembering(Reading):
             return layer.attention_branch(x, rotary, mask, kv)
         handles = []
         try:
-            for which, module in enumerate((layer.attention.k_proj, layer.attention.v_proj)):
+            attention: Any = layer.attention
+            for which, module in enumerate((attention.k_proj, attention.v_proj)):
                 fed = None if self.now[1] is None else self.now[1][which]
                 own = None if fed is None else fed[..., index if fed.shape[-2] > 1 else 0, :]
                 gate = self.kind.gates[index, which]

@@ -121,7 +121,7 @@ def key_value_width(family: str, layer: Layer) -> int:
         SSTError: its attention does not project keys and values on their own, or not to the same width.
     """
     found = [getattr(layer.attention, name, None) for name in ("k_proj", "v_proj")]
-    widths = {getattr(module, "out_features", None) for module in found}
+    widths: set[Any] = {getattr(module, "out_features", None) for module in found}
     if None in widths or len(widths) != 1:
         raise SSTError(
             f"family {family!r} has no key/value pathway: its attention has no `k_proj` and `v_proj` alike",
