@@ -76,11 +76,11 @@ def publish(
                 shutil.rmtree(folder)
                 raise SSTError(f"run {run.name}: {file} is damaged ({problem})", "capture it again first")
             table = Path(file).parent.name
+            if table == "states" and not iterations:
+                continue
             path = folder / file
             path.parent.mkdir(exist_ok=True)
             if table == "states":
-                if not iterations:
-                    continue
                 size = {"tensors": _states(run.folder / file, path, iterations)}
             else:
                 size = {"rows": _table(table, run.folder / file, path, bits, top)}
