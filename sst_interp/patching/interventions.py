@@ -73,9 +73,10 @@ def interventions(n_layers: int, layers: Sequence[int], windows: int, stream: bo
         stream: whether there is a state to hand in.
     """
     top = n_layers - 1
-    places: list[tuple[Place, int, int]] = []
-    places += [("layer", layer, layer) for layer in layers]
-    places += [("all", 0, top), ("stream_in", 0, top), ("stream_out", 0, top)]
+    alone: Place = "layer"
+    whole: tuple[Place, ...] = ("all", "stream_in", "stream_out")
+    places: list[tuple[Place, int, int]] = [(alone, layer, layer) for layer in layers]
+    places += [(place, 0, top) for place in whole]
     found = [
         Intervention(place, what, a, b)
         for what in ("state", *CONTROLS)
