@@ -3,8 +3,8 @@
     python notebooks/refresh.py          # all of them
     python notebooks/refresh.py 02 05    # those whose names begin so
 
-Code hosts show the pictures, which need no script. They are drawn in Chromium (that of the report's tests) after
-execution, so that executing a notebook, as the tests do, needs no browser.
+Code hosts show the pictures, which need no script. They are drawn in Chromium (that of the report's tests)
+after execution, so that executing a notebook, as the tests do, needs no browser.
 """
 
 from __future__ import annotations
