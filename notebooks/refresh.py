@@ -27,9 +27,19 @@ WIDTH, SCALE = 860, 1.5
 LARGEST_DATA = 120_000
 """Bytes of a figure's data; a larger figure is kept as its picture alone."""
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
-DRAW = """figure => Plotly.toImage(
-    {data: figure.data, layout: {...figure.layout, paper_bgcolor: "white", plot_bgcolor: "white"}},
-    {format: "png", width: figure.width, height: figure.layout.height || 420, scale: figure.scale})"""
+DRAW = """figure => {
+    const layout = {...figure.layout, paper_bgcolor: "white", plot_bgcolor: "white"};
+    let height = layout.height || 420;
+    const entries = figure.data.filter(trace => trace.name && trace.showlegend !== false).length;
+    if (entries >= 4 && layout.showlegend !== false) {  // many entries would lie over the title
+        layout.legend = {orientation: "h", yref: "container", y: 0, yanchor: "bottom", x: 0, xanchor: "left"};
+        height += 24 * Math.ceil(entries / 2);
+        layout.height = height;
+        layout.margin = {...layout.margin, t: 80, b: 70 + 24 * Math.ceil(entries / 2)};
+    }
+    const size = {width: figure.width, height: height, scale: figure.scale};
+    return Plotly.toImage({data: figure.data, layout: layout}, {format: "png", ...size});
+}"""
 
 
 def execute(path: Path, folder: Path, timeout: int = 600) -> NotebookNode:
