@@ -83,7 +83,7 @@ def probe_run(
     said = {"auc": found.auc.estimate, "p": found.p_auc, "hits": found.hits, "positive": found.n_positive}
     said |= {"called": found.called, "questions": found.n_questions, "permutations": permutations}
     evidence = {name: value if value == value else None for name, value in said.items()}
-    probe = train_probe(run, features, labels, design, {"run": run.name, **evidence})
+    probe = train_probe(run, features, labels, design, {"run": run.name, "reply_prefix": run.recipe.reply_prefix, **evidence})
     if save is not None:
         probe.save(save)
     return Probed(found, routing_of(run, found), probe)
