@@ -80,6 +80,18 @@ class Grid(NamedTuple):
         """The same for some questions, in the order given."""
         return self._replace(overlap=self.overlap[rows], questions=self.questions[rows])
 
+    def where_also(self, other: Grid) -> Grid:
+        """The same, cut to the cells that `other` has, too: its questions are this one's, in the same order.
+        A text that is longer here has no say then.
+        """
+        mine, theirs = (
+            np.isin(a, b) for a, b in ((self.positions, other.positions), (other.positions, self.positions))
+        )
+        both = self.overlap[:, mine]
+        return self._replace(
+            overlap=np.where(other.there[:, theirs], both, np.nan), positions=self.positions[mine]
+        )
+
 
 def question_grid(
     pairs: pd.DataFrame, comparison: str, a: int | None = None, b: int | None = None, kind: str = "cosine"

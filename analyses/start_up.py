@@ -107,7 +107,7 @@ def start_up(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> StartUp:
-    """The control beside this run: same comparison, same pair of depths, same threshold.
+    """The control beside this run: same comparison, pair of depths and threshold, positions that both have.
 
     Args:
         grid: of this run.
@@ -126,7 +126,9 @@ def start_up(
     except SSTError as error:
         return StartUp(0, not_testable=f"in the control, {error.message}")
     mine, theirs = same_questions(grid, other, ids, control_ids)
-    own, its = at_zero(grid.of_questions(mine), threshold), at_zero(other.of_questions(theirs), threshold)
+    grid, other = grid.of_questions(mine), other.of_questions(theirs)
+    # Positions that both have: further on more has shifted in `free`, and one run's texts may be longer.
+    own, its = (at_zero(a.where_also(b), threshold) for a, b in ((grid, other), (other, grid)))
     both = np.isfinite(own.any_zero) & np.isfinite(its.any_zero)
     if not both.any():
         return StartUp(0, not_testable="the two runs have no question in common at position 0")

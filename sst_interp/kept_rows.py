@@ -16,6 +16,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sst_interp import places
 from sst_interp.analyses.claim_rules import Claim, Finding, Row
 from sst_interp.analyses.statistics import Interval
@@ -67,9 +69,9 @@ def _plain(value: Any) -> Any:
     """JSON has no NaN and no infinity."""
     if isinstance(value, dict):
         return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value.item() if hasattr(value, "item") else value
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _row(values: dict[str, Any]) -> Row:

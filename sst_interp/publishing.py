@@ -76,11 +76,11 @@ def publish(
                 shutil.rmtree(folder)
                 raise SSTError(f"run {run.name}: {file} is damaged ({problem})", "capture it again first")
             table = Path(file).parent.name
+            if table == "states" and not iterations:
+                continue
             path = folder / file
             path.parent.mkdir(exist_ok=True)
             if table == "states":
-                if not iterations:
-                    continue
                 size = {"tensors": _states(run.folder / file, path, iterations)}
             else:
                 size = {"rows": _table(table, run.folder / file, path, bits, top)}
@@ -102,7 +102,7 @@ def _table(name: str, source: Path, path: Path, bits: int, top: int | None) -> i
         if name in ROUNDED and pa.types.is_floating(field.type):
             column = pa.array(rounded_floats(field.name, column.to_numpy(), bits), field.type)
         elif field.name == "top100" and top is not None:
-            column = pc.list_slice(column, 0, top).cast(field.type)
+            column = pc.call_function("list_slice", [column], pc.ListSliceOptions(0, top)).cast(field.type)
         else:
             continue
         table = table.set_column(place, field, column)

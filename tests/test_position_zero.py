@@ -174,6 +174,15 @@ def test_a_control_that_shifts_more_everywhere_is_no_start():
     assert (same.difference.estimate, same.excess.estimate) == (0, 0)
 
 
+def test_a_control_with_shorter_texts_is_compared_where_both_have_some():
+    own = pairs_table(questions=12, positions=20, planted=QUIET)
+    own = shifted_at(own, (own["position"] == 0) | (own["position"] >= 8))  # as in `free`, further on
+    short = own[own["position"] < 8]
+    found = position_zero(own, "replayed", threshold=0.9, control=short).control
+    assert (found.later_difference.estimate, found.excess.estimate) == (0, 0)
+    assert "no difference is seen that is particular to position 0" in found.words()
+
+
 def test_the_control_is_paired_by_record_id_if_it_is_known():
     own = shifted_at(t := pairs_table(questions=6, planted=QUIET), (t["position"] == 0) & (t["question"] < 3))
     order = np.array([5, 4, 3, 2, 1, 0])

@@ -42,6 +42,13 @@ def test_a_copy_says_the_same_within_its_rounding(run, tmp_path):
         assert torch.equal(copy.states(question), run.states(question)[:, :1])
 
 
+def test_states_can_be_left_out(run, tmp_path):
+    copy = publish(run, tmp_path / "copy", iterations=())
+    assert not (tmp_path / "copy" / "states").exists()
+    with pytest.raises(SSTError, match="has no states"):
+        copy.states(0)
+
+
 def test_a_copy_of_a_copy_is_that_copy(run, tmp_path):
     once = publish(run, tmp_path / "once")
     assert publish(once, tmp_path / "twice").pairs.equals(once.pairs)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 from tqdm import tqdm
 
+from sst_interp import places
 from sst_interp.checkpoint import read_checkpoint
 from sst_interp.durable import replace_json
 from sst_interp.errors import SSTError
@@ -24,11 +25,16 @@ MODEL = "model.json"
 
 
 def evaluation_folder(name: str, out: Path | None = None) -> Path:
-    """Where the measurements of a model are: beside its checkpoint, or in `evaluations/NAME`."""
+    """Where the measurements of a model are: beside its checkpoint, or in `evaluations/NAME` (those that ship
+    for a backbone, as long as there are none in the working folder).
+    """
     folder = checkpoint_folder(name)
     if out is not None:
         return out / Path(name).name
-    return Path("evaluations") / Path(name).name if folder is None else folder / "evaluation"
+    if folder is not None:
+        return folder / "evaluation"
+    own, shipped = Path("evaluations") / Path(name).name, places.shipped("evaluations") / Path(name).name
+    return shipped if shipped.is_dir() and not own.is_dir() else own
 
 
 def evaluate_by_name(

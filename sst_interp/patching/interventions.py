@@ -73,8 +73,9 @@ def interventions(n_layers: int, layers: Sequence[int], windows: int, stream: bo
         stream: whether there is a state to hand in.
     """
     top = n_layers - 1
-    places: list[tuple[Place, int, int]] = [("layer", layer, layer) for layer in layers]
-    places += [("all", 0, top), ("stream_in", 0, top), ("stream_out", 0, top)]
+    places: list[tuple[Place, int, int]] = [("all", 0, top), ("stream_in", 0, top), ("stream_out", 0, top)]
+    for layer in reversed(layers):
+        places.insert(0, ("layer", layer, layer))
     found = [
         Intervention(place, what, a, b)
         for what in ("state", *CONTROLS)

@@ -118,8 +118,8 @@ def overlaps_of(run: Run, pairs: pd.DataFrame) -> tuple[dict[int, pd.DataFrame],
     choices = run.recipe.choices
     rows, _, _ = select(pairs, "replayed")
     values = overlap_of(rows, choices.overlap)
-    found = overlap_distribution(rows, "replayed", choices.overlap)
-    threshold, _ = threshold_of(found, choices)
+    spread = overlap_distribution(rows, "replayed", choices.overlap)
+    threshold, _ = threshold_of(spread, choices)
     table = rows[["question", "position", "layer"]].assign(overlap=values)
     wide = table.pivot(index=["question", "position"], columns="layer", values="overlap")
     found: dict[int, Any] = {int(q): wide.xs(q) for q in wide.index.unique(level=0)}

@@ -83,7 +83,8 @@ def probe_run(
     said = {"auc": found.auc.estimate, "p": found.p_auc, "hits": found.hits, "positive": found.n_positive}
     said |= {"called": found.called, "questions": found.n_questions, "permutations": permutations}
     evidence = {name: value if value == value else None for name, value in said.items()}
-    probe = train_probe(run, features, labels, design, {"run": run.name, **evidence})
+    seen = {"run": run.name, "reply_prefix": run.recipe.reply_prefix}
+    probe = train_probe(run, features, labels, design, seen | evidence)
     if save is not None:
         probe.save(save)
     return Probed(found, routing_of(run, found), probe)
