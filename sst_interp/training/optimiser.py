@@ -67,7 +67,9 @@ class Masters:
 
     def stream(self) -> dict[str, Tensor] | None:
         """The stream's own weights by name, differentiable; None if none are trained."""
-        return {"alpha": self.alpha()} if self.logit is not None else self.memory or None
+        if self.logit is not None:
+            return {"alpha": self.alpha()}
+        return dict(self.memory) if self.memory else None
 
     def gradient_norm(self) -> float:
         """Norm of the whole gradient, which is taken over from the model."""
