@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from typing import Any
 
 import pandas as pd
 
@@ -25,9 +24,9 @@ from sst_interp.analyses.claims import BlendWeights, Ledger, claims
 from sst_interp.analyses.statistics import RESAMPLES
 from sst_interp.errors import SSTError
 from sst_interp.kept_rows import kept_rows
-from sst_interp.loading import checkpoint_folder, load_tokenizer
+from sst_interp.loading import checkpoint_folder
 from sst_interp.runs import Run, open_run
-from sst_interp.token_texts import token_classes
+from sst_interp.token_texts import token_classes, tokenizer_of
 
 ROLES = {
     "blend_off": "blend-off",
@@ -82,12 +81,13 @@ def ledger_of(
         more: rows of claims that were measured elsewhere; they go before those kept with the run.
         progress: told how many analyses are done, of how many, and which is next.
     """
+    tokenizer = tokenizer_of(run)
     return claims(
         run,
         **companions(run).runs,
         alpha=blend_of(run),
         approximation=approximation_of(run),
-        token_class=_classes(run),
+        token_class=token_classes(tokenizer) if tokenizer is not None else None,
         more=[*{(row.claim.id, row.comparison): row for row in (*kept_rows(run), *more)}.values()],
         resamples=resamples,
         seed=seed,
@@ -118,13 +118,3 @@ def approximation_of(run: Run) -> ApproximationError | None:
             if len(own):
                 return approximation_error(own)
     return None
-
-
-def _classes(run: Run) -> Any:
-    """Token classes for a run that records tokens; None where the tokenizer is not at hand."""
-    if run.manifest["provenance"].get("restricted"):
-        return None
-    try:
-        return token_classes(load_tokenizer(run.recipe.checkpoint))
-    except SSTError:
-        return None

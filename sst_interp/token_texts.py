@@ -7,9 +7,28 @@ from typing import Any
 
 import numpy as np
 
+from sst_interp.errors import SSTError
+
 CLASSES = ("special", "space", "digit", "punctuation", "word", "piece")
 """A control token; white space only; with a digit; without letter or digit; the start of a word (a space or
 line before it); the inside of one."""
+
+
+def shows_text(run: Any) -> bool:
+    """Whether the run's data may be shown: its provenance says that it is not restricted."""
+    return run.manifest.get("provenance", {}).get("restricted") is False
+
+
+def tokenizer_of(run: Any) -> Any:
+    """The tokenizer of a run whose text may be shown; None if it may not, or is not at hand."""
+    if not shows_text(run):
+        return None
+    from sst_interp.loading import load_tokenizer
+
+    try:
+        return load_tokenizer(run.recipe.checkpoint)
+    except SSTError:
+        return None
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:

@@ -31,7 +31,7 @@ from sst_interp.report.facts import choices_rows, facts, flat, shown_manifest
 from sst_interp.report.ledger_table import claim_rows
 from sst_interp.report.packing import packed
 from sst_interp.report.sections import CAPTIONS, MEANING, STORY, Panel, Section, sections
-from sst_interp.report.tokens import shows_text, tokenizer_of
+from sst_interp.token_texts import shows_text, tokenizer_of
 
 __all__ = ["ReportableRun", "render_report", "write_report"]
 

@@ -24,7 +24,7 @@ from sst_interp.choices import COMPARISONS
 from sst_interp.report import token_lists
 from sst_interp.report.escaping import visible
 from sst_interp.report.packing import DISTANCE, OUTPUT, SIZE, implied_l2, pack
-from sst_interp.report.tokens import shows_text
+from sst_interp.token_texts import shows_text
 
 LARGEST_CELLS = 3_950_000
 """Rows of `pairs` embedded at most, which keeps a file under 12 MB (about 2.5 bytes a row); beyond it the

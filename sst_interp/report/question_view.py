@@ -17,7 +17,7 @@ from sst_interp.durable import replace_bytes
 from sst_interp.errors import SSTError, unknown_name
 from sst_interp.report import EXPLORER_SCRIPTS, page
 from sst_interp.report.explorer import Threshold, explorer_data
-from sst_interp.report.tokens import tokenizer_of
+from sst_interp.token_texts import tokenizer_of
 
 HEIGHT = 900
 """Of the frame in a notebook, pixels."""
