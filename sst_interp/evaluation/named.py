@@ -14,7 +14,7 @@ from sst_interp import places
 from sst_interp.checkpoint import read_checkpoint
 from sst_interp.durable import replace_json
 from sst_interp.errors import SSTError
-from sst_interp.evaluation.tasks import TASKS, check_depths, evaluate, missing, read_evaluation
+from sst_interp.evaluation.tasks import HELD_OUT, TASKS, check_depths, evaluate, missing, read_evaluation
 from sst_interp.loading import checkpoint_folder, load
 from sst_interp.model import StateStreamModel
 from sst_interp.training.examples import load_split
@@ -57,20 +57,20 @@ def evaluate_by_name(
     """
     folder = evaluation_folder(name, out)
     check_depths(depths)
+    trained = None if held_out_of is None else checkpoint_folder(held_out_of)
+    if held_out_of is not None and trained is None:
+        raise SSTError(f"{held_out_of} is not a checkpoint", "held-out examples are a training's")
     checkpoint = checkpoint_folder(name)
     if checkpoint is None or read_checkpoint(checkpoint)[1].off:
         depths = [1]  # without a blend, every depth does the same
-    wanted = [*tasks, *(["held-out-loss"] if held_out_of else [])]
+    wanted = [*tasks, *([HELD_OUT] if trained else [])]
     if not missing(folder, wanted, depths, questions):
         return read_evaluation(folder)
     print(f"loading {name}", file=sys.stderr)
     model = load(name, alpha=0.0 if checkpoint is None else None)
     _same_model(folder, model)
     held_out = ()
-    if held_out_of is not None:
-        trained = checkpoint_folder(held_out_of)
-        if trained is None:
-            raise SSTError(f"{held_out_of} is not a checkpoint", "held-out examples are a training's")
+    if trained is not None:
         held_out = load_split(TrainingRecipe.from_dict(read_about(trained)["recipe"]), model).held_out
     bars: dict[str, tqdm] = {}
 
