@@ -11,15 +11,14 @@ from sst_interp.analyses.basin_shifts import (
 )
 from sst_interp.analyses.bf16_noise import Bf16Noise, bf16_noise
 from sst_interp.analyses.bimodality import Bimodality, bimodality
-from sst_interp.analyses.claim_probe import probe_rows
-from sst_interp.analyses.claims import BlendWeights, Claim, Finding, Ledger, Row, blend_weights, claims
 from sst_interp.analyses.content import Content, content
 from sst_interp.analyses.depth_scores import DepthScores, depth_scores
 from sst_interp.analyses.divergence import Divergence, divergence
 from sst_interp.analyses.dwell import Dwell, dwell
 from sst_interp.analyses.halting import Halting, halting, halting_of
 from sst_interp.analyses.layer_profile import LayerProfile, layer_profile
-from sst_interp.analyses.modes import Modes, find_modes
+from sst_interp.analyses.ledger.claims import BlendWeights, Claim, Finding, Ledger, Row, blend_weights, claims
+from sst_interp.analyses.ledger.probe import probe_rows
 from sst_interp.analyses.overlap import (
     OverlapDistribution,
     deepest_pair,
@@ -28,14 +27,15 @@ from sst_interp.analyses.overlap import (
     pair_words,
 )
 from sst_interp.analyses.overthinking import Overthinking, overthinking
-from sst_interp.analyses.permutation import label_permutation, sign_flip
 from sst_interp.analyses.position_zero import PositionZero, position_zero
 from sst_interp.analyses.precedence import Precedence, precedence
 from sst_interp.analyses.result import Result, json_ready, table_html
 from sst_interp.analyses.routing import Routing, routing, routing_of
 from sst_interp.analyses.settling import Settling, settling
 from sst_interp.analyses.shifts_per_question import ShiftsPerQuestion, shifts_per_question
-from sst_interp.analyses.statistics import (
+from sst_interp.analyses.statistics.modes import Modes, find_modes
+from sst_interp.analyses.statistics.permutation import label_permutation, sign_flip
+from sst_interp.analyses.statistics.resampling import (
     Interval,
     bootstrap_ends,
     cluster_bootstrap,

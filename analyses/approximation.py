@@ -15,10 +15,16 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from sst_interp.analyses import approximation_figures
-from sst_interp.analyses.medians import as_columns
+from sst_interp.analyses.figures import approximation as approximation_figures
 from sst_interp.analyses.result import Result
-from sst_interp.analyses.statistics import RESAMPLES, Interval, cluster_bootstrap, questions_words, ratio
+from sst_interp.analyses.statistics.medians import as_columns
+from sst_interp.analyses.statistics.resampling import (
+    RESAMPLES,
+    Interval,
+    cluster_bootstrap,
+    questions_words,
+    ratio,
+)
 
 PAPER_ERROR = (6e-4, 1.2e-3)
 """What the paper gives for the error of its two passes: of the order of alpha squared."""

@@ -17,10 +17,10 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 from scipy import stats
 
-from sst_interp.analyses.approximation_figures import COLOURS
-from sst_interp.analyses.figures import GREY, TEMPLATE, empty_figure
+from sst_interp.analyses.figures.approximation import COLOURS
+from sst_interp.analyses.figures.overlap import GREY, TEMPLATE, empty_figure
 from sst_interp.analyses.result import Result
-from sst_interp.analyses.statistics import LEVEL
+from sst_interp.analyses.statistics.resampling import LEVEL
 
 SETTING = ["alpha_low", "alpha_high"]
 PARTS = {"weights": "weights", "alpha": "alpha (its logit)"}

@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from sst_interp.analyses.approximation_figures import COLOURS
 from sst_interp.analyses.approximation_gradients import (
     SETTING,
     OverSeeds,
@@ -20,7 +19,8 @@ from sst_interp.analyses.approximation_gradients import (
     over_seeds,
     seeds_words,
 )
-from sst_interp.analyses.figures import GREY, _figure, empty_figure
+from sst_interp.analyses.figures.approximation import COLOURS
+from sst_interp.analyses.figures.overlap import GREY, _figure, empty_figure
 from sst_interp.analyses.result import Result
 
 EXACT, TWO_PASS, BASELINE = "exact", "two-pass", "no stream"

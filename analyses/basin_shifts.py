@@ -15,18 +15,19 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from sst_interp.analyses import figures, tallies
+from sst_interp.analyses.figures import overlap as figures
 from sst_interp.analyses.overlap import (
     OverlapDistribution,
     overlap_distribution,
     overlap_of,
     pair_words,
 )
-from sst_interp.analyses.question_map import QuestionMap as QuestionMap
-from sst_interp.analyses.question_map import question_map as question_map
+from sst_interp.analyses.parts.question_map import QuestionMap as QuestionMap
+from sst_interp.analyses.parts.question_map import question_map as question_map
+from sst_interp.analyses.parts.shift_words import shift_verdict
 from sst_interp.analyses.result import Result
-from sst_interp.analyses.shift_words import shift_verdict
-from sst_interp.analyses.statistics import (
+from sst_interp.analyses.statistics import tallies
+from sst_interp.analyses.statistics.resampling import (
     RESAMPLES,
     Interval,
 )

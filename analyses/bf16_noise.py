@@ -2,7 +2,7 @@
 
 Two references. The paper's is one bf16 rounding of the state itself, which is lenient: a state has been
 rounded in every layer below. The other is measured: what another batch shape, or float32, does to the same
-state (`analyses/noise_floor.py`). A ratio of 1 is the reference itself.
+state (`analyses/parts/noise_floor.py`). A ratio of 1 is the reference itself.
 """
 
 from __future__ import annotations
@@ -14,13 +14,20 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from sst_interp.analyses import control_figures, tallies
-from sst_interp.analyses.medians import grouped_medians
-from sst_interp.analyses.noise_floor import KINDS, Floor, highest, noise_floors
+from sst_interp.analyses.figures import controls as control_figures
 from sst_interp.analyses.overlap import pair_words, select
-from sst_interp.analyses.paired_tests import paired_tests
+from sst_interp.analyses.parts.noise_floor import KINDS, Floor, highest, noise_floors
 from sst_interp.analyses.result import Result
-from sst_interp.analyses.statistics import LEVEL, RESAMPLES, Interval, percent_text, questions_words
+from sst_interp.analyses.statistics import tallies
+from sst_interp.analyses.statistics.medians import grouped_medians
+from sst_interp.analyses.statistics.paired_tests import paired_tests
+from sst_interp.analyses.statistics.resampling import (
+    LEVEL,
+    RESAMPLES,
+    Interval,
+    percent_text,
+    questions_words,
+)
 from sst_interp.choices import COMPARISONS
 from sst_interp.errors import SSTError, unknown_name
 

@@ -22,14 +22,14 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from sst_interp.analyses import shift_figures
-from sst_interp.analyses.modes import BINS
+from sst_interp.analyses.figures import shifts as shift_figures
 from sst_interp.analyses.overlap import RESOLUTION, deepest_pair, overlap_of, pair_words
+from sst_interp.analyses.parts.scopes import COLUMNS, between_layers, collect, measure
+from sst_interp.analyses.parts.shift_words import mode_counts, mode_fits
 from sst_interp.analyses.result import Result
-from sst_interp.analyses.scopes import COLUMNS, between_layers, collect, measure
-from sst_interp.analyses.shift_words import mode_counts, mode_fits
-from sst_interp.analyses.statistics import LEVEL, RESAMPLES, Interval, questions_words
-from sst_interp.analyses.tallies import share
+from sst_interp.analyses.statistics.modes import BINS
+from sst_interp.analyses.statistics.resampling import LEVEL, RESAMPLES, Interval, questions_words
+from sst_interp.analyses.statistics.tallies import share
 from sst_interp.choices import COMPARISONS
 from sst_interp.errors import SSTError, unknown_name
 

@@ -3,7 +3,7 @@
 Measured along each question's text, questions being the unit: what the position index alone accounts for; and
 what goes with how far a position moved, beyond that: entropy and margin of the output there, the class of the
 token, and the same question in a second run with reshuffled choices. Each has a null that keeps the position:
-other questions at the same positions (`analyses/matching.py`).
+other questions at the same positions (`analyses/statistics/matching.py`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from sst_interp.analyses import control_figures
-from sst_interp.analyses.content_measures import (
+from sst_interp.analyses.figures import controls as control_figures
+from sst_interp.analyses.overlap import overlap_of, pair_words
+from sst_interp.analyses.parts.content_measures import (
     DISTANCE,
     interval_of,
     matched_row,
@@ -25,16 +26,15 @@ from sst_interp.analyses.content_measures import (
     second_run,
     share_row,
 )
-from sst_interp.analyses.label_share import class_share, position_share
-from sst_interp.analyses.matching import association, matched
-from sst_interp.analyses.overlap import overlap_of, pair_words
-from sst_interp.analyses.permutation import holm
-from sst_interp.analyses.positions import READ, readings
-from sst_interp.analyses.profiles import ranks
-from sst_interp.analyses.question_grid import question_grid, shift_threshold
+from sst_interp.analyses.parts.positions import READ, readings
+from sst_interp.analyses.parts.question_grid import question_grid, shift_threshold
+from sst_interp.analyses.parts.token_classes import TokenClass, classes_of, rates_by_class, token_grid
 from sst_interp.analyses.result import Result
-from sst_interp.analyses.statistics import LEVEL, RESAMPLES, questions_words
-from sst_interp.analyses.token_classes import TokenClass, classes_of, rates_by_class, token_grid
+from sst_interp.analyses.statistics.label_share import class_share, position_share
+from sst_interp.analyses.statistics.matching import association, matched
+from sst_interp.analyses.statistics.permutation import holm
+from sst_interp.analyses.statistics.profiles import ranks
+from sst_interp.analyses.statistics.resampling import LEVEL, RESAMPLES, questions_words
 from sst_interp.choices import COMPARISONS, Choices
 from sst_interp.errors import SSTError, unknown_name
 

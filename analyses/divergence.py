@@ -14,11 +14,10 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from sst_interp.analyses import output_figures, tallies
 from sst_interp.analyses.basin_shifts import PAPER_THRESHOLD, UNKNOWN
-from sst_interp.analyses.medians import as_columns, grouped_medians
+from sst_interp.analyses.figures import outputs as output_figures
 from sst_interp.analyses.overlap import deepest_pair, overlap_of, pair_words, select
-from sst_interp.analyses.parting import (
+from sst_interp.analyses.parts.parting import (
     parted_by,
     parting_positions,
     predictor_table,
@@ -27,9 +26,17 @@ from sst_interp.analyses.parting import (
     shift_table,
     with_parting,
 )
-from sst_interp.analyses.positions import at_positions, depth_pairs, position_overlaps, readings
+from sst_interp.analyses.parts.positions import at_positions, depth_pairs, position_overlaps, readings
 from sst_interp.analyses.result import Result
-from sst_interp.analyses.statistics import RESAMPLES, Interval, none_seen_bound, percent_text, questions_words
+from sst_interp.analyses.statistics import tallies
+from sst_interp.analyses.statistics.medians import as_columns, grouped_medians
+from sst_interp.analyses.statistics.resampling import (
+    RESAMPLES,
+    Interval,
+    none_seen_bound,
+    percent_text,
+    questions_words,
+)
 from sst_interp.errors import SSTError
 
 

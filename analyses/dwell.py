@@ -21,12 +21,20 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from sst_interp.analyses import shift_figures
 from sst_interp.analyses.basin_shifts import UNKNOWN, BasinShifts
-from sst_interp.analyses.permutation import sign_flip
-from sst_interp.analyses.question_grid import question_grid
+from sst_interp.analyses.figures import shifts as shift_figures
+from sst_interp.analyses.parts.question_grid import question_grid
+from sst_interp.analyses.parts.stretches import (
+    by_chance,
+    by_length,
+    median_length,
+    segments,
+    shuffled_lengths,
+    stable_stretches,
+)
 from sst_interp.analyses.result import Result
-from sst_interp.analyses.statistics import (
+from sst_interp.analyses.statistics.permutation import sign_flip
+from sst_interp.analyses.statistics.resampling import (
     RESAMPLES,
     Interval,
     bootstrap_ends,
@@ -34,14 +42,6 @@ from sst_interp.analyses.statistics import (
     percent_text,
     questions_words,
     ratio,
-)
-from sst_interp.analyses.stretches import (
-    by_chance,
-    by_length,
-    median_length,
-    segments,
-    shuffled_lengths,
-    stable_stretches,
 )
 
 

@@ -17,15 +17,13 @@ import pandas as pd
 import plotly.graph_objects as go
 import torch
 
-from sst_interp.analyses import halting_figures
-from sst_interp.analyses.answers import answers_of
 from sst_interp.analyses.basin_shifts import UNKNOWN
-from sst_interp.analyses.binomial_readings import Hits, binomial_readings
-from sst_interp.analyses.dims_read import DimsRead, dims_read
-from sst_interp.analyses.halting_words import verdict
-from sst_interp.analyses.matching import p_value
-from sst_interp.analyses.plain_probes import comparison
-from sst_interp.analyses.probe_scores import (
+from sst_interp.analyses.figures import halting as halting_figures
+from sst_interp.analyses.parts.answers import answers_of
+from sst_interp.analyses.parts.dims_read import DimsRead, dims_read
+from sst_interp.analyses.parts.halting_words import verdict
+from sst_interp.analyses.parts.plain_probes import comparison
+from sst_interp.analyses.parts.probe_scores import (
     auc,
     auc_difference,
     brier,
@@ -34,7 +32,7 @@ from sst_interp.analyses.probe_scores import (
     pairs_in_order,
     probabilities,
 )
-from sst_interp.analyses.probe_validation import (
+from sst_interp.analyses.parts.probe_validation import (
     Progress,
     at_chance,
     in_folds,
@@ -43,7 +41,9 @@ from sst_interp.analyses.probe_validation import (
     per_question,
 )
 from sst_interp.analyses.result import Result
-from sst_interp.analyses.statistics import RESAMPLES, Interval
+from sst_interp.analyses.statistics.binomial_readings import Hits, binomial_readings
+from sst_interp.analyses.statistics.matching import p_value
+from sst_interp.analyses.statistics.resampling import RESAMPLES, Interval
 from sst_interp.errors import SSTError
 from sst_interp.probe.design import Design
 from sst_interp.probe.features import Features, position0, usable_layers

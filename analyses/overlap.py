@@ -2,7 +2,7 @@
 
 One comparison and one pair (a, b) at a time: `replayed`, `within` and `free` answer different questions,
 and pooling them, or pooling depths, makes modes that are in none of them. The count of modes and the
-antimode are in `sst_interp.analyses.modes`.
+antimode are in `sst_interp.analyses.statistics.modes`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from sst_interp.analyses import figures
-from sst_interp.analyses.modes import Modes, find_modes, grid, question_histograms, sensitivity
+from sst_interp.analyses.figures import overlap as figures
 from sst_interp.analyses.result import Result
-from sst_interp.analyses.statistics import RESAMPLES, Interval, percent_text, questions_words
-from sst_interp.analyses.tallies import share
+from sst_interp.analyses.statistics.modes import Modes, find_modes, grid, question_histograms, sensitivity
+from sst_interp.analyses.statistics.resampling import RESAMPLES, Interval, percent_text, questions_words
+from sst_interp.analyses.statistics.tallies import share
 from sst_interp.choices import COMPARISONS
 from sst_interp.errors import SSTError, unknown_name
 

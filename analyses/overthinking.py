@@ -15,14 +15,14 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from sst_interp.analyses import answer_figures
-from sst_interp.analyses.answers import answers_of, depth_table, depths_permutation, mcnemar, mean_of
 from sst_interp.analyses.basin_shifts import UNKNOWN
-from sst_interp.analyses.medians import points_text
-from sst_interp.analyses.oracle import oracle
+from sst_interp.analyses.figures import answers as answer_figures
+from sst_interp.analyses.parts.answers import answers_of, depth_table, depths_permutation, mcnemar, mean_of
+from sst_interp.analyses.parts.oracle import oracle
 from sst_interp.analyses.result import Result
 from sst_interp.analyses.settling import Settling, settling
-from sst_interp.analyses.statistics import (
+from sst_interp.analyses.statistics.medians import points_text
+from sst_interp.analyses.statistics.resampling import (
     RESAMPLES,
     Interval,
     none_seen_bound,

@@ -19,10 +19,10 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from sst_interp.analyses import patching_figures
-from sst_interp.analyses.claim_rules import C16, C16B, EVERYWHERE, Finding, Row, judged, untestable
+from sst_interp.analyses.figures import patching as patching_figures
+from sst_interp.analyses.ledger.rules import C16, C16B, EVERYWHERE, Finding, Row, judged, untestable
 from sst_interp.analyses.result import Result
-from sst_interp.analyses.statistics import (
+from sst_interp.analyses.statistics.resampling import (
     RESAMPLES,
     Interval,
     bootstrap_ends,

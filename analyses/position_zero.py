@@ -14,19 +14,20 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from sst_interp.analyses import control_figures, tallies
-from sst_interp.analyses.alike import Alike, alike
+from sst_interp.analyses.figures import controls as control_figures
 from sst_interp.analyses.overlap import overlap_of, pair_words
-from sst_interp.analyses.question_grid import (
+from sst_interp.analyses.parts.alike import Alike, alike
+from sst_interp.analyses.parts.question_grid import (
     Grid,
     mean_over_questions,
     question_grid,
     share_of_questions,
     shift_threshold,
 )
+from sst_interp.analyses.parts.start_up import StartUp, at_zero, start_up
 from sst_interp.analyses.result import Result
-from sst_interp.analyses.start_up import StartUp, at_zero, start_up
-from sst_interp.analyses.statistics import RESAMPLES, Interval, questions_words, ratio
+from sst_interp.analyses.statistics import tallies
+from sst_interp.analyses.statistics.resampling import RESAMPLES, Interval, questions_words, ratio
 from sst_interp.choices import COMPARISONS, Choices
 from sst_interp.errors import SSTError, unknown_name
 

@@ -27,13 +27,14 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from sst_interp.analyses import precedence_figures, tallies
-from sst_interp.analyses.event_order import first_at, order_counts, order_table
+from sst_interp.analyses.figures import precedence as precedence_figures
 from sst_interp.analyses.overlap import overlap_of
+from sst_interp.analyses.parts.event_order import first_at, order_counts, order_table
+from sst_interp.analyses.parts.same_size import same_size
+from sst_interp.analyses.parts.state_and_argmax import changed_by_state, state_and_argmax
 from sst_interp.analyses.result import Result
-from sst_interp.analyses.same_size import same_size
-from sst_interp.analyses.state_and_argmax import changed_by_state, state_and_argmax
-from sst_interp.analyses.statistics import RESAMPLES, Interval, questions_words
+from sst_interp.analyses.statistics import tallies
+from sst_interp.analyses.statistics.resampling import RESAMPLES, Interval, questions_words
 from sst_interp.choices import COMPARISONS
 from sst_interp.errors import SSTError, unknown_name
 

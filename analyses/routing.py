@@ -21,13 +21,22 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from sst_interp.analyses import routing_figures
-from sst_interp.analyses.answers import Answers, answers_of
-from sst_interp.analyses.medians import points_text
-from sst_interp.analyses.position_traces import RULES, traces
+from sst_interp.analyses.figures import routing as routing_figures
+from sst_interp.analyses.parts.answers import Answers, answers_of
+from sst_interp.analyses.parts.position_traces import RULES, traces
+from sst_interp.analyses.parts.routed_policies import (
+    PROBE,
+    by_score,
+    costs_of,
+    curve,
+    flat,
+    oracle,
+    rules,
+    scored,
+)
 from sst_interp.analyses.result import Result
-from sst_interp.analyses.routed_policies import PROBE, by_score, costs_of, curve, flat, oracle, rules, scored
-from sst_interp.analyses.statistics import (
+from sst_interp.analyses.statistics.medians import points_text
+from sst_interp.analyses.statistics.resampling import (
     RESAMPLES,
     Interval,
     percent_text,

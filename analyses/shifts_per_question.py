@@ -14,11 +14,11 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from sst_interp.analyses import shift_figures
 from sst_interp.analyses.basin_shifts import UNKNOWN, BasinShifts
-from sst_interp.analyses.question_grid import question_grid, share_of_questions
+from sst_interp.analyses.figures import shifts as shift_figures
+from sst_interp.analyses.parts.question_grid import question_grid, share_of_questions
 from sst_interp.analyses.result import Result
-from sst_interp.analyses.statistics import RESAMPLES, Interval, cluster_bootstrap, questions_words
+from sst_interp.analyses.statistics.resampling import RESAMPLES, Interval, cluster_bootstrap, questions_words
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,11 +16,11 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from sst_interp.analyses import output_figures, tallies
 from sst_interp.analyses.basin_shifts import PAPER_THRESHOLD, UNKNOWN
-from sst_interp.analyses.lens_replacement import lens_replacement
-from sst_interp.analyses.medians import grouped_medians
-from sst_interp.analyses.output_change import (
+from sst_interp.analyses.figures import outputs as output_figures
+from sst_interp.analyses.overlap import deepest_pair, overlap_of, pair_words
+from sst_interp.analyses.parts.lens_replacement import lens_replacement
+from sst_interp.analyses.parts.output_change import (
     NONE,
     PAPER_RANK,
     SAME,
@@ -31,10 +31,17 @@ from sst_interp.analyses.output_change import (
     position_groups,
     rank_table,
 )
-from sst_interp.analyses.overlap import deepest_pair, overlap_of, pair_words
-from sst_interp.analyses.positions import at_positions, readings
+from sst_interp.analyses.parts.positions import at_positions, readings
 from sst_interp.analyses.result import Result
-from sst_interp.analyses.statistics import RESAMPLES, Interval, none_seen_bound, percent_text, questions_words
+from sst_interp.analyses.statistics import tallies
+from sst_interp.analyses.statistics.medians import grouped_medians
+from sst_interp.analyses.statistics.resampling import (
+    RESAMPLES,
+    Interval,
+    none_seen_bound,
+    percent_text,
+    questions_words,
+)
 from sst_interp.choices import COMPARISONS
 from sst_interp.errors import SSTError, unknown_name
 from sst_interp.measures import TOP

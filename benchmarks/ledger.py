@@ -60,7 +60,7 @@ def _synthetic(pairs: float):
 
 
 def _measure(run, by_name: bool) -> None:
-    from sst_interp.analyses.claims import claims
+    from sst_interp.analyses.ledger.claims import claims
     from sst_interp.ledger import ledger_of
 
     tables = [run.pairs, run.outputs, run.steps, run.questions]

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from sst_interp import places
-from sst_interp.analyses.claim_rules import Claim, Finding, Row
-from sst_interp.analyses.statistics import Interval
+from sst_interp.analyses.ledger.rules import Claim, Finding, Row
+from sst_interp.analyses.statistics.resampling import Interval
 from sst_interp.durable import replace_json
 from sst_interp.run import Run
 

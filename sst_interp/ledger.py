@@ -18,10 +18,10 @@ import pandas as pd
 
 from sst_interp import places
 from sst_interp.analyses.approximation import ApproximationError, approximation_error
-from sst_interp.analyses.claim_rules import Row
-from sst_interp.analyses.claim_suite import Progress
-from sst_interp.analyses.claims import BlendWeights, Ledger, claims
-from sst_interp.analyses.statistics import RESAMPLES
+from sst_interp.analyses.ledger.claims import BlendWeights, Ledger, claims
+from sst_interp.analyses.ledger.rules import Row
+from sst_interp.analyses.ledger.suite import Progress
+from sst_interp.analyses.statistics.resampling import RESAMPLES
 from sst_interp.errors import SSTError
 from sst_interp.kept_rows import kept_rows
 from sst_interp.loading import checkpoint_folder

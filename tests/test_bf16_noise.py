@@ -6,7 +6,7 @@ import pytest
 from synthetic import Planted, pairs_table
 
 from sst_interp.analyses.bf16_noise import bf16_noise
-from sst_interp.analyses.noise_floor import highest, noise_floors
+from sst_interp.analyses.parts.noise_floor import highest, noise_floors
 from sst_interp.errors import SSTError
 
 NOISE = [

@@ -5,9 +5,9 @@ import pandas as pd
 import pytest
 from synthetic import Planted, pairs_table
 
-from sst_interp.analyses import dip
 from sst_interp.analyses.bimodality import bimodality
 from sst_interp.analyses.overlap import overlap_distribution
+from sst_interp.analyses.statistics import dip
 from sst_interp.errors import SSTError
 
 PLACES = (2e-4, 2e-4, 2e-4, 2e-4, 0.3, 0.3, 0.3, 0.3)

@@ -8,8 +8,9 @@ from synthetic import PAIR_TYPES, Planted, SyntheticRecipe, SyntheticRun, pairs_
 from synthetic_outputs import outputs_table, questions_table, steps_table
 
 from sst_interp.analyses.approximation import ApproximationError
-from sst_interp.analyses.claim_answers import blend_weights, learned_blend, two_pass_error
-from sst_interp.analyses.claim_rules import (
+from sst_interp.analyses.ledger.answers import blend_weights, learned_blend, two_pass_error
+from sst_interp.analyses.ledger.claims import PER_COMPARISON, claims
+from sst_interp.analyses.ledger.rules import (
     EVERYWHERE,
     FAILS,
     HOLDS,
@@ -22,10 +23,9 @@ from sst_interp.analyses.claim_rules import (
     reaches,
     too_wide,
 )
-from sst_interp.analyses.claim_suite import PER_COMPARISON as ANALYSES
-from sst_interp.analyses.claim_suite import PER_RUN
-from sst_interp.analyses.claims import PER_COMPARISON, claims
-from sst_interp.analyses.statistics import Interval
+from sst_interp.analyses.ledger.suite import PER_COMPARISON as ANALYSES
+from sst_interp.analyses.ledger.suite import PER_RUN
+from sst_interp.analyses.statistics.resampling import Interval
 from sst_interp.choices import COMPARISONS, Choices
 from sst_interp.errors import SSTError
 

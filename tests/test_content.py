@@ -7,8 +7,8 @@ from scipy.stats import spearmanr
 from synthetic import Planted, pairs_table
 
 from sst_interp.analyses.content import content
-from sst_interp.analyses.label_share import class_share, position_share
-from sst_interp.analyses.matching import (
+from sst_interp.analyses.statistics.label_share import class_share, position_share
+from sst_interp.analyses.statistics.matching import (
     association,
     circular_draws,
     circular_products,
@@ -16,7 +16,7 @@ from sst_interp.analyses.matching import (
     matched,
     p_value,
 )
-from sst_interp.analyses.profiles import ranks
+from sst_interp.analyses.statistics.profiles import ranks
 from sst_interp.choices import Choices
 from sst_interp.errors import SSTError
 

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 from synthetic import Planted, pairs_table
 
-from sst_interp.analyses import dip
-from sst_interp.analyses.dip import NOT_INSTALLED, dip_test, one_per_question
-from sst_interp.analyses.modes import question_histograms, to_v
+from sst_interp.analyses.statistics import dip
+from sst_interp.analyses.statistics.dip import NOT_INSTALLED, dip_test, one_per_question
+from sst_interp.analyses.statistics.modes import question_histograms, to_v
 
 
 def histograms_of(table):

@@ -5,9 +5,9 @@ import pandas as pd
 import pytest
 from synthetic_outputs import parting_run
 
-from sst_interp.analyses.concordance import concordance
 from sst_interp.analyses.divergence import divergence
-from sst_interp.analyses.parting import parting_positions
+from sst_interp.analyses.parts.parting import parting_positions
+from sst_interp.analyses.statistics.concordance import concordance
 from sst_interp.errors import SSTError
 
 

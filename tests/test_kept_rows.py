@@ -6,8 +6,8 @@ import pytest
 import tiny_run
 
 from sst_interp import places
-from sst_interp.analyses.claim_rules import C12, C13, EVERYWHERE, Finding, Row, untestable
-from sst_interp.analyses.statistics import Interval
+from sst_interp.analyses.ledger.rules import C12, C13, EVERYWHERE, Finding, Row, untestable
+from sst_interp.analyses.statistics.resampling import Interval
 from sst_interp.kept_rows import keep_rows, kept_rows
 from sst_interp.ledger import ledger_of
 from sst_interp.runs import open_run

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from synthetic import Planted, pairs_table
 
-from sst_interp.analyses.mixture import away_from_1, coordinate, fit_mixtures
-from sst_interp.analyses.modes import BINS, find_modes, question_histograms
+from sst_interp.analyses.statistics.mixture import away_from_1, coordinate, fit_mixtures
+from sst_interp.analyses.statistics.modes import BINS, find_modes, question_histograms
 
 
 def histograms_of(tables):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from synthetic import Planted, pairs_table
 
-from sst_interp.analyses.modes import (
+from sst_interp.analyses.statistics.modes import (
     BINS,
     find_modes,
     grid,

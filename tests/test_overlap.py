@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 from synthetic import Planted, pairs_table
 
-from sst_interp.analyses.modes import find_modes, one_moded, question_histograms, to_overlap, to_v
 from sst_interp.analyses.overlap import overlap_distribution, overlap_of
+from sst_interp.analyses.statistics.modes import find_modes, one_moded, question_histograms, to_overlap, to_v
 from sst_interp.errors import SSTError
 
 

@@ -6,9 +6,9 @@ import pytest
 from scipy.stats import binomtest
 from synthetic_outputs import questions_table
 
-from sst_interp.analyses.answers import NO_ANSWER, answers_of, depths_permutation, mcnemar
-from sst_interp.analyses.oracle import blind_oracle
 from sst_interp.analyses.overthinking import overthinking
+from sst_interp.analyses.parts.answers import NO_ANSWER, answers_of, depths_permutation, mcnemar
+from sst_interp.analyses.parts.oracle import blind_oracle
 from sst_interp.analyses.settling import settling
 
 

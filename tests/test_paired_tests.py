@@ -4,8 +4,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest, wilcoxon
 
-from sst_interp.analyses.paired_tests import benjamini_hochberg, paired_tests, rank_biserial, sign_test
-from sst_interp.analyses.permutation import holm
+from sst_interp.analyses.statistics.paired_tests import (
+    benjamini_hochberg,
+    paired_tests,
+    rank_biserial,
+    sign_test,
+)
+from sst_interp.analyses.statistics.permutation import holm
 
 
 def draws(shift=0.0, questions=24, columns=40, seed=0):

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sst_interp.analyses.claim_rules import FAILS, HOLDS
+from sst_interp.analyses.ledger.rules import FAILS, HOLDS
 from sst_interp.analyses.patching import patching, patching_rows, size_regression
 from sst_interp.errors import SSTError
 

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import kstest, rankdata
 
-from sst_interp.analyses.permutation import holm, label_permutation, sign_flip
+from sst_interp.analyses.statistics.permutation import holm, label_permutation, sign_flip
 from sst_interp.errors import SSTError
 
 

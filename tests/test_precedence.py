@@ -5,10 +5,17 @@ import pandas as pd
 import pytest
 from synthetic import pairs_table
 
-from sst_interp.analyses.event_order import ORDERS, first_at, order_counts, order_table, orders, shuffled
+from sst_interp.analyses.parts.event_order import (
+    ORDERS,
+    first_at,
+    order_counts,
+    order_table,
+    orders,
+    shuffled,
+)
+from sst_interp.analyses.parts.same_size import beside_nudges, nudged_orders
+from sst_interp.analyses.parts.state_and_argmax import state_and_argmax
 from sst_interp.analyses.precedence import precedence
-from sst_interp.analyses.same_size import beside_nudges, nudged_orders
-from sst_interp.analyses.state_and_argmax import state_and_argmax
 from sst_interp.choices import COMPARISONS
 from sst_interp.errors import SSTError
 

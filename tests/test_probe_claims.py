@@ -7,11 +7,11 @@ import pytest
 from synthetic_outputs import questions_table
 from synthetic_states import states
 
-from sst_interp.analyses.answers import answers_of
-from sst_interp.analyses.claim_probe import probe_rows
-from sst_interp.analyses.claim_rules import EVERYWHERE, FAILS, HOLDS, UNTESTED
 from sst_interp.analyses.halting import Halting, halting_of
-from sst_interp.analyses.probe_validation import at_chance
+from sst_interp.analyses.ledger.probe import probe_rows
+from sst_interp.analyses.ledger.rules import EVERYWHERE, FAILS, HOLDS, UNTESTED
+from sst_interp.analyses.parts.answers import answers_of
+from sst_interp.analyses.parts.probe_validation import at_chance
 from sst_interp.analyses.routing import Routing, routing
 from sst_interp.probe.design import Design
 

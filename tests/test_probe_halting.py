@@ -11,18 +11,9 @@ from scipy.stats import binomtest, fisher_exact
 from sklearn.metrics import brier_score_loss, roc_auc_score
 from synthetic_states import labels, states
 
-from sst_interp.analyses.binomial_readings import (
-    PAPER,
-    PAPER_P,
-    Hits,
-    binomial_p,
-    binomial_readings,
-    fisher_p,
-    implied_rate,
-)
-from sst_interp.analyses.dims_read import dims_read, stability
 from sst_interp.analyses.halting import Halting, halting, halting_of
-from sst_interp.analyses.probe_scores import (
+from sst_interp.analyses.parts.dims_read import dims_read, stability
+from sst_interp.analyses.parts.probe_scores import (
     auc,
     auc_difference,
     aucs,
@@ -33,6 +24,15 @@ from sst_interp.analyses.probe_scores import (
     pairs_in_order,
     pairs_scored,
     probabilities,
+)
+from sst_interp.analyses.statistics.binomial_readings import (
+    PAPER,
+    PAPER_P,
+    Hits,
+    binomial_p,
+    binomial_readings,
+    fisher_p,
+    implied_rate,
 )
 from sst_interp.errors import SSTError
 from sst_interp.probe.design import Design

@@ -7,7 +7,7 @@ import tiny_run
 import torch
 from synthetic_outputs import questions_table
 
-from sst_interp.analyses.answers import answers_of
+from sst_interp.analyses.parts.answers import answers_of
 from sst_interp.errors import SSTError
 from sst_interp.probe.features import features_of, position0, usable_layers
 from sst_interp.probe.labels import RULES, halting_labels

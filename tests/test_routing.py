@@ -9,8 +9,8 @@ import pytest
 import torch
 from synthetic_outputs import questions_table
 
-from sst_interp.analyses.position_traces import RULES, traces
-from sst_interp.analyses.routed_policies import ORACLE, PROBE
+from sst_interp.analyses.parts.position_traces import RULES, traces
+from sst_interp.analyses.parts.routed_policies import ORACLE, PROBE
 from sst_interp.analyses.routing import routing
 from sst_interp.halting import Convergence
 

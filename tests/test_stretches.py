@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sst_interp.analyses.stretches import (
+from sst_interp.analyses.parts.stretches import (
     Segments,
     by_length,
     median_length,

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sst_interp.analyses.truncated_normals import Axis, fit, likeliest_fit
+from sst_interp.analyses.statistics.truncated_normals import Axis, fit, likeliest_fit
 
 EDGES = np.linspace(0, 10, 129)
 AXIS = Axis((EDGES[1:] + EDGES[:-1]) / 2, np.diff(EDGES))

@@ -63,7 +63,7 @@ def probe(
     """
     from tqdm import tqdm
 
-    from sst_interp.analyses.claim_probe import PAPER_LABEL, probe_rows
+    from sst_interp.analyses.ledger.probe import PAPER_LABEL, probe_rows
     from sst_interp.kept_rows import keep_rows
     from sst_interp.probe.design import Design
     from sst_interp.probe.named import probe_run
@@ -93,7 +93,7 @@ def probe(
 
 def as_dict(found: Probed) -> dict[str, Any]:
     """JSON-ready: both results, the rows of the claims ledger, and what was trained on every question."""
-    from sst_interp.analyses.claim_probe import probe_rows
+    from sst_interp.analyses.ledger.probe import probe_rows
 
     rows = [
         {
@@ -118,7 +118,7 @@ def as_dict(found: Probed) -> dict[str, Any]:
 
 def as_text(found: Probed) -> str:
     """Tables, verdicts and the rows of the claims ledger."""
-    from sst_interp.analyses.claim_probe import probe_rows
+    from sst_interp.analyses.ledger.probe import probe_rows
 
     parts = [
         _table(found.halting.table, ("name",), PROBE_COLUMNS),

@@ -16,7 +16,7 @@ import numpy as np
 from sst_interp.errors import SSTError, unknown_name
 
 if TYPE_CHECKING:
-    from sst_interp.analyses.answers import Answers
+    from sst_interp.analyses.parts.answers import Answers
 
 
 class Rule(NamedTuple):
@@ -122,7 +122,7 @@ class Labels:
 
 
 def halting_labels(answers: Answers, name: str = "must-halt") -> Labels:
-    """The labels called `name`, from a run's answers (`analyses.answers.answers_of`).
+    """The labels called `name`, from a run's answers (`analyses.parts.answers.answers_of`).
 
     Raises:
         SSTError: an unknown name, one depth only, no answers recorded where they are needed, labels that are

@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from sst_interp.analyses.answers import answers_of
 from sst_interp.analyses.halting import PERMUTATIONS, Halting, halting_of
-from sst_interp.analyses.probe_validation import Progress, at_chance
+from sst_interp.analyses.parts.answers import answers_of
+from sst_interp.analyses.parts.probe_validation import Progress, at_chance
 from sst_interp.analyses.routing import Routing, routing_of
 from sst_interp.errors import SSTError
 from sst_interp.probe.design import Design

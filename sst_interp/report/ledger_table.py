@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from sst_interp.analyses import Claim, Ledger, Row
-from sst_interp.analyses.claim_rules import EVERYWHERE, FAILS, HOLDS, UNTESTED
+from sst_interp.analyses.ledger.rules import EVERYWHERE, FAILS, HOLDS, UNTESTED
 from sst_interp.report.sections import by_lead
 
 CHIPS = {HOLDS: ("holds", "\u2713"), FAILS: ("fails", "\u2717"), UNTESTED: ("untested", "\u25cb")}

@@ -10,8 +10,9 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from sst_interp.analyses import PAPER_THRESHOLD, QuestionMap, deepest_pair, pair_words, question_map
-from sst_interp.analyses.figures import question_figure
+from sst_interp.analyses import PAPER_THRESHOLD, QuestionMap, deepest_pair, pair_words
+from sst_interp.analyses.figures.overlap import question_figure
+from sst_interp.analyses.parts.question_map import question_map
 from sst_interp.choices import COMPARISONS
 from sst_interp.durable import replace_bytes
 from sst_interp.errors import SSTError, unknown_name

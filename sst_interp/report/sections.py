@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sst_interp.analyses import Ledger, Result
-from sst_interp.analyses.claim_rules import EVERYWHERE, Row
+from sst_interp.analyses.ledger.rules import EVERYWHERE, Row
 from sst_interp.choices import COMPARISONS
 
 MEANING = {

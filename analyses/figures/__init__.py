@@ -1,0 +1,1 @@
+"""Drawing: one module per group of figures, one template (`figures.overlap`)."""

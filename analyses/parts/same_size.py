@@ -1,0 +1,212 @@
+"""A change of the state against nudges of the same size: is its direction anything special? (claim C6)
+
+The argmax is a function of the last layer's state. That it changes where the state does is therefore true by
+construction, more often the further the state moves. A run with controls says what any change of that size
+does (`sst_interp.nudges`); here the true change and the nudges are compared at the same positions.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from sst_interp.analyses.parts.event_order import ORDERS, first_at, order_counts, orders
+from sst_interp.analyses.statistics.resampling import (
+    RESAMPLES,
+    Interval,
+    bootstrap_ends,
+    cluster_bootstrap,
+    ratio,
+)
+
+NUDGES = ("random", "elsewhere")
+"""Directions of nudges. `elsewhere`: where the state moves at another position of the same text."""
+SITES = ("output", "stream")
+WHERE = ("shifted", "stable")
+COLUMNS = ("site", "direction", "where", "positions", "questions")
+MEASURES = ("changed", "kl", "replaced")
+OVERLAPS = ("cosine", "relative_l2")
+"""Overlaps that a nudge's layers have."""
+
+
+def same_size(
+    nudges: pd.DataFrame | None,
+    comparison: str,
+    shifted: pd.DataFrame,
+    threshold: float,
+    kind: str = "cosine",
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> tuple[pd.DataFrame, pd.DataFrame, str | None]:
+    """`beside_nudges` and `nudged_orders`, or why there are none.
+
+    Args:
+        nudges: the run's `nudges` table, if it has one.
+        comparison: "replayed", "within" or "free".
+        shifted: columns question, position, shifted: where the run's deepest pair has shifted (for `within`
+            it is read off the nudges: `shifted_within`).
+        threshold: overlap below which a (position, layer) pair has shifted.
+        kind: which overlap.
+        resamples: question resamples.
+        seed: of the resampling.
+    """
+    nothing = pd.DataFrame()
+    if comparison == "free":
+        return nothing, nothing, "in `free` each depth reads its own text, and a nudge is not another text"
+    if nudges is None or not (nudges["comparison"] == comparison).any():
+        why = f"the run has no nudges of comparison {comparison!r} (`controls` in its recipe)"
+        return nothing, nothing, why
+    if kind not in OVERLAPS:
+        return nothing, nothing, f"nudges have no {kind}"
+    if comparison == "within":
+        shifted = shifted_within(nudges, threshold, kind)
+    beside = beside_nudges(nudges, comparison, shifted, resamples, seed)
+    orders = nudged_orders(nudges, comparison, threshold, kind, resamples, seed)
+    return beside, orders, None if len(beside) else "no nudged position has all its overlaps"
+
+
+def overlaps(rows: pd.DataFrame, kind: str) -> np.ndarray:
+    """Overlap of each row of `nudges` in every layer it has: [row, layer]; rows of one site."""
+    if not len(rows):
+        return np.ones((0, 1))
+    values = np.stack(rows[kind].to_list()).astype(float)
+    return 1 - values if kind == "relative_l2" else values
+
+
+def shifted_within(nudges: pd.DataFrame, threshold: float, kind: str) -> pd.DataFrame:
+    """Which positions shift between iteration 1 and the deepest of the pass that was nudged: columns
+    question, position, shifted. It reads depth 1's text; the run's own `within` rows read another.
+    """
+    here = (nudges["comparison"] == "within") & (nudges["site"] == "stream") & (nudges["direction"] == "true")
+    rows = nudges[here]
+    shifted = np.asarray((overlaps(rows, kind) < threshold).any(axis=1))
+    return rows[["question", "position"]].assign(shifted=shifted)
+
+
+def beside_nudges(
+    nudges: pd.DataFrame,
+    comparison: str,
+    shifted: pd.DataFrame,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """What true changes and nudges of the same size do, at shifted and at stable positions; deepest pair.
+
+    Args:
+        nudges: the run's `nudges` table.
+        comparison: "replayed" or "within".
+        shifted: columns question, position, shifted.
+        resamples: question resamples.
+        seed: of the resampling.
+
+    Returns:
+        A row per site, direction and `where`: positions, questions; `changed` (share of argmaxes), `kl` and
+        `replaced` (means), each with _low and _high; `difference` (of `changed`: true minus this nudge, at
+        the same positions) with _low and _high, NaN for the true change itself. No rows: no such nudges.
+    """
+    rows = nudges[(nudges["comparison"] == comparison).to_numpy(dtype=bool)]
+    rows = rows[(rows["b"] == rows["b"].max()).to_numpy(dtype=bool)]
+    keys = ["question", "position"]
+    rows = rows.astype(dict.fromkeys(keys, "int64")).merge(
+        shifted.astype(dict.fromkeys(keys, "int64")), on=keys
+    )
+    codes, questions = pd.factorize(rows["question"].to_numpy())
+    values = {
+        "changed": rows["argmax_changed"].to_numpy(dtype=float),
+        "kl": rows["kl"].to_numpy(dtype=float),
+        "replaced": rows["replaced"].to_numpy(dtype=float),
+    }
+    there = np.isfinite(np.stack(list(values.values()))).all(axis=0)
+    place = rows.groupby(keys, sort=False).ngroup().to_numpy()
+
+    def sums(mask: np.ndarray, name: str) -> np.ndarray:
+        """[question, 2]: total and number of the rows of a mask."""
+        parts = [np.bincount(codes[mask], w, len(questions)) for w in (values[name][mask], None)]
+        return np.stack(parts, axis=-1).astype(float)
+
+    records = []
+    for site in SITES:
+        for where in WHERE:
+            here = (
+                there
+                & (rows["site"] == site).to_numpy()
+                & (rows["shifted"] == (where == "shifted")).to_numpy()
+            )
+            directions = {d: here & (rows["direction"] == d).to_numpy() for d in ("true", *NUDGES)}
+            for direction, mask in directions.items():
+                if not mask.any():
+                    continue
+                record = [site, direction, where, len(np.unique(place[mask])), len(np.unique(codes[mask]))]
+                used = np.bincount(codes[mask], minlength=len(questions)) > 0
+                for name in MEASURES:
+                    record += _ends(cluster_bootstrap(sums(mask, name)[used], ratio, resamples, seed=seed))
+                gap = [np.nan] * 3
+                if direction != "true":
+                    same = directions["true"] & np.isin(place, place[mask])
+                    both = np.stack([sums(same, "changed"), sums(mask, "changed")], axis=1)[used]
+                    gap = _ends(cluster_bootstrap(both, _gap, resamples, seed=seed))
+                records.append(record + gap)
+    named = [f"{m}{end}" for m in (*MEASURES, "difference") for end in ("", "_low", "_high")]
+    return pd.DataFrame(records, columns=[*COLUMNS, *named])
+
+
+def nudged_orders(
+    nudges: pd.DataFrame,
+    comparison: str,
+    threshold: float,
+    kind: str,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """When the last layer's state shifts, seen from the first change of the argmax, for changes without any
+    thought in them: nudges of the last layer's output that grow from b to b as the true change does.
+
+    Returns:
+        A row per direction (`true` among them, read in the same way) and entry of `ORDERS`: positions (and
+        seeds), questions, share, low, high. No rows: no such nudges.
+    """
+    rows = nudges[(nudges["comparison"] == comparison).to_numpy() & (nudges["site"] == "output").to_numpy()]
+    steps = np.sort(rows["b"].unique())
+    keys = ["question", "position", "direction", "seed"]
+    rows = rows.sort_values([*keys, "b"])
+    whole = (rows.groupby(keys, observed=True)["b"].transform("size") == len(steps)).to_numpy(dtype=bool)
+    rows = rows[whole]
+    overlap = overlaps(rows, kind)[:, -1]
+    usable = np.isfinite(overlap).reshape(-1, max(len(steps), 1)).all(axis=1)
+    x = first_at((overlap < threshold).reshape(-1, max(len(steps), 1)))
+    y = first_at(rows["argmax_changed"].to_numpy(dtype=bool).reshape(-1, max(len(steps), 1)))
+    first = rows.iloc[:: max(len(steps), 1)]
+    tables = []
+    for direction in ("true", *NUDGES):
+        here = usable & (first["direction"] == direction).to_numpy(dtype=bool)
+        seen = orders(order_counts(first["question"].to_numpy()[here], x[here], y[here], len(steps)))
+        seen = seen[seen.sum(axis=1) > 0]
+        if not len(seen):
+            continue
+        sums = np.stack([seen, np.broadcast_to(seen.sum(axis=1, keepdims=True), seen.shape)], axis=-1)
+        share, low, high = bootstrap_ends(sums, ratio, resamples, seed=seed)
+        tables.append(
+            pd.DataFrame(
+                {
+                    "direction": direction,
+                    "order": ORDERS,
+                    "positions": seen.sum(axis=0),
+                    "questions": len(seen),
+                    "share": share,
+                    "low": low,
+                    "high": high,
+                }
+            )
+        )
+    columns = ["direction", "order", "positions", "questions", "share", "low", "high"]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
+
+
+def _gap(totals: np.ndarray) -> np.ndarray:
+    """Difference of the two ratios in [..., 2, 2]."""
+    shares = ratio(totals)
+    return shares[..., 0] - shares[..., 1]
+
+
+def _ends(interval: Interval) -> list[float]:
+    return [interval.estimate, interval.low, interval.high]

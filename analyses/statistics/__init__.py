@@ -1,0 +1,1 @@
+"""Statistics on plain arrays, with questions as the unit: `resampling` and `permutation` first of all."""
