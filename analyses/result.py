@@ -7,10 +7,11 @@ figures, a notebook shows it as HTML: all from the same object.
 from __future__ import annotations
 
 import html
+import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,59 @@ class Result(ABC):
     def _repr_html_(self) -> str:
         table = table_html(self.table)
         return f"<h3>{html.escape(self.title)}</h3><p>{html.escape(self.verdict)}</p>{table}"
+
+
+@dataclass(frozen=True, eq=False)
+class KeptResult(Result):
+    """A result as it was when it was measured: what can be shown of it, without the fields it came from."""
+
+    heading: str
+    sentence: str
+    numbers: pd.DataFrame
+    drawn: dict[str, dict[str, Any]]
+    """Figure -> plotly's JSON."""
+
+    @property
+    def title(self) -> str:
+        """As it was."""
+        return self.heading
+
+    @property
+    def verdict(self) -> str:
+        """As it was computed."""
+        return self.sentence
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """As it was."""
+        return self.numbers
+
+    def figure(self) -> go.Figure:
+        """The one that shows the finding."""
+        return next(iter(self.figures().values()))
+
+    def figures(self) -> dict[str, go.Figure]:
+        """Every figure, as it was drawn."""
+        return {name: go.Figure(drawn) for name, drawn in self.drawn.items()}
+
+    @classmethod
+    def of(cls, result: Result) -> KeptResult:
+        """What can be shown of a result."""
+        drawn = {name: json.loads(str(figure.to_json())) for name, figure in result.figures().items()}
+        return cls(result.title, result.verdict, result.table, drawn)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready; `from_json` reads it."""
+        table = {"columns": [str(name) for name in self.table.columns], "rows": self.table.to_numpy(object)}
+        return {
+            "title": self.title, "verdict": self.verdict, "table": json_ready(table), "figures": self.drawn,
+        }  # fmt: skip
+
+    @classmethod
+    def from_json(cls, kept: Mapping[str, Any]) -> KeptResult:
+        """What `to_json` wrote."""
+        table = pd.DataFrame(kept["table"]["rows"], columns=kept["table"]["columns"])
+        return cls(kept["title"], kept["verdict"], table, kept["figures"])
 
 
 def table_html(table: pd.DataFrame, digits: int = 4) -> str:

@@ -12,7 +12,7 @@ A run's companions are runs called `NAME-ROLE` beside it, or among the user's an
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pandas as pd
 
@@ -23,7 +23,7 @@ from sst_interp.analyses.ledger.rules import Row
 from sst_interp.analyses.ledger.suite import Progress
 from sst_interp.analyses.statistics.resampling import RESAMPLES
 from sst_interp.errors import SSTError
-from sst_interp.kept_rows import kept_rows
+from sst_interp.kept_findings import kept_findings
 from sst_interp.loading import checkpoint_folder
 from sst_interp.runs import Run, open_run
 from sst_interp.token_texts import token_classes, tokenizer_of
@@ -81,18 +81,19 @@ def ledger_of(
         more: rows of claims that were measured elsewhere; they go before those kept with the run.
         progress: told how many analyses are done, of how many, and which is next.
     """
-    tokenizer = tokenizer_of(run)
-    return claims(
+    tokenizer, kept = tokenizer_of(run), kept_findings(run)
+    found = claims(
         run,
         **companions(run).runs,
         alpha=blend_of(run),
         approximation=approximation_of(run),
         token_class=token_classes(tokenizer) if tokenizer is not None else None,
-        more=[*{(row.claim.id, row.comparison): row for row in (*kept_rows(run), *more)}.values()],
+        more=[*{(row.claim.id, row.comparison): row for row in (*kept.rows, *more)}.values()],
         resamples=resamples,
         seed=seed,
         progress=progress,
     )
+    return replace(found, results=found.results | kept.results)
 
 
 def blend_of(run: Run) -> BlendWeights | None:

@@ -29,7 +29,7 @@ def patch(
 
     from sst_interp.analyses.patching import patching, patching_rows
     from sst_interp.errors import SSTError
-    from sst_interp.kept_rows import keep_rows
+    from sst_interp.kept_findings import keep_findings
     from sst_interp.patching.study import Plan, patch_run
     from sst_interp.runs import open_run
 
@@ -49,7 +49,8 @@ def patch(
     except KeyboardInterrupt:
         raise SSTError("stopped", "what was patched is kept: the same command goes on from there") from None
     found = patching(table)
-    kept = keep_rows(opened, "patching", patching_rows(found), {"questions": questions, "layers": layers})
+    made = {"questions": questions, "layers": layers, "tokens": tokens}
+    kept = keep_findings(opened, "patching", patching_rows(found), made, {"patching": found})
     print(f"claim C16: {kept}", file=sys.stderr)
     if as_json:
         print(json.dumps(found.to_dict(), indent=2))

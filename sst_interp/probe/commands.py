@@ -64,7 +64,7 @@ def probe(
     from tqdm import tqdm
 
     from sst_interp.analyses.ledger.probe import PAPER_LABEL, probe_rows
-    from sst_interp.kept_rows import keep_rows
+    from sst_interp.kept_findings import keep_findings
     from sst_interp.probe.design import Design
     from sst_interp.probe.named import probe_run
     from sst_interp.runs import open_run
@@ -85,7 +85,9 @@ def probe(
         print(as_text(found))
     if label == PAPER_LABEL:
         made = {"label": label, "layer": layer, "permutations": permutations, "seed": seed}
-        kept = keep_rows(opened, "probe", probe_rows(found.halting, found.routing), made)
+        rows = probe_rows(found.halting, found.routing)
+        results = {"halting": found.halting, "routing": found.routing}
+        kept = keep_findings(opened, "probe", rows, made, results)
         print(f"claims C12 and C13: {kept}", file=sys.stderr)
     if save is not None:
         print(f"probe: {save}", file=sys.stderr)

@@ -1,8 +1,8 @@
-"""Rows of the claims ledger that were measured apart from it, kept with their run.
+"""Findings that were measured apart from the claims ledger, kept with their run.
 
-The halting probe (C12, C13) and causal patching (C16) take minutes, so their commands keep what they found:
-in the run's own folder under `findings/`, or for a run that ships in `findings/NAME` of the working folder.
-Kept rows are of one capture: after another one they are not shown.
+The halting probe (C12, C13) and causal patching (C16) take minutes, so their commands keep what they found,
+rows of the ledger and whole results: in the run's own folder under `findings/`, or for a run that ships in
+`findings/NAME` of the working folder. Kept findings are of one capture: after another one they are not shown.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import numpy as np
 
 from sst_interp import places
 from sst_interp.analyses.ledger.rules import Claim, Finding, Row
+from sst_interp.analyses.result import KeptResult, Result
 from sst_interp.analyses.statistics.resampling import Interval
 from sst_interp.durable import replace_json
 from sst_interp.run import Run
@@ -27,34 +28,57 @@ from sst_interp.run import Run
 FOLDER = "findings"
 
 
-def keep_rows(run: Run, name: str, rows: Sequence[Row], made: dict[str, Any]) -> Path:
-    """Keep rows as `NAME.json`; returns the file.
+@dataclass(frozen=True)
+class Kept:
+    """What was kept of one capture."""
+
+    rows: list[Row] = field(default_factory=list)
+    """Rows of the claims ledger."""
+    results: dict[str, Result] = field(default_factory=dict)
+    """Analysis (`halting`, `routing`, `patching`) -> its result, as far as it can be shown again."""
+
+
+def keep_findings(
+    run: Run,
+    name: str,
+    rows: Sequence[Row],
+    made: dict[str, Any],
+    results: Mapping[str, Result] | None = None,
+) -> Path:
+    """Keep a measurement as `NAME.json`; returns the file.
 
     Args:
-        run: what they were measured on.
+        run: what was measured.
         name: of the measurement, for example `probe`.
         rows: of the ledger.
         made: JSON-ready: what was chosen (seed, permutations ...).
+        results: analyses that get a section in the report, by name.
     """
     shipped = run.folder.parent.resolve() == places.shipped("runs").resolve()
     own = not shipped and os.access(run.folder, os.W_OK)
     folder = run.folder / FOLDER if own else Path(FOLDER) / run.name
     folder.mkdir(parents=True, exist_ok=True)
-    contents = {"of": capture_of(run), "made": made, "rows": [_plain(asdict(row)) for row in rows]}
+    contents = {
+        "of": capture_of(run),
+        "made": made,
+        "rows": [_plain(asdict(row)) for row in rows],
+        "results": {key: KeptResult.of(result).to_json() for key, result in (results or {}).items()},
+    }
     replace_json(folder / f"{name}.json", contents)
     return folder / f"{name}.json"
 
 
-def kept_rows(run: Run) -> list[Row]:
-    """The rows kept of this capture; the working folder's go before those that came with the run."""
-    found: dict[tuple[str, str], Row] = {}
+def kept_findings(run: Run) -> Kept:
+    """What is kept of this capture; the working folder's goes before what came with the run."""
+    rows: dict[tuple[str, str], Row] = {}
+    results: dict[str, Result] = {}
     for folder in (run.folder / FOLDER, Path(FOLDER) / run.name):
         for file in sorted(folder.glob("*.json")):
             contents = json.loads(file.read_text())
             if contents["of"] == capture_of(run):
-                for row in map(_row, contents["rows"]):
-                    found[row.claim.id, row.comparison] = row
-    return list(found.values())
+                rows |= {(row.claim.id, row.comparison): row for row in map(_row, contents["rows"])}
+                results |= {k: KeptResult.from_json(v) for k, v in contents.get("results", {}).items()}
+    return Kept(list(rows.values()), results)
 
 
 def capture_of(run: Run) -> str:

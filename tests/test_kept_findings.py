@@ -1,0 +1,102 @@
+"""Rows kept with a run come back as they were, for that capture and no other."""
+
+import json
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import pytest
+import tiny_run
+
+from sst_interp import places
+from sst_interp.analyses.ledger.rules import C12, C13, EVERYWHERE, Finding, Row, untestable
+from sst_interp.analyses.result import KeptResult, Result
+from sst_interp.analyses.statistics.resampling import Interval
+from sst_interp.kept_findings import keep_findings, kept_findings
+from sst_interp.ledger import ledger_of
+from sst_interp.report import render_report
+from sst_interp.runs import open_run
+
+TOLD = Row(C12, EVERYWHERE, Finding("29 of 48", "holds", Interval(0.6, 0.5, 0.7, 48), "beside it"))
+UNKNOWN = Row(C13, EVERYWHERE, untestable("at chance"))
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return open_run(tiny_run.capture(tmp_path / "runs" / "tiny"))
+
+
+def test_rows_come_back_as_they_were_and_stand_in_the_ledger(run):
+    assert kept_findings(run).rows == []
+    file = keep_findings(run, "probe", [TOLD, UNKNOWN], {"seed": 0})
+    assert file == run.folder / "findings" / "probe.json"
+    told, unknown = kept_findings(run).rows
+    assert told == TOLD
+    assert unknown.claim.id == "C13"
+    assert unknown.finding.verdict == "not testable: at chance"
+    assert math.isnan(unknown.finding.figure.estimate)
+    shown = ledger_of(run, resamples=20).table.set_index("claim")
+    assert shown.loc["C12", "verdict"] == "holds"
+    assert shown.loc["C12", "this run"] == "29 of 48"
+
+
+def test_rows_of_another_capture_are_not_shown(run, tmp_path):
+    keep_findings(run, "probe", [TOLD], {})
+    other = open_run(tiny_run.capture(tmp_path / "more" / "tiny", tiny_run.tiny_recipe(seed=1), [[0, 1]]))
+    (other.folder / "findings").mkdir()
+    (run.folder / "findings" / "probe.json").rename(other.folder / "findings" / "probe.json")
+    assert kept_findings(other).rows == []
+
+
+def test_a_shipped_run_is_left_alone_and_own_rows_go_first(run, tmp_path, monkeypatch):
+    keep_findings(run, "probe", [TOLD], {})
+    monkeypatch.setattr(places, "shipped", lambda kind: tmp_path / kind)
+    newer = Row(C12, EVERYWHERE, Finding("30 of 48", "does not hold", Interval(0.5, 0.4, 0.6, 48)))
+    assert keep_findings(run, "probe", [newer], {}) == places.Path("findings") / "tiny" / "probe.json"
+    assert [row.finding.here for row in kept_findings(run).rows] == ["30 of 48"]
+
+
+@dataclass(frozen=True, eq=False)
+class Measured(Result):
+    """A result with what a table and a text can hold."""
+
+    title = "Patched <b>"
+
+    @property
+    def table(self):
+        return pd.DataFrame({"name": ["a<script>", None], "share": [0.25, np.nan], "n": [3, 4]})
+
+    @property
+    def verdict(self):
+        return "Two <i>rows</i>. One has no share."
+
+    def figure(self):
+        return go.Figure(go.Bar(x=[1, 2], y=np.array([0.5, 0.25])), layout={"title": {"text": "bars"}})
+
+    def figures(self):
+        return {"first": self.figure(), "second": go.Figure()}
+
+
+def test_a_result_comes_back_as_it_was_and_has_its_section_in_the_report(run):
+    given = Measured()
+    keep_findings(run, "patching", [], {}, {"patching": given})
+    back = kept_findings(run).results["patching"]
+    assert (back.title, back.verdict) == (given.title, given.verdict)
+    pd.testing.assert_frame_equal(back.table, given.table)
+    assert list(back.figures()) == ["first", "second"]
+    assert json.loads(back.figure().to_json()) == json.loads(given.figure().to_json())
+    ledger = ledger_of(run, resamples=20)
+    assert ledger.results["patching"].verdict == given.verdict
+    page = render_report(run, ledger)
+    assert "Causal patching" in page
+    assert "Two &lt;i&gt;rows&lt;/i&gt;." in page
+    assert "a&lt;script&gt;" in page
+    assert "a<script>" not in page
+
+
+def test_keeping_a_kept_result_again_changes_nothing():
+    once = KeptResult.of(Measured()).to_json()
+    assert KeptResult.of(KeptResult.from_json(once)).to_json() == once
