@@ -199,3 +199,18 @@ def test_the_command_patches_and_prints(run, model, rows, tmp_path, monkeypatch)
     assert printed["n_questions"] == 2
     assert patching(rows).n_questions == 4
     assert "2 questions" in printed["verdict"]
+
+
+def test_what_ships_is_taken_over_and_only_of_the_same_plan(run, model, rows, tmp_path, monkeypatch):
+    shipped = tmp_path / "shipped"
+    first = patch_run(run, shipped / "patching" / run.name, 2, PLAN, model)
+    monkeypatch.setattr(study.places, "shipped", lambda kind: shipped / kind)
+    began = []
+    monkeypatch.setattr(study._Study, "patch", lambda *_: began.append(1))
+    again = patch_run(run, tmp_path / "again", 2, PLAN)
+    assert not began, "nothing is patched twice"
+    pd.testing.assert_frame_equal(again, first)
+    other = dataclasses.replace(PLAN, windows=1)
+    with pytest.raises(AttributeError):  # the stand-in above returns no rows: it was asked to patch
+        patch_run(run, tmp_path / "other", 2, other, model)
+    assert began

@@ -80,7 +80,7 @@ def read_text(model: Recurrence, prompt: Sequence[int], text: Sequence[int], dep
     seen: dict[str, list[Tensor]] = {"resid_post": [], "blended": [], "handed": [], "before": []}
     has_state = []
     for token in inputs:
-        has_state.append(bool(stream.column > stream.origin[0]))
+        has_state.append(bool(model.kind.has_state(stream.column, stream.origin[:1], 1)))
         seen["before"].append(stream.state.transpose(0, 1).clone())
         blended = stream.state.new_zeros(2, layers, stream.state.shape[-1])
 

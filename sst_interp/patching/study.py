@@ -2,11 +2,14 @@
 
 FOLDER/plan.json            what is patched, and of which run: another plan is refused
 FOLDER/qQUESTION.parquet    the rows of one question (docs/patching.md)
+
+What was patched by the same plan of a shipped run ships, too (`data/patching/RUN`): it is taken over.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import nan
@@ -16,6 +19,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from sst_interp import places
 from sst_interp.analyses.basin_shifts import threshold_of
 from sst_interp.analyses.overlap import overlap_distribution, overlap_of, select
 from sst_interp.bridges.run_cache import refuse_another, written_tokens
@@ -165,7 +169,7 @@ class _Study:
         )
         self.asked: Sequence[Question] = asked.questions
         if model is None:
-            model = load(recipe.checkpoint, recipe.alpha, recipe.choices, recipe.dtype)
+            model = load(recipe.checkpoint, recipe.alpha, recipe.choices, recipe.dtype, kind=recipe.kind)
         refuse_another(run, provenance(model, asked))
         self.model, self.depth = model, max(recipe.depths)
         self.layers = spread(model.backbone.n_layers, plan.layers)
@@ -257,7 +261,17 @@ def _same_plan(folder: Path, run: Run, plan: Plan, threshold: float) -> None:
             )
         return
     folder.mkdir(parents=True, exist_ok=True)
+    done = shipped_patches(run.name)
+    if (done / PLAN).is_file() and json.loads((done / PLAN).read_text()) == now:
+        for shard in done.glob("q*.parquet"):
+            stage(folder / shard.name, lambda path, source=shard: shutil.copyfile(source, path))
+            publish(folder / shard.name)
     replace_json(path, now)
+
+
+def shipped_patches(name: str) -> Path:
+    """Where the patches of a shipped run are; may not exist."""
+    return places.shipped("patching") / name
 
 
 def _shard(folder: Path, question: int) -> Path:
