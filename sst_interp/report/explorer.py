@@ -24,6 +24,7 @@ from sst_interp.choices import COMPARISONS
 from sst_interp.report import token_lists
 from sst_interp.report.escaping import visible
 from sst_interp.report.packing import DISTANCE, OUTPUT, SIZE, implied_l2, pack
+from sst_interp.report.places import Places
 from sst_interp.token_texts import shows_text
 
 LARGEST_CELLS = 3_950_000
@@ -163,49 +164,6 @@ def _comparison(
         "lowest": _lowest(rows, kept, recipe.choices.overlap),
         "block": pack(arrays),
     }
-
-
-@dataclass(frozen=True)
-class Places:
-    """Where a row of a table stands in the flat arrays."""
-
-    questions: np.ndarray
-    lengths: np.ndarray
-    layers: np.ndarray
-
-    @property
-    def starts(self) -> np.ndarray:
-        """First position of each question, in positions."""
-        return np.concatenate([[0], np.cumsum(self.lengths)])[:-1]
-
-    def positions(self, rows: pd.DataFrame) -> np.ndarray:
-        """Index into the arrays [question, position]."""
-        q = np.searchsorted(self.questions, rows["question"].to_numpy())
-        return self.starts[q] + rows["position"].to_numpy(dtype=np.int64)
-
-    def cells(self, rows: pd.DataFrame) -> np.ndarray:
-        """Index into the arrays [question, layer, position]."""
-        q = np.searchsorted(self.questions, rows["question"].to_numpy())
-        layer = np.searchsorted(self.layers, rows["layer"].to_numpy())
-        inside = layer * self.lengths[q] + rows["position"].to_numpy(dtype=np.int64)
-        return self.starts[q] * len(self.layers) + inside
-
-    def empty(self, per_position: int | None = None, dtype: type = np.uint16) -> np.ndarray:
-        """Zeros ("missing") for every cell, or `per_position` for every position."""
-        size = int(self.lengths.sum()) * (len(self.layers) if per_position is None else per_position)
-        return np.zeros(size, dtype=dtype)
-
-    def put(self, at: np.ndarray, codes: np.ndarray, per_position: int | None = None) -> np.ndarray:
-        """The codes where they belong."""
-        array = self.empty(per_position, codes.dtype.type)
-        array[at] = codes
-        return array
-
-    def inside(self, rows: pd.DataFrame) -> pd.DataFrame:
-        """The rows that have a place."""
-        rows = rows[rows["question"].isin(self.questions).to_numpy(dtype=bool)]
-        q = np.searchsorted(self.questions, rows["question"].to_numpy())
-        return rows[rows["position"].to_numpy() < self.lengths[q]]
 
 
 def _outputs(outputs: pd.DataFrame, places: Places, names: list[tuple[int, int]]) -> dict[str, np.ndarray]:

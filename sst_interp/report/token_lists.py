@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from sst_interp.report.places import Places
 from sst_interp.report.tokens import shown_texts
-
-if TYPE_CHECKING:
-    from sst_interp.report.explorer import Places
 
 TOP = 10
 """Leading tokens kept of each state."""
