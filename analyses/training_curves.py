@@ -1,4 +1,4 @@
-"""How a training went: the loss of every step, the loss on held-out examples, and the blend weights."""
+"""How a training went: the loss of every step, that on held-out examples, and the stream's own weights."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ from sst_interp.analyses.result import Result
 
 SMOOTHING = 20
 """Steps over which the line through the training loss is averaged."""
+WEIGHTS = {
+    "blend weight alpha": ("alpha_max", "alpha_mean", "alpha_min"),
+    "residual scalar gamma": ("gamma_mean",),
+}
+"""What is drawn of the stream's own weights: axis -> columns of the log."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +33,9 @@ class TrainingCurves(Result):
     @property
     def looks(self) -> pd.DataFrame:
         """The rows in which held-out examples were measured."""
-        columns = [c for c in self.log if c in ("step", "alpha_mean") or c.startswith("held_out")]
+        columns = [
+            c for c in self.log if c in ("step", "alpha_mean", "gamma_mean") or c.startswith("held_out")
+        ]
         rows = self.log[columns]
         return rows[rows.filter(like="held_out").notna().any(axis=1)].reset_index(drop=True)
 
@@ -59,6 +66,9 @@ class TrainingCurves(Result):
                 f"; alpha {steps['alpha_mean'].iloc[0]:.4f} -> {end['alpha_mean']:.4f} "
                 f"(range {end['alpha_min']:.4f} to {end['alpha_max']:.4f})"
             )
+        if "gamma_mean" in steps and steps["gamma_mean"].notna().any():
+            gamma = steps["gamma_mean"]
+            words += f"; gamma (mean over layers) {gamma.iloc[0]:.4f} -> {gamma.iloc[-1]:.4f}"
         return words + "."
 
     @property
@@ -67,12 +77,16 @@ class TrainingCurves(Result):
         return "Training"
 
     def figure(self) -> go.Figure:
-        """Loss above, blend weights below, against the step."""
+        """Loss above, the stream's own weights below, against the step."""
         if "loss" not in self.log:
             return empty_figure(self.title, "no step was taken")
         steps, looks = self.log.dropna(subset=["loss"]), self.looks
-        stream = "alpha_mean" in steps and bool(steps["alpha_mean"].notna().any())
-        figure = make_subplots(rows=1 + stream, cols=1, shared_xaxes=True, vertical_spacing=0.08)
+        stream = {
+            axis: [c for c in names if c in steps and steps[c].notna().any()]
+            for axis, names in WEIGHTS.items()
+        }
+        stream = {axis: names for axis, names in stream.items() if names}
+        figure = make_subplots(rows=1 + len(stream), cols=1, shared_xaxes=True, vertical_spacing=0.08)
         figure.add_scatter(
             x=steps["step"], y=steps["loss"], mode="markers", name="one step", opacity=0.5,
             marker={"color": GREY, "size": 4}, row=1, col=1,
@@ -91,15 +105,19 @@ class TrainingCurves(Result):
                     line={"color": color}, row=1, col=1,
                 )  # fmt: skip
         figure.update_yaxes(title_text="loss (nats per answer token)", type="log", dtick="D1", row=1, col=1)
-        if stream:
-            for column, dash in (("alpha_max", "dot"), ("alpha_mean", "solid"), ("alpha_min", "dot")):
+        for row, (axis, names) in enumerate(stream.items(), 2):
+            for column in names:
                 figure.add_scatter(
-                    x=steps["step"], y=steps[column], name=column.replace("_", " "),
-                    line={"color": BLUE, "dash": dash}, row=2, col=1,
-                )  # fmt: skip
-            figure.update_yaxes(title_text="blend weight alpha", row=2, col=1)
-        figure.update_xaxes(title_text="step", row=1 + stream, col=1)
-        figure.update_layout(template=TEMPLATE, title=f"Training {self.name}", height=380 + 240 * stream)
+                    x=steps["step"],
+                    y=steps[column],
+                    name=column.replace("_", " "),
+                    line={"color": BLUE, "dash": "solid" if column.endswith("mean") else "dot"},
+                    row=row,
+                    col=1,
+                )
+            figure.update_yaxes(title_text=axis, row=row, col=1)
+        figure.update_xaxes(title_text="step", row=1 + len(stream), col=1)
+        figure.update_layout(template=TEMPLATE, title=f"Training {self.name}", height=380 + 240 * len(stream))
         return figure
 
 

@@ -81,8 +81,19 @@ class Masters:
         return float(nn.utils.get_total_norm(gradients))
 
     def step(self, number: int, norm: float) -> None:
-        """Step `number` (from 0) with the gradients taken over, scaled down to the recipe's clip."""
-        nn.utils.clip_grads_with_norm_(self.values.values(), self.recipe.clip, torch.tensor(norm))
+        """Step `number` (from 0) with the gradients taken over, scaled down to the recipe's clip.
+
+        A memory is clipped apart from the adapters: its gradient is ten to a hundred times theirs, and would
+        decide by how much they are scaled.
+        """
+        memory = list(self.memory.values())
+        apart = {id(value) for value in memory}
+        adapters = [value for value in self.values.values() if id(value) not in apart]
+        for part in (adapters, memory) if memory else ():
+            gradients = [value.grad for value in part if value.grad is not None]
+            nn.utils.clip_grads_with_norm_(part, self.recipe.clip, nn.utils.get_total_norm(gradients))
+        if not memory:
+            nn.utils.clip_grads_with_norm_(adapters, self.recipe.clip, torch.tensor(norm))
         for group, peak in zip(self.optimiser.param_groups, self._peaks, strict=True):
             group["lr"] = peak * rate(number, self.steps, self.recipe.warmup)
         self.optimiser.step()

@@ -57,8 +57,9 @@ class TrainingRecipe:
     """Trains a Latent Recurrent Transformer instead of a State Stream Transformer: `[lrt]`, with `source`,
     `pathway`, `gamma` and `projections`. `alpha` then means nothing."""
 
-    lrt_learning_rate: float = 2e-3
-    """Of the LRT's own weights."""
+    lrt_learning_rate: float = 1e-4
+    """Of the LRT's own weights. A memory after the final norm has entries of 1 to 40, so that at 2e-3 its keys
+    and values change by as much as they are in a step, and nothing is learned (docs/what-did-not-work.md)."""
 
     alpha: float = 0.027
     """Where every blend weight starts."""
