@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sst_interp.choices import Choices as Choices
     from sst_interp.errors import SSTError as SSTError
     from sst_interp.loading import load as load
+    from sst_interp.looped import attach_looped as attach_looped
     from sst_interp.lrt_attach import attach_lrt as attach_lrt
     from sst_interp.model import StateStreamModel as StateStreamModel
     from sst_interp.model import attach as attach
@@ -32,6 +33,7 @@ _WHERE = {
     "load": "loading",
     "StateStreamModel": "model",
     "attach": "model",
+    "attach_looped": "looped",
     "attach_lrt": "lrt_attach",
     "Recipe": "recipe",
     "open_run": "runs",
@@ -44,6 +46,7 @@ __all__ = [
     "SSTError",
     "StateStreamModel",
     "attach",
+    "attach_looped",
     "attach_lrt",
     "list_runs",
     "load",

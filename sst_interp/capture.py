@@ -67,7 +67,7 @@ def capture(
     else:
         if progress:
             print(f"loading {recipe.checkpoint}", file=sys.stderr)
-        model = load(recipe.checkpoint, recipe.alpha, recipe.choices, recipe.dtype)
+        model = load(recipe.checkpoint, recipe.alpha, recipe.choices, recipe.dtype, kind=recipe.kind)
     prompts = [model.chat(q.prompt, reply_prefix=recipe.reply_prefix or "") for q in questions.questions]
     check_room(model, max(map(len, prompts)), recipe.max_new_tokens)
     batches = batches_of([len(p) for p in prompts], recipe.batch_size)
@@ -239,6 +239,11 @@ def refuse_other_model(model: StateStreamModel, recipe: Recipe) -> None:
     dtype = str(model.backbone.dtype).removeprefix("torch.")
     if dtype != recipe.dtype:
         raise SSTError(f"the model is {dtype}, the recipe says {recipe.dtype}", f"dtype = {dtype!r}")
+    if recipe.kind is not None and recipe.kind != model.kind.name:
+        raise SSTError(
+            f"the model is a {NAMES[model.kind.name]}, the recipe's kind is {recipe.kind!r}",
+            f'kind = "{model.kind.name}"',
+        )
     if recipe.alpha is not None and model.kind.name != "sst":
         raise SSTError(f"a {NAMES[model.kind.name]} has no alpha", "leave alpha out of the recipe")
     if recipe.alpha is not None and not torch.allclose(

@@ -1,6 +1,6 @@
 """A state stream on disk: its weights in safetensors, its choices and its backbone in JSON.
 
-folder/stream.safetensors         SST: alpha [layer, d_model]; LRT: gamma, key, value, gates
+folder/stream.safetensors         SST: alpha [layer, d_model]; LRT: gamma, key, value, gates; looped: none
 folder/stream.json                kind, choices, and the backbone's name, revision and content hash
 folder/adapter_model.safetensors  trained checkpoints: LoRA adapters, in PEFT's layout
 folder/adapter_config.json        and their configuration
@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from sst_interp.choices import Choices
 from sst_interp.durable import publish, replace_bytes, stage
 from sst_interp.errors import SSTError
 from sst_interp.kind import NAMES, Kind, KindName
+from sst_interp.looped import Looped
 from sst_interp.lrt import Memory
 from sst_interp.stream import LayerBlend
 from sst_interp.training.adapters import save_adapters
@@ -27,9 +29,13 @@ if TYPE_CHECKING:
     from sst_interp.model import StateStreamModel
 
 CONFIG, WEIGHTS = "stream.json", "stream.safetensors"
-LRT_WEIGHTS = [{"gamma"}, {"key", "value", "gates"}, {"gamma", "key", "value", "gates"}]
-"""By pathway."""
-OWN: dict[KindName, str] = {"sst": "blend weights (alpha)", "lrt": "memory"}
+HELD: dict[KindName, list[set[str]]] = {
+    "sst": [{"alpha"}],
+    "lrt": [{"gamma"}, {"key", "value", "gates"}, {"gamma", "key", "value", "gates"}],  # by pathway
+    "looped": [set()],
+}
+"""The tensors that a checkpoint of each kind can hold."""
+OWN: dict[KindName, str] = {"sst": "blend weights (alpha)", "lrt": "memory", "looped": "loop of its own"}
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -93,9 +99,8 @@ def read_checkpoint(folder: Path, kind: KindName | None = None) -> tuple[dict[st
     if found not in NAMES:
         raise SSTError(f"checkpoint {folder} is of an unknown kind {found!r}", "a newer version may know it")
     refuse_kind(folder, found, kind)
-    allowed = [{"alpha"}] if found == "sst" else LRT_WEIGHTS
-    if set(weights) not in allowed:
-        must = " or ".join(str(sorted(names)) for names in allowed)
+    if set(weights) not in HELD[found]:
+        must = " or ".join(str(sorted(names)) for names in HELD[found])
         raise SSTError(
             f"checkpoint {folder} holds {sorted(weights)} where it must hold {must}", "fetch it again"
         )
@@ -104,8 +109,13 @@ def read_checkpoint(folder: Path, kind: KindName | None = None) -> tuple[dict[st
         raise SSTError(
             f"checkpoint {folder}: {CONFIG} does not say which backbone it belongs to", "fetch it again"
         )
-    stream = LayerBlend(weights["alpha"]) if found == "sst" else Memory(config.get("source"), **weights)
-    return config, stream, Choices.from_dict(config.get("choices", {}))
+    return config, _stream(found, config, weights), Choices.from_dict(config.get("choices", {}))
+
+
+def _stream(kind: KindName, config: dict[str, Any], weights: dict[str, Tensor]) -> Kind:
+    if kind == "lrt":
+        return Memory(config.get("source"), **weights)
+    return Looped() if kind == "looped" else LayerBlend(weights["alpha"])
 
 
 def refuse_kind(name: str | Path, found: KindName, wanted: KindName | None) -> None:

@@ -4,10 +4,12 @@
 | --- | --- | --- | --- |
 | `sst` (`sst_interp.stream`) | every layer's output | after attention: the blend | none: no blend |
 | `lrt` (`sst_interp.lrt`) | one source layer's output | before attention, and in keys and values | zeros |
+| `looped` (`sst_interp.looped`) | the last layer's output | by the first layer, from iteration 2 on | none |
 
-Everything else is common: a state is carried from position to position and from iteration to iteration, and a
-pass is the stack read with states that are given. So the sequential definition, sweeps, lanes, replay and
-capture know no kind; a kind only has `slots` states for each row and position.
+Everything else is common: a state is carried from position to position (by a looped model it is not) and from
+iteration to iteration, and a pass is the stack read with states that are given. So the sequential definition,
+sweeps, lanes, replay and capture know no kind; a kind has `slots` states for each row and position, and
+`has_state` says where there is one to read.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sst_interp.hooks import Visit
@@ -26,8 +28,12 @@ if TYPE_CHECKING:
     from sst_interp.backbone import Backbone, Layer
     from sst_interp.choices import Choices
 
-KindName = Literal["sst", "lrt"]
-NAMES: dict[KindName, str] = {"sst": "State Stream Transformer", "lrt": "Latent Recurrent Transformer"}
+KindName = Literal["sst", "lrt", "looped"]
+NAMES: dict[KindName, str] = {
+    "sst": "State Stream Transformer",
+    "lrt": "Latent Recurrent Transformer",
+    "looped": "depth-looped model",
+}
 
 
 class Reading:
@@ -64,6 +70,16 @@ class Kind(ABC):
     @abstractmethod
     def with_weights(self, weights: dict[str, Tensor]) -> Kind:
         """The same kind with these weights in place of its own."""
+
+    def has_state(self, columns: int | Int[Tensor, " position"], origin: Tensor, iteration: int) -> Tensor:
+        """Where a pass has a state to read: from the iteration before, or, in the first, the position before.
+
+        Args:
+            columns: of the positions that the pass computes.
+            origin: first column that takes part in the recurrence, [row] or [row, 1].
+            iteration: of the pass, from 1.
+        """
+        return origin < columns if iteration == 1 else origin <= columns
 
     @abstractmethod
     def reading(

@@ -59,7 +59,8 @@ def solve_layerwise(
     real = (columns[None] >= stream.pad[:, None]).repeat_interleave(D, dim=1)
     first = torch.arange(T * D, device=tokens.device) % D == 0
     at = columns.repeat_interleave(D)[None]
-    has_state = torch.where(first, at > stream.origin[:, None], at >= stream.origin[:, None])
+    origin, there = stream.origin[:, None], model.kind.has_state
+    has_state = torch.where(first, there(at, origin, 1), there(at, origin, 2))
 
     embedded = backbone.embed(tokens, position_ids)
     rotary = backbone.rotary(embedded, position_ids)

@@ -24,7 +24,8 @@ from sst_interp.backbone import content_hash
 from sst_interp.checkpoint import is_checkpoint, read_checkpoint, refuse_kind
 from sst_interp.choices import TRAINED, Choices
 from sst_interp.errors import SSTError, unknown_name
-from sst_interp.kind import KindName
+from sst_interp.kind import NAMES, KindName
+from sst_interp.looped import Looped, attach_looped
 from sst_interp.lrt import Memory
 from sst_interp.lrt_attach import attach_memory
 from sst_interp.model import StateStreamModel, attach
@@ -56,8 +57,9 @@ def load(
         dtype: of the weights: `bfloat16`, `float32` or `float64`.
         device: where to put the model.
         trust_remote_code: run Python code from the model's hub repository.
-        kind: `sst` or `lrt` refuses a checkpoint of the other kind; None takes either. A backbone without a
-            checkpoint gets an SST (`sst.attach_lrt` attaches the other to a model in memory).
+        kind: `sst`, `lrt` or `looped` refuses a checkpoint of another kind; None takes any. A backbone
+            without a checkpoint gets an SST; with `looped` it is iterated with no stream (`sst.attach_lrt`
+            attaches the other to a model in memory).
 
     Raises:
         SSTError: unknown name, no access, unsupported family, a checkpoint trained on other weights, or
@@ -68,7 +70,11 @@ def load(
     if folder is None:
         if kind == "lrt":
             raise SSTError(f"{name} has no memory", "sst.attach_lrt(hf_model, tokenizer) attaches one")
+        if kind == "looped" and alpha is not None:
+            raise SSTError(f"a {NAMES[kind]} has no alpha", "leave alpha out")
         model, tokenizer = _backbone(str(name), dtype, trust_remote_code)
+        if kind == "looped":
+            return attach_looped(model.to(device), tokenizer, choices, str(name))
         return attach(
             model.to(device), tokenizer, PAPER_ALPHA if alpha is None else alpha, choices, str(name)
         )
@@ -95,6 +101,8 @@ def load(
     model = merge_adapters(model, folder)
     if isinstance(trained, Memory):
         return attach_memory(model.to(device), trained, tokenizer, choices, str(name))
+    if isinstance(trained, Looped):
+        return attach_looped(model.to(device), tokenizer, choices, str(name))
     weights = trained.weights()["alpha"] if alpha is None else alpha
     return attach(model.to(device), tokenizer, weights, choices, str(name))
 

@@ -18,7 +18,8 @@ A nudge is put in at one of two sites:
   a's pass is run once more, with s_l(a) + n_l instead of s_l(a) in every layer l, where
   |n_l| = |s_l(b) - s_l(a)|, for the deepest b. Token, position and the cache of earlier positions stay a's.
   `true` hands in s(b). In `within` that *is* iteration b. In `replayed` it is the part of depth b that comes
-  through the state; the rest comes through the deeper cache.
+  through the state; the rest comes through the deeper cache. A depth-looped model is handed nothing from the
+  position before, so there is no `stream` site.
 
 The direction of n is `random` (isotropic) or `elsewhere`: that of the same difference at another position of
 the same text. All are compared with a's own output; at `stream` with the same pass handed s(a), run in the
@@ -179,7 +180,7 @@ def _at_stream(
     deepest = alone.reading.depths[0]
     thinking, lane = alone.lane(deepest), alone.lane(1 if comparison == "replayed" else deepest)
     columns, tokens = alone.columns, alone.reading.inputs
-    at = (columns > lane.origin).nonzero()[:, 0]  # where there is a state to hand in
+    at = model.kind.has_state(columns, lane.origin, 1).nonzero()[:, 0]  # where one is handed in
     if not len(at):
         return
     handed = alone.incoming[:, :, at]

@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 from sst_interp import places
 from sst_interp.choices import ANALYSIS, Choices
 from sst_interp.errors import SSTError, unknown_name
+from sst_interp.kind import NAMES, KindName
 
 DType = Literal["bfloat16", "float32", "float64"]
 Keep = Literal["none", "position0", "shifts", "all"]
@@ -50,6 +51,10 @@ class Recipe:
 
     max_new_tokens: int = 48
     """Token budget of every answer."""
+
+    kind: KindName | None = None
+    """`looped` iterates a plain backbone with no stream (docs/kinds.md). Left out: what the checkpoint says
+    it is, or an SST on a plain backbone. A checkpoint of another kind than the one named is refused."""
 
     alpha: float | None = None
     """A fixed blend in [0, 1] for a backbone without a trained one; left out, the checkpoint's own."""
@@ -96,6 +101,8 @@ class Recipe:
             )
         # One spelling of each value, so that equal recipes have equal fingerprints.
         object.__setattr__(self, "depths", tuple(sorted(self.depths)))
+        if self.alpha is not None and self.kind not in (None, "sst"):
+            raise SSTError(f"kind = {self.kind!r}: a {NAMES[self.kind]} has no alpha", "leave one out")
         if self.alpha is not None:
             object.__setattr__(self, "alpha", float(self.alpha) + 0.0)
         if isinstance(threshold := self.choices.threshold, int):
@@ -176,7 +183,7 @@ class Recipe:
         return [(key, value, theirs[key]) for key, value in ours.items() if value != theirs[key]]
 
 
-_LATER = ("controls", "reply_prefix")
+_LATER = ("controls", "reply_prefix", "kind")
 """Keys that older recipes do not know."""
 
 
@@ -268,6 +275,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str, str]] = {
         f"a whole number from 1 to {MAX_POSITIONS}",
         "48",
     ),
+    "kind": (lambda v: v is None or v in NAMES, f"one of {', '.join(NAMES)}", '"looped"'),
     "alpha": (lambda v: v is None or _number(v, 0, 1), "a number from 0 to 1", "0.027"),
     "batch_size": (lambda v: _whole(v, 1), "a whole number from 1", "8"),
     "dtype": (lambda v: v in get_args(DType), f"one of {', '.join(get_args(DType))}", '"bfloat16"'),

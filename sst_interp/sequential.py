@@ -53,9 +53,7 @@ def advance(
     iterations = []
     for number in range(1, int(per_row[0]) + 1):
         n = int((per_row >= number).sum())
-        # s_l comes from the previous iteration here, or from the position before; where neither took part
-        # in the recurrence there is no state.
-        has_state = column >= stream.origin[:n] if number > 1 else column > stream.origin[:n]
+        has_state = model.kind.has_state(column, stream.origin[:n], number)
         resid_post, carried = stack_pass(
             model,
             stream,

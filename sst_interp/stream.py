@@ -8,9 +8,9 @@ Layer `l`, position `t`, iteration `i` (arXiv 2605.00206, section 3):
     s_l <- y                                 # the state carried on
 
 `s_l` comes from (t, i-1) when i > 1, else from the last iteration at t-1. No state yet, no blend.
-This is one kind of stream (`sst_interp.kind`); `sst_interp.lrt` has the other. This module knows the formula
-and who attends to whom; in which order positions are visited is the business of `sequential`, `layerwise` and
-`sweeps`.
+This is one kind of stream (`sst_interp.kind`); `sst_interp.lrt` and `sst_interp.looped` have the others. This
+module knows the formula and who attends to whom; in which order positions are visited is the business of
+`sequential`, `layerwise` and `sweeps`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Recurrence:
 
     @property
     def alpha(self) -> Float[Tensor, "layer d_model"]:
-        """Blend weights of a State Stream Transformer; the other kind has none (SSTError)."""
+        """Blend weights of a State Stream Transformer; the other kinds have none (SSTError)."""
         if not isinstance(self.kind, LayerBlend):
             raise SSTError(
                 f"a {NAMES[self.kind.name]} has no alpha", "its weights are `model.kind.weights()`"

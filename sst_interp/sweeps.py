@@ -17,7 +17,7 @@ more than one iteration per position two sources of keys and values are needed: 
 attends to the *last-iteration* entries of earlier positions and to its own current entry.
 
 To solve for the exact states of an SST, `layerwise` is several times cheaper; it needs the state to come
-from the layer it goes back to, which this solver does not, so that it is the exact solver of the other kind.
+from the layer it goes back to, which this solver does not, so that it is the exact solver of the other kinds.
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ def solve_by_sweeps(
     watch(columns - stream.column, first_guess[-1])
     incoming = torch.cat([stream.state[:, :, None], outgoing[:, :, :-1]], dim=2)
     if model.choices.handoff == "scan":
-        incoming = moving_average(incoming, model.alpha, columns > stream.origin[:, None])
+        incoming = moving_average(
+            incoming, model.alpha, model.kind.has_state(columns, stream.origin[:, None], 1)
+        )
     kept = first_guess.new_zeros(len(first_guess) if keep else 1, rows, T, iterations, d)
     residuals: list[float] = []
     groups = max(1, min(groups, T))
@@ -117,7 +119,7 @@ def _iterate(
     """All iterations of some positions from the given states: each one's resid_post, and the last state."""
     outputs = []
     for number in range(1, iterations + 1):
-        has_state = columns >= stream.origin[:, None] if number > 1 else columns > stream.origin[:, None]
+        has_state = model.kind.has_state(columns, stream.origin[:, None], number)
         if model.choices.kv == "first":
             access = "write" if number == 1 else "read"
         else:

@@ -50,7 +50,7 @@ def run_caches(
         recipe.dataset, recipe.questions, recipe.seed, recipe.split, instruction=recipe.instruction
     )
     if model is None:
-        model = load(recipe.checkpoint, recipe.alpha, recipe.choices, recipe.dtype)
+        model = load(recipe.checkpoint, recipe.alpha, recipe.choices, recipe.dtype, kind=recipe.kind)
     refuse_another(run, provenance(model, asked))
     bridge = model.bridge()
     prompt = model.chat(asked.questions[question].prompt, reply_prefix=recipe.reply_prefix or "")
