@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field, replace
 
-import pandas as pd
+import numpy as np
 
 from sst_interp import places
 from sst_interp.analyses.approximation import ApproximationError, approximation_error
@@ -23,8 +23,10 @@ from sst_interp.analyses.ledger.rules import Row
 from sst_interp.analyses.ledger.suite import Progress
 from sst_interp.analyses.statistics.resampling import RESAMPLES
 from sst_interp.errors import SSTError
+from sst_interp.guarded import read_table
 from sst_interp.kept_findings import kept_findings
 from sst_interp.loading import checkpoint_folder
+from sst_interp.run_kind import WORDS
 from sst_interp.runs import Run, open_run
 from sst_interp.token_texts import token_classes, tokenizer_of
 
@@ -87,6 +89,7 @@ def ledger_of(
         **companions(run).runs,
         alpha=blend_of(run),
         approximation=approximation_of(run),
+        no_blend=None if run.kind == "sst" else f"a {WORDS[run.kind or 'backbone']} has no blend",
         token_class=token_classes(tokenizer) if tokenizer is not None else None,
         more=[*{(row.claim.id, row.comparison): row for row in (*kept.rows, *more)}.values()],
         resamples=resamples,
@@ -110,12 +113,22 @@ def blend_of(run: Run) -> BlendWeights | None:
 
 
 def approximation_of(run: Run) -> ApproximationError | None:
-    """What few sweeps cost the run's model, if it was measured (`sst-interp approximation errors`)."""
-    model = run.manifest["provenance"].get("model", run.recipe.checkpoint)
+    """What few sweeps cost the run's model, if that was measured (`sst-interp approximation errors`).
+
+    Measured means: under the same name and with the same blend weights; trained anew it is another model.
+    """
+    known = run.manifest["provenance"]
+    if "alpha_mean" not in known:
+        return None
+    model = known.get("model", run.recipe.checkpoint)
+    blend = (known["alpha_mean"], *known["alpha_range"])
     for file in (places.studies_dir() / "errors.parquet", places.shipped("studies") / "errors.parquet"):
         if file.is_file():
-            table = pd.read_parquet(file)
-            own = table[(table["model"] == model).to_numpy(dtype=bool)]
+            again = f"delete it; `sst-interp approximation errors {model}` measures it again"
+            table = read_table(file, again, ("model", "layers", "alpha", "alpha_low", "alpha_high"))
+            measured = table[["alpha", "alpha_low", "alpha_high"]].to_numpy(dtype=float)
+            same = np.isclose(measured, blend, rtol=0, atol=1e-6).all(axis=1) & (table["layers"] == "all")
+            own = table[same.to_numpy(dtype=bool) & (table["model"] == model).to_numpy(dtype=bool)]
             if len(own):
                 return approximation_error(own)
     return None

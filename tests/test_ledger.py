@@ -61,8 +61,14 @@ def test_the_approximation_is_that_of_the_runs_own_model(runs, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     run = open_run("tiny")
     assert approximation_of(run) is None
-    run.manifest["provenance"]["model"] = "smollm2-135m"
-    assert "smollm2-135m" in approximation_of(run).headline
+    known = run.manifest["provenance"]
+    known |= {"model": "smollm2-135m", "alpha_mean": 0.01, "alpha_range": [0.01, 0.01]}
+    measured = approximation_of(run)
+    assert set(measured.schedules["alpha"]) == {0.01}, "the errors of another blend"
+    assert "smollm2-135m" in measured.headline
+    known["alpha_mean"] = 0.02
+    assert approximation_of(run) is None, "trained again under the same name"
+    known["alpha_mean"] = 0.01
     shutil.copytree(places.shipped("studies"), tmp_path / "studies")
     assert "smollm2-135m" in approximation_of(run).headline
 

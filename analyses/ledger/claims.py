@@ -191,6 +191,7 @@ def claims(
     lens: Any = None,
     alpha: Any = None,
     approximation: ApproximationError | None = None,
+    no_blend: str | None = None,
     token_class: TokenClass | None = None,
     more: Sequence[Row] = (),
     resamples: int = RESAMPLES,
@@ -208,6 +209,7 @@ def claims(
         lens: a run of the same questions that measured `lens_jaccard`, for `token_replacement` by layer.
         alpha: the learned blend weights [layer, d_model], or their `BlendWeights`, for C14.
         approximation: of `approximation_error`, for C15.
+        no_blend: why the claims about the blend (C14, C15) do not apply to the run's model; None: they do.
         token_class: token id -> class name, for C9.
         more: rows of claims that were measured elsewhere.
         resamples: question resamples, shuffles and permutations.
@@ -224,7 +226,9 @@ def claims(
     ]
     if alpha is not None and not isinstance(alpha, BlendWeights):
         alpha = blend_weights(alpha)
-    rows += [Row(claim, EVERYWHERE, f) for claim, f in _of_run(suite, baseline, alpha, approximation)]
+    rows += [
+        Row(claim, EVERYWHERE, f) for claim, f in _of_run(suite, baseline, alpha, approximation, no_blend)
+    ]
     rows = sorted([*rows, *more], key=lambda row: _number(row.claim.id))
     questions = next((t for t in ("questions", "pairs") if len(suite.tables[t])), None)
     n = int(suite.tables[questions]["question"].nunique()) if questions else 0
@@ -233,14 +237,20 @@ def claims(
 
 
 def _of_run(
-    suite: Suite, baseline: Any, alpha: BlendWeights | None, approximation: ApproximationError | None
+    suite: Suite,
+    baseline: Any,
+    alpha: BlendWeights | None,
+    approximation: ApproximationError | None,
+    no_blend: str | None,
 ) -> list[tuple[Claim, Finding]]:
     """Claims that do not depend on a comparison."""
     found = [
         (rules.C10, _attempt(claim_answers.broken, suite)),
         (rules.C11, _attempt(claim_answers.oracle_beats, suite, baseline is not None)),
-        (rules.C14, claim_answers.learned_blend(alpha)),
     ]
+    if no_blend:
+        return found + [(claim, rules.untestable(no_blend)) for claim in (rules.C14, rules.C15)]
+    found.append((rules.C14, claim_answers.learned_blend(alpha)))
     return found + [(rules.C15, finding) for finding in claim_answers.two_pass_error(approximation)]
 
 

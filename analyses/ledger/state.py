@@ -128,7 +128,8 @@ def shift_at_zero(suite: Suite, comparison: str) -> Finding:
     else:
         control += (found.control or StartUp(0, not_testable="no control")).words()
     control = control.removesuffix(".") + _text_divergence(suite, comparison)
-    here = f"{found.n_shifted} of {found.n_questions} ({found.questions.text(percent=True)})"
+    here = f"{found.n_shifted} of {found.n_questions} ({found.questions.text(percent=True)}) below "
+    here += f"{found.threshold:.4g}"
     holds = found.n_shifted == found.n_questions
     return Finding(here, judged(holds, found.questions), found.questions, control)
 

@@ -141,6 +141,8 @@ def analyse(
             suite.missing[name] = f"the analysis failed ({type(error).__name__}: {error})"
 
     state = ("pairs",)
+    # Every comparison reads the same text up to position 0: one threshold, or equal states would be judged apart.
+    at_zero = PAPER_THRESHOLD if choices.threshold == "antimode" else float(choices.threshold)
     for c in order:
         pairs, outputs = (suite.of(t, c) for t in ("pairs", "outputs"))
         attempt(f"basin_shifts.{c}", state, partial(basin_shifts, pairs, c, choices, **how))
@@ -157,7 +159,7 @@ def analyse(
         attempt(f"bf16_noise.{c}", state, partial(bf16_noise, pairs, c, noise, **how))
         own, (control, control_ids) = tables["questions"], other["control"]
         ids = own if len(own) else None
-        call = partial(position_zero, pairs, c, choices, level, control, ids, control_ids, **how)
+        call = partial(position_zero, pairs, c, choices, at_zero, control, ids, control_ids, **how)
         attempt(f"position_zero.{c}", state, call)
         second, second_ids = other["other"]
         call = partial(content, pairs, c, steps, token_class, second, ids, second_ids, choices, level, **how)
