@@ -143,8 +143,8 @@ C7 = Claim(
 )  # fmt: skip
 C8 = Claim(
     "C8", "every question shifts at position 0", "198 of 198",
-    "every question has a shift in some layer at position 0, at one threshold in all comparisons (the paper's "
-    "0.99, or the recipe's): up to there each has read the same text", 1.0,
+    "every question has a shift in some layer at position 0, at one threshold in all comparisons (0.99 as in "
+    "the paper, or the recipe's): up to there each has read the same text", 1.0,
 )  # fmt: skip
 C9 = Claim(
     "C9", "which positions shift depends on content", "yes",

@@ -141,7 +141,7 @@ def analyse(
             suite.missing[name] = f"the analysis failed ({type(error).__name__}: {error})"
 
     state = ("pairs",)
-    # Every comparison reads the same text up to position 0: one threshold, or equal states would be judged apart.
+    # Up to position 0 every comparison reads the same text: with one threshold equal states are judged alike.
     at_zero = PAPER_THRESHOLD if choices.threshold == "antimode" else float(choices.threshold)
     for c in order:
         pairs, outputs = (suite.of(t, c) for t in ("pairs", "outputs"))
