@@ -222,7 +222,9 @@ def _of_the_stream(model: StateStreamModel) -> dict[str, Any]:
         alpha = model.alpha
         return {"alpha_mean": float(alpha.mean()), "alpha_range": [float(alpha.min()), float(alpha.max())]}
     gamma = model.kind.weights().get("gamma")
-    found = {"kind": model.kind.name, "stream": str(model.kind)}
+    found: dict[str, Any] = {"kind": model.kind.name, "stream": str(model.kind)}
+    if model.kind.off:
+        found["off"] = True
     return found if gamma is None else found | {"gamma": gamma.tolist()}
 
 

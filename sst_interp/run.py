@@ -20,6 +20,7 @@ from sst_interp import manifest
 from sst_interp.choices import COMPARISONS
 from sst_interp.errors import SSTError, unknown_name
 from sst_interp.recipe import Recipe
+from sst_interp.run_kind import RunKind, run_kind
 from sst_interp.schema import CATEGORIES, CONTROLS, KEYS, OPTIONAL, TABLES, to_frame
 
 if TYPE_CHECKING:
@@ -187,6 +188,11 @@ class Run:
 
         return question_view(self, question, threshold)
 
+    @property
+    def kind(self) -> RunKind | None:
+        """Which kind of model it is of (`sst_interp.run_kind`); None if that is not known."""
+        return run_kind(self.recipe, self.manifest["provenance"])
+
     def summary(self) -> dict[str, Any]:
         """What it is and how far it has got, as `list_runs` says it; JSON-ready."""
         done, of = len(self.manifest["shards"]), self.manifest["n_batches"]
@@ -194,6 +200,7 @@ class Run:
         return {
             "name": self.name,
             "state": "complete" if self.complete else partial,
+            "kind": self.kind,
             "checkpoint": self.recipe.checkpoint,
             "dataset": self.recipe.dataset,
             "questions": self.recipe.questions,

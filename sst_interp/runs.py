@@ -41,8 +41,9 @@ def open_run(name_or_path: str | Path, verify: bool = True) -> Run:
 def list_runs() -> list[dict[str, Any]]:
     """Every run `open_run` finds by name and every recipe without data, by name; JSON-ready.
 
-    Keys: name, state (`complete`, `partial 2 of 3`, `not captured`, or what is wrong with it), checkpoint,
-    dataset, questions (None: all of them), depths, bytes, where. None: not known.
+    Keys: name, state (`complete`, `partial 2 of 3`, `not captured`, or what is wrong with it), kind (`sst`,
+    `lrt`, `looped`, `backbone`), checkpoint, dataset, questions (None: all of them), depths, bytes, where.
+    None: not known.
     """
     rows: dict[str, dict[str, Any]] = {}
     for name, path in known_recipes().items():
@@ -79,5 +80,5 @@ def _name(folder: str | Path) -> str:
 
 
 def _unreadable(name: str, where: Path, error: SSTError) -> dict[str, Any]:
-    blank = dict.fromkeys(("checkpoint", "dataset", "questions", "depths"))
+    blank = dict.fromkeys(("kind", "checkpoint", "dataset", "questions", "depths"))
     return {"name": name, "state": f"unreadable: {error.message}", **blank, "bytes": 0, "where": str(where)}

@@ -14,6 +14,7 @@ from sst_interp import places
 from sst_interp.choices import COMPARISONS
 from sst_interp.commands.common import FreshFlag, HtmlOption, RunOption, captured_run
 from sst_interp.printing import print_table, write_text
+from sst_interp.run_kind import kind_words
 
 
 def basin_shifts(
@@ -137,6 +138,8 @@ def _report_path(run: Any, html: Path | None) -> Path:
 
 
 def _print_basin_shifts(run: Any, results: dict[str, Any]) -> None:
+    n = run.questions["question"].nunique()
+    print(f"{run.name}: {kind_words(run.kind)}, {run.recipe.checkpoint}, {n} questions\n")
     print_table(
         [
             {

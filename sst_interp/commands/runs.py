@@ -86,6 +86,7 @@ def runs(as_json: JsonFlag = False) -> None:
     Example:
         sst-interp runs --json
     """
+    from sst_interp.run_kind import kind_words
     from sst_interp.runs import list_runs
 
     rows = list_runs()
@@ -96,6 +97,7 @@ def runs(as_json: JsonFlag = False) -> None:
         {
             "name": row["name"],
             "state": row["state"],
+            "kind": kind_words(row["kind"]),
             "checkpoint": row["checkpoint"] or "",
             "dataset": row["dataset"] or "",
             "questions": row["questions"] or ("all" if row["dataset"] else ""),

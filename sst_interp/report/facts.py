@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from sst_interp.run_kind import kind_words, run_kind
+
 _LEFT_OUT = re.compile(r"^recipe\.|(^|\.)(host|command)$")
 """Manifest keys that are not shown: the recipe stands above them, and a report is for others to read."""
 
@@ -39,7 +41,8 @@ def facts(run: Any) -> list[tuple[str, str]]:
     dataset += f", {data['split']} split" if data.get("split") else ""
     questions = f"{asked:,}"
     questions += f" of {data['available']:,}" if isinstance(data.get("available"), int) else ""
-    found = [("model", model), ("dataset", dataset), ("questions", questions)]
+    found = [("kind", kind_words(run_kind(recipe, made)))] if made else []
+    found += [("model", model), ("dataset", dataset), ("questions", questions)]
     found.append(("depths", ", ".join(map(str, recipe.depths))))
     found.append(("answers", f"up to {recipe.max_new_tokens} tokens"))
     found.append(("stream", _stream(recipe, made)))
@@ -52,8 +55,13 @@ def facts(run: Any) -> list[tuple[str, str]]:
 
 
 def _stream(recipe: Any, made: Mapping[str, Any]) -> str:
-    """Which kind of state stream, with which weights."""
-    choices = recipe.choices
+    """What the kind of model does not say: how its state is read, with which weights."""
+    choices, kind = recipe.choices, run_kind(recipe, made)
+    if kind == "looped":
+        how = "in place of" if choices.blend == "convex" else "added to"
+        return f"none; from iteration 2 on the last layer's output is read {how} the embedding"
+    if kind == "backbone" or "stream" in made:
+        return str(made.get("stream", "none"))
     words = f"{choices.blend} blend of the {str(choices.carry).replace('_', ' ')}"
     if "alpha_range" in made:
         low, high = made["alpha_range"]

@@ -1,0 +1,146 @@
+"""Listings, the report and the ledger say which kind of model a run is of."""
+
+import html
+import importlib
+import json
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import tiny_run
+from test_capture import write_questions
+from test_loading import save_model
+from tiny_kinds import WORDS, capture_kinds, models
+
+from sst_interp import ledger, places
+from sst_interp.capture import _of_the_stream
+from sst_interp.checkpoint import save_checkpoint
+from sst_interp.cli import app
+from sst_interp.errors import SSTError
+from sst_interp.recipe import Recipe
+from sst_interp.report import render_report
+from sst_interp.run_kind import kind_words, run_kind
+from sst_interp.runs import list_runs, open_run
+
+capture = importlib.import_module("sst_interp.capture").capture
+
+
+def printed(capsys, *arguments):
+    """What a command prints."""
+    app(list(arguments), standalone_mode=False)
+    return capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def captured(tmp_path_factory):
+    return capture_kinds(tmp_path_factory.mktemp("kinds"), controls=2)
+
+
+def test_a_run_says_what_it_was_captured_from(captured):
+    for kind, run in captured.items():
+        assert run.kind == run.summary()["kind"] == open_run(run.folder).kind == kind
+        assert kind_words(run.kind) == WORDS[kind]
+    assert run_kind(tiny_run.tiny_recipe(), tiny_run.PROVENANCE) == "sst"  # before there were kinds
+    off = captured["lrt"].manifest["provenance"] | {"off": True}
+    assert run_kind(captured["lrt"].recipe, off) == "backbone"
+
+
+def test_a_memory_that_is_off_is_recorded_as_none():
+    model = models()["lrt"]
+    assert "off" not in _of_the_stream(model)
+    model.kind = model.kind.with_weights({k: 0 * w for k, w in model.kind.weights().items()})
+    assert _of_the_stream(model)["off"] is True
+
+
+def test_a_recipe_without_data_says_what_it_can(tmp_path):
+    recipe = tiny_run.tiny_recipe(checkpoint="smollm2-135m")
+    assert run_kind(recipe, {}) == "sst"
+    assert run_kind(replace(recipe, alpha=0), {}) == "backbone"
+    assert run_kind(replace(recipe, kind="looped"), {}) == "looped"
+    backbone = save_model(tmp_path / "tiny")
+    for kind, model in models().items():
+        folder = save_checkpoint(model, tmp_path / kind, str(backbone))
+        assert run_kind(replace(recipe, checkpoint=str(folder)), {}) == kind
+    assert run_kind(replace(recipe, checkpoint="owner/somewhere"), {}) is None
+    (tmp_path / "sst" / "stream.json").write_text("{")
+    assert run_kind(replace(recipe, checkpoint=str(tmp_path / "sst")), {}) is None
+    assert kind_words(None) == ""
+
+
+def test_listings_name_the_kind(captured, monkeypatch, capsys):
+    monkeypatch.setenv("SST_INTERP_RUNS", str(captured["sst"].folder.parent))
+    rows = {row["name"]: row["kind"] for row in list_runs()}
+    assert {kind: rows[kind] for kind in WORDS} == {kind: kind for kind in WORDS}
+    assert {row["name"]: row["kind"] for row in json.loads(printed(capsys, "runs", "--json"))} == rows
+    listing = printed(capsys, "runs")
+    for kind, words in WORDS.items():
+        (line,) = (line for line in listing.splitlines() if line.split()[:1] == [kind])
+        assert words in line
+
+
+@pytest.mark.parametrize("kind", WORDS)
+def test_the_report_names_the_kind_and_claims_of_a_blend_need_one(captured, kind, monkeypatch, tmp_path):
+    run = captured[kind]
+    shipped = tmp_path / "studies"
+    shipped.mkdir()
+    monkeypatch.setattr(places, "studies_dir", lambda: shipped)
+    measured = {"model": "tiny", "layers": "all", "alpha": 0.2, "alpha_low": 0.1, "alpha_high": 0.3}
+    pd.DataFrame([measured]).to_parquet(shipped / "errors.parquet")
+    seen = []  # a measurement of an SST of that name must not be read beside another kind
+    monkeypatch.setattr(ledger, "approximation_error", lambda table: seen.append(len(table)))
+    found = ledger.ledger_of(run, resamples=50)
+    about_the_blend = {row.claim.id: row.finding for row in found.rows if row.claim.id in ("C14", "C15")}
+    assert len(about_the_blend) == 2
+    if kind == "sst":
+        assert about_the_blend["C14"].here.startswith("0.2, [0.1, 0.3]")
+        assert seen == [1]
+    else:
+        for finding in about_the_blend.values():
+            assert finding.verdict.startswith("not testable")
+            assert f"a {WORDS[kind]} has no blend".lower() in finding.verdict.lower()
+    page = html.unescape(render_report(run, found))
+    for other, words in WORDS.items():
+        assert (f">{words}<" in page) == (other == kind), other
+
+
+def test_the_printed_summary_names_the_kind(captured, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for kind in ("sst", "looped"):
+        summary = printed(capsys, "basin-shifts", "--run", str(captured[kind].folder), "--html", "r.html")
+        assert summary.startswith(f"{kind}: {WORDS[kind]}, tiny, 4 questions\n")
+
+
+def test_a_looped_run_is_analysed_like_any_other(captured):
+    run = captured["looped"]
+    assert (run.pairs["cosine"] < 0.999).any()
+    assert run.noise["relative_l2"].max() < 1e-3
+    assert set(run.nudges["site"]) == {"output"}  # nothing is handed in from the position before
+    assert np.isfinite(run.nudges["kl"]).all()
+    assert "stream" in set(captured["sst"].nudges["site"])
+
+
+def test_a_backbone_without_a_stream_does_the_same_at_every_depth(captured):
+    assert captured["backbone"].pairs["relative_l2"].max() < 1e-12
+    assert captured["looped"].pairs["relative_l2"].max() > 0.1
+
+
+def test_a_recipe_asks_for_the_loop(tmp_path):
+    backbone = save_model(tmp_path / "tiny", max_position_embeddings=256)
+    csv = write_questions(tmp_path / "words.csv", 2)
+    recipe = Recipe(
+        name="own", checkpoint=str(backbone), dataset=str(csv), depths=(1, 2), max_new_tokens=3,
+        dtype="float32", instruction="", kind="looped",
+    )  # fmt: skip
+    run = capture(recipe, folder=tmp_path / "own", progress=False)
+    assert run.kind == "looped"
+    assert Recipe.loads(recipe.to_toml()) == recipe
+    plain = replace(recipe, kind=None)
+    assert plain.fingerprint() != recipe.fingerprint()
+    assert recipe.differences(plain) == [("kind", "looped", None)]
+    with pytest.raises(SSTError, match="the recipe's kind is 'looped'"):
+        capture(replace(recipe, dtype="float64"), models()["sst"], tmp_path / "other", progress=False)
+    with pytest.raises(SSTError, match="kind = 'spiral' is not one of sst, lrt, looped"):
+        replace(recipe, kind="spiral")
+    with pytest.raises(SSTError, match="kind = 'looped': a depth-looped model has no alpha"):
+        replace(recipe, alpha=0.1)
