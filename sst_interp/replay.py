@@ -11,10 +11,9 @@ from torch import Tensor
 
 from sst_interp.certificate import Certificate, picks, spot_check
 from sst_interp.errors import SSTError
-from sst_interp.exact import solve_exactly
+from sst_interp.exact import solve_exactly, solve_sequentially
 from sst_interp.generation import check_iterations
 from sst_interp.prompt import prefill
-from sst_interp.sequential import advance
 from sst_interp.stream import Recurrence
 from sst_interp.sweeps import solve_by_sweeps
 
@@ -62,9 +61,8 @@ def replay(
         prefill(model, stream, tokens[:, :start])
         tokens = tokens[:, start:]
     if method == "sequential":
-        steps = [advance(model, stream, tokens[:, t], iterations) for t in range(tokens.shape[1])]
-        resid_post = torch.stack([torch.stack([i.resid_post for i in step], 2) for step in steps], 2)
-        certificate = Certificate("sequential")
+        solution = solve_sequentially(model, stream, tokens, iterations)
+        certificate = solution.certificate
     else:
         how: dict[str, Any] = {"iterations": iterations, "tolerance": tolerance}
         how["check"] = picks(tokens.shape[1], check)
@@ -72,9 +70,9 @@ def replay(
             solution = solve_exactly(model, stream, tokens, **how)
         else:
             solution = solve_by_sweeps(model, stream, tokens, groups=groups or 1, sweeps=sweeps, **how)
-        assert solution.resid_post is not None
-        resid_post = solution.resid_post
         certificate = spot_check(model, stream, tokens, solution, iterations)
+    resid_post = solution.resid_post
+    assert resid_post is not None
     # [layer, question, column, iteration, d] -> [question, position, layer, iteration, d], left-aligned
     resid_post = resid_post.permute(1, 2, 0, 3, 4)
     lengths = tokens.shape[1] - pad

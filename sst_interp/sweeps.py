@@ -43,6 +43,7 @@ def solve_by_sweeps(
     groups: int = 1,
     sweeps: int | None = None,
     tolerance: float | None = None,
+    most: int | None = None,
     keep: bool = True,
     check: list[int] | None = None,
     watch: Callable[[Tensor, Tensor], object] | None = None,
@@ -56,6 +57,8 @@ def solve_by_sweeps(
         sweeps: exactly this many sweeps instead of a tolerance.
         tolerance: stop when the residual is below it; None takes the dtype's default. Never more sweeps
             than positions, by when every position is exact.
+        most: give up, unconverged, once more sweeps than this would be needed at the pace of the last ones;
+            None never does.
         keep: return every layer's outputs (`resid_post`), not only the last layer's.
         check: positions whose incoming states are returned for `spot_check`.
         watch: called after every pass, the first one without states included, with the positions it
@@ -99,7 +102,7 @@ def solve_by_sweeps(
             latest = torch.stack([r if keep else r[-1:] for r in outputs], dim=3)
             kept = put(kept, at, latest, dim=2)
         residuals.append(change)
-        if sweeps is None and change < tolerance:
+        if sweeps is None and (change < tolerance or needs_more(residuals, tolerance, most)):
             break
     stream.state, stream.column = outgoing[:, :, -1].clone(), stream.column + T
     certificate = Certificate(
@@ -111,6 +114,14 @@ def solve_by_sweeps(
     )
     at_checks = {t: incoming[:, :, t] for t in check or []}
     return Solution(kept if keep else None, kept[-1], at_checks, certificate)
+
+
+def needs_more(residuals: list[float], tolerance: float, most: int | None) -> bool:
+    """Whether it takes more than `most` sweeps, at the pace of the last two, to get below a tolerance."""
+    if most is None or len(residuals) < 3:
+        return False
+    pace = math.sqrt(residuals[-1] / residuals[-3])
+    return pace >= 1 or len(residuals) + math.log(tolerance / residuals[-1]) / math.log(pace) > most
 
 
 def _iterate(

@@ -160,8 +160,8 @@ def test_parallel_equals_sequential(family, iterations, kv):
     model = lrt(hf=tiny(family), choices=Choices(kv=kv))
     rows = prompts()
     hand = [model.replay([row], iterations, "sequential") for row in rows]
-    for how in ({}, {"groups": 3}):
-        found = model.replay(rows, iterations, **how)
+    for groups in (1, 3):
+        found = model.replay(rows, iterations, groups=groups)
         assert found.certificate.converged
         assert found.certificate.method == "sweeps"
         for k, row in enumerate(hand):
@@ -171,6 +171,26 @@ def test_parallel_equals_sequential(family, iterations, kv):
 
 
 @torch.no_grad()
+def test_where_sweeps_do_not_pay_positions_are_visited_one_by_one():
+    """A memory that hardly contracts: the solver gives up its sweeps, and says so."""
+    tokens = [list(range(3, 60))]
+    for gamma, method in ((1e-7, "sweeps"), (2.0, "sequential")):
+        model = attach_lrt(tiny("llama"), gamma=gamma)
+        solved = model.replay(tokens, iterations=2)
+        assert solved.certificate.method == method
+        assert solved.certificate.converged
+        assert solved.certificate.logit_error < 1e-9
+        exact = model.replay(tokens, iterations=2, method="sequential")
+        assert torch.allclose(solved.resid_post, exact.resid_post, atol=1e-9)
+        start = 40  # what is read on stands behind what was solved
+        later = model.replay(tokens, iterations=2, start=start)
+        once = model.replay([tokens[0][:start]]).resid_post
+        assert torch.allclose(
+            once, model.replay([tokens[0][:start]], method="sequential").resid_post, atol=1e-9
+        )
+        assert later.resid_post.shape[1] == len(tokens[0]) - start
+
+
 def test_reading_goes_on_where_it_stopped_and_a_batch_is_its_rows():
     model, rows = lrt(), prompts()
     alone = [model.generate([row], 2, 6, stop_tokens=[]).tokens[0] for row in rows]
