@@ -47,6 +47,7 @@ def write_card(folder: Path, evaluations: Mapping[str, pd.DataFrame] | None = No
         curves=curves,
         steps=log.dropna(subset=["loss"]),
         looks=markdown(curves.looks.round(4)) if len(curves.looks) else "",
+        unfinished=still_falling(curves.looks),
         image=IMAGE if (folder / IMAGE).is_file() else None,
         found=found,
         losses=losses,
@@ -54,6 +55,14 @@ def write_card(folder: Path, evaluations: Mapping[str, pd.DataFrame] | None = No
     )
     replace_bytes(folder / "README.md", text.strip().encode() + b"\n")
     return folder / "README.md"
+
+
+def still_falling(looks: pd.DataFrame) -> str:
+    """The held-out loss at the last two looks, if it fell by more than 1%; else nothing."""
+    losses = looks["held_out_exact"].dropna().tolist() if "held_out_exact" in looks else []
+    if len(losses) < 2 or losses[-1] > 0.99 * losses[-2]:
+        return ""
+    return f"{losses[-2]:.3f} to {losses[-1]:.3f} over the last {looks['step'].diff().iloc[-1]:.0f} steps"
 
 
 def markdown(table: pd.DataFrame) -> str:
