@@ -12,16 +12,11 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from sst_interp.analyses.approximation_gradients import (
-    SETTING,
-    OverSeeds,
-    bounds_words,
-    over_seeds,
-    seeds_words,
-)
+from sst_interp.analyses.approximation_gradients import SETTING, bounds_words
 from sst_interp.analyses.figures.approximation import COLOURS
 from sst_interp.analyses.figures.overlap import GREY, _figure, empty_figure
 from sst_interp.analyses.result import Result
+from sst_interp.analyses.statistics.seeds import OverSeeds, over_seeds, seeds_words
 
 EXACT, TWO_PASS, BASELINE = "exact", "two-pass", "no stream"
 

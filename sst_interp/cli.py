@@ -17,6 +17,7 @@ import sst_interp
 from sst_interp.approximation.commands import app as approximation_app
 from sst_interp.commands import findings, runs, training
 from sst_interp.errors import SSTError
+from sst_interp.latent.commands import app as latent_app
 from sst_interp.patching.commands import patch
 from sst_interp.probe.commands import probe
 
@@ -49,6 +50,7 @@ COMMANDS = (
 for command in COMMANDS:
     app.command(command.__name__.replace("_", "-"))(command)
 app.add_typer(approximation_app, name="approximation")
+app.add_typer(latent_app, name="latent")
 
 
 def main() -> None:

@@ -9,8 +9,9 @@ import pandas as pd
 import pytest
 import torch
 
-from sst_interp.analyses.approximation_gradients import gradient_fidelity, over_seeds
+from sst_interp.analyses.approximation_gradients import gradient_fidelity
 from sst_interp.analyses.approximation_training import training_cost
+from sst_interp.analyses.statistics.seeds import over_seeds
 from sst_interp.approximation import study as study_module
 from sst_interp.approximation.flipflop import FlipFlop
 from sst_interp.approximation.small import (
@@ -129,7 +130,7 @@ def same(a: pd.DataFrame, b: pd.DataFrame, by: list[str]) -> None:
 def test_a_study_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     arms = (EXACT, TWO_PASS, BASELINE)
     whole = run_study(tmp_path / "whole", TINY, seeds=(0, 1), arms=arms, rounds=1)
-    put, calls = study_module._put, []
+    put, calls = study_module.put_rows, []
 
     def broken(path, rows, keys):
         calls.append(path)
@@ -137,7 +138,7 @@ def test_a_study_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         put(path, rows, keys)
 
-    monkeypatch.setattr(study_module, "_put", broken)
+    monkeypatch.setattr(study_module, "put_rows", broken)
     with pytest.raises(KeyboardInterrupt):
         run_study(tmp_path / "cut", TINY, seeds=(0, 1), arms=arms, rounds=1)
     lines = []

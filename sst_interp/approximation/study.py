@@ -12,10 +12,8 @@ A training that is in the tables is not repeated: kill the process anywhere and 
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +34,7 @@ from sst_interp.approximation.small import (
     fresh_weights,
     pretrained,
 )
-from sst_interp.durable import publish, replace_json, stage
-from sst_interp.errors import SSTError
+from sst_interp.study_tables import put_rows, read_rows, same_plan
 
 LOSSES, GRADIENTS, TIMES = (f"small-{name}.parquet" for name in ("losses", "gradients", "times"))
 PLAN = "small-plan.json"
@@ -67,7 +64,7 @@ def run_study(
         SSTError: the folder holds the study of another plan.
     """
     plan, folder = plan or Plan(), Path(folder)
-    _same_plan(folder / PLAN, plan)
+    same_plan(folder / PLAN, plan)
     for seed in seeds:
         weights = None
         for blend, arm in _missing(folder / LOSSES, plan, seed, arms):
@@ -78,20 +75,19 @@ def run_study(
             # The losses say that a training is done, so they are written last.
             about = {"alpha_low": blend.low, "alpha_high": blend.high, "seed": seed}
             if len(gradients):
-                _put(folder / GRADIENTS, gradients.assign(**about), list(about))
+                put_rows(folder / GRADIENTS, gradients.assign(**about), list(about))
             for same in plan.blends if arm == BASELINE else [blend]:  # without a stream all blends are one
                 about |= {"alpha_low": same.low, "alpha_high": same.high}
-                _put(folder / LOSSES, losses.assign(**about), [*about, "arm"])
+                put_rows(folder / LOSSES, losses.assign(**about), [*about, "arm"])
     if not (folder / TIMES).is_file() and rounds:
-        _put(folder / TIMES, step_times(plan, arms, rounds), ["arm"])
+        put_rows(folder / TIMES, step_times(plan, arms, rounds), ["arm"])
     return read_study(folder)
 
 
 def read_study(folder: str | Path) -> dict[str, pd.DataFrame]:
     """The tables of a study: `losses`, `gradients`, `times`; an empty one where there is none yet."""
     found = {"losses": LOSSES, "gradients": GRADIENTS, "times": TIMES}
-    paths = {name: Path(folder) / file for name, file in found.items()}
-    return {name: pd.read_parquet(p) if p.is_file() else pd.DataFrame() for name, p in paths.items()}
+    return {name: read_rows(Path(folder) / file) for name, file in found.items()}
 
 
 def train_arm(
@@ -164,9 +160,8 @@ def _evaluations(arm: Arm) -> list[tuple[str, Arm]]:
 
 
 def _missing(path: Path, plan: Plan, seed: int, arms: Sequence[Arm]) -> Iterator[tuple[Blend, Arm]]:
-    done = set()
-    if path.is_file():
-        table = pd.read_parquet(path)
+    table, done = read_rows(path), set()
+    if len(table):
         done = set(zip(table["alpha_high"], table["seed"], table["arm"], strict=True))
     for blend in plan.blends:
         for arm in arms:
@@ -180,29 +175,3 @@ def _cosine(a: Tensor, b: Tensor) -> float:
 
 def _norms(a: Tensor, b: Tensor) -> float:
     return float(a.double().norm() / b.double().norm())
-
-
-def _same_plan(path: Path, plan: Plan) -> None:
-    """Note the plan of a folder; refuse another one."""
-    now = json.loads(json.dumps(asdict(plan)))
-    if path.is_file():
-        then = json.loads(path.read_text())
-        for key in [key for key in then | now if then.get(key) != now.get(key)]:
-            raise SSTError(
-                f"{path.parent} holds a study with {key} = {then.get(key)}, not {now.get(key)}",
-                "undo the change, or give another folder",
-            )
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_json(path, now)
-
-
-def _put(path: Path, rows: pd.DataFrame, keys: list[str]) -> None:
-    """Add rows to a table, in place of those with the same keys."""
-    if path.is_file():
-        before = pd.read_parquet(path)
-        again = pd.MultiIndex.from_frame(before[keys]).isin(pd.MultiIndex.from_frame(rows[keys]))
-        rows = pd.concat([before[~again], rows], ignore_index=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    stage(path, lambda staged: rows.to_parquet(staged, compression="zstd"))
-    publish(path)
