@@ -19,6 +19,7 @@ from sst_interp.commands import findings, runs, training
 from sst_interp.errors import SSTError
 from sst_interp.latent.commands import app as latent_app
 from sst_interp.patching.commands import patch
+from sst_interp.pretraining.commands import app as pretraining_app
 from sst_interp.probe.commands import probe
 
 app = typer.Typer(
@@ -50,6 +51,7 @@ COMMANDS = (
 for command in COMMANDS:
     app.command(command.__name__.replace("_", "-"))(command)
 app.add_typer(approximation_app, name="approximation")
+app.add_typer(pretraining_app, name="pretraining")
 app.add_typer(latent_app, name="latent")
 
 

