@@ -3,6 +3,7 @@
 The halting probe (C12, C13) and causal patching (C16) take minutes, so their commands keep what they found,
 rows of the ledger and whole results: in the run's own folder under `findings/`, or for a run that ships in
 `findings/NAME` of the working folder. Kept findings are of one capture: after another one they are not shown.
+A damaged file costs its own rows and nothing else: they say which file it is and what to type.
 """
 
 from __future__ import annotations
@@ -19,13 +20,17 @@ from typing import Any
 import numpy as np
 
 from sst_interp import places
-from sst_interp.analyses.ledger.rules import Claim, Finding, Row
+from sst_interp.analyses.ledger.rules import C12, C13, C16, C16B, EVERYWHERE, Claim, Finding, Row, untestable
 from sst_interp.analyses.result import KeptResult, Result
 from sst_interp.analyses.statistics.resampling import Interval
 from sst_interp.durable import replace_json
+from sst_interp.errors import SSTError
+from sst_interp.guarded import read_json, unreadable
 from sst_interp.run import Run
 
 FOLDER = "findings"
+MEASURED = {"probe": (C12, C13), "patching": (C16, C16B)}
+"""Measurement, which is the command's name too -> the claims it has rows of."""
 
 
 @dataclass(frozen=True)
@@ -74,10 +79,9 @@ def kept_findings(run: Run) -> Kept:
     results: dict[str, Result] = {}
     for folder in (run.folder / FOLDER, Path(FOLDER) / run.name):
         for file in sorted(folder.glob("*.json")):
-            contents = json.loads(file.read_text())
-            if contents["of"] == capture_of(run):
-                rows |= {(row.claim.id, row.comparison): row for row in map(_row, contents["rows"])}
-                results |= {k: KeptResult.from_json(v) for k, v in contents.get("results", {}).items()}
+            kept = _kept(file, run)
+            rows |= {(row.claim.id, row.comparison): row for row in kept.rows}
+            results |= kept.results
     return Kept(list(rows.values()), results)
 
 
@@ -87,6 +91,23 @@ def capture_of(run: Run) -> str:
         name: entry["sha256"] for shards in run.manifest["shards"].values() for name, entry in shards.items()
     }
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def _kept(file: Path, run: Run) -> Kept:
+    """What one file has of this capture; of a damaged one, rows that say so."""
+    again = "delete it, or measure again"
+    try:
+        contents = read_json(file, again)
+        try:
+            if contents["of"] != capture_of(run):
+                return Kept()
+            results = {name: _result(values) for name, values in contents.get("results", {}).items()}
+            return Kept([_row(values) for values in contents["rows"]], results)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise unreadable(file, error, again) from None
+    except SSTError as error:
+        lost = untestable(f"{error.message}; delete it, or `sst-interp {file.stem} --run {run.name}` again")
+        return Kept([Row(claim, EVERYWHERE, lost) for claim in MEASURED.get(file.stem, ())])
 
 
 def _plain(value: Any) -> Any:
@@ -103,6 +124,16 @@ def _row(values: dict[str, Any]) -> Row:
     figure = finding.pop("figure")
     numbers = {k: math.nan if figure[k] is None else figure[k] for k in ("estimate", "low", "high")}
     claim["value"] = math.nan if claim["value"] is None else claim["value"]
+    if not isinstance(finding["verdict"], str):
+        raise TypeError("a verdict is no text")
     return Row(
         Claim(**claim), values["comparison"], Finding(figure=Interval(**(figure | numbers)), **finding)
     )
+
+
+def _result(values: dict[str, Any]) -> KeptResult:
+    result = KeptResult.from_json(values)
+    if not isinstance(result.verdict, str):
+        raise TypeError("a verdict is no text")
+    result.figures()  # plotly refuses what it did not draw
+    return result

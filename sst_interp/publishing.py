@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from sst_interp import durable, manifest
 from sst_interp.errors import SSTError
+from sst_interp.guarded import check_place
 from sst_interp.rounding import rounded_floats
 from sst_interp.run import Run
 from sst_interp.runs import open_run
@@ -49,8 +50,8 @@ def publish(
         each: told how many batches are done, of how many.
 
     Raises:
-        SSTError: an incomplete run, a folder that exists, a run that keeps other states than position 0, or
-            iterations it does not have.
+        SSTError: an incomplete run, a folder that exists or cannot be written, a run that keeps other states
+            than position 0, or iterations it does not have.
     """
     folder = Path(folder)
     if not run.complete:
@@ -66,6 +67,7 @@ def publish(
     deepest = max(run.recipe.depths)
     if bad := [i for i in iterations if not 1 <= i <= deepest]:
         raise SSTError(f"run {run.name} has no iteration {bad[0]}", f"it has 1 to {deepest}")
+    check_place(folder)
     folder.mkdir(parents=True)
     listed: dict[str, Any] = {}
     batches = manifest.batches(run.manifest)

@@ -127,6 +127,23 @@ def test_more_questions_are_measured_and_fewer_are_not(model, small_tasks, tmp_p
     assert [task for task, *_ in missing(tmp_path, small_tasks, [1], 4)] == small_tasks
 
 
+@pytest.mark.parametrize("contents", [b"", b"PAR1 nothing more PAR1", None])
+def test_a_damaged_measurement_is_named_and_measured_again_alone(model, small_tasks, tmp_path, contents):
+    found = evaluate(model, tmp_path, [1, 2], small_tasks, questions=3)
+    file = tmp_path / "arc-easy-d2.parquet"
+    if contents is None:
+        pd.DataFrame({"other": [1]}).to_parquet(file)
+    else:
+        file.write_bytes(contents)
+    for read in (lambda: missing(tmp_path, small_tasks, [1, 2], 3), lambda: read_evaluation(tmp_path)):
+        with pytest.raises(SSTError, match=f"{file} (is damaged|holds another table): ") as told:
+            read()
+        assert "delete it" in str(told.value.hint)
+    file.unlink()
+    assert missing(tmp_path, small_tasks, [1, 2], 3) == [("arc-easy", [2], 3)]
+    pd.testing.assert_frame_equal(evaluate(model, tmp_path, [1, 2], small_tasks, questions=3), found)
+
+
 def test_a_model_without_a_stream_is_measured_once(small_tasks, tmp_path):
     plain = attach(tiny_llama(), word_tokenizer(), alpha=0.0)
     assert set(evaluate(plain, tmp_path, [1, 2, 4], small_tasks, questions=2)["depth"]) == {1}

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -11,10 +12,10 @@ import pytest
 import tiny_run
 
 from sst_interp import places
-from sst_interp.analyses.ledger.rules import C12, C13, EVERYWHERE, Finding, Row, untestable
+from sst_interp.analyses.ledger.rules import C12, C13, C16, EVERYWHERE, Finding, Row, untestable
 from sst_interp.analyses.result import KeptResult, Result
 from sst_interp.analyses.statistics.resampling import Interval
-from sst_interp.kept_findings import keep_findings, kept_findings
+from sst_interp.kept_findings import capture_of, keep_findings, kept_findings
 from sst_interp.ledger import ledger_of
 from sst_interp.report import render_report
 from sst_interp.runs import open_run
@@ -100,3 +101,50 @@ def test_a_result_comes_back_as_it_was_and_has_its_section_in_the_report(run):
 def test_keeping_a_kept_result_again_changes_nothing():
     once = KeptResult.of(Measured()).to_json()
     assert KeptResult.of(KeptResult.from_json(once)).to_json() == once
+
+
+WHOLE = {"of": None, "rows": [], "results": {}}
+DAMAGED = {
+    "cut off": '{"of": "12',
+    "empty": "",
+    "a list": "[]",
+    "no rows": json.dumps({"of": None}),
+    "rows of something else": json.dumps(WHOLE | {"rows": 5}),
+    "rows without a claim": json.dumps(WHOLE | {"rows": [{}]}),
+    "results of something else": json.dumps(WHOLE | {"results": [1]}),
+    "a result without its table": json.dumps(WHOLE | {"results": {"halting": {"title": "t"}}}),
+    "a figure that is none": json.dumps(
+        WHOLE
+        | {
+            "results": {
+                "halting": {
+                    "title": "t", "verdict": "v", "table": {"columns": [], "rows": []},
+                    "figures": {"figure": {"nothing": 1}},
+                }
+            }
+        }
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", DAMAGED)
+def test_a_damaged_file_costs_its_own_rows_and_nothing_else(run, how):
+    keep_findings(run, "patching", [Row(C16, EVERYWHERE, TOLD.finding)], {})
+    file = Path("findings") / "tiny" / "probe.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(DAMAGED[how].replace('"of": null', f'"of": "{capture_of(run)}"'))
+    told = {row.claim.id: row.finding.verdict for row in kept_findings(run).rows}
+    assert told.pop("C16") == "holds"
+    assert set(told) == {"C12", "C13"}
+    for verdict in told.values():
+        assert verdict.startswith(f"not testable: {file} is damaged: ")
+        assert "\n" not in verdict
+        assert "`sst-interp probe --run tiny`" in verdict
+
+
+def test_the_ledger_names_a_damaged_file(run):
+    file = keep_findings(run, "probe", [TOLD], {})
+    file.write_bytes(file.read_bytes()[:-40])
+    shown = ledger_of(run, resamples=20).table.set_index("claim")
+    assert str(file) in shown.loc["C12", "verdict"]
+    assert shown.loc["C1", "verdict"].ne("").all()

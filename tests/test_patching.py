@@ -141,11 +141,33 @@ def test_an_interrupted_study_goes_on_and_is_the_same(run, model, rows, tmp_path
         patch_run(run, tmp_path, 4, dataclasses.replace(PLAN, seed=1), model)
 
 
+@pytest.mark.parametrize(
+    ("name", "contents", "hint"),
+    [("q*.parquet", b"", "only that question"), ("plan.json", b'{"plan"', "put a copy")],
+)
+def test_a_damaged_file_is_named_before_anything_is_patched(run, model, tmp_path, name, contents, hint):
+    first = patch_run(run, tmp_path, 2, PLAN, model)
+    file = next(iter(tmp_path.glob(name)))
+    whole = file.read_bytes()
+    file.write_bytes(contents)
+    with pytest.raises(SSTError, match=f"{file} is damaged: ") as told:
+        patch_run(run, tmp_path, 4, PLAN, model, lambda *_: pytest.fail("began to patch"))
+    assert hint in str(told.value.hint)
+    file.unlink()
+    if name == "plan.json":
+        file.write_bytes(whole)
+    pd.testing.assert_frame_equal(patch_run(run, tmp_path, 2, PLAN, model), first)
+
+
 def test_what_cannot_be_patched_is_an_error(run, model, tmp_path):
     with pytest.raises(SSTError, match="another alpha"):
         patch_run(run, tmp_path / "a", 1, PLAN, attach(model.backbone.model, word_tokenizer(), 0.2))
     with pytest.raises(SSTError, match="questions = 0"):
         patch_run(run, tmp_path / "b", 0, PLAN, model)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SSTError, match="cannot be written"):
+        patch_run(run, tmp_path / "file", 1, PLAN, model)
+    assert (tmp_path / "file").read_text() == "mine"
     with pytest.raises(SSTError, match="no patched questions"):
         read_patching(tmp_path / "c")
 

@@ -1,7 +1,9 @@
 """`sst-interp probe`: what it prints, keeps and refuses."""
 
+import errno
 import importlib
 import json
+import os
 import sys
 
 import pytest
@@ -90,6 +92,28 @@ def test_a_run_that_is_not_whole_says_so(run_cli, tmp_path):
     assert code == 0
     assert "note: part is not complete: 10 questions so far" in err
     assert "not tested" in out
+
+
+def test_a_place_to_save_is_tried_before_the_permutations(run_cli, tmp_path, monkeypatch):
+    capture(tmp_path / "runs" / "own")
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr("sst_interp.probe.named.probe_run", lambda *_a, **_k: pytest.fail("probed"))
+    code, out, err = run_cli("--run", "own", *FAST, "--save", "file")
+    assert (code, out) == (2, "")
+    assert err.splitlines() == ["error: file cannot be written: Not a directory", "  give another --save"]
+
+
+def test_results_are_printed_and_kept_before_the_probe_is_saved(run_cli, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "kept/probe.safetensors")
+
+    capture(tmp_path / "runs" / "own")
+    monkeypatch.setattr("sst_interp.probe.saving.stage", full)
+    code, out, err = run_cli("--run", "own", "--permutations", 0, "--save", "kept")
+    assert code == 2
+    assert "C12 (" in out
+    assert "error: the disk is full: kept/probe.safetensors" in err
+    assert (tmp_path / "runs" / "own" / "findings" / "probe.json").is_file()
 
 
 BAD = {

@@ -23,7 +23,7 @@ def test_a_copy_says_the_same_within_its_rounding(run, tmp_path):
     assert copy.complete
     assert copy.recipe == run.recipe
     assert copy.manifest["published"] == {"pairs_bits": 10, "top": 1, "iterations": [1]}
-    for name in ("questions", "outputs"):
+    for name in ("questions", "outputs", "lens"):
         assert getattr(copy, name).equals(getattr(run, name))
     for column in run.pairs.columns:
         was, now = run.pairs[column].to_numpy(), copy.pairs[column].to_numpy()
@@ -75,6 +75,12 @@ def test_a_folder_that_exists_is_left_alone(run, tmp_path):
     with pytest.raises(SSTError, match="exists already"):
         publish(run, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_is_refused(run, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SSTError, match="cannot be written"):
+        publish(run, tmp_path / "file" / "copy")
 
 
 def test_a_damaged_run_is_not_published(run, tmp_path):

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_capture import tiny_llama
 from test_loading import save_model
@@ -212,6 +213,75 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_state_kept(recipe, tmp_pa
     assert {p.name: p.read_bytes() for p in training.folder.iterdir()} == before
     assert all(torch.equal(v, training.masters.values[name]) for name, v in values.items())
     assert Training(recipe, tmp_path / "out").done == 1
+
+
+def test_a_loss_that_is_not_finite_before_any_state_leaves_the_log(recipe, tmp_path):
+    training = Training(recipe, tmp_path / "out")
+    after = lambda now, _: now.done == 2 and now.masters.logit.data.fill_(torch.nan)  # noqa: E731
+    with pytest.raises(SSTError, match="step 3: the loss") as told:
+        training.run(after)
+    assert str(told.value.hint).startswith("no state was saved yet; training.jsonl has the steps before")
+    assert not (training.folder / STATE).exists()
+    assert read_log(training.folder)["step"].tolist() == [0, 1, 2]
+    assert read_log(training.folder)["loss"].notna().sum() == 2
+    assert Training(recipe, tmp_path / "out").done == 0
+
+
+def test_a_loss_that_is_not_finite_leaves_the_steps_since_the_last_state(recipe, tmp_path):
+    training = Training(recipe, tmp_path / "out")
+    training.step()
+    training.save()
+    training.step()
+    with torch.no_grad():
+        training.masters.logit.fill_(torch.nan)
+    with pytest.raises(SSTError, match="step 3: the loss") as told:
+        training.step()
+    assert str(told.value.hint).startswith("the last saved state is kept; ")
+    assert read_log(training.folder)["step"].tolist() == [1, 2]
+    assert Training(recipe, tmp_path / "out").done == 1
+
+
+def other_shapes(path):
+    with safe_open(path, "pt") as file:
+        about, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(
+        {
+            name: t.repeat(2) if t.dim() == 1 else t.repeat(*t.shape[:0], 2, 1) if t.dim() else t
+            for name, t in tensors.items()
+        },
+        path,
+        about,
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(path.read_bytes()[:-9]),
+        lambda path: save_file({"x": torch.ones(1)}, path),
+        other_shapes,
+    ],
+    ids=["empty", "cut off", "something else", "of other shapes"],
+)
+def test_a_damaged_state_is_named_and_left_alone(recipe, tmp_path, change):
+    training = Training(recipe, tmp_path / "out")
+    training.step()
+    training.save()
+    change(training.folder / STATE)
+    before = {p.name: p.read_bytes() for p in training.folder.iterdir()}
+    with pytest.raises(SSTError, match=f"{STATE} is damaged: ") as told:
+        Training(recipe, tmp_path / "out")
+    assert "--fresh" in str(told.value.hint)
+    assert {p.name: p.read_bytes() for p in training.folder.iterdir()} == before
+
+
+def test_a_place_that_cannot_be_is_refused_before_anything_is_loaded(recipe, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr("sst_interp.training.trainer.load", lambda *_: pytest.fail("loaded"))
+    for folder in (tmp_path / "file", tmp_path / "file" / "out"):
+        with pytest.raises(SSTError, match="cannot be written"):
+            Training(recipe, folder)
 
 
 def test_a_changed_recipe_does_not_resume(recipe, tmp_path):

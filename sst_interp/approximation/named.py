@@ -14,9 +14,11 @@ from sst_interp.approximation.errors import CYCLIC, SCHEDULES, Reference, Schedu
 from sst_interp.checkpoint import read_checkpoint
 from sst_interp.durable import publish, stage
 from sst_interp.errors import SSTError
+from sst_interp.guarded import check_place
 from sst_interp.loading import checkpoint_folder, load
 from sst_interp.model import StateStreamModel
 from sst_interp.questions.registry import load_items
+from sst_interp.study_tables import read_rows
 from sst_interp.training.examples import Example, encode
 
 ABOUT = ("model", "layers", "n_layers", "alpha", "alpha_low", "alpha_high", "blend_hash")
@@ -53,6 +55,8 @@ def errors_by_name(
         SSTError: an unknown name, or a file that holds another model of that name.
     """
     out = Path(out)
+    check_place(out.parent, "give another --out")
+    read_rows(out)  # a damaged file is refused before anything is loaded
     model = load(name, dtype="float32")
     items, _ = load_items(dataset)
     examples = [encode(item, model) for item in items[:questions]]
@@ -69,7 +73,7 @@ def errors_by_name(
         config, kind, _ = read_checkpoint(folder, "sst")
         bare = load(config["backbone"]["name"], kind.weights()["alpha"], model.choices, "float32")
         _measure(bare, f"{label}, blend only", "all", examples, SCHEDULES, out, False, progress)
-    return pd.read_parquet(out)
+    return read_rows(out)
 
 
 def _measure(
@@ -124,9 +128,9 @@ def fingerprint(model: StateStreamModel) -> str:
 def _has(
     out: Path, about: dict[str, Any], question: int, reference: Reference, schedules: Sequence[Schedule]
 ) -> bool:
-    if not out.is_file():
+    table = read_rows(out)
+    if not len(table):
         return False
-    table = pd.read_parquet(out)
     own = table[(table["model"] == about["model"]) & (table["layers"] == about["layers"])]
     if about["alpha_low"] == about["alpha_high"]:  # one of several blends of one backbone
         own = own[own["alpha"] == about["alpha"]]
@@ -140,7 +144,7 @@ def _has(
 
 def _append(out: Path, rows: pd.DataFrame) -> None:
     if out.is_file():
-        rows = pd.concat([pd.read_parquet(out), rows], ignore_index=True)
+        rows = pd.concat([read_rows(out), rows], ignore_index=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     stage(out, lambda path: rows.to_parquet(path, compression="zstd"))
     publish(out)

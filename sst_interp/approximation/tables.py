@@ -18,6 +18,7 @@ from sst_interp.analyses.approximation_gradients import bounds_words, gradient_f
 from sst_interp.analyses.approximation_training import EXACT, training_cost
 from sst_interp.approximation.study import read_study
 from sst_interp.documents import NOT_YET, fill, markdown
+from sst_interp.study_tables import read_rows
 
 ERRORS = "errors.parquet"
 
@@ -34,8 +35,7 @@ def write_tables(document: str | Path, studies: str | Path) -> list[str]:
 def all_tables(studies: str | Path) -> dict[str, str]:
     """Every table as Markdown by name; what is not measured yet says so."""
     studies = Path(studies)
-    path = studies / ERRORS
-    errors = pd.read_parquet(path) if path.is_file() else pd.DataFrame()
+    errors = read_rows(studies / ERRORS)
     found, speed, small = approximation_error(errors), contraction(errors), read_study(studies)
     rows = found.schedules
     single = rows[(rows["groups"] == 1)] if len(rows) else rows

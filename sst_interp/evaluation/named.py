@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from sst_interp.checkpoint import read_checkpoint
 from sst_interp.durable import replace_json
 from sst_interp.errors import SSTError
 from sst_interp.evaluation.tasks import HELD_OUT, TASKS, check_depths, evaluate, missing, read_evaluation
+from sst_interp.guarded import check_place, read_json
 from sst_interp.loading import checkpoint_folder, load
 from sst_interp.model import StateStreamModel
 from sst_interp.training.examples import load_split
@@ -66,6 +66,7 @@ def evaluate_by_name(
     wanted = [*tasks, *([HELD_OUT] if trained else [])]
     if not missing(folder, wanted, depths, questions):
         return read_evaluation(folder)
+    check_place(folder, "give another --out")
     print(f"loading {name}", file=sys.stderr)
     model = load(name, alpha=0.0 if checkpoint is None else None)
     _same_model(folder, model)
@@ -89,7 +90,7 @@ def _same_model(folder: Path, model: StateStreamModel) -> None:
     now = {"backbone": model.backbone.content_hash, "alpha": model.kind.digest()}
     path = folder / MODEL
     if path.is_file():
-        if json.loads(path.read_text()) != now:
+        if read_json(path, "delete the folder, or give another --out") != now:
             raise SSTError(f"{folder} holds another model's measurements", "delete it, or give another --out")
         return
     folder.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,7 @@ from sst_interp.durable import publish, stage
 from sst_interp.errors import SSTError, unknown_name
 from sst_interp.evaluation.accuracy import answers, letters
 from sst_interp.evaluation.losses import answer_losses
+from sst_interp.guarded import read_table
 from sst_interp.model import StateStreamModel
 from sst_interp.questions import load_questions
 from sst_interp.questions.registry import load_items
@@ -45,6 +46,8 @@ TASKS: dict[str, Task] = {
     "arc-easy": Task("letter", "arc-easy", "validation", 570),
     "arc-challenge": Task("letter", "arc-challenge", "validation", 299),
 }
+COLUMNS = ("question", "value", "weight")
+AGAIN = "delete it: only that part is measured again"
 HELD_OUT, HELD_OUT_QUESTIONS = "held-out-loss", 128
 """Loss on a training's held-out examples: there only if they are given, for it needs the training data."""
 
@@ -124,22 +127,22 @@ def check_depths(depths: Sequence[int]) -> None:
 
 def _measured(folder: Path, name: str, depth: int, n: int) -> bool:
     path = folder / f"{name}-d{depth}.parquet"
-    return path.is_file() and pd.read_parquet(path).attrs.get("asked", 0) >= n
+    return path.is_file() and read_table(path, AGAIN, COLUMNS).attrs.get("asked", 0) >= n
 
 
 def read_evaluation(folder: str | Path) -> pd.DataFrame:
     """What `evaluate` has measured so far: task, depth, question, value, weight.
 
     Raises:
-        SSTError: nothing was.
+        SSTError: nothing was, or a file of it is damaged.
     """
     parts = []
     for path in sorted(Path(folder).glob("*-d*.parquet")):
         task, _, depth = path.stem.rpartition("-d")
-        parts.append(pd.read_parquet(path).assign(task=task, depth=int(depth)))
+        parts.append(read_table(path, AGAIN, COLUMNS).assign(task=task, depth=int(depth)))
     if not parts:
         raise SSTError(f"{folder} holds no evaluation", "`sst-interp evaluate NAME` makes one")
-    return pd.concat(parts, ignore_index=True)[["task", "depth", "question", "value", "weight"]]
+    return pd.concat(parts, ignore_index=True)[["task", "depth", *COLUMNS]]
 
 
 def _measure(

@@ -50,10 +50,10 @@ def patch(
         raise SSTError("stopped", "what was patched is kept: the same command goes on from there") from None
     found = patching(table)
     made = {"questions": questions, "layers": layers, "tokens": tokens}
-    kept = keep_findings(opened, "patching", patching_rows(found), made, {"patching": found})
-    print(f"claim C16: {kept}", file=sys.stderr)
     if as_json:
         print(json.dumps(found.to_dict(), indent=2))
-        return
-    print(found.table.to_string(index=False, float_format=lambda x: f"{x:.3g}"))
-    print(f"\n{found.verdict}\n\nrows: {folder}")
+    else:
+        print(found.table.to_string(index=False, float_format=lambda x: f"{x:.3g}"))
+        print(f"\n{found.verdict}\n\nrows: {folder}")
+    kept = keep_findings(opened, "patching", patching_rows(found), made, {"patching": found})
+    print(f"claim C16: {kept}", file=sys.stderr)

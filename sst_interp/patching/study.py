@@ -8,7 +8,6 @@ What was patched by the same plan of a shipped run ships, too (`data/patching/RU
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -26,6 +25,7 @@ from sst_interp.bridges.run_cache import refuse_another, written_tokens
 from sst_interp.capture import provenance
 from sst_interp.durable import publish, replace_json, stage
 from sst_interp.errors import SSTError
+from sst_interp.guarded import check_place, read_json, read_table
 from sst_interp.loading import load
 from sst_interp.model import StateStreamModel
 from sst_interp.patching.effects import effects
@@ -37,7 +37,8 @@ from sst_interp.run import Run
 ROLES = ("first", "shift", "stable", "random")
 """Why a position is patched. `first`: it is position 0. `shift`, `stable`: of the question's other positions,
 the one whose mean overlap over layers is the lowest, the highest. `random`: any other of them."""
-PLAN = "plan.json"
+PLAN, SHARDS = "plan.json", "q*.parquet"
+PLAN_LOST = "put a copy back, or delete the folder: its questions are then patched again"
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,11 @@ def patch_run(
 
     Raises:
         SSTError: no tokens or one depth only in the run, a model or questions that are not the run's,
-            a folder with another plan.
+            a folder with another plan, with a damaged file or that cannot be written.
     """
     plan, folder = plan or Plan(), Path(folder)
     _check(plan, questions)
+    check_place(folder, "give another --out")
     pairs = run.table("pairs", comparison="replayed")
     overlaps, threshold = overlaps_of(run, pairs)
     known = sorted(overlaps)
@@ -88,6 +90,8 @@ def patch_run(
     chosen = order[:questions]
     written_tokens(run, chosen[0], 1)  # a restricted run is refused before anything is loaded
     _same_plan(folder, run, plan, threshold)
+    if any(folder.glob(SHARDS)):
+        read_patching(folder)  # a damaged file is refused before minutes of patching
     missing = [q for q in chosen if not _shard(folder, q).is_file()]
     if missing:
         study = _Study(run, plan, threshold, overlaps, model)
@@ -107,13 +111,15 @@ def read_patching(folder: str | Path) -> pd.DataFrame:
     """Every row that a folder has; `attrs` has its plan.
 
     Raises:
-        SSTError: it has none.
+        SSTError: it has none, or a file of them is damaged.
     """
-    shards = sorted(Path(folder).glob("q*.parquet"))
+    shards = sorted(Path(folder).glob(SHARDS))
     if not shards:
         raise SSTError(f"{folder} holds no patched questions", "`sst-interp patch --run NAME` makes them")
-    table = pd.concat([pd.read_parquet(shard) for shard in shards], ignore_index=True)
-    table.attrs = json.loads((Path(folder) / PLAN).read_text())
+    again = "delete it: only that question is patched again"
+    columns = ("question", "position", "role")
+    table = pd.concat([read_table(shard, again, columns) for shard in shards], ignore_index=True)
+    table.attrs = read_json(Path(folder) / PLAN, PLAN_LOST)
     return table
 
 
@@ -255,15 +261,15 @@ def _same_plan(folder: Path, run: Run, plan: Plan, threshold: float) -> None:
     }  # fmt: skip
     path = folder / PLAN
     if path.is_file():
-        if json.loads(path.read_text()) != now:
+        if read_json(path, PLAN_LOST) != now:
             raise SSTError(
                 f"{folder} holds patches of another plan or run", "delete it, or give another --out"
             )
         return
     folder.mkdir(parents=True, exist_ok=True)
     done = shipped_patches(run.name)
-    if (done / PLAN).is_file() and json.loads((done / PLAN).read_text()) == now:
-        for shard in done.glob("q*.parquet"):
+    if (done / PLAN).is_file() and read_json(done / PLAN, PLAN_LOST) == now:
+        for shard in done.glob(SHARDS):
             stage(folder / shard.name, lambda path, source=shard: shutil.copyfile(source, path))
             publish(folder / shard.name)
     replace_json(path, now)

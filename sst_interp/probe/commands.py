@@ -64,12 +64,15 @@ def probe(
     from tqdm import tqdm
 
     from sst_interp.analyses.ledger.probe import PAPER_LABEL, probe_rows
+    from sst_interp.guarded import check_place
     from sst_interp.kept_findings import keep_findings
     from sst_interp.probe.design import Design
     from sst_interp.probe.named import probe_run
     from sst_interp.runs import open_run
 
     opened: Any = open_run(run)
+    if save is not None:
+        check_place(save, "give another --save")
     if not opened.complete:
         captured = opened.questions["question"].nunique()
         print(f"note: {opened.name} is not complete: {captured} questions so far", file=sys.stderr)
@@ -78,7 +81,7 @@ def probe(
         def show(what: str, done: int, of: int) -> None:
             bar.update(done - bar.n)
 
-        found = probe_run(opened, label, layer, permutations, Design(seed=seed), save, show)
+        found = probe_run(opened, label, layer, permutations, Design(seed=seed), progress=show)
     if as_json:
         print(json.dumps(as_dict(found), indent=2))
     else:
@@ -90,7 +93,7 @@ def probe(
         kept = keep_findings(opened, "probe", rows, made, results)
         print(f"claims C12 and C13: {kept}", file=sys.stderr)
     if save is not None:
-        print(f"probe: {save}", file=sys.stderr)
+        print(f"probe: {found.probe.save(save)}", file=sys.stderr)
 
 
 def as_dict(found: Probed) -> dict[str, Any]:

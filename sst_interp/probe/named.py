@@ -11,6 +11,7 @@ from sst_interp.analyses.parts.answers import answers_of
 from sst_interp.analyses.parts.probe_validation import Progress, at_chance
 from sst_interp.analyses.routing import Routing, routing_of
 from sst_interp.errors import SSTError
+from sst_interp.guarded import check_place
 from sst_interp.probe.design import Design
 from sst_interp.probe.features import position0, usable_layers
 from sst_interp.probe.labels import halting_labels
@@ -68,9 +69,11 @@ def probe_run(
 
     Raises:
         SSTError: an unknown run or label, labels all equal, a class of fewer than two questions, a layer or
-            states that were not captured, constant features.
+            states that were not captured, constant features, a place where nothing can be saved.
     """
     run = open_run(run) if isinstance(run, str) else run
+    if save is not None:
+        check_place(Path(save), "give another --save")
     asked = layer_of(layer)
     if not len(run.questions):
         raise SSTError(f"run {run.name} has no questions", f"`sst-interp capture --run {run.name}`")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from sst_interp import places
@@ -27,6 +27,7 @@ from sst_interp.checkpoint import save_checkpoint
 from sst_interp.durable import publish, replace_bytes, replace_json, stage
 from sst_interp.errors import SSTError
 from sst_interp.evaluation.losses import answer_losses
+from sst_interp.guarded import check_place, unreadable
 from sst_interp.loading import load
 from sst_interp.lrt_attach import build_memory
 from sst_interp.model import StateStreamModel
@@ -66,6 +67,7 @@ class Training:
             _refuse_changes(self.folder, recipe)
         elif not begun and self.folder.is_dir() and any(self.folder.iterdir()):
             raise SSTError(f"{self.folder} is not a training", "give an empty or a new folder with --out")
+        check_place(self.folder, "give another folder with --out")
         self.model: StateStreamModel = load(recipe.backbone, recipe.alpha, recipe.choices, recipe.dtype)
         if recipe.lrt is not None:
             self.model.kind = build_memory(recipe.lrt, self.model.backbone)
@@ -110,7 +112,8 @@ class Training:
         """One step; returns its line of the log.
 
         Raises:
-            SSTError: the loss or the gradient is not finite. Nothing has been changed by the step.
+            SSTError: the loss or the gradient is not finite. Nothing has been changed by the step, and the
+                log of those before it is written.
         """
         recipe, began = self.recipe, time.perf_counter()
         examples = [self.split.train[i] for i in self.schedule[self.done]]
@@ -124,9 +127,12 @@ class Training:
             norm = self.masters.gradient_norm()
         if not math.isfinite(norm):
             self.masters.forget()
+            self._write_log()
+            saved = (self.folder / STATE).is_file()
+            kept = "the last saved state is kept" if saved else "no state was saved yet"
             raise SSTError(
                 f"step {self.done + 1}: the loss ({value:.4g}) or its gradient is not finite",
-                "the last saved state is kept; a lower learning_rate or alpha may train",
+                f"{kept}; {LOG} has the steps before; a lower learning_rate or alpha may train",
             )
         self.masters.step(self.done, norm)
         self._use_stream()
@@ -204,7 +210,7 @@ class Training:
     def save(self) -> None:
         """Write the checkpoint as it is now, the log, and (last) the state to go on from."""
         save_checkpoint(self.model, self.folder, self.recipe.backbone, self.adapters, self.backbone_hash)
-        replace_bytes(self.folder / LOG, "".join(json.dumps(line) + "\n" for line in self.log).encode())
+        self._write_log()
         if not self.done:
             return
         # The log rides along, so that log and state are of one moment whatever happens between two files.
@@ -213,14 +219,21 @@ class Training:
         stage(self.folder / STATE, lambda path: save_file(tensors, path, about))
         publish(self.folder / STATE)
 
+    def _write_log(self) -> None:
+        replace_bytes(self.folder / LOG, "".join(json.dumps(line) + "\n" for line in self.log).encode())
+
     def _resume(self) -> None:
         path = self.folder / STATE
         if not path.is_file():
             return
-        with safe_open(path, "pt") as file:
-            about = file.metadata()
-            self.masters.restore({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-        self.done, self.log = int(about["done"]), json.loads(about["log"])
+        try:
+            with safe_open(path, "pt") as file:
+                about = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            self.masters.restore(tensors)
+            self.done, self.log = int(about["done"]), json.loads(about["log"])
+        except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+            raise unreadable(path, error, "put a copy back, or --fresh trains anew") from None
 
     def _use_stream(self) -> None:
         """The stream's weights as plain numbers: for looking and saving. Without a stream they are 0."""
