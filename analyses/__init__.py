@@ -16,6 +16,8 @@ from sst_interp.analyses.depth_scores import DepthScores, depth_scores
 from sst_interp.analyses.divergence import Divergence, divergence
 from sst_interp.analyses.dwell import Dwell, dwell
 from sst_interp.analyses.halting import Halting, halting, halting_of
+from sst_interp.analyses.kinds import Kinds, kinds
+from sst_interp.analyses.kinds_contraction import KindsContraction, kinds_contraction
 from sst_interp.analyses.layer_profile import LayerProfile, layer_profile
 from sst_interp.analyses.ledger.claims import BlendWeights, Claim, Finding, Ledger, Row, blend_weights, claims
 from sst_interp.analyses.ledger.probe import probe_rows
@@ -59,6 +61,8 @@ __all__ = [
     "Finding",
     "Halting",
     "Interval",
+    "Kinds",
+    "KindsContraction",
     "LayerProfile",
     "Ledger",
     "Modes",
@@ -92,6 +96,8 @@ __all__ = [
     "halting",
     "halting_of",
     "json_ready",
+    "kinds",
+    "kinds_contraction",
     "label_permutation",
     "layer_profile",
     "overlap_distribution",

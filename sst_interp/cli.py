@@ -15,7 +15,7 @@ import typer
 
 import sst_interp
 from sst_interp.approximation.commands import app as approximation_app
-from sst_interp.commands import findings, runs, training
+from sst_interp.commands import findings, kinds, runs, training
 from sst_interp.errors import SSTError
 from sst_interp.latent.commands import app as latent_app
 from sst_interp.patching.commands import patch
@@ -45,6 +45,7 @@ def top(
 COMMANDS = (
     *(findings.basin_shifts, findings.claims, findings.report),
     *(runs.capture, runs.publish, runs.runs, runs.datasets),
+    kinds.compare,
     *(training.train, training.evaluate),
     *(probe, patch),
 )

@@ -108,7 +108,7 @@ def test_the_printed_summary_names_the_kind(captured, monkeypatch, capsys, tmp_p
     monkeypatch.chdir(tmp_path)
     for kind in ("sst", "looped"):
         summary = printed(capsys, "basin-shifts", "--run", str(captured[kind].folder), "--html", "r.html")
-        assert summary.startswith(f"{kind}: {WORDS[kind]}, tiny, 4 questions\n")
+        assert summary.startswith(f"{kind}: {WORDS[kind]}, tiny, 3 questions\n")
 
 
 def test_a_looped_run_is_analysed_like_any_other(captured):

@@ -31,12 +31,15 @@ def models():
     return made
 
 
-def capture_kinds(folder, questions=4, **changes):
-    """{kind: run}, each in `folder/KIND`."""
+def capture_kinds(folder, questions=3, csv=None, only=(), **changes):
+    """{kind: run}, each in `folder/KIND`; of all kinds, or `only` of these."""
     capture = importlib.import_module("sst_interp.capture").capture
-    recipe = recipe_for(write_questions(folder / "words.csv", questions), **({"max_new_tokens": 4} | changes))
+    csv = csv or write_questions(folder / "words.csv", questions)
+    recipe = recipe_for(csv, questions=questions, **({"max_new_tokens": 4} | changes))
     runs = {}
     for kind, model in models().items():
+        if only and kind not in only:
+            continue
         kinds = {"backbone": {"alpha": 0}, "looped": {"kind": "looped"}}
         own = replace(recipe, name=kind, **kinds.get(kind, {}))
         runs[kind] = capture(own, model, folder / kind, progress=False)

@@ -1,0 +1,64 @@
+"""`sst-interp compare`: kinds of models on the same questions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sst_interp.commands.common import JsonFlag
+from sst_interp.printing import print_table, write_text
+
+
+def compare(
+    runs: Annotated[
+        str,
+        typer.Option("--runs", "-r", help="Captured runs by name, with commas; the first is the reference."),
+    ],
+    contraction: Annotated[
+        int,
+        typer.Option(min=0, help="Also load the models and measure sweeps on so many questions' text."),
+    ] = 0,
+    as_json: JsonFlag = False,
+    html: Annotated[Path | None, typer.Option("--html", help="Also write a page with the figures.")] = None,
+    document: Annotated[
+        Path | None, typer.Option(help="Also fill the tables in a Markdown file (docs/kinds.md).")
+    ] = None,
+    resamples: Annotated[int, typer.Option(min=2, help="Question resamples.")] = 2000,
+    seed: Annotated[int, typer.Option(help="Of the resampling.")] = 0,
+) -> None:
+    """Kinds of models beside one another: how much does depth change the state of each?
+
+    The runs must be of the same questions, depths and budget. Every comparison is on its own.
+
+    Examples:
+        sst-interp compare --runs kinds-backbone,kinds-sst,kinds-looped
+
+        sst-interp compare --runs kinds-backbone,kinds-sst --contraction 8 --json
+    """
+    from sst_interp.analyses.kinds import Kinds
+    from sst_interp.analyses.kinds_contraction import KindsContraction
+    from sst_interp.comparing import compare_runs, contraction_of
+    from sst_interp.documents import fill, markdown
+    from sst_interp.report.result_page import result_page
+
+    names = [name.strip() for name in runs.split(",") if name.strip()]
+    found: dict[str, Kinds | KindsContraction] = {"shares": compare_runs(names, resamples, seed)}
+    if contraction:
+        found["contraction"] = contraction_of(names, contraction, resamples, seed)
+    if html is not None:
+        write_text(html, result_page(f"{', '.join(names)}: kinds", list(found.values())))
+    if document is not None:
+        tables = {name: markdown(result.shown) for name, result in found.items()}
+        verdicts = {f"{name} verdict": result.verdict for name, result in found.items()}
+        fill(document, tables | verdicts, others=True)
+    if as_json:
+        print(json.dumps({name: result.to_dict() for name, result in found.items()}, indent=2))
+        return
+    for result in found.values():
+        print_table(result.shown)
+        print(f"\n{result.verdict}\n")
+    if html is not None:
+        print(f"page: {html}")

@@ -1,0 +1,205 @@
+"""Kinds of models on the same questions: known answers on synthetic tables, and tiny runs of each kind."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from synthetic import Planted, pairs_table
+from tiny_kinds import WORDS, capture_kinds, models
+
+from sst_interp.analyses.basin_shifts import basin_shifts
+from sst_interp.analyses.kinds import kinds
+from sst_interp.analyses.kinds_contraction import kinds_contraction
+from sst_interp.analyses.parts.kind_shares import Compared
+from sst_interp.cli import app
+from sst_interp.comparing import compare_runs, contraction_of, open_together
+from sst_interp.contraction import sweep_residuals
+from sst_interp.errors import SSTError
+
+SHARES = {"few": 0.05, "many": 0.3}
+
+
+def planted(share, seed=0, **how):
+    return pairs_table(
+        planted=Planted(share=share), comparisons=("replayed", "free"), seed=seed, **({"questions": 40} | how)
+    )
+
+
+def compared(**tables):
+    return [Compared(name, f"kind of {name}", table) for name, table in tables.items()]
+
+
+def rows_of(found):
+    return found.table.set_index(["comparison", "run"])
+
+
+def test_planted_shares_and_their_difference_lie_in_their_intervals():
+    found = kinds(compared(few=planted(0.05), many=planted(0.3, seed=1)), resamples=300)
+    rows = rows_of(found)
+    assert set(rows.index) == {(c, run) for c in ("replayed", "free") for run in SHARES}
+    for run, share in SHARES.items():
+        row = rows.loc[("replayed", run)]
+        assert row["questions"] == 40
+        assert row["low"] < share + 0.05  # a stable pair is seldom below 0.99
+        assert row["high"] > share - 0.02
+        assert row["stable"] == 1 - row["shifted"]
+        assert row["median low"] <= row["median overlap"] <= row["median high"]
+    apart = rows.loc[("replayed", "many")]
+    assert apart["difference low"] < 0.25 < apart["difference high"] + 0.05
+    assert np.isnan(rows.loc[("replayed", "few"), "difference"])  # the first is the reference
+    assert rows.loc[("free", "many"), "shifted"] < rows.loc[("replayed", "many"), "shifted"]  # never pooled
+    assert "not told apart" not in found.verdict.split("free,")[0]
+
+
+def test_every_number_is_the_one_that_basin_shifts_has():
+    table = planted(0.3)
+    row = rows_of(kinds(compared(a=table, b=table), resamples=100)).loc[("replayed", "b")]
+    alone = basin_shifts(table, "replayed", resamples=100)
+    assert alone.distribution is not None
+    assert row["modes"] == "two" == alone.distribution.modes.count
+    assert row["antimode"] == alone.threshold
+    for ours, theirs in (("shifted", alone.share_at_paper), ("shifted at antimode", alone.share)):
+        assert row[ours] == theirs.estimate
+    assert (row["low"], row["high"]) == (alone.share_at_paper.low, alone.share_at_paper.high)
+    assert row["median overlap"] == alone.per_pair["median overlap"].iloc[-1]
+
+
+def test_a_run_beside_itself_differs_by_nothing():
+    table = planted(0.3)
+    found = kinds(compared(a=table, b=table), resamples=100)
+    rows = rows_of(found).xs("b", level="run")
+    assert (rows[["difference", "difference low", "difference high"]] == 0).all(axis=None)
+    assert found.verdict.count("not told apart from the first") == 2
+
+
+def test_no_difference_is_found_at_the_nominal_rate():
+    """Two runs of the same process on the same number of questions, questions independent."""
+    apart = 0
+    for seed in range(40):
+        tables = [planted(0.2, seed=2 * seed + k, questions=30, positions=4, layers=3) for k in (0, 1)]
+        row = rows_of(kinds(compared(a=tables[0], b=tables[1]), resamples=200)).loc[("replayed", "b")]
+        apart += not row["difference low"] <= 0 <= row["difference high"]
+    assert apart <= 7  # 5% of 40 is 2; more than 7 has a chance of 0.1%
+
+
+def test_the_order_of_rows_changes_nothing_and_little_data_is_said():
+    table = planted(0.2)
+    mixed = table.sample(frac=1, random_state=1)
+    once, again = (kinds(compared(a=table, b=t), resamples=50).table for t in (table, mixed))
+    pd.testing.assert_frame_equal(once, again)
+    one = kinds(compared(a=table[table["question"] == 0], b=table[table["question"] == 0]), resamples=50)
+    assert np.isnan(one.table["low"]).all()
+    assert "no interval: one question" in one.verdict
+    nothing = kinds(compared(a=table[:0], b=table[:0]), resamples=50)
+    assert nothing.verdict.startswith("not testable")
+    assert nothing.table.empty
+    nothing.figure()
+
+
+def sweeps(factor, texts=6, n=10, noise=0.1, seed=0, depth=4):
+    rng = np.random.default_rng(seed)
+    rows = [
+        (text, 48, depth, k, 0.1 * factor**k * np.exp(noise * rng.normal()), False)
+        for text in range(texts)
+        for k in range(1, n + 1)
+    ]
+    return pd.DataFrame(rows, columns=["text", "tokens", "depth", "sweep", "residual", "settled"])
+
+
+def test_a_planted_factor_lies_in_its_interval():
+    at_once = sweeps(1, n=1).assign(residual=0.0, settled=True)
+    found = kinds_contraction({"half": sweeps(0.5), "none": sweeps(1.0), "exact": at_once}, 300)
+    rows = found.rates.set_index("run")
+    assert rows.loc["half", "factor_low"] < 0.5 < rows.loc["half", "factor_high"]
+    assert rows.loc["none", "factor"] == pytest.approx(1, abs=0.02)
+    assert (rows.loc[["half", "none"], "settled"] == 0).all()
+    assert rows.loc["exact", "at_once"] == rows.loc["exact", "settled"] == 6
+    assert "exact at depth 4: nothing is left after the first" in found.verdict
+    assert kinds_contraction({}).verdict.startswith("not testable")
+    found.figure()
+
+
+@torch.no_grad()
+def test_residuals_are_those_of_the_sweeps_and_nothing_is_left_without_a_stream():
+    texts = [[5, 6, 7, 8, 9, 10, 11, 12], [9, 8, 7, 6, 5]]
+    for kind, model in models().items():
+        rows = sweep_residuals(model, texts, (1, 3))
+        assert set(zip(rows["text"], rows["depth"], strict=True)) == {(t, d) for t in (0, 1) for d in (1, 3)}
+        last = rows.groupby(["text", "depth"]).tail(1).set_index(["text", "depth"])["sweep"]
+        if kind == "backbone":
+            assert (last == 1).all()
+        if kind == "looped":  # at depth 1 it is the backbone
+            assert (last.xs(1, level="depth") == 1).all()
+            assert (last.xs(3, level="depth") > 2).all()
+        if kind in ("sst", "lrt"):
+            assert (last > 2).all()
+        assert rows.groupby(["text", "depth"])["settled"].sum().max() <= 1
+
+
+@pytest.fixture(scope="module")
+def captured(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kinds")
+    runs = capture_kinds(folder, 3)
+    how = {"csv": folder / "words.csv", "only": ["sst"]}
+    fewer = capture_kinds(tmp_path_factory.mktemp("fewer"), questions=2, **how)
+    other = capture_kinds(tmp_path_factory.mktemp("other"), seed=1, **how)
+    shallow = capture_kinds(tmp_path_factory.mktemp("shallow"), depths=(1, 2), **how)
+    return runs, fewer["sst"], other["sst"], shallow["sst"]
+
+
+def folders(runs):
+    return [str(run.folder) for run in runs.values()]
+
+
+def test_runs_of_each_kind_are_compared(captured):
+    found = compare_runs(folders(captured[0]), resamples=50)
+    rows = rows_of(found)
+    assert set(rows.index) == {(c, kind) for c in ("replayed", "within", "free") for kind in WORDS}
+    assert {kind: rows.loc[("replayed", kind), "kind"] for kind in WORDS} == WORDS
+    assert (rows.xs("backbone", level="run")["shifted"] == 0).all()
+    assert (rows.xs("looped", level="run")["shifted"] > 0).all()
+    assert "backbone has no stream" in found.verdict
+    assert "has no stream" not in compare_runs(folders(captured[0])[1:], resamples=50).verdict
+    assert json.dumps(found.to_dict())
+
+
+def test_what_cannot_be_compared_is_one_clear_line(captured):
+    runs, *others = captured
+    fewer, other, shallow = (str(run.folder) for run in others)
+    for names, said in (
+        ([], "needs two runs"),
+        (folders(runs)[:1], "needs two runs"),
+        ([folders(runs)[0]] * 2, "run backbone is named twice"),
+        ([folders(runs)[0], "demo-loopde"], "unknown run 'demo-loopde'"),
+        ([folders(runs)[0], fewer], "runs backbone and sst are of different questions"),
+        ([folders(runs)[0], other], "runs backbone and sst are of different questions"),
+        ([folders(runs)[0], shallow], r"differ in depths: \(1, 2, 3\) and \(1, 2\)"),
+    ):
+        with pytest.raises(SSTError, match=said) as error:
+            open_together(names)
+        assert "\n" not in error.value.message
+    with pytest.raises(SSTError, match="0 texts are none"):
+        contraction_of(folders(runs), 0)
+
+
+def test_the_command_prints_writes_and_fills(captured, capsys, tmp_path):
+    names = ",".join(folders(captured[0]))
+    document = tmp_path / "kinds.md"
+    document.write_text(
+        "# Kinds\n\n<!-- shares -->\n\n<!-- end of shares -->\n\n<!-- x -->1<!-- end of x -->\n"
+    )
+    page = tmp_path / "page.html"
+    how = ["--resamples", "50", "--html", str(page), "--document", str(document)]
+    app(["compare", "--runs", names, *how], standalone_mode=False)
+    printed = capsys.readouterr().out
+    assert all(words in printed for words in WORDS.values())
+    assert "shifted (below 0.99)" in document.read_text()
+    assert "<!-- x -->1<" in document.read_text()
+    html = page.read_text()
+    assert html.count("Plotly.newPlot(") == 1
+    assert 'src="http' not in html
+    app(["compare", "--runs", names, "--resamples", "50", "--json"], standalone_mode=False)
+    shares = json.loads(capsys.readouterr().out)["shares"]
+    assert {row["run"] for row in shares["table"]} == set(WORDS)
