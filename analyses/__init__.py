@@ -35,6 +35,7 @@ from sst_interp.analyses.result import Result, json_ready, table_html
 from sst_interp.analyses.routing import Routing, routing, routing_of
 from sst_interp.analyses.settling import Settling, settling
 from sst_interp.analyses.shifts_per_question import ShiftsPerQuestion, shifts_per_question
+from sst_interp.analyses.state_settling import StateSettling, state_settling
 from sst_interp.analyses.statistics.modes import Modes, find_modes
 from sst_interp.analyses.statistics.permutation import label_permutation, sign_flip
 from sst_interp.analyses.statistics.resampling import (
@@ -76,6 +77,7 @@ __all__ = [
     "Row",
     "Settling",
     "ShiftsPerQuestion",
+    "StateSettling",
     "TokenReplacement",
     "TrainingCurves",
     "all_comparisons",
@@ -114,6 +116,7 @@ __all__ = [
     "settling",
     "shifts_per_question",
     "sign_flip",
+    "state_settling",
     "table_html",
     "token_replacement",
     "training_curves",

@@ -27,6 +27,7 @@ from sst_interp.analyses.precedence import precedence
 from sst_interp.analyses.result import Result
 from sst_interp.analyses.settling import settling
 from sst_interp.analyses.shifts_per_question import shifts_per_question
+from sst_interp.analyses.state_settling import state_settling
 from sst_interp.analyses.statistics.resampling import RESAMPLES
 from sst_interp.analyses.token_replacement import token_replacement
 from sst_interp.choices import COMPARISONS, Choices
@@ -39,7 +40,7 @@ PER_COMPARISON = (
     *("basin_shifts", "bimodality", "token_replacement", "precedence", "bf16_noise"),
     *("position_zero", "content", "layer_profile", "dwell", "shifts_per_question"),
 )
-PER_RUN = ("divergence", "overthinking", "settling")
+PER_RUN = ("divergence", "overthinking", "settling", "state_settling")
 R = TypeVar("R", bound=Result)
 
 
@@ -121,7 +122,7 @@ def analyse(
             ("lens", lens),
         )
     }
-    more = None if beyond is None else table_of(beyond, "questions")[0]
+    deep_pairs, more = _tables_of(beyond)
     of = len(order) * len(PER_COMPARISON) + len(PER_RUN)
     how: dict[str, Any] = {"resamples": resamples, "seed": seed}
 
@@ -181,6 +182,8 @@ def analyse(
     attempt(
         "settling", ("questions",), partial(settling, tables["questions"] if more is None else more, **how)
     )
+    deepest = tables["pairs"] if deep_pairs is None else deep_pairs
+    attempt("state_settling", ("pairs",), partial(state_settling, deepest, **how))
     if progress is not None:
         progress(of, of, "done")
     return suite

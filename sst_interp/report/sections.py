@@ -43,6 +43,7 @@ ABOUT = {
     "divergence": About("When texts part", "How much of `free` is only another text?"),
     "overthinking": About("Thinking longer", "What do more iterations do to the answers?", ("C10", "C11")),
     "settling": About("Settling", "Do answers settle with more depth?"),
+    "state_settling": About("Settling of the state", "Does the state settle, cycle or drift?"),
     "halting": About("The halting probe", "Does position 0 say which questions must halt?", ("C12",)),
     "routing": About("Routing", "What would a depth chosen per question do?", ("C13",)),
     "patching": About("Causal patching", "Does a shift cause the changed output?", ("C16", "C16b")),
