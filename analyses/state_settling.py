@@ -3,7 +3,7 @@
 Asked of one pass (`within`) that iterates often. With d(i, j) the relative L2 distance of a layer's output at
 iterations i and j, and medians over the positions and layers of a question:
 
-- **step** i: d(i, i+1), what one more iteration changes. It **settles** where each step is smaller than the one
+- **step** i: d(i, i+1), what one more iteration changes. It **settles** where each step is smaller than that
   before: the `pace`, the factor from step to step over the later half, is below 1. It **has settled** where
   steps fell first and then stay below a tenth of the first: a floor is left, in bfloat16 that of rounding.
 - **travelled**: d(1, i), how far it has come. It **cycles** where that falls and rises again (`turns`), and

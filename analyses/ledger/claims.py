@@ -1,14 +1,14 @@
 """The claims ledger: each claim of the paper, this run's figure, a verdict by a stated rule, and its control.
 
-To add a claim that is read from a run: write its `Claim` in `claim_rules` (the rule in words, before looking
-at data), a function from the `Suite` of analyses to a `Finding` (as in `claim_state`; raise `SSTError` where
+To add a claim that is read from a run: write its `Claim` in `rules` (the rule in words, before looking at
+data), a function from the `Suite` of analyses to a `Finding` (as in `state`; raise `SSTError` where
 it is not testable), and a line in `PER_COMPARISON` or in `_of_run` here. A claim that is measured elsewhere
 (C12 and C13 come from the halting probe) is added by its caller:
 
     row = Row(Claim("C12", words, paper, rule), EVERYWHERE, Finding(here, judged(holds, auc), auc, control))
     claims(run, more=[row])
 
-An analysis that only wants to be kept with the others is a line in `claim_suite.analyse`.
+An analysis that only wants to be kept with the others is a line in `suite.analyse`.
 """
 
 from __future__ import annotations
