@@ -45,9 +45,9 @@ def main(pairs: int = 7) -> None:
     def decoder(depths):
         return LaneDecoder(model, stream, tokens[:, -1], depths, never)
 
-    def decode(depths, capture):
+    def decode(depths, capture, lens="position0"):
         lanes = decoder(depths)
-        recorder = Recorder(range(BATCH), depths, "position0", False, False)
+        recorder = Recorder(range(BATCH), depths, "position0", False, False, lens)
         for position in range(NEW):
             moment = lanes.step()
             if capture:
@@ -104,11 +104,15 @@ def main(pairs: int = 7) -> None:
         {
             "default capture": lambda: decode([1, 2, 3, 4], True),
             "no capture": lambda: decode([1, 2, 3, 4], False),
+            "without lens": lambda: decode([1, 2, 3, 4], True, "none"),
         },
         max(5, pairs - 2),
     )
     show(lanes, per=NEW)
     print(f"  default capture / none, depths 1 to 4: {ratio(lanes, 'default capture', 'no capture'):.3f}")
+    print(
+        f"  default capture / without the logit lens: {ratio(lanes, 'default capture', 'without lens'):.3f}"
+    )
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ def capture_batch(
     stop = torch.tensor(model.stop_tokens, device=tokens.device, dtype=torch.long)
     decoder = LaneDecoder(model, stream, tokens[:, -1], recipe.depths, stop)
     lens = recipe.choices.overlap == "lens_jaccard"
-    recorder = Recorder(rows, recipe.depths, recipe.keep, lens, restricted)
+    recorder = Recorder(rows, recipe.depths, recipe.keep, lens, restricted, recipe.lens_tokens)
     watch = controls.watch(rows) if controls is not None else None
     texts: dict[int, list[list[int]]] = {d: [[] for _ in rows] for d in recipe.depths}
     for position in range(recipe.max_new_tokens):

@@ -20,6 +20,7 @@ from sst_interp.kind import NAMES, KindName
 
 DType = Literal["bfloat16", "float32", "float64"]
 Keep = Literal["none", "position0", "shifts", "all"]
+LensTokens = Literal["none", "position0", "all"]
 NAME = r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}"
 MAX_DEPTH = 127
 """Depths and iterations are int8 in the tables."""
@@ -68,6 +69,10 @@ class Recipe:
 
     keep: Keep = "position0"
     """Which full hidden states are written (docs/run-format.md, states)."""
+
+    lens_tokens: LensTokens = "position0"
+    """At which positions the leading tokens of every layer are recorded (docs/run-format.md, lens), of a
+    dataset whose text may be shown. `all` unembeds every layer at every position."""
 
     seed: int = 0
     """Decides the order in which answer choices are shown."""
@@ -173,7 +178,7 @@ class Recipe:
         """sha256 of everything that decides the run's contents: not the name, nor choices of analysis."""
         values = _identity(self)
         for key in _LATER:  # so that it is what it was before there were any
-            if not values[key]:
+            if values[key] == getattr(Recipe, key):
                 del values[key]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
@@ -183,8 +188,8 @@ class Recipe:
         return [(key, value, theirs[key]) for key, value in ours.items() if value != theirs[key]]
 
 
-_LATER = ("controls", "reply_prefix", "kind")
-"""Keys that older recipes do not know."""
+_LATER = ("controls", "reply_prefix", "kind", "lens_tokens")
+"""Keys that older recipes do not know; at their defaults they are not in the fingerprint."""
 
 
 def known_recipes() -> dict[str, Path]:
@@ -280,6 +285,11 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "batch_size": (lambda v: _whole(v, 1), "a whole number from 1", "8"),
     "dtype": (lambda v: v in get_args(DType), f"one of {', '.join(get_args(DType))}", '"bfloat16"'),
     "keep": (lambda v: v in get_args(Keep), f"one of {', '.join(get_args(Keep))}", '"position0"'),
+    "lens_tokens": (
+        lambda v: v in get_args(LensTokens),
+        f"one of {', '.join(get_args(LensTokens))}",
+        '"position0"',
+    ),
     "seed": (lambda v: _whole(v, 0), "a whole number from 0", "0"),
     "controls": (lambda v: _whole(v, 0), "a whole number from 0 (left out: none)", "24"),
     "split": (lambda v: v is None or _text(v), "text", '"validation"'),

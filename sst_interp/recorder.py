@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sst_interp.choices import COMPARISONS
 from sst_interp.lanes import Cell, LaneDecoder, Moment, pairs_of
+from sst_interp.lens import LENS_TOP, lens_tops
 from sst_interp.measures import (
     TOP,
     bf16_ratio,
@@ -38,15 +39,25 @@ class Recorder:
         keep: `none`, `position0`, `shifts` or `all`.
         lens: measure `lens_jaccard` (one unembedding per layer and cell).
         restricted: store no token ids (a list of ids is a transcript).
+        lens_tokens: positions whose logit lens is stored: `none`, `position0` or `all`.
     """
 
     def __init__(
-        self, questions: Sequence[int], depths: Sequence[int], keep: str, lens: bool, restricted: bool
+        self,
+        questions: Sequence[int],
+        depths: Sequence[int],
+        keep: str,
+        lens: bool,
+        restricted: bool,
+        lens_tokens: str = "none",
     ) -> None:
         self.questions = np.asarray(questions, dtype=np.int32)
         self.pairs, self.deepest = pairs_of(depths), max(depths)
         self.keep, self.lens, self.restricted = keep, lens, restricted
-        self._rows: dict[str, list[dict[str, np.ndarray]]] = {"steps": [], "outputs": [], "pairs": []}
+        self.lens_tokens = "none" if restricted else lens_tokens
+        self._compared = list(dict.fromkeys(c for p in self.pairs for c in (p.cell_a, p.cell_b)))
+        tables = ("steps", "outputs", "pairs", "lens")
+        self._rows: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in tables}
         self._position0: Tensor | None = None
         self._all: dict[Cell, list[Tensor]] = {}
         self._shifts: list[tuple[np.ndarray, Tensor, Tensor]] = []
@@ -56,7 +67,8 @@ class Recorder:
         """Record one position, before the decoder goes on."""
         self._see_steps(position, moment, decoder)
         if self.pairs:
-            self._see_pairs(position, moment, decoder)
+            tops = self._lens(position, moment, decoder)
+            self._see_pairs(position, moment, decoder, tops)
         self._see_states(position, moment, decoder)
 
     def _see_steps(self, position: int, moment: Moment, decoder: LaneDecoder) -> None:
@@ -83,7 +95,31 @@ class Recorder:
                     }
                 )
 
-    def _see_pairs(self, position: int, moment: Moment, decoder: LaneDecoder) -> None:
+    def _lens(self, position: int, moment: Moment, decoder: LaneDecoder) -> dict[Cell, Tensor]:
+        """Leading tokens of the logit lens, [layer, question, k] by cell, where a recipe asks for any."""
+        stored = self.lens_tokens == "all" or (self.lens_tokens == "position0" and position == 0)
+        if not stored and not self.lens:
+            return {}
+        states = {cell: moment.states(cell) for cell in self._compared}
+        tops = lens_tops(decoder.model.backbone.unembed, states, TOP if self.lens else LENS_TOP)
+        for cell, top in tops.items() if stored else ():
+            alive = _numpy(decoder.alive_in(cell.lane))
+            n = int(alive.sum())
+            self._rows["lens"].append(
+                {
+                    "question": self.questions[alive],
+                    "text": np.full(n, cell.lane.text),
+                    "depth": np.full(n, cell.lane.depth, np.int8),
+                    "position": np.full(n, position, np.int16),
+                    "iteration": np.full(n, cell.iteration, np.int8),
+                    "top5": _numpy(top[:, :, :LENS_TOP].transpose(0, 1).flatten(1))[alive],
+                }
+            )
+        return tops
+
+    def _see_pairs(
+        self, position: int, moment: Moment, decoder: LaneDecoder, tops: dict[Cell, Tensor]
+    ) -> None:
         """All pairs and layers of a position in one go: [pair, layer, question]."""
         a = torch.stack([moment.states(p.cell_a) for p in self.pairs])
         b = torch.stack([moment.states(p.cell_b) for p in self.pairs])
@@ -95,7 +131,8 @@ class Recorder:
             "bf16_ratio": bf16_ratio(a, b),
         }
         if self.lens:
-            measured["lens_jaccard"] = self._lens(moment, decoder)
+            both_tops = [(tops[p.cell_a], tops[p.cell_b]) for p in self.pairs]
+            measured["lens_jaccard"] = torch.stack([jaccard(a, b) for a, b in both_tops])
         measured = {name: _numpy(x) for name, x in measured.items()}
         n_layers, layers = a.shape[1], np.arange(a.shape[1], dtype=np.int16)
         for k, pair in enumerate(self.pairs):
@@ -124,18 +161,6 @@ class Recorder:
             if self.keep == "shifts":
                 self._keep_shifts(position, k, alive, measured["cosine"][k], a[k], b[k])
 
-    def _lens(self, moment: Moment, decoder: LaneDecoder) -> Tensor:
-        tops: dict[Cell, Tensor] = {}
-        for cell in {c for p in self.pairs for c in (p.cell_a, p.cell_b)}:
-            states = moment.states(cell)
-            tops[cell] = torch.stack(
-                [
-                    (logits := decoder.model.backbone.unembed(layer)).topk(min(TOP, logits.shape[-1])).indices
-                    for layer in states
-                ]
-            )
-        return torch.stack([jaccard(tops[p.cell_a], tops[p.cell_b]) for p in self.pairs])
-
     def _keep_shifts(
         self, position: int, k: int, alive: np.ndarray, overlap: np.ndarray, a: Tensor, b: Tensor
     ) -> None:
@@ -163,7 +188,7 @@ class Recorder:
                     self._all.setdefault(Cell(lane, i), []).append(moment.states(Cell(lane, i)))
 
     def tables(self) -> dict[str, dict[str, Any]]:
-        """Columns of `steps`, `outputs` and `pairs`, in the order of docs/run-format.md."""
+        """Columns of `steps`, `outputs`, `pairs` and `lens`, in the order of docs/run-format.md."""
         return {name: _concatenated(rows) for name, rows in self._rows.items()}
 
     def states(self) -> dict[str, Tensor]:

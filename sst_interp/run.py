@@ -21,7 +21,7 @@ from sst_interp.choices import COMPARISONS
 from sst_interp.errors import SSTError, unknown_name
 from sst_interp.recipe import Recipe
 from sst_interp.run_kind import RunKind, run_kind
-from sst_interp.schema import CATEGORIES, CONTROLS, KEYS, OPTIONAL, TABLES, to_frame
+from sst_interp.schema import CATEGORIES, KEYS, MAY_BE_EMPTY, OPTIONAL, TABLES, to_frame
 
 if TYPE_CHECKING:
     from transformer_lens import ActivationCache
@@ -74,6 +74,11 @@ class Run:
         return self.table("pairs")
 
     @cached_property
+    def lens(self) -> pd.DataFrame:
+        """A row per (question, text, depth, position, iteration) whose logit lens was recorded, if any."""
+        return self.table("lens")
+
+    @cached_property
     def noise(self) -> pd.DataFrame:
         """A row per (question, kind, depth, position, layer); empty if the recipe asked for no controls."""
         return self.table("noise")
@@ -95,7 +100,7 @@ class Run:
             raise unknown_name("table", name, TABLES)
         shards = [str(self._checked(file)) for file in self._listed(name).values()]
         nothing_to_compare = name in ("outputs", "pairs") and len(self.recipe.depths) == 1
-        if not shards and (nothing_to_compare or name in CONTROLS):
+        if not shards and (nothing_to_compare or name in MAY_BE_EMPTY):
             wanted = columns if columns is not None else [c for c in TABLES[name].names if c not in OPTIONAL]
             return to_frame(TABLES[name].empty_table().select(list(wanted)))
         if not shards:

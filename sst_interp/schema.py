@@ -33,6 +33,10 @@ OPTIONAL = frozenset({"lens_jaccard"})
 """Columns that a run may lack."""
 CONTROLS = ("noise", "nudges")
 """Tables that only some questions of a run have rows in, or none: `controls` in the recipe."""
+MAY_BE_EMPTY = (*CONTROLS, "lens")
+"""Tables that a run may have no rows of."""
+IDS = ("top100", "top5")
+"""Columns of lists of token ids."""
 
 _CATEGORY = pa.dictionary(pa.int8(), pa.string())
 _PAIR = {"question": pa.int32(), "comparison": _CATEGORY, "position": pa.int16()}
@@ -101,6 +105,16 @@ TABLES: dict[str, pa.Schema] = {
             "lens_jaccard": pa.float32(),
         }
     ),
+    "lens": _schema(
+        {
+            "question": pa.int32(),
+            "text": _CATEGORY,
+            "depth": pa.int8(),
+            "position": pa.int16(),
+            "iteration": pa.int8(),
+            "top5": pa.list_(pa.int32()),
+        }
+    ),
     "noise": _schema(
         {
             "question": pa.int32(),
@@ -138,6 +152,7 @@ KEYS: dict[str, list[str]] = {
     "steps": ["question", "text", "depth", "position", "iteration"],
     "outputs": ["question", "comparison", "position", "a", "b"],
     "pairs": ["question", "comparison", "position", "layer", "a", "b"],
+    "lens": ["question", "text", "depth", "position", "iteration"],
     "noise": ["question", "kind", "depth", "position", "layer"],
     "nudges": ["question", "comparison", "position", "a", "b", "site", "direction", "seed"],
 }
@@ -201,12 +216,13 @@ def write_parquet(table: pa.Table, path: Path) -> None:
     floats = [f.name for f in table.schema if pa.types.is_floating(f.type)]
     repeating = [c for c in table.column_names if c not in floats and c not in lists]
     split = [c for c in floats if not c.startswith("norm_")]
-    split += [path for name, path in lists.items() if name != "top100"]
+    split += [path for name, path in lists.items() if name not in IDS]
+    ids = [path for name, path in lists.items() if name in IDS]
     pq.write_table(
         table,
         path,
         compression="zstd",
-        use_dictionary=["top100.list.element", *repeating],  # pyright: ignore[reportArgumentType]
+        use_dictionary=[*ids, *repeating],  # pyright: ignore[reportArgumentType]
         use_byte_stream_split=split,  # pyright: ignore[reportArgumentType]
         row_group_size=1 << 17,
     )

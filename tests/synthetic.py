@@ -170,6 +170,7 @@ class SyntheticRun:
     recipe: SyntheticRecipe = field(default_factory=SyntheticRecipe)
     steps: pd.DataFrame = field(default_factory=pd.DataFrame)
     outputs: pd.DataFrame = field(default_factory=pd.DataFrame)
+    lens: pd.DataFrame = field(default_factory=pd.DataFrame)
     manifest: dict[str, Any] = field(
         default_factory=lambda: {"versions": {"torch": "2.13.0"}, "dtype": "bfloat16"}
     )

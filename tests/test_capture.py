@@ -506,6 +506,7 @@ def test_restricted_text_is_nowhere(csv, model, tmp_path, monkeypatch, keep):
     assert run.manifest["provenance"]["restricted"] is True
     assert run.steps[["token", "argmax", "top100"]].isna().all().all()
     assert run.steps["entropy"].notna().all()
+    assert run.lens.empty
     files = [p for p in (tmp_path / "own").rglob("*") if p.is_file()]
     assert len(files) >= 5 * 3 + 2
     for file in files:
@@ -562,6 +563,32 @@ def test_lens_jaccard_is_measured_on_request(csv, run, replays, tmp_path, model)
         expected = len(sets[0] & sets[1]) / len(sets[0] | sets[1])
         assert row.lens_jaccard == pytest.approx(expected, rel=1e-6)
     assert got["lens_jaccard"].nunique() > 10
+
+
+@pytest.mark.parametrize("asked", ["position0", "all", "none"])
+@pytest.mark.parametrize("overlap", ["cosine", "lens_jaccard"])
+def test_the_logit_lens_is_that_of_replay(csv, run, replays, tmp_path, model, asked, overlap):
+    choices = Choices(overlap=overlap)
+    recipe = recipe_for(csv, lens_tokens=asked, choices=choices)
+    made = attach(model.backbone.model, model.tokenizer, ALPHA, choices)
+    got = capture(recipe, made, tmp_path / "own", progress=False)
+    assert (got.folder / "lens").exists() == (asked != "none")
+    compared = {cell for row in run.pairs[run.pairs["layer"] == 0].itertuples() for cell in cells(row)}
+    keys = run.steps[["text", "depth", "iteration"]].astype(object).apply(tuple, axis=1)
+    wanted = keys.isin(compared) & ((run.steps["position"] == 0) | (asked == "all")) & (asked != "none")
+    names = ["question", "text", "depth", "position", "iteration"]
+    assert got.lens[names].equals(run.steps.loc[wanted, names].reset_index(drop=True))
+    for row in got.lens.itertuples():
+        _, _, states = replays[row.question, row.text, row.depth]
+        with torch.no_grad():
+            logits = model.backbone.unembed(states[row.position, :, row.iteration - 1])
+        assert row.top5.tolist() == logits.topk(5).indices.flatten().tolist()
+
+
+def test_one_depth_has_no_cells_to_look_into(csv, model, tmp_path):
+    run = capture(recipe_for(csv, depths=(1,), lens_tokens="all"), model, tmp_path / "own", progress=False)
+    assert run.lens.empty
+    assert list(run.lens.columns) == ["question", "text", "depth", "position", "iteration", "top5"]
 
 
 def test_what_the_recipe_asks_for_is_measured_with_a_model_handed_in(csv, tmp_path, model):

@@ -22,9 +22,12 @@ from sst_interp.errors import SSTError
 from sst_interp.report import render_report, write_report
 from sst_interp.report.escaping import script_json, visible
 from sst_interp.report.explorer import Threshold, explorer_data
+from sst_interp.report.lens_lists import lens_arrays
 from sst_interp.report.packing import DISTANCE, OUTPUT, SIZE, implied_l2, pack, unpack
+from sst_interp.report.places import Places
 from sst_interp.report.question_view import question_view
 from sst_interp.report.sections import split_verdict
+from sst_interp.report.token_lists import Vocabulary
 
 SMALL = {"questions": 8, "positions": 6, "layers": 4}
 HOSTILE = [
@@ -63,6 +66,25 @@ def with_tokens(run):
     run.steps["argmax"] = run.steps["token"]
     run.manifest = {"provenance": {"restricted": False}}
     return run
+
+
+def with_lens(run, positions):
+    """The run, with tokens, and a made-up logit lens at `positions`; token 0 is hostile and leads layer 0."""
+    run = with_tokens(run)
+    rng = np.random.default_rng(1)
+    run.lens = run.steps[run.steps["position"].isin(positions)].drop(columns=["token", "argmax", "top100"])
+    tops = [np.array([rng.permutation(120)[:5] for _ in range(4)]) for _ in range(len(run.lens))]
+    for top in tops:
+        top[0, 0] = 0
+    run.lens["top5"] = [top.ravel().astype("int32") for top in tops]
+    return run
+
+
+def lens_of(run, question, position, n):
+    """[layer, 5] token ids of a state of `within`."""
+    rows = run.lens[(run.lens["question"] == question) & (run.lens["position"] == position)]
+    rows = rows[(rows["text"] == "own") & (rows["depth"] == 4) & (rows["iteration"] == n)]
+    return rows["top5"].iloc[0].reshape(4, 5)
 
 
 class Tokenizer:
@@ -194,12 +216,12 @@ def test_hostile_text_is_text(brief):
 
 
 def test_a_restricted_run_shows_no_tokens_whatever_its_tables_hold(brief):
-    run = with_tokens(full_run())
+    run = with_lens(full_run(), [0])
     for manifest in ({"provenance": {"restricted": True}}, {}):
         data = embedded(render_report(replace(run, manifest=manifest), brief, Tokenizer()))["explorer"]
         assert data["tokens"] is None
         names = [name for c in data["comparisons"] for name, _, _ in c["block"]["arrays"]]
-        assert not [n for n in names if n.startswith(("top", "token", "entered", "left"))]
+        assert not [n for n in names if n.startswith(("top", "token", "entered", "left", "lens"))]
 
 
 def test_escapes():
@@ -278,6 +300,40 @@ def test_tokens_that_entered_and_left_are_those_of_the_two_lists():
     assert entered == [(t, k) for k, t in enumerate(after) if t not in before][:8]
     left = [(ids[t], r - 1) for t, r in zip(*_moved(arrays, "left", place), strict=True)]
     assert left == [(t, k) for k, t in enumerate(before) if t not in after][:8]
+
+
+def unchained(arrays, names):
+    """Arrays that were stored as differences to the one before."""
+    return dict(zip(names, np.cumsum([arrays[n] for n in names], axis=0, dtype=np.uint32), strict=True))
+
+
+def test_the_explorers_lens_is_the_tables():
+    run = with_lens(full_run(), [0, 3])
+    data = explorer_data(run, THRESHOLDS, Tokenizer())
+    ids = np.array([-1, *data["tokens"]["ids"]])
+    [shown] = [c for c in data["comparisons"] if c["comparison"] == "within"]
+    arrays = unpack(shown["block"])
+    lens = unchained(arrays, ["lens.1", "lens.4"])
+    for question in range(8):
+        for position in range(6):
+            row = int(arrays["lens_row"][6 * question + position])
+            assert (row > 0) == (position in (0, 3))
+            for n in (1, 4) if row else ():
+                there = ids[lens[f"lens.{n}"].reshape(-1, 4, 5)[row - 2]]
+                assert (there == lens_of(run, question, position, n)).all()
+
+
+def test_position_0_of_every_question_goes_before_the_rest_of_any():
+    run = with_lens(full_run(), range(6))
+    pairs = run.pairs[run.pairs["comparison"] == "within"]
+    places = Places(np.arange(8), np.full(8, 6), np.arange(4))
+    assert len(pairs) == 8 * 6 * 4
+    passes = {1: run.lens[(run.lens["text"] == "own") & (run.lens["depth"] == 1)]}
+    rows = lens_arrays(passes, places, Vocabulary(), largest=10 * 4 * 5)["lens_row"].reshape(8, 6)
+    assert sorted(rows[rows >= 2].tolist()) == list(range(2, 12))
+    assert (rows[:, 0] >= 2).all()
+    assert (rows[0, :3] >= 2).all()
+    assert (rows[1:, 1:] == 1).all()
 
 
 def _moved(arrays, which, place):
@@ -484,6 +540,38 @@ def test_nothing_hostile_runs_on_a_dark_phone(opened, brief, tmp_path):
     assert page.evaluate("window.hacked") is None
     assert HOSTILE[0] in page.inner_text("h1")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+@pytest.mark.browser
+def test_a_clicked_cell_says_what_its_own_layer_would(opened, tmp_path):
+    run = with_lens(full_run(), [0])
+    page = opened(question_view(run, 2, tokenizer=Tokenizer()).write(tmp_path / "question.html"))
+    page.locator("#ex-comparison").select_option("within")
+    page.locator("#ex-summary", has_text="within").wait_for()
+    seen = {}
+    for layer in (0, 2):
+        here = page.evaluate(
+            "() => { const m = document.getElementById('ex-map'); m.scrollIntoView(); return m.cells; }"
+        )
+        x, y = 0.5 / 6 * here["w"] + here["x"], here["y"] + here["h"] * (1 - (layer + 0.5) / 4)
+        page.locator("#ex-map").click(position={"x": x, "y": y})
+        assert page.inner_text("#ex-where").startswith(f"Position 0, layer {layer}: overlap")
+        assert f"Logit lens of layer {layer}" in page.inner_text("#ex-table-lens caption")
+        assert "output" in page.inner_text("#ex-table-tokens caption")
+        seen[layer] = cells_of(page, "lens")
+        ids = page.eval_on_selector_all(
+            "#ex-table-lens .token", "all => all.map(t => Number(t.title.slice(3)))"
+        )
+        expected = np.stack([lens_of(run, 2, 0, n)[layer] for n in (1, 4)], 1)
+        assert ids == expected.ravel().tolist()
+    assert seen[0] != seen[2]
+    assert seen[0][0] == ["0", *[HOSTILE[0].replace(" ", "\u2423")] * 2]
+    assert page.evaluate("window.hacked") is None
+    page.locator("#ex-map").press("ArrowRight")
+    assert 'lens_tokens = "all" in the recipe' in page.inner_text("#ex-lens")
+    assert page.locator("#ex-table-tokens tbody tr").count() == 10
+    older = opened(question_view(with_tokens(full_run()), 2).write(tmp_path / "older.html"))
+    assert "was not recorded in this run" in older.inner_text("#ex-lens")
 
 
 @pytest.mark.browser

@@ -124,7 +124,7 @@ def test_files_reach_the_disk_before_their_names_and_all_of_them_before_the_mani
     monkeypatch.setattr(os, "replace", checked)
     with RunWriter.open(tmp_path / "r", tiny_recipe(), PROVENANCE) as writer:
         writer.commit(0, *batch([0]))
-    assert len(listed) == 7
+    assert len(listed) == 8
     assert flushed == [tmp_path / "r"], "the manifest's own name"
 
 

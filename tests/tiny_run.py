@@ -23,6 +23,7 @@ KEYS = {
     "steps": "question text depth position iteration",
     "outputs": "question comparison position a b",
     "pairs": "question comparison position layer a b",
+    "lens": "question text depth position iteration",
     "noise": "question kind depth position layer",
     "nudges": "question comparison position a b site direction seed",
 }
@@ -39,11 +40,11 @@ def rows(table: str, questions: list[int]) -> list[tuple]:
     """The keys of a table's rows, sorted."""
     places = range(POSITIONS)
     outputs = [(q, c, p, a, b) for q in questions for c, a, b in COMPARED for p in places]
+    steps = [(q, t, d, p, i + 1) for q in questions for t, d in PASSES for p in places for i in range(d)]
     return {
         "questions": [(q, d) for q in questions for d in DEPTHS],
-        "steps": [
-            (q, t, d, p, i + 1) for q in questions for t, d in PASSES for p in places for i in range(d)
-        ],
+        "steps": steps,
+        "lens": [key for key in steps if key[3] == 0],
         "outputs": outputs,
         "pairs": [(*row[:3], layer, *row[3:]) for row in outputs for layer in range(LAYERS)],
         "noise": [
@@ -98,6 +99,7 @@ def columns(table: str, questions: list[int]) -> dict[str, Any]:
             "kl": noise,
         },
         "pairs": {"same_prefix": coin} | dict.fromkeys(MEASURED, noise),
+        "lens": {"top5": [list(range(i, i + 5 * LAYERS)) for i in ids]},
         "noise": dict.fromkeys(MEASURED, noise),
         "nudges": {
             "argmax_changed": coin,

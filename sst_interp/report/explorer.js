@@ -130,7 +130,6 @@ async function explorer(data) {
     if (!data.tokens) return [el("p", { class: "hint" }, "This dataset's text must not be published: the run keeps no tokens, only numbers.")];
     if (!now.hasTokens) return [el("p", { class: "hint" }, "This run recorded no token ids.")];
     const [a, b] = pair(), before = now.top(at.q, at.position, a), after = now.top(at.q, at.position, b);
-    const rows = Array.from({ length: Math.max(before.length, after.length) }, (_, k) => [false, [k, token(before[k]), token(after[k])]]);
     const moved = (which, words) => {
       const list = now.moved(which, at.q, at.position, pair());
       return el("p", {}, el("strong", {}, words), ...(list.length ? list.flatMap((t) => [token(t), ` ${t.rank - 1}  `]) : ["none"]));
@@ -138,9 +137,22 @@ async function explorer(data) {
     const read = now.emitted(at.q, at.position - 1, b);
     return [
       at.position ? el("p", {}, "Reads ", token(read), ", emits ", token(now.emitted(at.q, at.position, b)), ".") : el("p", {}, "Reads the last prompt token, emits ", token(now.emitted(at.q, at.position, b)), "."),
-      table(`Top tokens${data.tokens.known ? "" : " (ids: no tokenizer at hand)"}`, ["rank", `${now.info.unit} ${a}`, `${now.info.unit} ${b}`], rows, "tokens"),
+      ...lens(a, b),
+      tokenTable("Top tokens of the output, after the last layer", a, b, before, after, "tokens"),
       moved("entered", "Entered the top 100 (new rank): "), moved("left", "Left it (old rank): "),
     ];
+  }
+
+  function lens(a, b) {
+    const [before, after] = [a, b].map((n) => now.lens(at.q, at.position, at.layer, n));
+    if ([before, after].includes("left out")) return [el("p", { class: "hint", id: "ex-lens" }, data.lens.left_out)];
+    if (!before && !after) return [el("p", { class: "hint", id: "ex-lens" }, data.lens.missing)];
+    return [tokenTable(`Logit lens of layer ${now.info.layers[at.layer]}: top tokens if it were the last`, a, b, before || [], after || [], "lens")];
+  }
+
+  function tokenTable(caption, a, b, before, after, id) {
+    const rows = Array.from({ length: Math.max(before.length, after.length) }, (_, k) => [false, [k, token(before[k]), token(after[k])]]);
+    return table(`${caption}${data.tokens.known ? "" : " (ids: no tokenizer at hand)"}`, ["rank", `${now.info.unit} ${a}`, `${now.info.unit} ${b}`], rows, id);
   }
 
   function table(caption, head, rows, id) {

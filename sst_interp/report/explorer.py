@@ -23,6 +23,7 @@ from sst_interp.analyses.overlap import overlap_of
 from sst_interp.choices import COMPARISONS
 from sst_interp.report import token_lists
 from sst_interp.report.escaping import visible
+from sst_interp.report.lens_lists import lens_arrays, lens_words
 from sst_interp.report.packing import DISTANCE, OUTPUT, SIZE, implied_l2, pack
 from sst_interp.report.places import Places
 from sst_interp.token_texts import shows_text
@@ -61,7 +62,8 @@ def explorer_data(
         questions: indices of those to show; all if None.
         largest: rows of `pairs` to embed at most.
     """
-    pairs, outputs, steps, asked = (table_of(run, t)[0] for t in ("pairs", "outputs", "steps", "questions"))
+    tables = ("pairs", "outputs", "steps", "lens", "questions")
+    pairs, outputs, steps, lens, asked = (table_of(run, t)[0] for t in tables)
     present = [c for c in COMPARISONS if c in thresholds and (pairs["comparison"] == c).any()]
     counts = pairs[pairs["comparison"].isin(present)].groupby("question").size()
     if questions is not None:
@@ -69,18 +71,17 @@ def explorer_data(
     fits = max(1, int((counts.cumsum() <= largest).sum()))
     kept = [int(q) for q in counts.index[:fits]]
     vocabulary = token_lists.Vocabulary() if shows_text(run) else None
-    shown = [
-        _comparison(
-            c, thresholds[c], run.recipe, _of(pairs, c, kept), _of(outputs, c, kept), steps, kept, vocabulary
-        )
-        for c in present
-    ]
+    shown = []
+    for c in present:
+        own, out = _of(pairs, c, kept), _of(outputs, c, kept)
+        shown.append(_comparison(c, thresholds[c], run.recipe, own, out, steps, lens, kept, vocabulary))
     return {
         "questions": _labels(asked, kept),
         "left_out": len(counts) - len(kept),
         "comparisons": shown,
         "codes": {"distance": DISTANCE.to_dict(), "size": SIZE.to_dict(), "output": OUTPUT.to_dict()},
         "tokens": vocabulary.texts(tokenizer) if vocabulary is not None else None,
+        "lens": lens_words(run.name, lens),
         "overlap": run.recipe.choices.overlap,
     }
 
@@ -111,6 +112,7 @@ def _comparison(
     pairs: pd.DataFrame,
     outputs: pd.DataFrame,
     steps: pd.DataFrame,
+    lens: pd.DataFrame,
     kept: list[int],
     vocabulary: token_lists.Vocabulary | None,
 ) -> dict[str, Any]:
@@ -147,6 +149,8 @@ def _comparison(
     if vocabulary is not None:
         passes = {n: _pass(steps, comparison, n, max(recipe.depths)) for n in states}
         arrays |= token_lists.arrays(passes, places, names, vocabulary)
+        looked_into = {n: _pass(lens, comparison, n, max(recipe.depths)) for n in states}
+        arrays |= lens_arrays(looked_into, places, vocabulary)
     headline = names.index((threshold.a, threshold.b)) if (threshold.a, threshold.b) in names else 0
     rows, _ = chosen[names[headline]]
     return {

@@ -19,6 +19,7 @@ const explorerData = (data) => {
     });
     chained(info.states.map((n) => `norm.${n}`));
     chained(info.pairs.map(([a, b]) => `cosine.${a}.${b}`));
+    chained(info.states.map((n) => `lens.${n}`).filter((name) => arrays[name]));
     const starts = [0];
     info.lengths.forEach((n) => starts.push(starts.at(-1) + n));
     const L = info.layers.length;
@@ -114,9 +115,17 @@ const explorerData = (data) => {
       const name = `${which}.${a}.${b}`, ranks = list(`${which}_rank.${a}.${b}`, q, position, width(name));
       return list(name, q, position, width(name)).map((t, k) => t && { ...token(t), rank: ranks[k] }).filter(Boolean);
     }
+    // Leading tokens of a layer's logit lens; null where none were recorded, "left out" where none are embedded.
+    function lens(q, position, layer, n) {
+      const row = arrays.lens_row ? arrays.lens_row[place(q, position)] : 0, numbers = arrays[`lens.${n}`];
+      if (!row || !numbers) return null;
+      if (row === 1) return "left out";
+      const from = ((row - 2) * L + layer) * data.lens.top;
+      return Array.from(numbers.subarray(from, from + data.lens.top), token).filter(Boolean);
+    }
     const emitted = (q, position, n) => arrays[`token.${n}`] && position >= 0 ? token(arrays[`token.${n}`][place(q, position)]) : null;
 
-    return { info, L, cell, map, ends, output: output_, step, top, moved, emitted, hasTokens: Boolean(arrays["top.1"]) };
+    return { info, L, cell, map, ends, output: output_, step, top, moved, lens, emitted, hasTokens: Boolean(arrays["top.1"]) };
   }
 
   return { open };
