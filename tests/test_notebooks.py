@@ -20,6 +20,7 @@ CLAIMS = {
     "04-overthinking-and-routing": ("C10", "C11"),
     "05-two-pass-against-exact": ("C15",),
     "06-your-own-model-and-questions": (),
+    "07-causal-patching": ("C16", "C16b"),
 }
 LARGEST = 2_000_000
 MACHINE = re.compile(r"/(tmp|home|root|Users|work|workspace|usr|opt|mnt|builds?)/|:\\\\Users|site-packages")
