@@ -153,6 +153,7 @@ class SyntheticRecipe:
     dataset: str = "made-up"
     depths: tuple[int, ...] = (1, 4)
     max_new_tokens: int = 16
+    kind: str | None = None
     alpha: float | None = 0.027
     choices: Choices = field(default_factory=Choices)
 
