@@ -66,12 +66,14 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except OSError as error:
+        file = error.filename2 or error.filename
         if error.errno == errno.ENOSPC:
             _fail(
-                f"the disk is full: {error.filename or ''}".rstrip(": "),
+                f"the disk is full: {file or ''}".rstrip(": "),
                 "free some space; the same command goes on",
             )
-        raise
+        said = " ".join(str(error.strerror or error).split()) or type(error).__name__
+        _fail(f"{file}: {said}" if file else said, "put that right, or name another place")
 
 
 def _fail(message: str, hint: str | None) -> NoReturn:

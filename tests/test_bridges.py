@@ -46,13 +46,13 @@ def from_caches(caches, site):
     return torch.stack([cache.stack_activation(site).permute(1, 2, 0, 3) for cache in caches], 3)
 
 
-def traced(sst, how, *args, positions, **kwargs):
-    """Every site of every layer, iteration and position of a trace, and what it returned."""
+def traced(sst, how, *args, positions, iterations=DEPTH, layers=range(LAYERS), **kwargs):
+    """Every site of these layers in every iteration and position of a trace, and what it returned."""
     got = {}
     with getattr(sst, how)(*args, **kwargs) as tracer:
         for position in tracer.iter[:positions]:
-            for i in range(1, DEPTH + 1):
-                for layer in range(LAYERS):
+            for i in range(1, iterations + 1):
+                for layer in layers:
                     for site in SITES:
                         point = getattr(sst.iteration[i].layers[layer], site)
                         got[site, layer, position, i] = point.output.save()
@@ -464,21 +464,25 @@ def test_smollm2_is_seen_alike_by_all_three(dtype):
     import sst_interp as sst_interp
 
     model = sst_interp.load("smollm2-135m", alpha=0.027, dtype=dtype)
-    prompt, record = model.encode("The sky is blue because"), Record(["resid_mid", "resid_post"])
+    prompt, record = model.encode("The sky is blue because"), Record()
     out = model.generate([prompt], 2, edit=record, **GENERATE)
     lens, caches = model.bridge().generate_with_caches([prompt], iterations=2, **GENERATE)
-    sst = model.nnsight(2)
-    kept = []
-    with sst.generate(prompt, **GENERATE) as tracer:
-        for _ in tracer.iter[:NEW]:
-            kept.append(sst.iteration[2].layers[29].resid_post.output.save())
-        result = tracer.result.save()
+    got, result = traced(
+        model.nnsight(2), "generate", prompt, positions=NEW, iterations=2, layers=(0, 14, 29), **GENERATE
+    )
     assert out.tokens == lens.tokens == result.tokens
     noise = {"float32": 1e-5, "bfloat16": 0.02}[dtype]
-    for site in record.sites:
-        assert relative(from_caches(caches, site).float(), record[site].float()) < noise
-    for position, tensor in enumerate(kept):
-        assert relative(tensor[:, 0].float(), record["resid_post"][:, position, 29, 1].float()) < noise
+    for site in SITES:
+        theirs, ours = from_caches(caches, site).float(), record[site].float()
+        assert ours.shape == (1, NEW, 30, 2, 576)
+        # Every vector of its own; the first position has no state yet, and is nothing in all three.
+        off = (theirs - ours).norm(dim=-1) / ours.norm(dim=-1).clamp(min=1e-6)
+        assert off.max() < noise, site
+    assert len(got) == len(SITES) * 3 * NEW * 2
+    for (site, layer, position, iteration), tensor in got.items():
+        ours = record[site][:, position, layer, iteration - 1].float()
+        off = (tensor[:, 0].float() - ours).norm() / ours.norm().clamp(min=1e-6)
+        assert off < noise, (site, layer, position, iteration)
     _, parallel = model.run_with_cache([prompt + out.tokens[0]], 2, "blocks.29.hook_resid_post")
     replayed = model.replay([prompt + out.tokens[0]], 2).resid_post[:, :, 29, 1]
     assert relative(parallel[1]["resid_post", 29].float(), replayed.float()) < noise

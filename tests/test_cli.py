@@ -16,6 +16,7 @@ from test_capture import capture_module, interrupt, word_tokenizer, write_questi
 from test_loading import save_model
 from test_training_data import write_gsm8k
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from typer.testing import CliRunner
 
 import sst_interp
 from sst_interp import assets, run_writer
@@ -113,6 +114,21 @@ def test_the_installed_command():
     assert len(lines) == 2
     assert lines[0] == "error: unknown run 'dmeo'"
     assert "'demo'" in lines[1]
+
+
+def test_the_shell_is_told_how_to_complete(monkeypatch):
+    """As a shell asks: the script it evaluates, and what may follow what was typed."""
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")  # it is named here
+
+    def asked(*args, **env):
+        return CliRunner().invoke(cli.app, args, prog_name="sst-interp", env=env).stdout
+
+    for shell, registers in (("bash", "complete -o"), ("zsh", "compdef _"), ("fish", "complete --command")):
+        script = asked("--show-completion", shell)
+        assert f"_SST_INTERP_COMPLETE=complete_{shell}" in script
+        assert registers in script
+    typed = {"COMP_WORDS": "sst-interp ca", "COMP_CWORD": "1"}
+    assert asked(_SST_INTERP_COMPLETE="complete_bash", **typed).split() == ["capture"]
 
 
 # What a person can get wrong
@@ -358,6 +374,49 @@ def test_disk_full_while_reporting(run_cli, parts, monkeypatch):
         two_lines(run_cli("report", "--run", "own"), "report.html", "No space left on device")
     assert not list(Path("runs").rglob("*.tmp"))
     assert run_cli("report", "--run", "own")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "notes.json"), "notes.json: Permission denied"),
+        (OSError(errno.EIO, "Input/output error"), "Input/output error"),
+        (ConnectionError("no route\nto the host"), "no route to the host"),
+        (TimeoutError(), "TimeoutError"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(run_cli, monkeypatch, error, line):
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr("sst_interp.commands.findings.captured_run", refuse)
+    _, out, err = result = run_cli("claims", "--run", "demo")
+    two_lines(result)
+    assert (out, err.splitlines()[0]) == ("", f"error: {line}")
+
+
+def test_a_bug_is_seen(run_cli, monkeypatch):
+    monkeypatch.setattr("sst_interp.commands.findings.captured_run", lambda *_a, **_k: {}["x"])
+    with pytest.raises(KeyError):
+        run_cli("claims", "--run", "demo")
+
+
+def test_output_places_are_tried_first(run_cli, training, place):
+    (place / "file").write_text("mine")
+    two_lines(run_cli("patch", "--run", "arc-challenge", "--out", "file"), "file cannot be written")
+    two_lines(run_cli("publish", "--run", "gpqa-lens", "file/x"), "file/x cannot be written")
+    two_lines(run_cli("train", training, "--out", "file"), "file cannot be written")
+    assert (place / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("table", ["errors", "small-losses"])
+def test_a_damaged_study_is_named(run_cli, place, table):
+    (place / "studies").mkdir()
+    (place / "studies" / f"{table}.parquet").write_bytes(b"PAR1 nothing more PAR1")
+    hint = two_lines(
+        run_cli("approximation", "show", "--studies", "studies"), f"{table}.parquet is damaged: "
+    )
+    assert "delete it" in hint
 
 
 def test_a_report_where_none_can_be_written(run_cli, parts):
