@@ -110,7 +110,9 @@ class DepthScores(Result):
         found = self.scores.get((task, depth, model))
         if found is None:
             return ""
-        return found.text(percent=not task.endswith("loss"))
+        words = found.text(percent=not task.endswith("loss"))
+        fewer = found.n_questions < self._n(task)
+        return f"{words} ({found.n_questions} questions)" if fewer else words
 
 
 def depth_scores(
