@@ -281,10 +281,15 @@ def test_the_explorers_cells_are_the_tables_rows_rounded():
 
 
 def test_a_large_run_embeds_the_first_questions_and_says_so(run):
-    data = explorer_data(run, THRESHOLDS, largest=3 * 6 * 4 * 3)
-    assert len(data["questions"]) == 3
-    assert data["left_out"] == 5
-    assert [c["lengths"] for c in data["comparisons"]] == [[6, 6, 6]] * 3
+    whole = len(json.dumps(explorer_data(run, THRESHOLDS)))
+    for largest in (whole - 1, whole // 2):
+        data = explorer_data(run, THRESHOLDS, largest=largest)
+        kept = len(data["questions"])
+        assert 1 < kept < 8
+        assert len(json.dumps(data)) <= largest
+        assert data["left_out"] == 8 - kept
+        assert [c["lengths"] for c in data["comparisons"]] == [[6] * kept] * 3
+    assert len(explorer_data(run, THRESHOLDS, largest=1)["questions"]) == 1
 
 
 def test_tokens_that_entered_and_left_are_those_of_the_two_lists():

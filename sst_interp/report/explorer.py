@@ -9,6 +9,7 @@ cosine and norms imply: together that halves the file.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -28,9 +29,11 @@ from sst_interp.report.packing import DISTANCE, OUTPUT, SIZE, implied_l2, pack
 from sst_interp.report.places import Places
 from sst_interp.token_texts import shows_text
 
-LARGEST_CELLS = 3_950_000
-"""Rows of `pairs` embedded at most, which keeps a file under 12 MB (about 2.5 bytes a row); beyond it the
-first questions are kept, and the page says so."""
+LARGEST = 9_300_000
+"""Bytes of the explorer's data at most, so that a file is under 12 MB: a larger run's first questions are kept,
+and the page says so."""
+CELL = 2
+"""Bytes that a row of `pairs` takes at least."""
 LOWEST = 24
 """Positions offered as the lowest overlaps of the run, in each comparison."""
 WORDS = {"replayed": "depth", "within": "iteration", "free": "depth"}
@@ -51,7 +54,7 @@ def explorer_data(
     thresholds: Mapping[str, Threshold],
     tokenizer: Any = None,
     questions: Iterable[int] | None = None,
-    largest: int = LARGEST_CELLS,
+    largest: int = LARGEST,
 ) -> dict[str, Any]:
     """JSON-ready data of the explorer.
 
@@ -60,7 +63,7 @@ def explorer_data(
         thresholds: per comparison to show.
         tokenizer: with `decode`, for token texts; without one, ids. Used for unrestricted runs only.
         questions: indices of those to show; all if None.
-        largest: rows of `pairs` to embed at most.
+        largest: bytes of its JSON at most; one question is always kept.
     """
     tables = ("pairs", "outputs", "steps", "lens", "questions")
     pairs, outputs, steps, lens, asked = (table_of(run, t)[0] for t in tables)
@@ -68,22 +71,27 @@ def explorer_data(
     counts = pairs[pairs["comparison"].isin(present)].groupby("question").size()
     if questions is not None:
         counts = counts[counts.index.isin(list(questions))]
-    fits = max(1, int((counts.cumsum() <= largest).sum()))
-    kept = [int(q) for q in counts.index[:fits]]
-    vocabulary = token_lists.Vocabulary() if shows_text(run) else None
-    shown = []
-    for c in present:
-        own, out = _of(pairs, c, kept), _of(outputs, c, kept)
-        shown.append(_comparison(c, thresholds[c], run.recipe, own, out, steps, lens, kept, vocabulary))
-    return {
-        "questions": _labels(asked, kept),
-        "left_out": len(counts) - len(kept),
-        "comparisons": shown,
-        "codes": {"distance": DISTANCE.to_dict(), "size": SIZE.to_dict(), "output": OUTPUT.to_dict()},
-        "tokens": vocabulary.texts(tokenizer) if vocabulary is not None else None,
-        "lens": lens_words(run.name, lens),
-        "overlap": run.recipe.choices.overlap,
-    }
+    fits = max(1, int((counts.cumsum() <= largest / CELL).sum()))
+    while True:
+        kept = [int(q) for q in counts.index[:fits]]
+        vocabulary = token_lists.Vocabulary() if shows_text(run) else None
+        shown = []
+        for c in present:
+            own, out = _of(pairs, c, kept), _of(outputs, c, kept)
+            shown.append(_comparison(c, thresholds[c], run.recipe, own, out, steps, lens, kept, vocabulary))
+        found = {
+            "questions": _labels(asked, kept),
+            "left_out": len(counts) - len(kept),
+            "comparisons": shown,
+            "codes": {"distance": DISTANCE.to_dict(), "size": SIZE.to_dict(), "output": OUTPUT.to_dict()},
+            "tokens": vocabulary.texts(tokenizer) if vocabulary is not None else None,
+            "lens": lens_words(run.name, lens),
+            "overlap": run.recipe.choices.overlap,
+        }
+        size = len(json.dumps(found))
+        if size <= largest or fits == 1:
+            return found
+        fits = max(1, min(fits - 1, int(0.98 * fits * largest / size)))
 
 
 def _of(table: pd.DataFrame, comparison: str, kept: list[int]) -> pd.DataFrame:
