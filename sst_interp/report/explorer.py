@@ -30,7 +30,7 @@ from sst_interp.report.places import Places
 from sst_interp.token_texts import shows_text
 
 LARGEST = 9_300_000
-"""Bytes of the explorer's data at most, so that a file is under 12 MB: a larger run's first questions are kept,
+"""Bytes of the explorer's data at most, for a file under 12 MB: of a larger run the first questions are kept,
 and the page says so."""
 CELL = 2
 """Bytes that a row of `pairs` takes at least."""
