@@ -21,6 +21,7 @@ from sst_interp.ledger import ledger_of
 from sst_interp.loading import load
 from sst_interp.lrt_design import MemoryDesign
 from sst_interp.patching.study import Plan, patch_run
+from sst_interp.training.batches import padded, refuse_short_batches
 from sst_interp.training.recipe import TrainingRecipe
 from sst_interp.training.trainer import Training
 
@@ -115,6 +116,24 @@ def test_every_schedule_trains(recipe, tmp_path, how):
     assert model.kind.like(training.model.kind)
     if not model.kind.off and model.kind.name == "lrt":
         assert all(bool(w.any()) for w in model.kind.weights().values())
+
+
+def test_more_groups_than_a_short_batch_has_positions_are_refused_before_the_first_step(recipe, tmp_path):
+    """Of every batch, not of the longest: a training must not stop in the middle."""
+    training = Training(recipe, tmp_path / "fine")
+    longest = [max(len(training.split.train[i].tokens) for i in step) for step in training.schedule]
+    width = padded(min(longest))
+    as_many = Training(replace(recipe, groups=width), tmp_path / "as-many")
+    as_many.done = longest.index(min(longest))
+    as_many.step()
+    with pytest.raises(SSTError, match=f"groups = {width + 1} is more than the {width} positions") as error:
+        Training(replace(recipe, groups=width + 1), tmp_path / "more")
+    assert f"at most {width}" in error.value.hint
+    assert not (tmp_path / "more").exists()
+    Training(replace(recipe, groups=width + 1, method="two_pass", lrt=None), tmp_path / "clamped")
+    with pytest.raises(SSTError, match=r"is more than the 32 positions of the shortest batch \(step 2\)"):
+        refuse_short_batches([90, 20, 65], 33)
+    refuse_short_batches([90, 20, 65], 32)
 
 
 def test_an_interrupted_training_takes_the_same_steps(recipe, tmp_path):

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from sst_interp.errors import SSTError
 from sst_interp.training.examples import Example
 
 WINDOW = 32
@@ -65,13 +66,32 @@ def schedule(lengths: Sequence[int], batch_size: int, examples: int | None, seed
     return steps
 
 
+def padded(longest: int, width: int = WIDTH) -> int:
+    """Positions of a batch whose longest example has this many tokens."""
+    return -(-longest // width) * width
+
+
 def make_batch(examples: Sequence[Example], width: int = WIDTH) -> Batch:
     """Tensors of some examples; the width is the longest's, rounded up to a multiple of `width`."""
-    longest = max(len(example.tokens) for example in examples)
-    columns = -(-longest // width) * width
+    columns = padded(max(len(example.tokens) for example in examples), width)
     tokens = torch.zeros(len(examples), columns, dtype=torch.long)
     answer = torch.zeros(len(examples), columns, dtype=torch.bool)
     for row, example in enumerate(examples):
         tokens[row, : len(example.tokens)] = torch.tensor(example.tokens)
         answer[row, example.prompt - 1 : len(example.tokens) - 1] = True
     return Batch(tokens, answer)
+
+
+def refuse_short_batches(longest: Sequence[int], groups: int) -> None:
+    """Raise SSTError where a batch has fewer positions than interleaved groups, before the first step.
+
+    Args:
+        longest: tokens of the longest example of every step.
+    """
+    shortest = min(longest, default=groups)
+    if groups > padded(shortest):
+        raise SSTError(
+            f"groups = {groups} is more than the {padded(shortest)} positions of the shortest batch "
+            f"(step {list(longest).index(shortest) + 1})",
+            f"at most {padded(shortest)}: as many groups as positions compute one position after the other",
+        )

@@ -32,7 +32,7 @@ from sst_interp.loading import load
 from sst_interp.lrt_attach import build_memory
 from sst_interp.model import StateStreamModel
 from sst_interp.training.adapters import add_adapters, trainable
-from sst_interp.training.batches import make_batch, schedule
+from sst_interp.training.batches import make_batch, refuse_short_batches, schedule
 from sst_interp.training.card import write_card
 from sst_interp.training.examples import Split, load_split
 from sst_interp.training.log import ABOUT, LOG, read_about
@@ -87,6 +87,8 @@ class Training:
         )
         lengths = [len(example.tokens) for example in self.split.train]
         self.schedule = schedule(lengths, recipe.batch_size, recipe.examples, recipe.seed)
+        if recipe.method == "interleaved":
+            refuse_short_batches([max(lengths[i] for i in step) for step in self.schedule], recipe.groups)
         shape, memory = None, None
         if recipe.method != "none" and recipe.lrt is None:
             shape = (self.model.backbone.n_layers, self.model.backbone.d_model)
