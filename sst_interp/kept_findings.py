@@ -101,7 +101,9 @@ def _kept(file: Path, run: Run) -> Kept:
         try:
             if contents["of"] != capture_of(run):
                 return Kept()
-            results = {name: _result(values) for name, values in contents.get("results", {}).items()}
+            results: dict[str, Result] = {
+                name: _result(values) for name, values in contents.get("results", {}).items()
+            }
             return Kept([_row(values) for values in contents["rows"]], results)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise unreadable(file, error, again) from None

@@ -127,8 +127,9 @@ def approximation_of(run: Run) -> ApproximationError | None:
             again = f"delete it; `sst-interp approximation errors {model}` measures it again"
             table = read_table(file, again, ("model", "layers", "alpha", "alpha_low", "alpha_high"))
             measured = table[["alpha", "alpha_low", "alpha_high"]].to_numpy(dtype=float)
-            same = np.isclose(measured, blend, rtol=0, atol=1e-6).all(axis=1) & (table["layers"] == "all")
-            own = table[same.to_numpy(dtype=bool) & (table["model"] == model).to_numpy(dtype=bool)]
+            same = np.isclose(measured, blend, rtol=0, atol=1e-6).all(axis=1)
+            named = (table["layers"] == "all") & (table["model"] == model)
+            own = table[same & named.to_numpy(dtype=bool)]
             if len(own):
                 return approximation_error(own)
     return None

@@ -119,7 +119,7 @@ def read_patching(folder: str | Path) -> pd.DataFrame:
     again = "delete it: only that question is patched again"
     columns = ("question", "position", "role")
     table = pd.concat([read_table(shard, again, columns) for shard in shards], ignore_index=True)
-    table.attrs = read_json(Path(folder) / PLAN, PLAN_LOST)
+    table.attrs = {**read_json(Path(folder) / PLAN, PLAN_LOST)}
     return table
 
 
