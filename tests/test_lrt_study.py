@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -10,14 +11,16 @@ import pytest
 import torch
 from test_lrt import lrt
 from test_schedules import batch
+from typer.testing import CliRunner
 
+from sst_interp import places
 from sst_interp.analyses.latent_equivalence import latent_equivalence
 from sst_interp.analyses.latent_training import latent_training
 from sst_interp.approximation.flipflop import FlipFlop
 from sst_interp.approximation.small import Arm, Plan, fresh_weights
 from sst_interp.documents import NOT_YET
 from sst_interp.errors import SSTError
-from sst_interp.latent import named, schedules
+from sst_interp.latent import commands, named, schedules
 from sst_interp.latent.equivalence import SCHEDULES, Schedule, Text, compare_schedules
 from sst_interp.latent.memories import random_memory
 from sst_interp.latent.named import equivalence_by_name
@@ -29,6 +32,7 @@ from sst_interp.training.objective import answer_loss, mean_over_passes
 SMALL = Plan(FlipFlop(positions=6), layers=2, d_model=16, pretraining=2, steps=4, batch=4, held_out=8)
 PLAN = LatentPlan(SMALL)
 T = 8
+DOCUMENT = Path(__file__).parents[1] / "docs" / "lrt.md"
 
 
 def text_and_model():
@@ -314,3 +318,22 @@ def test_the_tables_of_a_document_are_written_and_others_left_alone(tmp_path):
     assert "old" not in text
     assert "| interleaved S=2 |" in text
     assert "kept" in text
+
+
+def test_the_shipped_tables_are_whole_and_the_command_shows_them():
+    runner = CliRunner()
+    shown = runner.invoke(commands.app, ["show", "--studies", str(places.shipped("studies"))])
+    assert shown.exit_code == 0, shown.output
+    assert NOT_YET not in shown.output
+    assert "not testable" not in shown.output
+    tables = all_tables(places.shipped("studies"))
+    for name, text in tables.items():
+        assert f"## {name}" in shown.output
+        assert text in DOCUMENT.read_text(), f"sst-interp latent document {DOCUMENT} --studies data/studies"
+
+
+def test_sizes_that_are_no_numbers_are_one_line():
+    with pytest.raises(SSTError, match="sizes 'a,b' are not numbers"):
+        CliRunner().invoke(
+            commands.app, ["equivalence", "smollm2-135m", "--sizes", "a,b"], catch_exceptions=False
+        )

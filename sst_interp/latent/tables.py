@@ -52,6 +52,15 @@ TABLES: tuple[Callable[[Path], dict[str, str]], ...] = (equivalence_tables, trai
 """Each gives tables by name from the folder of measured ones; another study is another entry."""
 
 
+SAME = ("interleaved", 1)
+"""Left out of the tables: it is multi-refine with K = 1."""
+BY_POSITION = (("interleaved", 2), ("interleaved", 8), ("multi_refine", 1), ("multi_refine", 4))
+
+
+def _listed(rows: pd.DataFrame) -> pd.DataFrame:
+    return rows[(rows["method"] != SAME[0]) | (rows["n"] != SAME[1])] if len(rows) else rows
+
+
 def _states(rows: pd.DataFrame) -> str:
     return markdown(
         [
@@ -65,18 +74,20 @@ def _states(rows: pd.DataFrame) -> str:
                 "loss change, nats": spread(row, "loss_change", "+.2g"),
                 "questions": row["questions"],
             }
-            for row in rows.to_dict("records")
+            for row in _listed(rows).to_dict("records")
         ]
     )
 
 
 def _positions(rows: pd.DataFrame) -> str:
-    """A row per model and schedule, a column per bin of positions."""
+    """A row per model and some of its schedules, a column per bin of positions."""
     if rows.empty:
         return NOT_YET
     starts = sorted(rows["position"].unique())
     found = []
     for (model, memory, method, n), own in rows.groupby([*MODEL, "method", "n"], sort=False):
+        if (method, n) not in BY_POSITION:
+            continue
         at = dict(zip(own["position"], own["state"], strict=True))
         about = {"model": model, "memory": memory, "schedule": schedule_words(method, n)}
         found.append(about | {f"from {p}": f"{at[p]:.1g}" if p in at else "" for p in starts})
@@ -88,7 +99,7 @@ def _gradients(rows: pd.DataFrame) -> str:
     if rows.empty:
         return NOT_YET
     found = []
-    for (model, memory, method, n), own in rows.groupby([*MODEL, "method", "n"], sort=False):
+    for (model, memory, method, n), own in _listed(rows).groupby([*MODEL, "method", "n"], sort=False):
         at = {(row["of"], row["part"]): row for row in own.to_dict("records")}
         line = {"model": model, "memory": memory, "schedule": schedule_words(method, n)}
         for part, words in (("weights", "weights"), ("memory", "memory")):
