@@ -17,6 +17,7 @@ from sst_interp.analyses.divergence import Divergence, divergence
 from sst_interp.analyses.dwell import Dwell, dwell
 from sst_interp.analyses.halting import Halting, halting, halting_of
 from sst_interp.analyses.kinds import Kinds, kinds
+from sst_interp.analyses.kinds_answers import KindsAnswers, kinds_answers
 from sst_interp.analyses.kinds_contraction import KindsContraction, kinds_contraction
 from sst_interp.analyses.layer_profile import LayerProfile, layer_profile
 from sst_interp.analyses.ledger.claims import BlendWeights, Claim, Finding, Ledger, Row, blend_weights, claims
@@ -63,6 +64,7 @@ __all__ = [
     "Halting",
     "Interval",
     "Kinds",
+    "KindsAnswers",
     "KindsContraction",
     "LayerProfile",
     "Ledger",
@@ -99,6 +101,7 @@ __all__ = [
     "halting_of",
     "json_ready",
     "kinds",
+    "kinds_answers",
     "kinds_contraction",
     "label_permutation",
     "layer_profile",

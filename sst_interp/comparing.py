@@ -12,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from sst_interp.analyses.kinds import Kinds, kinds
+from sst_interp.analyses.kinds_answers import KindsAnswers, kinds_answers
 from sst_interp.analyses.kinds_contraction import KindsContraction, kinds_contraction
 from sst_interp.analyses.parts.kind_shares import Compared
 from sst_interp.analyses.statistics.resampling import RESAMPLES
@@ -59,6 +60,11 @@ def compare_runs(names: Sequence[str | Path], resamples: int = RESAMPLES, seed: 
         for run in runs
     ]
     return kinds(compared, overlap, resamples, seed)
+
+
+def answers_of(names: Sequence[str | Path], resamples: int = RESAMPLES, seed: int = 0) -> KindsAnswers:
+    """What depth does to the answers of each run. Raises SSTError as `open_together`."""
+    return kinds_answers({run.name: run.questions for run in open_together(names)}, resamples, seed)
 
 
 def contraction_of(

@@ -11,6 +11,7 @@ from tiny_kinds import WORDS, capture_kinds, models
 
 from sst_interp.analyses.basin_shifts import basin_shifts
 from sst_interp.analyses.kinds import kinds
+from sst_interp.analyses.kinds_answers import kinds_answers
 from sst_interp.analyses.kinds_contraction import kinds_contraction
 from sst_interp.analyses.parts.kind_shares import Compared
 from sst_interp.cli import app
@@ -96,6 +97,31 @@ def test_the_order_of_rows_changes_nothing_and_little_data_is_said():
     assert nothing.verdict.startswith("not testable")
     assert nothing.table.empty
     nothing.figure()
+
+
+def answered(right, n=40):
+    """A `questions` table: `right` by depth is how many of n are right; who is not has no answer."""
+    rows = [
+        {"question": q, "depth": d, "correct": q < k, "answer": "A" if q < k else None}
+        for d, k in right.items()
+        for q in range(n)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_answers_are_counted_and_a_change_is_of_the_same_questions():
+    found = kinds_answers({"same": answered({1: 20, 4: 20}), "worse": answered({1: 20, 4: 4})}, 300)
+    rows = found.table.set_index(["run", "depth"])
+    assert rows.loc[("worse", 4), "right"] == rows.loc[("worse", 4), "read"] == 0.1
+    same, worse = rows.loc[("same", 4)], rows.loc[("worse", 4)]
+    assert (same["change"], same["change_low"], same["change_high"]) == (0, 0, 0)
+    assert worse["change"] == pytest.approx(-0.4)
+    assert worse["change_high"] < 0
+    assert "same from depth 1 to 4 0.0% [0.0%, 0.0%] right, no change told apart" in found.verdict
+    assert "only 10% of the replies have an answer at all" in found.verdict
+    assert kinds_answers({"one": answered({1: 20})}, 50).verdict.startswith("not testable")
+    assert kinds_answers({}).verdict.startswith("not testable")
+    found.figure()
 
 
 def sweeps(factor, texts=6, n=10, noise=0.1, seed=0, depth=4):
@@ -198,7 +224,7 @@ def test_the_command_prints_writes_and_fills(captured, capsys, tmp_path):
     assert "shifted (below 0.99)" in document.read_text()
     assert "<!-- x -->1<" in document.read_text()
     html = page.read_text()
-    assert html.count("Plotly.newPlot(") == 1
+    assert html.count("Plotly.newPlot(") == 2
     assert 'src="http' not in html
     app(["compare", "--runs", names, "--resamples", "50", "--json"], standalone_mode=False)
     shares = json.loads(capsys.readouterr().out)["shares"]

@@ -39,13 +39,17 @@ def compare(
         sst-interp compare --runs kinds-backbone,kinds-sst --contraction 8 --json
     """
     from sst_interp.analyses.kinds import Kinds
+    from sst_interp.analyses.kinds_answers import KindsAnswers
     from sst_interp.analyses.kinds_contraction import KindsContraction
-    from sst_interp.comparing import compare_runs, contraction_of
+    from sst_interp.comparing import answers_of, compare_runs, contraction_of
     from sst_interp.documents import fill, markdown
     from sst_interp.report.result_page import result_page
 
     names = [name.strip() for name in runs.split(",") if name.strip()]
-    found: dict[str, Kinds | KindsContraction] = {"shares": compare_runs(names, resamples, seed)}
+    found: dict[str, Kinds | KindsAnswers | KindsContraction] = {
+        "shares": compare_runs(names, resamples, seed),
+        "answers": answers_of(names, resamples, seed),
+    }
     if contraction:
         found["contraction"] = contraction_of(names, contraction, resamples, seed)
     if html is not None:
