@@ -93,15 +93,15 @@ class Patching(Result):
         """What follows the state, against the controls of the same size, and whether shifts are special."""
         if self.not_testable:
             return f"not testable: {self.not_testable}."
-        words = f"{questions_words(self.n_questions)}, depth 1 against depth {self.depth}, "
-        words += f"{self.shifted:.0%} of the patched pairs shifted. One layer below the last at a time, "
-        parts = []
-        for direction in DIRECTIONS:
-            if direction in self.recovered:
-                part = f"{WORDS[direction]} recovers {self.recovered[direction].text(percent=True)} of the "
-                part += "logit difference at shifted pairs, more than a control of the same size by "
-                parts.append(part + " and ".join(_named(self.beyond[direction])))
-        words += "; ".join(parts) + ". "
+        words = (
+            f"{questions_words(self.n_questions)}, depth 1 against depth {self.depth}, one layer below the "
+        )
+        words += f"last at a time, at shifted pairs ({self.shifted:.0%} of those patched): "
+        there = [direction for direction in DIRECTIONS if direction in self.recovered]
+        found = [f"{WORDS[way]} recovers {self.recovered[way].text(percent=True)}" for way in there]
+        words += (" and ".join(found) or "nothing") + " of the logit difference. "
+        beside = [f"{way} by {' and '.join(_named(self.beyond[way]))}" for way in there]
+        words += f"Beyond a change of the same size: {'; '.join(beside)}. " if beside else ""
         for direction, share in self.answers.items():
             words += f"Patched in all layers ({direction}), the answer turns into the donor's in "
             words += f"{share.text(percent=True)} of the cases where they differ. "

@@ -99,17 +99,18 @@ class KeptResult(Result):
         return cls(result.title, result.verdict, result.table, drawn)
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-ready; `from_json` reads it."""
+        """JSON-ready; `from_json` reads it. Figures are a list: the first one shows the finding."""
         table = {"columns": [str(name) for name in self.table.columns], "rows": self.table.to_numpy(object)}
         return {
-            "title": self.title, "verdict": self.verdict, "table": json_ready(table), "figures": self.drawn,
+            "title": self.title, "verdict": self.verdict, "table": json_ready(table),
+            "figures": [[name, figure] for name, figure in self.drawn.items()],
         }  # fmt: skip
 
     @classmethod
     def from_json(cls, kept: Mapping[str, Any]) -> KeptResult:
         """What `to_json` wrote."""
         table = pd.DataFrame(kept["table"]["rows"], columns=kept["table"]["columns"])
-        return cls(kept["title"], kept["verdict"], table, kept["figures"])
+        return cls(kept["title"], kept["verdict"], table, dict(kept["figures"]))
 
 
 def table_html(table: pd.DataFrame, digits: int = 4) -> str:

@@ -76,22 +76,21 @@ class StateSettling(Result):
         if self.not_testable:
             return f"not testable: {self.not_testable}."
         first, last = self.steps.iloc[0], self.steps.iloc[-1]
-        words = (
-            f"within one pass of {self.deepest} iterations, {questions_words(self.n_questions)}: the step "
-        )
-        words += f"from iteration 1 to 2 changes a state by {first['step']:.3g} of its length (median), that "
-        words += f"from {last['from']:.0f} to {last['to']:.0f} by {last['step']:.3g}, "
-        words += f"{self.last.text(percent=True)} of it. Over the later half each step is {self.pace.text()} "
-        words += f"times the one before (earlier half {self.pace_before.text()}), and the way from "
-        words += f"iteration 1 turns {self.turns.text()} times: "
         said = {
             "settles": "the state settles",
             "has settled": "the state has settled, down to a floor that further iterations do not lower",
-            "drifts": "the steps grow: it drifts",
+            "drifts": "the steps grow, the state drifts",
             "neither is shown": "the steps neither shrink nor grow for certain",
         }[self.kind]
         cycling = self.kind != "has settled" and self.turns.low >= 1  # at a floor, noise turns
-        return f"{words}{said}{', turning on its way' if cycling else ''}."
+        turning = ", turning on its way" if cycling else ""
+        last_share = self.last.text(percent=True)
+        words = f"within one pass of {self.deepest} iterations {said}{turning} "
+        words += f"({questions_words(self.n_questions)}). The step from iteration 1 to 2 changes a state by "
+        words += f"{first['step']:.3g} of its length (median), that from {last['from']:.0f} to "
+        words += f"{last['to']:.0f} by {last['step']:.3g}, {last_share} of it. Over the later half each step "
+        words += f"is {self.pace.text()} times the one before (earlier half {self.pace_before.text()}), and "
+        return f"{words}the way from iteration 1 turns {self.turns.text()} times."
 
     def figure(self) -> go.Figure:
         """Steps and the way from iteration 1."""
@@ -112,7 +111,7 @@ class StateSettling(Result):
         figure.update_layout(
             template=TEMPLATE, title={"text": "Does the state settle?", "subtitle": {"text": subtitle}}
         )
-        figure.update_xaxes(title_text="iteration")
+        figure.update_xaxes(title_text="iteration", dtick=1)
         figure.update_yaxes(title_text="relative change (L2, median)", type="log")
         return figure
 

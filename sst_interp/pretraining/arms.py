@@ -56,7 +56,9 @@ class Decoder:
     d_model: int = 128
     heads: int = 4
     learning_rate: float = 3e-3
-    """Peak, of all weights, those of the memory included."""
+    """Peak, of all weights but the memory's."""
+    memory_learning_rate: float = 6e-4
+    """Peak, of gamma, projections and gates."""
     warmup: int = 20
     gamma: float = 0.1
     """Where the residual scalars start: 0.1 is the published start from scratch (arXiv 2605.26797)."""
@@ -91,6 +93,6 @@ class Decoder:
         return TrainingRecipe(
             "small", "small", "small", method=arm.method, groups=arm.groups if arm.pathway else 1,
             lrt=MemoryDesign(pathway=arm.pathway or "residual", gamma=self.gamma),
-            learning_rate=self.learning_rate, lrt_learning_rate=self.learning_rate, warmup=self.warmup,
+            learning_rate=self.learning_rate, lrt_learning_rate=self.memory_learning_rate, warmup=self.warmup,
             dtype="float32",
         )  # fmt: skip

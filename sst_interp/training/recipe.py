@@ -58,8 +58,8 @@ class TrainingRecipe:
     `pathway`, `gamma` and `projections`. `alpha` then means nothing."""
 
     lrt_learning_rate: float = 1e-4
-    """Of the LRT's own weights. A memory after the final norm has entries of 1 to 40, so that at 2e-3 its keys
-    and values change by as much as they are in a step, and nothing is learned (docs/what-did-not-work.md)."""
+    """Of the LRT's own weights. The memory after the final norm has entries of 1 to 40: at 2e-3 a step moves
+    keys and values by as much as they are, and nothing is learned (docs/what-did-not-work.md)."""
 
     alpha: float = 0.027
     """Where every blend weight starts."""
@@ -264,7 +264,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str, str]] = {
         "[1, 1, 1]",
     ),
     "lrt": (lambda v: v is None or isinstance(v, MemoryDesign), "a table", '[lrt] and pathway = "both"'),
-    "lrt_learning_rate": (_number(0), "a number from 0", "2e-3"),
+    "lrt_learning_rate": (_number(0), "a number from 0", "1e-4"),
     "alpha_bounds": (_bounds, "two numbers from 0 to 1, the lower first", "[0.015, 0.10]"),
     "alpha": (_number(0, 1), "a number from 0 to 1", "0.027"),
     "alpha_learning_rate": (_number(0), "a number from 0", "0.01"),
