@@ -102,14 +102,13 @@ def _positions(found: Pretraining) -> str:
     """Loss by bin of positions, a column per arm, sequential evaluation."""
     if found.positions.empty:
         return NOT_YET
-    rows = found.positions[found.positions["evaluated"] == "sequential"]
-    table = rows.pivot(index="position", columns="arm", values="loss")
-    return markdown(
-        [
-            {"from position": first} | {arm: f"{value:.3f}" for arm, value in row.items()}
-            for first, row in table.iterrows()
-        ]
-    )
+    chosen = found.positions[found.positions["evaluated"] == "sequential"]
+    table = chosen.pivot(index="position", columns="arm", values="loss")
+    rows = [
+        {"from position": first} | {str(arm): f"{value:.3f}" for arm, value in row.items()}
+        for first, row in table.iterrows()
+    ]
+    return markdown(rows)
 
 
 def _recall(found: RecallAccuracy) -> str:
@@ -159,5 +158,5 @@ def _accuracy(row: Mapping[Any, Any]) -> str:
 
 
 def _over(row: Mapping[Any, Any]) -> OverSeeds:
-    ends = [row[f"difference{end}"] for end in ("", "_low", "_high")]
-    return OverSeeds(*ends, math.nan, math.nan, int(row["seeds"]))
+    mean, low, high = (row[f"difference{end}"] for end in ("", "_low", "_high"))
+    return OverSeeds(mean, low, high, math.nan, math.nan, int(row["seeds"]))
