@@ -117,9 +117,14 @@ def solve_by_sweeps(
 
 
 def needs_more(residuals: list[float], tolerance: float, most: int | None) -> bool:
-    """Whether it takes more than `most` sweeps, at the pace of the last two, to get below a tolerance."""
+    """Whether it takes more than `most` sweeps, at the pace of the last two, to get below a tolerance.
+
+    Below a tolerance of 0 no pace leads: with `most` given that is always more.
+    """
     if most is None or len(residuals) < 3:
         return False
+    if tolerance <= 0:
+        return True
     pace = math.sqrt(residuals[-1] / residuals[-3])
     return pace >= 1 or len(residuals) + math.log(tolerance / residuals[-1]) / math.log(pace) > most
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from sst_interp.errors import SSTError
 from sst_interp.exact import solve_exactly
 from sst_interp.pretraining import text_study
-from sst_interp.pretraining.arms import ARMS, BASELINE, BOTH, LONGER, RESIDUAL, Arm, Decoder
+from sst_interp.pretraining.arms import ARMS, BASELINE, BOTH, LONGER, QUIET, RESIDUAL, Arm, Decoder
 from sst_interp.pretraining.commands import app
 from sst_interp.pretraining.corpus import build_corpus, every_next, learn_vocabulary
 from sst_interp.pretraining.evaluation import OWN, SEQUENTIAL, ZERO, evaluations, score
@@ -72,6 +72,21 @@ def test_every_arm_starts_from_the_same_weights_and_reads_the_same_windows():
         for name, value in first.masters.adapters.items():
             assert torch.equal(value, other.masters.adapters[name])
     assert float(trainings[1].model.kind.weights()["gamma"][0]) == pytest.approx(0.1)
+
+
+def test_a_memory_held_at_zero_trains_as_the_baseline():
+    """All passes then say the same: nothing but the memory sets the arms apart.
+
+    An odd number of positions, so that both groups have as many targets and weigh the same.
+    """
+    decoder = replace(PLAN.decoder, memory_learning_rate=1e-12)
+    corpus = build_corpus(some_text(), 280, POSITIONS + 1, 12, 0.2)
+    weights = decoder.weights(len(corpus.n_bytes), POSITIONS + 1, 0)
+    quiet, plain = (
+        Training(decoder, weights, arm, lambda k: corpus.draw(4, k), 3) for arm in (QUIET, BASELINE)
+    )
+    for _ in range(3):
+        assert quiet.step() == pytest.approx(plain.step(), abs=1e-4)
 
 
 @pytest.mark.parametrize("arm", [BOTH, RESIDUAL], ids=lambda a: a.name)

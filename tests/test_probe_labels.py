@@ -51,6 +51,10 @@ def test_changed_answers_need_no_right_one():
     answers = run_answers(["0000"] * 9, given)
     changed = halting_labels(answers, "answer-changed")
     assert changed.positive.tolist() == [len(set(row)) > 1 for row in given]
+    choice = halting_labels(answers, "choice-changed")
+    answered = [row for row in given if "-" not in row]
+    assert choice.positive.tolist() == [len(set(row)) > 1 for row in answered]
+    assert choice.n_excluded == len(given) - len(answered)
     deepest = halting_labels(answers, "deepest-changed")
     assert deepest.positive.tolist() == [row[0] != row[-1] for row in given]
     with pytest.raises(SSTError, match="all equal"):
@@ -79,7 +83,14 @@ def test_labels_that_cannot_be_told_are_said_in_a_line():
     silent = questions_table(np.array([[True, False]] * 3), (1, 4)).drop(columns="answer")
     with pytest.raises(SSTError, match="needs the answers"):
         halting_labels(answers_of(silent), "answer-changed")
-    assert set(RULES) == {"must-halt", "broken", "mended", "answer-changed", "deepest-changed"}
+    assert set(RULES) == {
+        "must-halt",
+        "broken",
+        "mended",
+        "answer-changed",
+        "choice-changed",
+        "deepest-changed",
+    }
 
 
 @pytest.fixture(scope="module")

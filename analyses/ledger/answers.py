@@ -66,7 +66,7 @@ def deepest_winner(suite: Suite, comparison: str) -> Finding:
     if found.deepest_rank is None:
         return untestable("the most likely token never changes", control=control)
     figure = Interval(found.deepest_rank, math.nan, math.nan, n, reason="a maximum has no interval")
-    here = f"{found.deepest_rank} of {found.n_winners:,} new winners; beyond {PAPER_RANK} "
+    here = f"rank {found.deepest_rank:,}, deepest of {found.n_winners:,} new winners; beyond {PAPER_RANK} "
     here += found.beyond.text(percent=True)
     return Finding(here, judged(found.deepest_rank >= PAPER_RANK, why=too_few(n)), figure, control)
 
@@ -182,7 +182,7 @@ def _deepest_nudged(suite: Suite, comparison: str) -> str:
     if rows.empty:
         return "nudges not testable: the run has none of this comparison"
     rank = rows.loc[(rows["b"] == rows["b"].max()).to_numpy(dtype=bool), "winner_rank"]
-    return f"random nudges of that size: {int(rank.max())} of {int((rank > 0).sum()):,} new winners"
+    return f"random nudges of that size: rank {int(rank.max()):,}, deepest of {int((rank > 0).sum()):,}"
 
 
 def _same_tokens(found: TokenReplacement, column: str) -> str:

@@ -28,6 +28,8 @@ class Arm:
     """Interleaved groups of positions (S)."""
     longer: int = 1
     """Times as many steps as planned."""
+    gamma: float | None = None
+    """Where the residual scalars start; None: where the decoder says (`Decoder.gamma`)."""
 
     @property
     def method(self) -> Method:
@@ -42,9 +44,11 @@ class Arm:
 
 BASELINE = Arm("baseline")
 RESIDUAL = Arm("LRT, residual", "residual")
+QUIET = Arm("LRT, residual from 0", "residual", gamma=0.0)
+"""Starts as the baseline: what of an LRT's loss is due to a memory that disturbs before it helps?"""
 BOTH = Arm("LRT, both", "both")
 LONGER = Arm("baseline, equal compute", longer=BOTH.passes)
-ARMS = (BASELINE, BOTH, LONGER, RESIDUAL)
+ARMS = (BASELINE, BOTH, LONGER, RESIDUAL, QUIET)
 """Names are what tables and analyses know them by."""
 
 
@@ -88,11 +92,15 @@ class Decoder:
             torch.manual_seed(seed)
             return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
+    def gamma_of(self, arm: Arm) -> float:
+        """Where an arm's residual scalars start."""
+        return self.gamma if arm.gamma is None else arm.gamma
+
     def recipe(self, arm: Arm) -> TrainingRecipe:
         """How an arm is trained, in the words of `sst-interp train`."""
         return TrainingRecipe(
             "small", "small", "small", method=arm.method, groups=arm.groups if arm.pathway else 1,
-            lrt=MemoryDesign(pathway=arm.pathway or "residual", gamma=self.gamma),
+            lrt=MemoryDesign(pathway=arm.pathway or "residual", gamma=self.gamma_of(arm)),
             learning_rate=self.learning_rate, lrt_learning_rate=self.memory_learning_rate, warmup=self.warmup,
             dtype="float32",
         )  # fmt: skip

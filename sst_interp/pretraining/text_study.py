@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 
 from sst_interp.errors import SSTError
-from sst_interp.pretraining.arms import ARMS, RESIDUAL, Arm, Decoder
+from sst_interp.pretraining.arms import ARMS, QUIET, RESIDUAL, Arm, Decoder
 from sst_interp.pretraining.corpus import Corpus, build_corpus, every_next
 from sst_interp.pretraining.evaluation import evaluations, score
 from sst_interp.pretraining.text import Text
@@ -146,9 +146,9 @@ def _training(plan: TextPlan, corpus: Corpus, seed: int, arm: Arm) -> Training:
 
 
 def _missing(folder: Path, seeds: Sequence[int], arms: Sequence[Arm]) -> list[tuple[int, Arm]]:
-    """What the question needs first, of every seed; the other pathway after that."""
+    """What the question needs first, of every seed; variants of the memory after that."""
     table = read_rows(folder / LOSSES)
     done = set() if table.empty else set(zip(table["seed"], table["arm"], strict=True))
     every = [(seed, arm) for seed in seeds for arm in arms]
-    every.sort(key=lambda one: one[1] == RESIDUAL)
+    every.sort(key=lambda one: one[1] in (RESIDUAL, QUIET))
     return [(seed, arm) for seed, arm in every if (seed, arm.name) not in done]

@@ -39,7 +39,7 @@ class Training:
         self.seconds = 0.0
         """Of processor time, in steps."""
         self.position_passes = 0
-        start = decoder.gamma if arm.pathway else 0.0
+        start = decoder.gamma_of(arm) if arm.pathway else 0.0
         self.model: StateStreamModel = attach_lrt(
             copy.deepcopy(weights), pathway=arm.pathway or "residual", gamma=start
         )

@@ -49,6 +49,13 @@ def _changed(_: object, codes: np.ndarray | None) -> np.ndarray:
     return np.any(codes != codes[:, :1], axis=1)
 
 
+def _always_answered(_: object, codes: np.ndarray | None) -> np.ndarray:
+    from sst_interp.analyses.parts.answers import NO_ANSWER
+
+    assert codes is not None
+    return np.all(codes != NO_ANSWER, axis=1)
+
+
 def _deepest_differs(_: object, codes: np.ndarray | None) -> np.ndarray:
     assert codes is not None
     return codes[:, -1] != codes[:, 0]
@@ -79,6 +86,13 @@ RULES: dict[str, Rule] = {
         "the same answer at every depth",
         _changed,
         _everything,
+        needs_answers=True,
+    ),
+    "choice-changed": Rule(
+        "another answer at some depth than at the shallowest, and an answer at every depth",
+        "the same answer, not none, at every depth",
+        _changed,
+        _always_answered,
         needs_answers=True,
     ),
     "deepest-changed": Rule(
