@@ -92,7 +92,8 @@ def read_checkpoint(folder: Path, kind: KindName | None = None) -> tuple[dict[st
     """
     try:
         config = json.loads((folder / CONFIG).read_text())
-        weights = load_file(folder / WEIGHTS)
+        # cloned, since in the file tensors lie anywhere, and products of unaligned ones round otherwise
+        weights = {name: value.clone() for name, value in load_file(folder / WEIGHTS).items()}
     except (OSError, ValueError, SafetensorError) as error:
         raise SSTError(f"checkpoint {folder} cannot be read: {error}", "fetch or save it again") from None
     found = config.get("kind", "sst") if isinstance(config, dict) else "sst"

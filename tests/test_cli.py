@@ -439,7 +439,7 @@ def test_ctrl_c_keeps_what_is_committed(run_cli, parts, batches, command):
     partial = open_run("own")
     assert list(partial.manifest["shards"]) == ["0"]
     kept = {p: p.read_bytes() for p in Path("runs/own").rglob("0000.*")}
-    assert len(kept) == 5
+    assert len(kept) == 6
     two_lines(run_cli("capture", "--run", write_recipe(parts, alpha=0.2)), "alpha = 0.3", "0.2")
     code, _, err = run_cli(command, "--run", write_recipe(parts))
     assert code == 0, err
