@@ -27,8 +27,8 @@ from sst_interp.approximation.small import (
     fresh_weights,
 )
 from sst_interp.approximation.study import compare_gradients, run_study, step_times, train_arm
-from sst_interp.approximation.tables import all_tables, write_tables
-from sst_interp.documents import NOT_YET, markdown
+from sst_interp.approximation.tables import all_tables
+from sst_interp.documents import NOT_YET, fill, markdown
 from sst_interp.errors import SSTError
 
 TINY = Plan(
@@ -329,22 +329,22 @@ def test_a_document_is_filled_from_the_tables_and_only_between_its_marks(tmp_pat
     before = "# A page\n\n<!-- training -->\nold\n<!-- end of training -->\n\nafter\n"
     before += "<!-- groups -->\n<!-- end of groups -->\n"
     document.write_text(before)
-    assert write_tables(document, tmp_path) == ["training", "groups"]
+    assert fill(document, all_tables(tmp_path)) == ["training", "groups"]
     assert document.read_text().count(NOT_YET) == 2
     losses_table().to_parquet(tmp_path / "small-losses.parquet")
     gradients_table().to_parquet(tmp_path / "small-gradients.parquet")
-    write_tables(document, tmp_path)
+    fill(document, all_tables(tmp_path))
     text = document.read_text()
     assert text.startswith("# A page\n\n<!-- training -->\n\n| setting |")
     assert "after" in text
     assert "old" not in text
     assert text.count("\n| alpha in") == 6
-    write_tables(document, tmp_path)
+    fill(document, all_tables(tmp_path))
     assert document.read_text() == text
     assert all("nan" not in table for table in all_tables(tmp_path).values())
     document.write_text("<!-- other -->\n<!-- end of other -->")
     with pytest.raises(SSTError, match="other"):
-        write_tables(document, tmp_path)
+        fill(document, all_tables(tmp_path))
 
 
 def test_a_markdown_table_leaves_what_is_missing_empty():

@@ -18,7 +18,7 @@ from sst_interp.analyses.latent_equivalence import latent_equivalence
 from sst_interp.analyses.latent_training import latent_training
 from sst_interp.approximation.flipflop import FlipFlop
 from sst_interp.approximation.small import Arm, Plan, fresh_weights
-from sst_interp.documents import NOT_YET
+from sst_interp.documents import NOT_YET, fill
 from sst_interp.errors import SSTError
 from sst_interp.latent import commands, named, schedules
 from sst_interp.latent.equivalence import SCHEDULES, Schedule, Text, compare_schedules
@@ -26,7 +26,7 @@ from sst_interp.latent.memories import random_memory
 from sst_interp.latent.named import equivalence_by_name
 from sst_interp.latent.schedules import run_schedules, step_times
 from sst_interp.latent.small import ARMS, NO_MEMORY, LatentPlan, train_latent
-from sst_interp.latent.tables import all_tables, write_tables
+from sst_interp.latent.tables import all_tables
 from sst_interp.training.objective import answer_loss, mean_over_passes
 
 SMALL = Plan(FlipFlop(positions=6), layers=2, d_model=16, pretraining=2, steps=4, batch=4, held_out=8)
@@ -313,7 +313,7 @@ def test_the_tables_of_a_document_are_written_and_others_left_alone(tmp_path):
         "<!-- another's -->\nkept\n<!-- end of another's -->\n"
     )
     planted_losses().to_parquet(tmp_path / "latent-losses.parquet")
-    assert write_tables(path, tmp_path) == ["latent training"]
+    assert fill(path, all_tables(tmp_path), others=True) == ["latent training"]
     text = path.read_text()
     assert "old" not in text
     assert "| interleaved S=2 |" in text

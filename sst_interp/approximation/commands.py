@@ -8,19 +8,13 @@ from typing import Annotated
 
 import typer
 
-from sst_interp import places
+from sst_interp.studies import STUDIES, Folder, Seeds, add_reading, print_tables
 
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
     help="How good is the training's approximation of the states?",
 )
-
-STUDIES = places.studies_dir()
-Folder = Annotated[Path, typer.Option(help="Folder of the measured tables.")]
-Measured = Annotated[
-    Path | None, typer.Option(help="Folder of the measured tables; default: `studies`, else the shipped one.")
-]
 
 
 @app.command()
@@ -49,7 +43,7 @@ def errors(
 @app.command()
 def study(
     out: Folder = STUDIES,
-    seeds: Annotated[int, typer.Option(min=1, help="How many starts.")] = 3,
+    seeds: Seeds = 3,
 ) -> None:
     """Train small models exactly, with few sweeps and without a stream. Goes on where it was stopped.
 
@@ -59,34 +53,13 @@ def study(
     from sst_interp.approximation.study import run_study
 
     run_study(out, seeds=range(seeds), progress=lambda words: print(words, file=sys.stderr))
-    show(out)
+    print_tables(_tables(out))
 
 
-@app.command()
-def show(studies: Measured = None) -> None:
-    """Print every table and verdict that the measurements allow.
-
-    Example:
-        sst-interp approximation show
-    """
+def _tables(studies: Path) -> dict[str, str]:
     from sst_interp.approximation.tables import all_tables
 
-    for name, text in all_tables(_measured(studies)).items():
-        print(f"\n## {name}\n\n{text}")
+    return all_tables(studies)
 
 
-@app.command()
-def document(
-    path: Annotated[Path, typer.Argument(help="A document with places for tables.")],
-    studies: Measured = None,
-) -> None:
-    """Fill the tables of a document (docs/approximation.md)."""
-    from sst_interp.approximation.tables import write_tables
-
-    print(f"{path}: {', '.join(write_tables(path, _measured(studies)))}")
-
-
-def _measured(studies: Path | None) -> Path:
-    if studies is not None:
-        return studies
-    return STUDIES if STUDIES.is_dir() else places.shipped("studies")
+add_reading(app, "approximation", _tables, ("errors.parquet", "small-*"), "docs/approximation.md")

@@ -17,19 +17,10 @@ from sst_interp.analyses.approximation_contraction import contraction
 from sst_interp.analyses.approximation_gradients import bounds_words, gradient_fidelity
 from sst_interp.analyses.approximation_training import EXACT, training_cost
 from sst_interp.approximation.study import read_study
-from sst_interp.documents import NOT_YET, fill, markdown
+from sst_interp.documents import NOT_YET, markdown
 from sst_interp.study_tables import read_rows
 
 ERRORS = "errors.parquet"
-
-
-def write_tables(document: str | Path, studies: str | Path) -> list[str]:
-    """Fill every table of a document from the folder of measured tables; returns their names.
-
-    Raises:
-        SSTError: the document names a table that there is none of.
-    """
-    return fill(document, all_tables(studies))
 
 
 def all_tables(studies: str | Path) -> dict[str, str]:

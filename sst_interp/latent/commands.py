@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from sst_interp import places
+from sst_interp.studies import STUDIES, Folder, Seeds, add_reading
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -16,17 +16,11 @@ app = typer.Typer(
     help="What are the training schedules of a Latent Recurrent Transformer worth?",
 )
 
-STUDIES = places.studies_dir()
-Folder = Annotated[Path, typer.Option(help="Folder of the measured tables; what it has is kept.")]
-Measured = Annotated[
-    Path | None, typer.Option(help="Folder of the measured tables; default: `studies`, else the shipped one.")
-]
-
 
 @app.command()
 def schedules(
     out: Folder = STUDIES,
-    seeds: Annotated[int, typer.Option(min=1, help="How many starts.")] = 3,
+    seeds: Seeds = 3,
 ) -> None:
     """Train a small LRT with every schedule to the same number of steps. Goes on where it was stopped.
 
@@ -67,30 +61,6 @@ def equivalence(
     print(latent_equivalence(found["states"], found["gradients"]).verdict)
 
 
-@app.command()
-def show(studies: Measured = None) -> None:
-    """Print every table and verdict that the measurements allow.
-
-    Example:
-        sst-interp latent show
-    """
-    from sst_interp.latent.tables import all_tables
-
-    for name, text in all_tables(_measured(studies)).items():
-        print(f"\n## {name}\n\n{text}")
-
-
-@app.command()
-def document(
-    path: Annotated[Path, typer.Argument(help="A document with places for tables.")],
-    studies: Measured = None,
-) -> None:
-    """Fill the tables of a document (docs/lrt.md)."""
-    from sst_interp.latent.tables import write_tables
-
-    print(f"{path}: {', '.join(write_tables(path, _measured(studies)))}")
-
-
 def _numbers(text: str) -> list[float]:
     from sst_interp.errors import SSTError
 
@@ -100,7 +70,10 @@ def _numbers(text: str) -> list[float]:
         raise SSTError(f"sizes {text!r} are not numbers", "for example --sizes 0.005,0.02") from None
 
 
-def _measured(studies: Path | None) -> Path:
-    if studies is not None:
-        return studies
-    return STUDIES if STUDIES.is_dir() else places.shipped("studies")
+def _tables(studies: Path) -> dict[str, str]:
+    from sst_interp.latent.tables import all_tables
+
+    return all_tables(studies)
+
+
+add_reading(app, "latent", _tables, ("latent-*",), "docs/lrt.md", others=True)

@@ -11,18 +11,9 @@ import pandas as pd
 from sst_interp.analyses.latent_equivalence import EVERY_PASS, MODEL, latent_equivalence, schedule_words
 from sst_interp.analyses.latent_training import BASELINE, EXACT, latent_training
 from sst_interp.approximation.tables import spread
-from sst_interp.documents import NOT_YET, fill, markdown
+from sst_interp.documents import NOT_YET, markdown
 from sst_interp.latent.named import read_equivalence
 from sst_interp.latent.schedules import read_schedules
-
-
-def write_tables(document: str | Path, studies: str | Path) -> list[str]:
-    """Fill the tables about schedules in a document; places for other tables are left alone.
-
-    Returns:
-        Names of the tables that were filled.
-    """
-    return fill(document, all_tables(studies), others=True)
 
 
 def all_tables(studies: str | Path) -> dict[str, str]:

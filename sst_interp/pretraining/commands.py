@@ -10,20 +10,13 @@ from typing import Annotated, Any
 
 import typer
 
-from sst_interp import places
+from sst_interp.studies import STUDIES, Folder, Seeds, add_reading, print_tables
 
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
     help="Does a latent memory help a small decoder that is trained from scratch?",
 )
-
-STUDIES = places.studies_dir()
-Folder = Annotated[Path, typer.Option(help="Folder of the measured tables; what it has is kept.")]
-Seeds = Annotated[int, typer.Option(min=1, help="How many starts.")]
-Measured = Annotated[
-    Path | None, typer.Option(help="Folder of the measured tables; default: `studies`, else the shipped one.")
-]
 
 
 @app.command()
@@ -52,7 +45,7 @@ def run(
     source = articles() if text is None else read_text(text)
     with _bar(passes_left(out, plan, range(seeds)), "pretraining") as progress:
         run_text(out, source, plan, range(seeds), progress=progress)
-    show(out)
+    print_tables(_tables(out))
 
 
 @app.command()
@@ -73,32 +66,7 @@ def recall(
     plan = RecallPlan() if steps is None else replace(RecallPlan(), steps=steps)
     with _bar(passes_left(out, plan, range(seeds), ARMS), "recall") as progress:
         run_recall(out, plan, range(seeds), progress=progress)
-    show(out)
-
-
-@app.command()
-def show(studies: Measured = None) -> None:
-    """Print every table and verdict that the measurements allow.
-
-    Example:
-        sst-interp pretraining show
-    """
-    from sst_interp.pretraining.tables import all_tables
-
-    for name, text in all_tables(_measured(studies)).items():
-        print(f"\n## {name}\n\n{text}")
-
-
-@app.command()
-def document(
-    path: Annotated[Path, typer.Argument(help="A document with places for tables.")],
-    studies: Measured = None,
-) -> None:
-    """Fill the tables of a document (docs/pretraining.md)."""
-    from sst_interp.documents import fill
-    from sst_interp.pretraining.tables import all_tables
-
-    print(f"{path}: {', '.join(fill(path, all_tables(_measured(studies))))}")
+    print_tables(_tables(out))
 
 
 @contextmanager
@@ -114,10 +82,10 @@ def _bar(total: int, what: str) -> Iterator[Callable[[str, int], Any]]:
         yield progress
 
 
-def _measured(studies: Path | None) -> Path:
-    if studies is not None:
-        return studies
-    from sst_interp.pretraining import recall_study, text_study
+def _tables(studies: Path) -> dict[str, str]:
+    from sst_interp.pretraining.tables import all_tables
 
-    here = any((STUDIES / name).is_file() for name in (text_study.LOSSES, recall_study.ACCURACY))
-    return STUDIES if here else places.shipped("studies")
+    return all_tables(studies)
+
+
+add_reading(app, "pretraining", _tables, ("pretraining-*", "recall-*"), "docs/pretraining.md")
