@@ -37,14 +37,14 @@ from sst_interp.analyses.routing import Routing, routing, routing_of
 from sst_interp.analyses.settling import Settling, settling
 from sst_interp.analyses.shifts_per_question import ShiftsPerQuestion, shifts_per_question
 from sst_interp.analyses.state_settling import StateSettling, state_settling
-from sst_interp.analyses.statistics.modes import Modes, find_modes
-from sst_interp.analyses.statistics.permutation import label_permutation, sign_flip
-from sst_interp.analyses.statistics.resampling import (
+from sst_interp.analyses.statistics.bootstrap import (
     Interval,
     bootstrap_ends,
     cluster_bootstrap,
     resample_weights,
 )
+from sst_interp.analyses.statistics.modes import Modes, find_modes
+from sst_interp.analyses.statistics.permutation import label_permutation, sign_flip
 from sst_interp.analyses.token_replacement import TokenReplacement, token_replacement
 from sst_interp.analyses.training_curves import TrainingCurves, training_curves
 

@@ -17,10 +17,10 @@ import plotly.graph_objects as go
 
 from sst_interp.analyses.figures import approximation as approximation_figures
 from sst_interp.analyses.result import Result
-from sst_interp.analyses.statistics.medians import as_columns
-from sst_interp.analyses.statistics.resampling import (
+from sst_interp.analyses.statistics.bootstrap import (
     RESAMPLES,
     Interval,
+    as_columns,
     cluster_bootstrap,
     questions_words,
     ratio,

@@ -17,8 +17,7 @@ from sst_interp.analyses.approximation import CONDITION, SUMS, logit_error, row_
 from sst_interp.analyses.basin_shifts import UNKNOWN
 from sst_interp.analyses.figures import approximation as approximation_figures
 from sst_interp.analyses.result import Result
-from sst_interp.analyses.statistics.medians import as_columns
-from sst_interp.analyses.statistics.resampling import RESAMPLES, cluster_bootstrap, questions_words
+from sst_interp.analyses.statistics.bootstrap import RESAMPLES, as_columns, cluster_bootstrap, questions_words
 
 FLOOR = 3e-5
 """Errors below this are rounding of float32, not convergence: they are left out of fits."""

@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from sst_interp.analyses.figures.approximation import COLOURS
-from sst_interp.analyses.figures.overlap import GREY, TEMPLATE, empty_figure
+from sst_interp.analyses.plots import GREY, TEMPLATE, empty_figure
 from sst_interp.analyses.result import Result
 from sst_interp.analyses.statistics.seeds import over_seeds, seeds_words
 

@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 
 from sst_interp.analyses.approximation_gradients import SETTING, bounds_words
 from sst_interp.analyses.figures.approximation import COLOURS
-from sst_interp.analyses.figures.overlap import GREY, _figure, empty_figure
+from sst_interp.analyses.plots import GREY, canvas, empty_figure
 from sst_interp.analyses.result import Result
 from sst_interp.analyses.statistics.seeds import OverSeeds, over_seeds, seeds_words
 
@@ -93,7 +93,7 @@ class TrainingCost(Result):
             return empty_figure(self.title, f"not testable: {self.not_testable}")
         n = seeds_words(int(self.finals["seeds"].max()))
         subtitle = f"{n}; bars: lowest and highest seed"
-        figure = _figure(
+        figure = canvas(
             "Final loss by training", subtitle, "loss under exact evaluation (nats per label)", ""
         )
         for ((low, high), own), colour in zip(self.finals.groupby(SETTING), COLOURS, strict=False):
@@ -126,7 +126,7 @@ class TrainingCost(Result):
         n = seeds_words(int(self.finals["seeds"].max()))
         title = {"step": "Loss over training", "distance": "Final loss by distance"}[x]
         y = "loss under exact evaluation (nats per label)"
-        figure = _figure(title, f"{bounds_words(low, high)}; mean of {n}", unit, y)
+        figure = canvas(title, f"{bounds_words(low, high)}; mean of {n}", unit, y)
         for (arm, own), colour in zip(rows.groupby("arm", sort=False), (*COLOURS, GREY), strict=False):
             dash = "dot" if arm == BASELINE else "solid"
             figure.add_scatter(

@@ -16,21 +16,13 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from sst_interp.analyses.figures import overlap as figures
-from sst_interp.analyses.overlap import (
-    OverlapDistribution,
-    overlap_distribution,
-    overlap_of,
-    pair_words,
-)
+from sst_interp.analyses.overlap import OverlapDistribution, overlap_distribution, overlap_of, pair_words
 from sst_interp.analyses.parts.question_map import QuestionMap as QuestionMap
 from sst_interp.analyses.parts.question_map import question_map as question_map
 from sst_interp.analyses.parts.shift_words import shift_verdict
 from sst_interp.analyses.result import Result
-from sst_interp.analyses.statistics import tallies
-from sst_interp.analyses.statistics.resampling import (
-    RESAMPLES,
-    Interval,
-)
+from sst_interp.analyses.statistics import bootstrap as tallies
+from sst_interp.analyses.statistics.bootstrap import RESAMPLES, Interval
 from sst_interp.choices import COMPARISONS, Choices, Comparison
 from sst_interp.errors import SSTError, unknown_name
 

@@ -18,16 +18,16 @@ from sst_interp.analyses.figures import controls as control_figures
 from sst_interp.analyses.overlap import pair_words, select
 from sst_interp.analyses.parts.noise_floor import KINDS, Floor, highest, noise_floors
 from sst_interp.analyses.result import Result
-from sst_interp.analyses.statistics import tallies
-from sst_interp.analyses.statistics.medians import grouped_medians
-from sst_interp.analyses.statistics.paired_tests import paired_tests
-from sst_interp.analyses.statistics.resampling import (
+from sst_interp.analyses.statistics import bootstrap as tallies
+from sst_interp.analyses.statistics.bootstrap import (
     LEVEL,
     RESAMPLES,
     Interval,
+    grouped_medians,
     percent_text,
     questions_words,
 )
+from sst_interp.analyses.statistics.permutation import paired_tests
 from sst_interp.choices import COMPARISONS
 from sst_interp.errors import SSTError, unknown_name
 

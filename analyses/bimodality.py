@@ -27,9 +27,8 @@ from sst_interp.analyses.overlap import RESOLUTION, deepest_pair, overlap_of, pa
 from sst_interp.analyses.parts.scopes import COLUMNS, between_layers, collect, measure
 from sst_interp.analyses.parts.shift_words import mode_counts, mode_fits
 from sst_interp.analyses.result import Result
+from sst_interp.analyses.statistics.bootstrap import LEVEL, RESAMPLES, Interval, questions_words, share
 from sst_interp.analyses.statistics.modes import BINS
-from sst_interp.analyses.statistics.resampling import LEVEL, RESAMPLES, Interval, questions_words
-from sst_interp.analyses.statistics.tallies import share
 from sst_interp.choices import COMPARISONS
 from sst_interp.errors import SSTError, unknown_name
 

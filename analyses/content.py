@@ -30,11 +30,15 @@ from sst_interp.analyses.parts.positions import READ, readings
 from sst_interp.analyses.parts.question_grid import question_grid, shift_threshold
 from sst_interp.analyses.parts.token_classes import TokenClass, classes_of, rates_by_class, token_grid
 from sst_interp.analyses.result import Result
-from sst_interp.analyses.statistics.label_share import class_share, position_share
-from sst_interp.analyses.statistics.matching import association, matched
+from sst_interp.analyses.statistics.along_texts import (
+    association,
+    class_share,
+    matched,
+    position_share,
+    ranks,
+)
+from sst_interp.analyses.statistics.bootstrap import LEVEL, RESAMPLES, questions_words
 from sst_interp.analyses.statistics.permutation import holm
-from sst_interp.analyses.statistics.profiles import ranks
-from sst_interp.analyses.statistics.resampling import LEVEL, RESAMPLES, questions_words
 from sst_interp.choices import COMPARISONS, Choices
 from sst_interp.errors import SSTError, unknown_name
 

@@ -10,9 +10,9 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from sst_interp.analyses.figures.overlap import BLUE, GREY, ORANGE, TEMPLATE, VERMILLION, empty_figure
+from sst_interp.analyses.plots import BLUE, GREY, ORANGE, TEMPLATE, VERMILLION, empty_figure
 from sst_interp.analyses.result import Result
-from sst_interp.analyses.statistics.resampling import Interval, cluster_bootstrap
+from sst_interp.analyses.statistics.bootstrap import Interval, cluster_bootstrap
 from sst_interp.errors import SSTError
 
 ORACLE = "best of depths (oracle)"

@@ -28,11 +28,12 @@ from sst_interp.analyses.parts.parting import (
 )
 from sst_interp.analyses.parts.positions import at_positions, depth_pairs, position_overlaps, readings
 from sst_interp.analyses.result import Result
-from sst_interp.analyses.statistics import tallies
-from sst_interp.analyses.statistics.medians import as_columns, grouped_medians
-from sst_interp.analyses.statistics.resampling import (
+from sst_interp.analyses.statistics import bootstrap as tallies
+from sst_interp.analyses.statistics.bootstrap import (
     RESAMPLES,
     Interval,
+    as_columns,
+    grouped_medians,
     none_seen_bound,
     percent_text,
     questions_words,

@@ -33,8 +33,7 @@ from sst_interp.analyses.parts.stretches import (
     stable_stretches,
 )
 from sst_interp.analyses.result import Result
-from sst_interp.analyses.statistics.permutation import sign_flip
-from sst_interp.analyses.statistics.resampling import (
+from sst_interp.analyses.statistics.bootstrap import (
     RESAMPLES,
     Interval,
     bootstrap_ends,
@@ -43,6 +42,7 @@ from sst_interp.analyses.statistics.resampling import (
     questions_words,
     ratio,
 )
+from sst_interp.analyses.statistics.permutation import sign_flip
 
 
 @dataclass(frozen=True, eq=False)

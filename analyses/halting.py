@@ -41,9 +41,9 @@ from sst_interp.analyses.parts.probe_validation import (
     per_question,
 )
 from sst_interp.analyses.result import Result
+from sst_interp.analyses.statistics.along_texts import p_value
 from sst_interp.analyses.statistics.binomial_readings import Hits, binomial_readings
-from sst_interp.analyses.statistics.matching import p_value
-from sst_interp.analyses.statistics.resampling import RESAMPLES, Interval
+from sst_interp.analyses.statistics.bootstrap import RESAMPLES, Interval
 from sst_interp.errors import SSTError
 from sst_interp.probe.design import Design
 from sst_interp.probe.features import Features, position0, usable_layers

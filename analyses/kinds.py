@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import pandas as pd
 import plotly.graph_objects as go
 
+from sst_interp.analyses import plots as intervals
 from sst_interp.analyses.basin_shifts import PAPER_THRESHOLD
-from sst_interp.analyses.figures import intervals
 from sst_interp.analyses.overlap import overlap_distribution
 from sst_interp.analyses.parts.kind_shares import (
     BLANK,
@@ -27,7 +27,7 @@ from sst_interp.analyses.parts.kind_shares import (
     shares_of,
 )
 from sst_interp.analyses.result import Result
-from sst_interp.analyses.statistics.resampling import RESAMPLES, questions_words
+from sst_interp.analyses.statistics.bootstrap import RESAMPLES, questions_words
 from sst_interp.choices import COMPARISONS
 from sst_interp.errors import SSTError
 

@@ -14,13 +14,13 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from sst_interp.analyses import plots as intervals
 from sst_interp.analyses.approximation_contraction import slopes
-from sst_interp.analyses.figures import intervals
 from sst_interp.analyses.result import Result
-from sst_interp.analyses.statistics.medians import as_columns
-from sst_interp.analyses.statistics.resampling import (
+from sst_interp.analyses.statistics.bootstrap import (
     RESAMPLES,
     Interval,
+    as_columns,
     cluster_bootstrap,
     questions_words,
     ratio,

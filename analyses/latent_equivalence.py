@@ -14,12 +14,12 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from sst_interp.analyses.figures.approximation import _log, _questions, _series
-from sst_interp.analyses.figures.overlap import _figure, empty_figure
+from sst_interp.analyses.plots import canvas, empty_figure
 from sst_interp.analyses.result import Result
-from sst_interp.analyses.statistics.medians import as_columns
-from sst_interp.analyses.statistics.resampling import (
+from sst_interp.analyses.statistics.bootstrap import (
     RESAMPLES,
     Interval,
+    as_columns,
     cluster_bootstrap,
     questions_words,
     ratio,
@@ -116,7 +116,7 @@ class LatentEquivalence(Result):
         if self.schedules.empty:
             return empty_figure(self.title, f"not testable: {self.not_testable}")
         x, y = "S (groups) or K (sweeps), log scale", "relative error of the last layer (L2), log scale"
-        figure = _figure("States against sequential unrolling", _questions(self.schedules), x, y)
+        figure = canvas("States against sequential unrolling", _questions(self.schedules), x, y)
         _series(figure, self.schedules, "n", "state", self._lines(self.schedules))
         return _log(figure)
 
@@ -128,7 +128,7 @@ class LatentEquivalence(Result):
         for part, words in (("weights", "weights"), ("memory", "the memory's own weights")):
             rows = self.gradients[(self.gradients["of"] == EVERY_PASS) & (self.gradients["part"] == part)]
             x, y = "S (groups) or K (sweeps), log scale", "cosine with the exact gradient"
-            figure = _figure(f"Gradient of {words}", _questions(self.schedules), x, y)
+            figure = canvas(f"Gradient of {words}", _questions(self.schedules), x, y)
             _series(figure, rows, "n", "cosine", self._lines(rows))
             figure.update_xaxes(type="log")
             drawn[f"gradient, {part}"] = figure
@@ -136,7 +136,7 @@ class LatentEquivalence(Result):
             own = self.positions[(self.positions["model"] == model) & (self.positions["memory"] == memory)]
             x = "position in the text, first of its bin (0-based; log scale from 1)"
             y = "relative error of the last layer (L2), log scale"
-            figure = _figure("Error by position", f"{model} ({memory}); {_questions(own)}", x, y)
+            figure = canvas("Error by position", f"{model} ({memory}); {_questions(own)}", x, y)
             named = {schedule_words(m, n): r for (m, n), r in own.groupby(SCHEDULE)}
             _series(figure, own, "position", "state", {k: r[r["position"] > 0] for k, r in named.items()})
             drawn[f"by position, {model}, {memory}"] = _log(figure)

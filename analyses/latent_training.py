@@ -13,7 +13,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from sst_interp.analyses.figures.approximation import COLOURS
-from sst_interp.analyses.figures.overlap import BLUE, GREY, VERMILLION, _figure, empty_figure
+from sst_interp.analyses.plots import BLUE, GREY, VERMILLION, canvas, empty_figure
 from sst_interp.analyses.result import Result
 from sst_interp.analyses.statistics.seeds import OverSeeds, over_seeds, seeds_words
 
@@ -77,7 +77,7 @@ class LatentTraining(Result):
             return empty_figure(self.title, f"not testable: {self.not_testable}")
         n = seeds_words(int(self.finals["seeds"].max()))
         x, words = "loss (nats per label, log scale)", f"{n}; bars: 95% over seeds"
-        figure = _figure("Final loss by training schedule", words, x, "")
+        figure = canvas("Final loss by training schedule", words, x, "")
         for name, column, colour, symbol in (
             ("sequential evaluation", "loss", BLUE, "circle"),
             ("as the schedule computes states", "own", VERMILLION, "diamond-open"),
@@ -105,7 +105,7 @@ class LatentTraining(Result):
             return {"final": self.figure()}
         n = seeds_words(int(self.finals["seeds"].max()))
         x, y = "positions since the value was set", "loss, sequential evaluation (nats per label)"
-        figure = _figure("Final loss by distance", f"all labels of {n}", x, y)
+        figure = canvas("Final loss by distance", f"all labels of {n}", x, y)
         for (arm, own), colour in zip(
             self.distances.groupby("arm", sort=False), (*COLOURS, GREY), strict=False
         ):

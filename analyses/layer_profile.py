@@ -21,14 +21,8 @@ from sst_interp.analyses.basin_shifts import UNKNOWN, BasinShifts
 from sst_interp.analyses.figures import shifts as shift_figures
 from sst_interp.analyses.parts.question_grid import question_grid
 from sst_interp.analyses.result import Result
+from sst_interp.analyses.statistics.bootstrap import RESAMPLES, Interval, percent_text, questions_words, ratio
 from sst_interp.analyses.statistics.permutation import sign_flip
-from sst_interp.analyses.statistics.resampling import (
-    RESAMPLES,
-    Interval,
-    percent_text,
-    questions_words,
-    ratio,
-)
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,12 +21,12 @@ from sst_interp.analyses.parts.answers import answers_of, depth_table, depths_pe
 from sst_interp.analyses.parts.oracle import oracle
 from sst_interp.analyses.result import Result
 from sst_interp.analyses.settling import Settling, settling
-from sst_interp.analyses.statistics.medians import points_text
-from sst_interp.analyses.statistics.resampling import (
+from sst_interp.analyses.statistics.bootstrap import (
     RESAMPLES,
     Interval,
     none_seen_bound,
     percent_text,
+    points_text,
     questions_words,
 )
 

@@ -22,7 +22,7 @@ import plotly.graph_objects as go
 from sst_interp.analyses.figures import patching as patching_figures
 from sst_interp.analyses.ledger.rules import C16, C16B, EVERYWHERE, Finding, Row, judged, untestable
 from sst_interp.analyses.result import Result
-from sst_interp.analyses.statistics.resampling import (
+from sst_interp.analyses.statistics.bootstrap import (
     RESAMPLES,
     Interval,
     bootstrap_ends,

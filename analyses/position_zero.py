@@ -26,8 +26,8 @@ from sst_interp.analyses.parts.question_grid import (
 )
 from sst_interp.analyses.parts.start_up import StartUp, at_zero, start_up
 from sst_interp.analyses.result import Result
-from sst_interp.analyses.statistics import tallies
-from sst_interp.analyses.statistics.resampling import RESAMPLES, Interval, questions_words, ratio
+from sst_interp.analyses.statistics import bootstrap as tallies
+from sst_interp.analyses.statistics.bootstrap import RESAMPLES, Interval, questions_words, ratio
 from sst_interp.choices import COMPARISONS, Choices
 from sst_interp.errors import SSTError, unknown_name
 

@@ -33,8 +33,8 @@ from sst_interp.analyses.parts.event_order import first_at, order_counts, order_
 from sst_interp.analyses.parts.same_size import same_size
 from sst_interp.analyses.parts.state_and_argmax import changed_by_state, state_and_argmax
 from sst_interp.analyses.result import Result
-from sst_interp.analyses.statistics import tallies
-from sst_interp.analyses.statistics.resampling import RESAMPLES, Interval, questions_words
+from sst_interp.analyses.statistics import bootstrap as tallies
+from sst_interp.analyses.statistics.bootstrap import RESAMPLES, Interval, questions_words
 from sst_interp.choices import COMPARISONS
 from sst_interp.errors import SSTError, unknown_name
 

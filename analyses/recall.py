@@ -16,8 +16,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from sst_interp.analyses.figures.intervals import Line, lines
-from sst_interp.analyses.figures.overlap import empty_figure
+from sst_interp.analyses.plots import Line, empty_figure, lines
 from sst_interp.analyses.pretraining import AGAINST, SEQUENTIAL, ZERO
 from sst_interp.analyses.result import Result
 from sst_interp.analyses.statistics.seeds import OverSeeds, over_seeds, seeds_words

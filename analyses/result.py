@@ -10,13 +10,15 @@ import html
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+
+from sst_interp.errors import SSTError
 
 
 class Result(ABC):
@@ -152,3 +154,57 @@ def json_ready(value: Any) -> Any:
     if value is None or isinstance(value, str | bool | int):
         return value
     return str(value)
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """A question that is asked of a run: what computes the answer, and what the report says of it."""
+
+    name: str
+    call: Callable[..., Result]
+    """`Contrast` -> its result; raises `Untestable` where there is none."""
+    heading: str
+    asks: str
+    """The question, as a reader would put it."""
+    claims: tuple[str, ...] = ()
+    """Claims of the ledger that rest on it."""
+    needs: tuple[str, ...] = ("pairs",)
+    """Tables without which there is no answer."""
+    per: Literal["comparison", "run"] = "comparison"
+    """Whether each comparison has its own answer, or the run has one."""
+    captions: Mapping[str, str] = field(default_factory=dict)
+    """Figure -> what to see in it."""
+    order: float = 100
+    """Where it stands in the report, small numbers first."""
+
+
+ANALYSES: dict[str, Analysis] = {}
+"""Name -> every analysis that has been registered."""
+
+C = TypeVar("C", bound=Callable[..., Result])
+
+
+def analysis(heading: str, asks: str, *, name: str | None = None, **about: Any) -> Callable[[C], C]:
+    """Register a function of a `Contrast` as an analysis; the fields of `Analysis` say what `about` may be.
+
+        @analysis("Dwell", "How long does a layer stay stable between shifts?")
+        def dwell(c: Contrast) -> Dwell: ...
+
+    The command line, the claims ledger, the report and the contract tests take it from there.
+
+    Raises:
+        SSTError: if another analysis has the name.
+    """
+
+    def register(call: C) -> C:
+        entry = Analysis(name or call.__name__, call, heading, asks, **about)
+        known = ANALYSES.get(entry.name)
+        if known is not None and known.call.__module__ != call.__module__:
+            raise SSTError(
+                f"two analyses are called {entry.name!r}: {known.call.__module__} and {call.__module__}",
+                "give one of them another name",
+            )
+        ANALYSES[entry.name] = entry
+        return call
+
+    return register

@@ -35,11 +35,11 @@ from sst_interp.analyses.parts.routed_policies import (
     scored,
 )
 from sst_interp.analyses.result import Result
-from sst_interp.analyses.statistics.medians import points_text
-from sst_interp.analyses.statistics.resampling import (
+from sst_interp.analyses.statistics.bootstrap import (
     RESAMPLES,
     Interval,
     percent_text,
+    points_text,
     questions_words,
 )
 

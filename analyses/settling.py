@@ -23,8 +23,13 @@ from sst_interp.analyses.basin_shifts import UNKNOWN
 from sst_interp.analyses.figures import answers as answer_figures
 from sst_interp.analyses.parts.answers import NO_ANSWER, answers_of, mean_of
 from sst_interp.analyses.result import Result
-from sst_interp.analyses.statistics.medians import as_columns, points_text
-from sst_interp.analyses.statistics.resampling import RESAMPLES, Interval, questions_words
+from sst_interp.analyses.statistics.bootstrap import (
+    RESAMPLES,
+    Interval,
+    as_columns,
+    points_text,
+    questions_words,
+)
 
 KINDS = ("settles", "cycles", "drifts", "no answer")
 

@@ -18,7 +18,7 @@ from sst_interp.analyses.basin_shifts import UNKNOWN, BasinShifts
 from sst_interp.analyses.figures import shifts as shift_figures
 from sst_interp.analyses.parts.question_grid import question_grid, share_of_questions
 from sst_interp.analyses.result import Result
-from sst_interp.analyses.statistics.resampling import RESAMPLES, Interval, cluster_bootstrap, questions_words
+from sst_interp.analyses.statistics.bootstrap import RESAMPLES, Interval, cluster_bootstrap, questions_words
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,11 +19,10 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from sst_interp.analyses.basin_shifts import UNKNOWN
-from sst_interp.analyses.figures.overlap import BLUE, ORANGE, TEMPLATE, empty_figure
 from sst_interp.analyses.parts.question_grid import mean_over_questions
+from sst_interp.analyses.plots import BLUE, ORANGE, TEMPLATE, empty_figure
 from sst_interp.analyses.result import Result
-from sst_interp.analyses.statistics.medians import as_columns
-from sst_interp.analyses.statistics.resampling import RESAMPLES, Interval, questions_words
+from sst_interp.analyses.statistics.bootstrap import RESAMPLES, Interval, as_columns, questions_words
 
 LEAST_STEPS = 3
 """Steps that a pace needs."""

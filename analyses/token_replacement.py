@@ -33,11 +33,11 @@ from sst_interp.analyses.parts.output_change import (
 )
 from sst_interp.analyses.parts.positions import at_positions, readings
 from sst_interp.analyses.result import Result
-from sst_interp.analyses.statistics import tallies
-from sst_interp.analyses.statistics.medians import grouped_medians
-from sst_interp.analyses.statistics.resampling import (
+from sst_interp.analyses.statistics import bootstrap as tallies
+from sst_interp.analyses.statistics.bootstrap import (
     RESAMPLES,
     Interval,
+    grouped_medians,
     none_seen_bound,
     percent_text,
     questions_words,

@@ -10,7 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from sst_interp.analyses.figures.overlap import BLUE, GREY, ORANGE, TEMPLATE, VERMILLION, empty_figure
+from sst_interp.analyses.plots import BLUE, GREY, ORANGE, TEMPLATE, VERMILLION, empty_figure
 from sst_interp.analyses.result import Result
 
 SMOOTHING = 20

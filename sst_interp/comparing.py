@@ -15,7 +15,7 @@ from sst_interp.analyses.kinds import Kinds, kinds
 from sst_interp.analyses.kinds_answers import KindsAnswers, kinds_answers
 from sst_interp.analyses.kinds_contraction import KindsContraction, kinds_contraction
 from sst_interp.analyses.parts.kind_shares import Compared
-from sst_interp.analyses.statistics.resampling import RESAMPLES
+from sst_interp.analyses.statistics.bootstrap import RESAMPLES
 from sst_interp.errors import SSTError
 from sst_interp.run_kind import kind_words
 from sst_interp.runs import Run, open_run

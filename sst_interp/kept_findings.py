@@ -22,7 +22,7 @@ import numpy as np
 from sst_interp import places
 from sst_interp.analyses.ledger.rules import C12, C13, C16, C16B, EVERYWHERE, Claim, Finding, Row, untestable
 from sst_interp.analyses.result import KeptResult, Result
-from sst_interp.analyses.statistics.resampling import Interval
+from sst_interp.analyses.statistics.bootstrap import Interval
 from sst_interp.durable import replace_json
 from sst_interp.errors import SSTError
 from sst_interp.guarded import read_json, unreadable

@@ -21,7 +21,7 @@ from sst_interp.analyses.approximation import ApproximationError, approximation_
 from sst_interp.analyses.ledger.claims import BlendWeights, Ledger, claims
 from sst_interp.analyses.ledger.rules import Row
 from sst_interp.analyses.ledger.suite import Progress
-from sst_interp.analyses.statistics.resampling import RESAMPLES
+from sst_interp.analyses.statistics.bootstrap import RESAMPLES
 from sst_interp.errors import SSTError
 from sst_interp.guarded import read_table
 from sst_interp.kept_findings import kept_findings

@@ -16,15 +16,7 @@ from torch import Tensor
 from sst_interp.choices import COMPARISONS
 from sst_interp.lanes import Cell, LaneDecoder, Moment, pairs_of
 from sst_interp.lens import LENS_TOP, lens_tops
-from sst_interp.measures import (
-    TOP,
-    bf16_ratio,
-    compare_outputs,
-    cosine,
-    jaccard,
-    relative_l2,
-    wide,
-)
+from sst_interp.measures import TOP, bf16_ratio, compare_outputs, cosine, jaccard, relative_l2, wide
 
 SHIFT_KEPT_BELOW = 0.99
 """`keep = "shifts"` keeps pairs below the paper's threshold: a run's own antimode is not known yet."""

@@ -121,6 +121,11 @@ class Run:
         frame = to_frame(read.select(wanted))
         return frame if order is None else frame.take(order).reset_index(drop=True)
 
+    def columns(self, name: str) -> list[str]:
+        """The columns of a table; none where the run has no row of it."""
+        shards = [str(self._checked(file)) for file in self._listed(name).values()]
+        return ds.dataset(shards, format="parquet").schema.names if shards else []
+
     def states(
         self, question: int, position: int | None = 0, depth: int | None = None, text: str = "own"
     ) -> torch.Tensor:

@@ -7,12 +7,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy.stats import norm
 
+from sst_interp.analyses.contrast import Contrast
 from sst_interp.choices import COMPARISONS, Choices
 
 PAIR_TYPES = {
@@ -197,3 +199,17 @@ def synthetic_run(
         }
     )
     return SyntheticRun(name, pairs, questions, SyntheticRecipe(name=name, choices=choices or Choices()))
+
+
+def contrast(
+    pairs: pd.DataFrame | None = None, comparison: str | None = None, *, outputs=None, steps=None,
+    questions=None, noise=None, nudges=None, **options: Any,
+) -> Contrast:  # fmt: skip
+    """A contrast of tables; `options` are those of `Contrast.of`."""
+    tables = {
+        "pairs": pairs, "outputs": outputs, "steps": steps, "questions": questions, "noise": noise,
+        "nudges": nudges,
+    }  # fmt: skip
+    if comparison is None and pairs is not None and len(pairs):
+        comparison = str(pairs["comparison"].iloc[0])
+    return Contrast.of(SimpleNamespace(**tables), comparison, **options)

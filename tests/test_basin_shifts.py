@@ -7,7 +7,7 @@ from synthetic import Planted, pairs_table
 
 from sst_interp.analyses import all_comparisons, basin_shifts
 from sst_interp.analyses.parts.question_map import question_map
-from sst_interp.analyses.statistics.tallies import pairs_there, share
+from sst_interp.analyses.statistics.bootstrap import pairs_there, share
 from sst_interp.choices import COMPARISONS, Choices
 from sst_interp.errors import SSTError
 

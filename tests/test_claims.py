@@ -25,7 +25,7 @@ from sst_interp.analyses.ledger.rules import (
 )
 from sst_interp.analyses.ledger.suite import PER_COMPARISON as ANALYSES
 from sst_interp.analyses.ledger.suite import PER_RUN
-from sst_interp.analyses.statistics.resampling import Interval
+from sst_interp.analyses.statistics.bootstrap import Interval
 from sst_interp.choices import COMPARISONS, Choices
 from sst_interp.errors import SSTError
 

@@ -7,16 +7,17 @@ from scipy.stats import spearmanr
 from synthetic import Planted, pairs_table
 
 from sst_interp.analyses.content import content
-from sst_interp.analyses.statistics.label_share import class_share, position_share
-from sst_interp.analyses.statistics.matching import (
+from sst_interp.analyses.statistics.along_texts import (
     association,
     circular_draws,
     circular_products,
+    class_share,
     correlations,
     matched,
     p_value,
+    position_share,
+    ranks,
 )
-from sst_interp.analyses.statistics.profiles import ranks
 from sst_interp.choices import Choices
 from sst_interp.errors import SSTError
 

@@ -7,7 +7,7 @@ from synthetic_outputs import parting_run
 
 from sst_interp.analyses.divergence import divergence
 from sst_interp.analyses.parts.parting import parting_positions
-from sst_interp.analyses.statistics.concordance import concordance
+from sst_interp.analyses.statistics.permutation import concordance
 from sst_interp.errors import SSTError
 
 

@@ -14,7 +14,7 @@ import tiny_run
 from sst_interp import places
 from sst_interp.analyses.ledger.rules import C12, C13, C16, EVERYWHERE, Finding, Row, untestable
 from sst_interp.analyses.result import KeptResult, Result
-from sst_interp.analyses.statistics.resampling import Interval
+from sst_interp.analyses.statistics.bootstrap import Interval
 from sst_interp.kept_findings import capture_of, keep_findings, kept_findings
 from sst_interp.ledger import ledger_of
 from sst_interp.report import render_report

@@ -4,13 +4,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest, wilcoxon
 
-from sst_interp.analyses.statistics.paired_tests import (
+from sst_interp.analyses.statistics.permutation import (
     benjamini_hochberg,
+    holm,
     paired_tests,
     rank_biserial,
     sign_test,
 )
-from sst_interp.analyses.statistics.permutation import holm
 
 
 def draws(shift=0.0, questions=24, columns=40, seed=0):

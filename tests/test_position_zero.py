@@ -9,8 +9,8 @@ from sst_interp.analyses.basin_shifts import basin_shifts
 from sst_interp.analyses.parts.alike import alike
 from sst_interp.analyses.parts.question_grid import question_grid, same_questions, share_of_questions
 from sst_interp.analyses.position_zero import position_zero
-from sst_interp.analyses.statistics.profiles import likeness, over_questions, pair_mean, ranks
-from sst_interp.analyses.statistics.resampling import none_seen_bound
+from sst_interp.analyses.statistics.along_texts import likeness, over_questions, pair_mean, ranks
+from sst_interp.analyses.statistics.bootstrap import none_seen_bound
 from sst_interp.choices import Choices
 from sst_interp.errors import SSTError
 

@@ -7,7 +7,7 @@ from scipy.stats import kstest, norm
 from synthetic_states import states
 
 from sst_interp.analyses.parts.probe_scores import aucs, pairs_in_order, pairs_scored
-from sst_interp.analyses.statistics.matching import p_value
+from sst_interp.analyses.statistics.along_texts import p_value
 from sst_interp.probe.design import Design
 from sst_interp.probe.fitting import Inputs
 from sst_interp.probe.permutation import permutation_scores, permuted

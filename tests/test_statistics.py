@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from sst_interp.analyses.statistics.resampling import (
+from sst_interp.analyses.statistics.bootstrap import (
     Interval,
     bootstrap_ends,
     cluster_bootstrap,

@@ -9,7 +9,7 @@ from synthetic_outputs import outputs_table, steps_table
 from sst_interp.analyses.parts.lens_replacement import lens_replacement, replaced_of
 from sst_interp.analyses.parts.output_change import rank_table
 from sst_interp.analyses.parts.positions import position_overlaps, readings
-from sst_interp.analyses.statistics.medians import LEVELS, grouped_medians, level_median, to_levels
+from sst_interp.analyses.statistics.bootstrap import LEVELS, grouped_medians, level_median, to_levels
 from sst_interp.analyses.token_replacement import token_replacement
 from sst_interp.choices import COMPARISONS
 from sst_interp.errors import SSTError

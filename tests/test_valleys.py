@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sst_interp.analyses.statistics.valleys import largest_valley, missing_mass, water_level
+from sst_interp.analyses.statistics.modes import largest_valley, missing_mass, water_level
 
 
 def test_a_one_moded_density_holds_no_water():

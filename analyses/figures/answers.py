@@ -8,17 +8,8 @@ from typing import TYPE_CHECKING
 import plotly.graph_objects as go
 
 from sst_interp.analyses.figures.outputs import add_line
-from sst_interp.analyses.figures.overlap import (
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    SKY,
-    VERMILLION,
-    _figure,
-    empty_figure,
-)
-from sst_interp.analyses.statistics.resampling import questions_words
+from sst_interp.analyses.plots import BLUE, GREEN, GREY, ORANGE, SKY, VERMILLION, canvas, empty_figure
+from sst_interp.analyses.statistics.bootstrap import questions_words
 
 if TYPE_CHECKING:
     from sst_interp.analyses.overthinking import Overthinking
@@ -30,7 +21,7 @@ def accuracy(found: Overthinking) -> go.Figure:
     title = "Accuracy by flat depth"
     if found.by_depth.empty:
         return empty_figure(title, f"not testable: {found.not_testable}")
-    figure = _figure(
+    figure = canvas(
         title,
         f"every question at that depth; {questions_words(found.n_questions)}",
         "iteration depth",
@@ -61,7 +52,7 @@ def broken_and_mended(found: Overthinking) -> go.Figure:
     title = "Answers broken and mended"
     if found.not_testable:
         return empty_figure(title, f"not testable: {found.not_testable}")
-    figure = _figure(
+    figure = canvas(
         title,
         f"from depth {found.base}: {found.right} right, {found.n_questions - found.right} wrong; "
         f"{questions_words(found.n_questions)}",
@@ -86,7 +77,7 @@ def changes(found: Settling) -> go.Figure:
     title = "Does the answer settle?"
     if found.not_testable:
         return empty_figure(title, f"not testable: {found.not_testable}")
-    figure = _figure(
+    figure = canvas(
         title,
         f"answers at depths {', '.join(map(str, found.depths))}; {questions_words(found.n_questions)}",
         "from one iteration depth to the next",

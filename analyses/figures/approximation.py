@@ -9,17 +9,8 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from sst_interp.analyses.figures.overlap import (
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    SKY,
-    VERMILLION,
-    _figure,
-    empty_figure,
-)
-from sst_interp.analyses.statistics.resampling import questions_words
+from sst_interp.analyses.plots import BLUE, GREEN, GREY, ORANGE, SKY, VERMILLION, canvas, empty_figure
+from sst_interp.analyses.statistics.bootstrap import questions_words
 
 if TYPE_CHECKING:
     from sst_interp.analyses.approximation import ApproximationError
@@ -44,7 +35,7 @@ def by_alpha(result: ApproximationError, x: str = "alpha") -> go.Figure:
     unit = {"alpha": "alpha, mean over blended layers", "L_alpha": "L * alpha (blended layers times alpha)"}[
         x
     ]
-    figure = _figure(title, _questions(rows), f"{unit} (log scale)", f"{ERROR}, log scale")
+    figure = canvas(title, _questions(rows), f"{unit} (log scale)", f"{ERROR}, log scale")
     from sst_interp.analyses.approximation import PAPER_ERROR
 
     figure.add_hrect(
@@ -74,7 +65,7 @@ def by_passes(result: ApproximationError) -> go.Figure:
     if rows.empty:
         return empty_figure(title, f"not testable: {result.not_testable}")
     x = "passes over all positions (the first with the blend off)"
-    figure = _figure(title, f"blend in all layers; {_questions(rows)}", x, f"{ERROR}, log scale")
+    figure = canvas(title, f"blend in all layers; {_questions(rows)}", x, f"{ERROR}, log scale")
     of_model = rows.groupby("model")["alpha"].nunique()
     named = {
         f"{model}, alpha {alpha:g}" if of_model[model] > 1 else f"{model}": own
@@ -95,7 +86,7 @@ def by_groups(result: ApproximationError, model: str) -> go.Figure:
     words = (
         f"{model}, alpha {rows['alpha'].iloc[0]:.3g} in {rows['n_layers'].iloc[0]} layers; {_questions(rows)}"
     )
-    figure = _figure(title, words, x, f"{ERROR}, log scale")
+    figure = canvas(title, words, x, f"{ERROR}, log scale")
     named = {f"{g} group{'s' * (g > 1)}": own for g, own in rows.groupby("groups")}
     _series(figure, rows, "passes", "logit_error", named)
     figure.update_yaxes(type="log", exponentformat="power")
@@ -113,7 +104,7 @@ def by_position(result: ApproximationError, model: str | None = None) -> go.Figu
         f"{model}, alpha {rows['alpha'].iloc[0]:.3g} in {rows['n_layers'].iloc[0]} layers; {_questions(rows)}"
     )
     x = "position in the text, first of its bin (0-based; log scale from 1)"
-    figure = _figure(title, words, x, f"{ERROR}, log scale")
+    figure = canvas(title, words, x, f"{ERROR}, log scale")
     rows = rows[rows["position"] > 0]
     named = {f"{k} sweep{'s' * (k > 1)}": own for k, own in rows.groupby("sweeps")}
     _series(figure, rows, "position", "logit_error", named)
@@ -128,7 +119,7 @@ def contraction(result: Contraction) -> go.Figure:
         return empty_figure(title, f"not testable: {result.not_testable or 'too few errors above rounding'}")
     rows = rows[rows["factor"].notna()]
     x = "L * alpha (blended layers times alpha, log scale)"
-    figure = _figure(title, _questions(rows), x, "share of the error left by a sweep")
+    figure = canvas(title, _questions(rows), x, "share of the error left by a sweep")
     named = {}
     for (model, groups), own in rows.groupby(["model", "groups"]):
         named[f"{model}, {groups} group{'s' * (groups > 1)}"] = own

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import plotly.graph_objects as go
 
-from sst_interp.analyses.figures import intervals as interval_figures
-from sst_interp.analyses.figures import overlap as figures
+from sst_interp.analyses import plots
+from sst_interp.analyses import plots as interval_figures
 from sst_interp.analyses.ledger.rules import EVERYWHERE, FAILS, HOLDS, UNTESTED, Row
-from sst_interp.analyses.statistics.resampling import questions_words
+from sst_interp.analyses.statistics.bootstrap import questions_words
 
 if TYPE_CHECKING:
     from sst_interp.analyses.ledger.claims import Ledger
 
-COLOURS = {HOLDS: figures.BLUE, FAILS: figures.VERMILLION, UNTESTED: figures.GREY}
+COLOURS = {HOLDS: plots.BLUE, FAILS: plots.VERMILLION, UNTESTED: plots.GREY}
 SYMBOLS = {HOLDS: "circle", FAILS: "x", UNTESTED: "circle-open"}
 """Verdicts differ in shape as well as in colour."""
 
@@ -27,8 +27,8 @@ def verdicts(ledger: Ledger) -> go.Figure:
         f"{ledger.name}; {questions_words(ledger.n_questions)}; overlap: {ledger.kind.replace('_', ' ')}"
     )
     if not ledger.rows:
-        return figures.empty_figure("Verdicts", "no claims")
-    figure = figures._figure("Verdict by claim and comparison", subtitle, "comparison", "claim of the paper")
+        return plots.empty_figure("Verdicts", "no claims")
+    figure = plots.canvas("Verdict by claim and comparison", subtitle, "comparison", "claim of the paper")
     for state, colour in COLOURS.items():
         own = [row for row in ledger.rows if row.state == state]
         if not own:
@@ -69,7 +69,7 @@ def beside_paper(ledger: Ledger) -> go.Figure:
         )
     title, n = "This run's figures beside the paper's", questions_words(ledger.n_questions)
     if not dots:
-        return figures.empty_figure(title, "no claim has a number to set beside the paper's")
+        return plots.empty_figure(title, "no claim has a number to set beside the paper's")
     figure = interval_figures.dots(
         title, f"{ledger.name}; {n}; bars: 95%, questions resampled; n: questions of that figure",
         "this run / paper (log scale, no unit)", dots, reference=1,

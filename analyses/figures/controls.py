@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import plotly.graph_objects as go
 
-from sst_interp.analyses.figures import overlap as figures
-from sst_interp.analyses.figures.intervals import Dot, Line, dots, lines
+from sst_interp.analyses import plots
 from sst_interp.analyses.parts.noise_floor import KINDS
-from sst_interp.analyses.statistics.resampling import questions_words
+from sst_interp.analyses.plots import Dot, Line, dots, lines
+from sst_interp.analyses.statistics.bootstrap import questions_words
 
 if TYPE_CHECKING:
     from sst_interp.analyses.bf16_noise import Bf16Noise
@@ -62,7 +62,7 @@ def content(found: Content) -> dict[str, go.Figure]:
     title = "Shift rate by token class"
     if found.classes.empty:
         reason = next((r for m, r in found.missing.items() if m.startswith("class")), "no tokens")
-        return {"measures": measures, "classes": figures.empty_figure(title, f"not testable: {reason}")}
+        return {"measures": measures, "classes": plots.empty_figure(title, f"not testable: {reason}")}
     each = [
         Dot(r["class"], f"token {r['role']}", r["share"], r["low"], r["high"])
         for r in found.classes.to_dict("records")
@@ -82,12 +82,12 @@ def noise(found: Bf16Noise) -> dict[str, go.Figure]:
         "change, in bf16 roundings of the state (log scale)",
         [Line("median change", t["layer"], t["ratio"], t["low"], t["high"])],
     )  # fmt: skip
-    ratio.add_hline(y=1, line={"color": figures.GREY, "dash": "dot"})
+    ratio.add_hline(y=1, line={"color": plots.GREY, "dash": "dot"})
     ratio.update_yaxes(type="log")
     floors = [f for f in (found.floor(kind) for kind in KINDS) if f is not None]
     title = "Change and measured noise"
     if not floors:
-        return {"by_layer": ratio, "floors": figures.empty_figure(title, f"not testable: {found.no_floor}")}
+        return {"by_layer": ratio, "floors": plots.empty_figure(title, f"not testable: {found.no_floor}")}
     series = [("between depths", "change", floors[0].by_layer)]
     series += [(f"noise: {KINDS[f.kind]}, depth {f.depth}", "noise", f.by_layer) for f in floors]
     drawn = [Line(name, t["layer"], *(t[f"{column}{end}"] for end in ENDS)) for name, column, t in series]
@@ -98,4 +98,4 @@ def noise(found: Bf16Noise) -> dict[str, go.Figure]:
 
 
 def _nothing(comparison: str, reason: str, names: tuple[str, ...]) -> dict[str, go.Figure]:
-    return {name: figures.empty_figure(comparison, f"not testable: {reason}") for name in names}
+    return {name: plots.empty_figure(comparison, f"not testable: {reason}") for name in names}

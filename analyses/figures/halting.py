@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import plotly.graph_objects as go
 
-from sst_interp.analyses.figures.intervals import Dot, dots
 from sst_interp.analyses.figures.outputs import bars
-from sst_interp.analyses.figures.overlap import BLUE, GREEN, GREY, ORANGE, VERMILLION, _figure, empty_figure
 from sst_interp.analyses.parts.plain_probes import constants
-from sst_interp.analyses.statistics.resampling import questions_words
+from sst_interp.analyses.plots import BLUE, GREEN, GREY, ORANGE, VERMILLION, Dot, canvas, dots, empty_figure
+from sst_interp.analyses.statistics.bootstrap import questions_words
 
 if TYPE_CHECKING:
     from sst_interp.analyses.halting import Halting
@@ -53,7 +52,7 @@ def _auc(found: Halting, subtitle: str) -> go.Figure:
 
 def _decisions(found: Halting, subtitle: str) -> go.Figure:
     """The curve of the probe, and what each alternative does at its own threshold."""
-    figure = _figure(
+    figure = canvas(
         "What it finds and what it lets go",
         subtitle,
         "1 - specificity: negative questions called positive (share)",
@@ -95,7 +94,7 @@ def _permutation(found: Halting, subtitle: str) -> go.Figure:
     if not found.permutations:
         return empty_figure(title, "not testable: no permutations were made")
     words = f"{subtitle}; {found.permutations:,} permutations, p = {found.p_auc:.2g}"
-    figure = _figure(title, words, "AUC, leave-one-out rebalanced", "permutations")
+    figure = canvas(title, words, "AUC, leave-one-out rebalanced", "permutations")
     figure.add_histogram(
         x=found.null["auc"], xbins={"start": 0, "end": 1, "size": 0.025}, name="permuted labels",
         marker={"color": GREY, "line": {"width": 0}},
@@ -114,7 +113,7 @@ def _permutation(found: Halting, subtitle: str) -> go.Figure:
 
 
 def _calibration(found: Halting, subtitle: str) -> go.Figure:
-    figure = _figure(
+    figure = canvas(
         "Predicted and observed", subtitle, "predicted probability of positive", "share positive (observed)"
     )
     t = found.calibration
@@ -154,7 +153,7 @@ def _dims(found: Halting, subtitle: str) -> go.Figure:
         words += f"; stability {dims.stability:.2f}"
         if found.fold_dims is not None and math.isfinite(found.fold_dims.stability):
             words += f", between folds {found.fold_dims.stability:.2f}"
-    figure = _figure(title, words, "dimension (0-based)", "share of probes that read it")
+    figure = canvas(title, words, "dimension (0-based)", "share of probes that read it")
     for (layer, rows), colour in zip(
         sorted(dims.table.groupby("layer"), key=lambda g: -len(g[1])), (BLUE, ORANGE, GREEN), strict=False
     ):

@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from sst_interp.analyses.figures.overlap import BLUE, GREY, ORANGE, VERMILLION, _figure, empty_figure
-from sst_interp.analyses.statistics.resampling import questions_words
+from sst_interp.analyses.plots import BLUE, GREY, ORANGE, VERMILLION, canvas, empty_figure
+from sst_interp.analyses.statistics.bootstrap import questions_words
 
 if TYPE_CHECKING:
     from sst_interp.analyses.divergence import Divergence
@@ -23,7 +23,7 @@ def replaced(found: TokenReplacement) -> go.Figure:
     title = "Tokens replaced in the top 100"
     if found.not_testable:
         return empty_figure(title, f"{found.words}: not testable: {found.not_testable}")
-    figure = _figure(
+    figure = canvas(
         title, _subtitle(found), "tokens replaced, of the 100 most likely", "share of such positions"
     )
     for side, name, colour in SIDES:
@@ -48,7 +48,7 @@ def ranks(found: TokenReplacement) -> go.Figure:
         return empty_figure(
             title, f"{found.words}: " + (found.not_testable or "the most likely token never changes")
         )
-    figure = _figure(
+    figure = canvas(
         title,
         _subtitle(found),
         f"rank at {'iteration' if found.comparison == 'within' else 'depth'} {found.a} (0-based)",
@@ -71,7 +71,7 @@ def replaced_by_layer(found: TokenReplacement) -> go.Figure:
     title = "Tokens replaced by layer, read with the logit lens"
     if found.by_layer.empty:
         return empty_figure(title, f"{found.words}: not testable: {found.not_testable or found.no_layers}")
-    figure = _figure(title, _subtitle(found), "layer (0-based)", "tokens replaced of 100, median")
+    figure = canvas(title, _subtitle(found), "layer (0-based)", "tokens replaced of 100, median")
     for side, _, colour in SIDES:
         name = f"that layer {'shifted' if side == 'shifted' else 'did not'}"
         add_line(figure, found.by_layer["layer"], found.by_layer, side, name, colour)
@@ -84,7 +84,7 @@ def parted(found: Divergence) -> go.Figure:
     title = "Where the texts of two depths part"
     if found.not_testable:
         return empty_figure(title, f"free: not testable: {found.not_testable}")
-    figure = _figure(
+    figure = canvas(
         title,
         f"{found.words}; {questions_words(found.n_questions)}",
         "generated position (0 emits the first token)",
@@ -100,7 +100,7 @@ def shifts_around(found: Divergence) -> go.Figure:
     title = "Shifts and the first differing token"
     if found.not_testable:
         return empty_figure(title, f"free: not testable: {found.not_testable}")
-    figure = _figure(
+    figure = canvas(
         title,
         f"{found.words}; {questions_words(found.n_questions)}; shifted: overlap below {found.threshold:.4g}",
         "position, relative to the first differing token",
@@ -127,7 +127,7 @@ def predictors(found: Divergence) -> go.Figure:
     if found.not_testable or known.empty:
         why = found.not_testable or found.no_replay or "too few questions part after position 0"
         return empty_figure(title, f"{found.words}: not testable: {why}")
-    figure = _figure(
+    figure = canvas(
         title,
         f"{found.words}; {known['questions'].max():.0f} questions that part after position 0",
         "AUC (one half is chance)",

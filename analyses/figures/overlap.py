@@ -14,57 +14,16 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from sst_interp.analyses.statistics.resampling import questions_words
+from sst_interp.analyses.plots import BLUE, GREEN, GREY, ORANGE, VERMILLION, canvas, empty_figure, matrix
+from sst_interp.analyses.statistics.bootstrap import questions_words
 
 if TYPE_CHECKING:
     from sst_interp.analyses.basin_shifts import BasinShifts
     from sst_interp.analyses.overlap import OverlapDistribution
 
-BLUE, ORANGE, VERMILLION, GREEN, SKY = "#0072B2", "#E69F00", "#D55E00", "#009E73", "#56B4E9"
-GREY = "#808080"
-FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', sans-serif"
 PAPER = 0.99
 TICKS = (1, 0.997, 0.99, 0.97, 0.9, 0.5, 0, -1)
 """Overlaps that get a tick on the axis in log(1 - overlap + resolution)."""
-
-_AXIS = {
-    "gridcolor": "rgba(128,128,128,0.25)",
-    "zeroline": False,
-    "linecolor": GREY,
-    "ticks": "outside",
-    "automargin": True,
-}
-TEMPLATE = go.layout.Template(
-    layout={
-        "font": {"family": FONT, "size": 13, "color": GREY},
-        "title": {"font": {"size": 15}, "x": 0, "xref": "container", "xanchor": "left", "pad": {"l": 10}},
-        "paper_bgcolor": "rgba(0,0,0,0)",
-        "plot_bgcolor": "rgba(0,0,0,0)",
-        "colorway": [BLUE, ORANGE, GREEN, VERMILLION, SKY],
-        "xaxis": _AXIS,
-        "yaxis": _AXIS,
-        "margin": {"l": 60, "r": 20, "t": 95, "b": 55},
-        "legend": {"orientation": "h", "yanchor": "bottom", "y": 1.0, "xanchor": "left", "x": 0},
-        "height": 380,
-    }
-)
-
-
-def _figure(title: str, subtitle: str, x: str, y: str) -> go.Figure:
-    figure = go.Figure()
-    figure.update_layout(template=TEMPLATE, title={"text": title, "subtitle": {"text": subtitle}})
-    figure.update_xaxes(title_text=x)
-    figure.update_yaxes(title_text=y)
-    return figure
-
-
-def empty_figure(title: str, words: str) -> go.Figure:
-    """A figure that says why there is nothing to show."""
-    figure = _figure(title, words, "", "")
-    figure.update_xaxes(visible=False)
-    figure.update_yaxes(visible=False)
-    figure.add_annotation(text=words, x=0.5, y=0.5, xref="paper", yref="paper", showarrow=False)
-    return figure
 
 
 def overlap_histogram(found: OverlapDistribution, threshold: float | None = None) -> go.Figure:
@@ -79,7 +38,7 @@ def overlap_histogram(found: OverlapDistribution, threshold: float | None = None
     counts = found.histograms.sum(axis=0).reshape(-1, merged).sum(axis=1)
     edges = found.edges[::merged]
     left, right = (to_overlap(e, found.resolution) for e in (edges[1:], edges[:-1]))
-    figure = _figure(
+    figure = canvas(
         "Distribution of overlaps",
         f"{pair_words(found.comparison, found.a, found.b)}; {questions_words(found.n_questions)}, "
         f"{found.n_pairs:,} pairs",
@@ -130,7 +89,7 @@ def overlap_histogram(found: OverlapDistribution, threshold: float | None = None
 def rate_line(table: pd.DataFrame, by: str, subtitle: str) -> go.Figure:
     """Shift rate by `position` or `layer`, with its interval as a band (`BasinShifts.by_position`)."""
     unit = {"position": "generated position (0 emits the first token)", "layer": "layer (0-based)"}[by]
-    figure = _figure(f"Shift rate by {by}", subtitle, unit, "shifted share of pairs")
+    figure = canvas(f"Shift rate by {by}", subtitle, unit, "shifted share of pairs")
     x = table[by].to_numpy()
     known = np.isfinite(table["low"].to_numpy(dtype=float))
     band = np.concatenate([x[known], x[known][::-1]])
@@ -154,20 +113,6 @@ def rate_line(table: pd.DataFrame, by: str, subtitle: str) -> go.Figure:
     return figure
 
 
-def matrix(values: pd.DataFrame, title: str, subtitle: str, bar: str, **heatmap: object) -> go.Figure:
-    """Positions across, layers up: a frame with positions down and layers across, as colours."""
-    figure = _figure(title, subtitle, "generated position", "layer (0-based)")
-    figure.add_heatmap(
-        x=values.columns.to_numpy() if values.columns.name == "position" else values.index.to_numpy(),
-        y=values.index.to_numpy() if values.columns.name == "position" else values.columns.to_numpy(),
-        z=values.to_numpy() if values.columns.name == "position" else values.to_numpy().T,
-        colorbar={"title": {"text": bar, "side": "right"}, "thickness": 14},
-        hovertemplate="position %{x}, layer %{y}: %{z:.3g}<extra></extra>",
-        **({"colorscale": "Cividis"} | heatmap),
-    )
-    return figure
-
-
 def question_figure(values: pd.DataFrame, quantity: str, subtitle: str) -> go.Figure:
     """One question's `overlap` or `norm ratio` by position and layer (from `question_map`)."""
     if quantity == "overlap":
@@ -180,7 +125,7 @@ def question_figure(values: pd.DataFrame, quantity: str, subtitle: str) -> go.Fi
 
 def norm_ratios(result: BasinShifts, subtitle: str) -> go.Figure:
     """Median norm ratio at stable and at shifted pairs, with intervals."""
-    figure = _figure("Size of the state", subtitle, "median of norm b / norm a (log scale)", "")
+    figure = canvas("Size of the state", subtitle, "median of norm b / norm a (log scale)", "")
     for name, interval, colour in (
         ("stable", result.norm_ratio_stable, BLUE),
         ("shifted", result.norm_ratio_shifted, VERMILLION),

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
 
-from sst_interp.analyses.figures import overlap as figures
-from sst_interp.analyses.figures.intervals import Dot, Line, dots, lines
-from sst_interp.analyses.statistics.resampling import questions_words
+from sst_interp.analyses import plots
+from sst_interp.analyses.plots import Dot, Line, dots, lines
+from sst_interp.analyses.statistics.bootstrap import questions_words
 
 if TYPE_CHECKING:
     from sst_interp.analyses.patching import Patching
@@ -29,7 +29,7 @@ def by_layer(found: Patching) -> go.Figure:
     """Recovered share by patched layer, `back`, beside the controls of the same size."""
     title = "What one layer's state carries (depth 1's state into the deep pass)"
     if found.by_layer.empty:
-        return figures.empty_figure(title, f"not testable: {found.not_testable}")
+        return plots.empty_figure(title, f"not testable: {found.not_testable}")
     rows = found.by_layer[found.by_layer["direction"] == "back"]
     drawn = []
     for what, name in SERIES.items():
@@ -45,15 +45,15 @@ def effect_map(found: Patching, direction: str) -> go.Figure:
     title = f"Effect map, {direction}: recovered share by layer and position"
     values = found.effect_map.get(direction)
     if values is None or values.empty:
-        return figures.empty_figure(title, f"not testable: {found.not_testable}")
-    return figures.matrix(values, title, _subtitle(found), "recovered share", zmin=0, zmax=1)
+        return plots.empty_figure(title, f"not testable: {found.not_testable}")
+    return plots.matrix(values, title, _subtitle(found), "recovered share", zmin=0, zmax=1)
 
 
 def places(found: Patching, measure: str) -> go.Figure:
     """One measure of every place and control, all positions together."""
     title = "What follows a patch, by place"
     if found.effects.empty:
-        return figures.empty_figure(title, f"not testable: {found.not_testable}")
+        return plots.empty_figure(title, f"not testable: {found.not_testable}")
     rows = found.table[found.table["what"] != "stranger"].dropna(subset=[measure])
     shown = [
         Dot(

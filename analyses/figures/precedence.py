@@ -8,9 +8,8 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from sst_interp.analyses.figures.intervals import Line, lines
-from sst_interp.analyses.figures.overlap import BLUE, GREEN, GREY, ORANGE, SKY, _figure, empty_figure
-from sst_interp.analyses.statistics.resampling import questions_words
+from sst_interp.analyses.plots import BLUE, GREEN, GREY, ORANGE, SKY, Line, canvas, empty_figure, lines
+from sst_interp.analyses.statistics.bootstrap import questions_words
 
 if TYPE_CHECKING:
     from sst_interp.analyses.precedence import Precedence
@@ -106,7 +105,7 @@ def by_layer(found: Precedence, subtitle: str) -> go.Figure:
 
 def _grouped(title: str, subtitle: str, x: str, y: str, bars: list[Bar]) -> go.Figure:
     """Bars side by side with their 95% intervals; the legend below, where it hides no title."""
-    figure = _figure(title, subtitle, x, y)
+    figure = canvas(title, subtitle, x, y)
     labels = list(dict.fromkeys(label for label, *_ in bars))
     for series, colour in COLOURS.items():
         own = [bar for bar in bars if bar[1] == series]

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import plotly.graph_objects as go
 
 from sst_interp.analyses.figures.outputs import bars
-from sst_interp.analyses.figures.overlap import BLUE, GREY, ORANGE, VERMILLION, _figure, empty_figure
-from sst_interp.analyses.statistics.resampling import questions_words
+from sst_interp.analyses.plots import BLUE, GREY, ORANGE, VERMILLION, canvas, empty_figure
+from sst_interp.analyses.statistics.bootstrap import questions_words
 
 if TYPE_CHECKING:
     from sst_interp.analyses.routing import Routing
@@ -25,7 +25,7 @@ def accuracy_and_passes(found: Routing) -> go.Figure:
     title = "Accuracy against passes"
     if found.not_testable:
         return empty_figure(title, f"not testable: {found.not_testable}")
-    figure = _figure(
+    figure = canvas(
         title,
         f"{questions_words(found.n_questions)}; 95% intervals, questions resampled",
         "passes through the layer stack per question",

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import plotly.graph_objects as go
 
+from sst_interp.analyses import plots
 from sst_interp.analyses.figures import overlap as figures
-from sst_interp.analyses.figures.intervals import Line, lines
+from sst_interp.analyses.plots import Line, lines
+from sst_interp.analyses.statistics.bootstrap import questions_words
 from sst_interp.analyses.statistics.modes import grid, to_v
-from sst_interp.analyses.statistics.resampling import questions_words
 
 if TYPE_CHECKING:
     from sst_interp.analyses.bimodality import Bimodality
@@ -28,13 +29,13 @@ def bimodality_figures(found: Bimodality) -> dict[str, go.Figure]:
     """by_layer: where each layer's overlaps are. depth: how deep each layer's valley is."""
     if found.not_testable:
         words = f"not testable: {found.not_testable}"
-        return {name: figures.empty_figure(found.comparison, words) for name in ("by_layer", "depth")}
+        return {name: plots.empty_figure(found.comparison, words) for name in ("by_layer", "depth")}
     subtitle = f"{found.words}; {questions_words(found.n_questions)}"
     return {"by_layer": _spread_by_layer(found, subtitle), "depth": _depth_by_layer(found, subtitle)}
 
 
 def _spread_by_layer(found: Bimodality, subtitle: str) -> go.Figure:
-    figure = figures._figure(
+    figure = plots.canvas(
         "Overlaps of every layer",
         subtitle,
         f"overlap, {found.kind.replace('_', ' ')}<br>(axis logarithmic in 1 - overlap)",
@@ -61,7 +62,7 @@ def _spread_by_layer(found: Bimodality, subtitle: str) -> go.Figure:
         figure.add_scatter(
             x=-to_v(two["antimode"].to_numpy(), found.resolution), y=two["layer"], mode="markers",
             name="antimode of a layer with two modes", showlegend=True,
-            marker={"color": figures.VERMILLION, "size": 8},
+            marker={"color": plots.VERMILLION, "size": 8},
             customdata=two["antimode"], hovertemplate="layer %{y}: antimode %{customdata:.4g}<extra></extra>",
         )  # fmt: skip
     figure.update_xaxes(
@@ -92,19 +93,19 @@ def dwell_figures(found: Dwell) -> dict[str, go.Figure]:
     """lengths: stretches of each length, seen and shuffled. ratio_by_layer: mean length over chance."""
     if found.not_testable:
         words = f"not testable: {found.not_testable}"
-        return {name: figures.empty_figure(found.comparison, words) for name in ("lengths", "ratio_by_layer")}
+        return {name: plots.empty_figure(found.comparison, words) for name in ("lengths", "ratio_by_layer")}
     subtitle = (
         f"{found.words}; {questions_words(found.n_questions)}; shifted: overlap below {found.threshold:.4g}"
     )
-    figure = figures._figure(
+    figure = plots.canvas(
         "Stable stretches between two shifts",
         subtitle,
         "length (generated positions)",
         "complete stretches (log scale)",
     )
     for name, column, colour in (
-        ("seen", "complete", figures.BLUE),
-        ("positions shuffled", "complete_shuffled", figures.ORANGE),
+        ("seen", "complete", plots.BLUE),
+        ("positions shuffled", "complete_shuffled", plots.ORANGE),
     ):
         count = found.lengths[column].to_numpy(dtype=float)
         figure.add_scatter(
@@ -122,14 +123,14 @@ def dwell_figures(found: Dwell) -> dict[str, go.Figure]:
         "ratio (1: chance)",
         [Line("ratio", layers["layer"], layers["ratio"], layers["low"], layers["high"])],
     )
-    by_layer.add_hline(y=1, line={"color": figures.GREY, "dash": "dot"})
+    by_layer.add_hline(y=1, line={"color": plots.GREY, "dash": "dot"})
     return {"lengths": figure, "ratio_by_layer": by_layer}
 
 
 def layer_profile(found: LayerProfile) -> go.Figure:
     """Shift rate by layer with the band for all layers at once, and the rate of the run."""
     if found.not_testable:
-        return figures.empty_figure(found.comparison, f"not testable: {found.not_testable}")
+        return plots.empty_figure(found.comparison, f"not testable: {found.not_testable}")
     rows = found.profile
     figure = lines(
         "Shift rate by layer",
@@ -140,23 +141,23 @@ def layer_profile(found: LayerProfile) -> go.Figure:
         [Line("shift rate", rows["layer"], rows["share"], rows["band_low"], rows["band_high"])],
         percent=True,
     )
-    figure.add_hline(y=found.share.estimate, line={"color": figures.GREY, "dash": "dot"})
+    figure.add_hline(y=found.share.estimate, line={"color": plots.GREY, "dash": "dot"})
     return figure
 
 
 def per_question(found: ShiftsPerQuestion) -> go.Figure:
     """The shifted share of every question, from least to most."""
     if found.not_testable:
-        return figures.empty_figure(found.comparison, f"not testable: {found.not_testable}")
+        return plots.empty_figure(found.comparison, f"not testable: {found.not_testable}")
     rows = found.per_question.sort_values("share", kind="stable")
-    figure = figures._figure(
+    figure = plots.canvas(
         "Shifts per question",
         f"{found.words}; {questions_words(found.n_questions)}; shifted: overlap below {found.threshold:.4g}",
         "questions, from least to most",
         "shifted share of its pairs",
     )
     figure.add_bar(
-        x=np.arange(1, len(rows) + 1), y=rows["share"], marker={"color": figures.BLUE, "line": {"width": 0}},
+        x=np.arange(1, len(rows) + 1), y=rows["share"], marker={"color": plots.BLUE, "line": {"width": 0}},
         customdata=rows[["question", "pairs"]].to_numpy(),
         hovertemplate="question %{customdata[0]}: %{y:.1%} of %{customdata[1]:,} pairs<extra></extra>",
     )  # fmt: skip

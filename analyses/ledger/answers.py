@@ -14,8 +14,7 @@ from sst_interp.analyses.overthinking import Overthinking
 from sst_interp.analyses.parts.answers import answers_of
 from sst_interp.analyses.parts.output_change import NONE, PAPER_RANK, SAME, SOME
 from sst_interp.analyses.precedence import Precedence
-from sst_interp.analyses.statistics.medians import points_text
-from sst_interp.analyses.statistics.resampling import Interval, percent_text, questions_words
+from sst_interp.analyses.statistics.bootstrap import Interval, percent_text, points_text, questions_words
 from sst_interp.analyses.token_replacement import TokenReplacement
 from sst_interp.errors import SSTError
 

@@ -40,7 +40,7 @@ from sst_interp.analyses.ledger.rules import (
 from sst_interp.analyses.ledger.suite import Progress, Suite, analyse
 from sst_interp.analyses.parts.token_classes import TokenClass
 from sst_interp.analyses.result import Result, json_ready
-from sst_interp.analyses.statistics.resampling import RESAMPLES, questions_words
+from sst_interp.analyses.statistics.bootstrap import RESAMPLES, questions_words
 from sst_interp.documents import markdown
 from sst_interp.errors import SSTError
 

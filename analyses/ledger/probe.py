@@ -14,8 +14,7 @@ from sst_interp.analyses.ledger import rules
 from sst_interp.analyses.ledger.rules import EVERYWHERE, LEAST, Finding, Row, judged, untestable
 from sst_interp.analyses.parts.plain_probes import constants
 from sst_interp.analyses.parts.routed_policies import PROBE
-from sst_interp.analyses.statistics.medians import points_text
-from sst_interp.analyses.statistics.resampling import Interval, percent_text, questions_words
+from sst_interp.analyses.statistics.bootstrap import Interval, percent_text, points_text, questions_words
 
 if TYPE_CHECKING:
     from sst_interp.analyses.halting import Halting

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from sst_interp.analyses.statistics.resampling import Interval, questions_words
+from sst_interp.analyses.statistics.bootstrap import Interval, questions_words
 
 HOLDS, FAILS, UNTESTED = "holds", "does not hold", "not testable"
 LEAST = 6

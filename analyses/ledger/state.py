@@ -21,9 +21,8 @@ from sst_interp.analyses.parts.noise_floor import KINDS
 from sst_interp.analyses.parts.start_up import StartUp
 from sst_interp.analyses.position_zero import PositionZero
 from sst_interp.analyses.precedence import Precedence
-from sst_interp.analyses.statistics import tallies
-from sst_interp.analyses.statistics.medians import grouped_medians
-from sst_interp.analyses.statistics.resampling import Interval, percent_text, questions_words
+from sst_interp.analyses.statistics import bootstrap as tallies
+from sst_interp.analyses.statistics.bootstrap import Interval, grouped_medians, percent_text, questions_words
 from sst_interp.errors import SSTError
 
 SHARE, LOWEST = (0.07, 0.28), 0.305

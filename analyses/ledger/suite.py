@@ -28,7 +28,7 @@ from sst_interp.analyses.result import Result
 from sst_interp.analyses.settling import settling
 from sst_interp.analyses.shifts_per_question import shifts_per_question
 from sst_interp.analyses.state_settling import state_settling
-from sst_interp.analyses.statistics.resampling import RESAMPLES
+from sst_interp.analyses.statistics.bootstrap import RESAMPLES
 from sst_interp.analyses.token_replacement import token_replacement
 from sst_interp.choices import COMPARISONS, Choices
 from sst_interp.errors import SSTError

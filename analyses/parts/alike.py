@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from sst_interp.analyses.parts.question_grid import Grid
-from sst_interp.analyses.statistics.profiles import likeness, over_questions, pair_mean
-from sst_interp.analyses.statistics.resampling import RESAMPLES, Interval
+from sst_interp.analyses.statistics.along_texts import likeness, over_questions, pair_mean
+from sst_interp.analyses.statistics.bootstrap import RESAMPLES, Interval
 
 UNKNOWN = Interval(math.nan, math.nan, math.nan, 0, reason="not testable")
 

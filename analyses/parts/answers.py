@@ -12,9 +12,8 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binom
 
-from sst_interp.analyses.statistics.medians import as_columns
+from sst_interp.analyses.statistics.bootstrap import RESAMPLES, Interval, as_columns, cluster_bootstrap
 from sst_interp.analyses.statistics.permutation import holm
-from sst_interp.analyses.statistics.resampling import RESAMPLES, Interval, cluster_bootstrap
 
 NO_ANSWER = -1
 """Code of an answer that was not found."""

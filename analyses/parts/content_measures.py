@@ -10,9 +10,8 @@ import numpy as np
 import pandas as pd
 
 from sst_interp.analyses.parts.question_grid import Grid, question_grid, same_questions
-from sst_interp.analyses.statistics.label_share import LabelShare
-from sst_interp.analyses.statistics.matching import Matched
-from sst_interp.analyses.statistics.resampling import Interval
+from sst_interp.analyses.statistics.along_texts import LabelShare, Matched
+from sst_interp.analyses.statistics.bootstrap import Interval
 from sst_interp.errors import SSTError
 
 DISTANCE, SHIFTED = "distance", "shifted share"

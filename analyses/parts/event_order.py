@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from sst_interp.analyses.statistics.resampling import RESAMPLES, bootstrap_ends, ratio
+from sst_interp.analyses.statistics.bootstrap import RESAMPLES, bootstrap_ends, ratio
 
 ORDERS = ("before", "together", "after", "alone")
 """When x came, seen from y: at an earlier step, at the same, at a later one, never."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sst_interp.analyses.parts.plain_probes import constants
-from sst_interp.analyses.statistics.resampling import Interval, percent_text, questions_words
+from sst_interp.analyses.statistics.bootstrap import Interval, percent_text, questions_words
 
 if TYPE_CHECKING:
     from sst_interp.analyses.halting import Halting

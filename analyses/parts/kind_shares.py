@@ -9,8 +9,7 @@ import pandas as pd
 
 from sst_interp.analyses.basin_shifts import PAPER_THRESHOLD
 from sst_interp.analyses.overlap import OverlapDistribution, overlap_of, select
-from sst_interp.analyses.statistics.modes import to_overlap
-from sst_interp.analyses.statistics.resampling import (
+from sst_interp.analyses.statistics.bootstrap import (
     LEVEL,
     RESAMPLES,
     Interval,
@@ -19,8 +18,9 @@ from sst_interp.analyses.statistics.resampling import (
     histogram_quantile,
     percent_text,
     ratio,
+    share,
 )
-from sst_interp.analyses.statistics.tallies import share
+from sst_interp.analyses.statistics.modes import to_overlap
 
 
 class Compared(NamedTuple):

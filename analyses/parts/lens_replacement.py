@@ -6,8 +6,7 @@ import numpy as np
 import pandas as pd
 
 from sst_interp.analyses.overlap import overlap_of, select
-from sst_interp.analyses.statistics.medians import as_columns, grouped_medians
-from sst_interp.analyses.statistics.resampling import RESAMPLES
+from sst_interp.analyses.statistics.bootstrap import RESAMPLES, as_columns, grouped_medians
 from sst_interp.errors import SSTError
 from sst_interp.measures import TOP
 

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from sst_interp.analyses.statistics.medians import grouped_medians
-from sst_interp.analyses.statistics.resampling import RESAMPLES, Interval
+from sst_interp.analyses.statistics.bootstrap import RESAMPLES, Interval, grouped_medians
 
 KINDS = {"batch": "another batch shape", "fp32": "float32"}
 """What was changed, in words."""

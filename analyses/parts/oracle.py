@@ -14,7 +14,7 @@ import numpy as np
 
 from sst_interp.analyses.basin_shifts import UNKNOWN
 from sst_interp.analyses.parts.answers import NO_ANSWER, Answers, mean_of
-from sst_interp.analyses.statistics.resampling import RESAMPLES, Interval, cluster_bootstrap
+from sst_interp.analyses.statistics.bootstrap import RESAMPLES, Interval, cluster_bootstrap
 
 
 class Oracle(NamedTuple):

@@ -9,9 +9,8 @@ import pandas as pd
 
 from sst_interp.analyses.overlap import select
 from sst_interp.analyses.parts.positions import at_positions, depth_pairs, position_overlaps
-from sst_interp.analyses.statistics import tallies
-from sst_interp.analyses.statistics.medians import as_columns, grouped_medians
-from sst_interp.analyses.statistics.resampling import RESAMPLES
+from sst_interp.analyses.statistics import bootstrap as tallies
+from sst_interp.analyses.statistics.bootstrap import RESAMPLES, as_columns, grouped_medians
 
 PAPER_RANK = 50
 """The rank from which the paper's deepest new winner came (claim C5)."""

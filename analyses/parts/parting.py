@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sst_interp.analyses.statistics.concordance import concordance
-from sst_interp.analyses.statistics.medians import as_columns, grouped_medians
-from sst_interp.analyses.statistics.permutation import holm
-from sst_interp.analyses.statistics.resampling import (
+from sst_interp.analyses.statistics.bootstrap import (
     RESAMPLES,
     Interval,
+    as_columns,
     bootstrap_ends,
     cluster_bootstrap,
+    grouped_medians,
     ratio,
 )
+from sst_interp.analyses.statistics.permutation import concordance, holm
 
 WHEN = ("before", "at", "after")
 """Relative to the position where the texts part; all of a question whose texts do not is before."""

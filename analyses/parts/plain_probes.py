@@ -25,8 +25,7 @@ from sst_interp.analyses.parts.probe_scores import (
     pairs_in_order,
     probabilities,
 )
-from sst_interp.analyses.statistics.medians import as_columns
-from sst_interp.analyses.statistics.resampling import Interval
+from sst_interp.analyses.statistics.bootstrap import Interval, as_columns
 from sst_interp.probe.design import Design
 from sst_interp.probe.features import SCALARS, Features
 from sst_interp.probe.fitting import Inputs

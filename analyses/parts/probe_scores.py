@@ -17,9 +17,8 @@ import numpy as np
 import pandas as pd
 
 from sst_interp.analyses.parts.question_grid import mean_over_questions, share_of_questions
-from sst_interp.analyses.statistics.medians import as_columns
-from sst_interp.analyses.statistics.profiles import over_questions, pair_mean
-from sst_interp.analyses.statistics.resampling import RESAMPLES, Interval, cluster_bootstrap
+from sst_interp.analyses.statistics.along_texts import over_questions, pair_mean
+from sst_interp.analyses.statistics.bootstrap import RESAMPLES, Interval, as_columns, cluster_bootstrap
 
 BINS = 5
 """Bins of predicted probability in a calibration table, with about as many questions each."""

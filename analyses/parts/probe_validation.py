@@ -20,7 +20,7 @@ from sst_interp.analyses.parts.probe_scores import (
     pairs_in_order,
     pairs_scored,
 )
-from sst_interp.analyses.statistics.resampling import RESAMPLES, Interval, percent_text
+from sst_interp.analyses.statistics.bootstrap import RESAMPLES, Interval, percent_text
 from sst_interp.probe.design import Design
 from sst_interp.probe.fitting import Inputs
 from sst_interp.probe.labels import RULES, Labels

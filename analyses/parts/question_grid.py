@@ -13,14 +13,14 @@ import pandas as pd
 
 from sst_interp.analyses.basin_shifts import threshold_of
 from sst_interp.analyses.overlap import RESOLUTION, overlap_distribution, overlap_of, select
-from sst_interp.analyses.statistics.modes import to_v
-from sst_interp.analyses.statistics.resampling import (
+from sst_interp.analyses.statistics.bootstrap import (
     RESAMPLES,
     Interval,
     cluster_bootstrap,
     none_seen_bound,
     ratio,
 )
+from sst_interp.analyses.statistics.modes import to_v
 from sst_interp.choices import Choices
 from sst_interp.errors import SSTError
 

@@ -11,9 +11,8 @@ import torch
 from sst_interp.analyses.parts.answers import Answers, mean_of
 from sst_interp.analyses.parts.position_traces import RULES
 from sst_interp.analyses.parts.question_grid import share_of_questions
-from sst_interp.analyses.statistics.medians import as_columns
-from sst_interp.analyses.statistics.profiles import over_questions
-from sst_interp.analyses.statistics.resampling import RESAMPLES, cluster_bootstrap
+from sst_interp.analyses.statistics.along_texts import over_questions
+from sst_interp.analyses.statistics.bootstrap import RESAMPLES, as_columns, cluster_bootstrap
 from sst_interp.probe.selection import random_keys
 
 if TYPE_CHECKING:

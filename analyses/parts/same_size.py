@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from sst_interp.analyses.parts.event_order import ORDERS, first_at, order_counts, orders
-from sst_interp.analyses.statistics.resampling import (
+from sst_interp.analyses.statistics.bootstrap import (
     RESAMPLES,
     Interval,
     bootstrap_ends,

@@ -12,12 +12,11 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from sst_interp.analyses.statistics.bootstrap import RESAMPLES, Interval, cluster_bootstrap, pairs_there
 from sst_interp.analyses.statistics.dip import dip_test
 from sst_interp.analyses.statistics.mixture import MixtureFit, fit_mixtures
 from sst_interp.analyses.statistics.modes import BINS, find_modes, grid, question_histograms
-from sst_interp.analyses.statistics.paired_tests import benjamini_hochberg
-from sst_interp.analyses.statistics.resampling import RESAMPLES, Interval, cluster_bootstrap
-from sst_interp.analyses.statistics.tallies import pairs_there
+from sst_interp.analyses.statistics.permutation import benjamini_hochberg
 
 COLUMNS = [
     *("scope", "a", "b", "layer", "pairs", "questions"),

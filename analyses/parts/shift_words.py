@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from sst_interp.analyses.statistics.resampling import LEVEL, none_seen_bound, percent_text, questions_words
+from sst_interp.analyses.statistics.bootstrap import LEVEL, none_seen_bound, percent_text, questions_words
 
 if TYPE_CHECKING:
     from sst_interp.analyses.basin_shifts import BasinShifts

@@ -21,7 +21,7 @@ from sst_interp.analyses.parts.question_grid import (
     same_questions,
     share_of_questions,
 )
-from sst_interp.analyses.statistics.resampling import RESAMPLES, Interval, questions_words, ratio
+from sst_interp.analyses.statistics.bootstrap import RESAMPLES, Interval, questions_words, ratio
 from sst_interp.errors import SSTError
 
 UNKNOWN = Interval(math.nan, math.nan, math.nan, 0, reason="not testable")

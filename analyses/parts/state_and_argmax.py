@@ -10,8 +10,8 @@ import pandas as pd
 
 from sst_interp.analyses.overlap import overlap_of, select
 from sst_interp.analyses.parts.positions import position_overlaps
-from sst_interp.analyses.statistics import tallies
-from sst_interp.analyses.statistics.resampling import RESAMPLES, Interval, cluster_bootstrap, ratio
+from sst_interp.analyses.statistics import bootstrap as tallies
+from sst_interp.analyses.statistics.bootstrap import RESAMPLES, Interval, cluster_bootstrap, ratio
 from sst_interp.errors import SSTError
 
 

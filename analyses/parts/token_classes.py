@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 
 from sst_interp.analyses.parts.question_grid import Grid
-from sst_interp.analyses.statistics import tallies
-from sst_interp.analyses.statistics.resampling import RESAMPLES
+from sst_interp.analyses.statistics import bootstrap as tallies
+from sst_interp.analyses.statistics.bootstrap import RESAMPLES
 
 TokenClass = Mapping[int, str] | Callable[[np.ndarray], Sequence[str] | np.ndarray]
 """Token id -> class name: a mapping (other ids are "other"), or a function of an array of ids."""

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sst_interp.analyses.statistics.bootstrap import LEVEL, Interval, resampled
 from sst_interp.analyses.statistics.modes import (
     BANDWIDTH,
     BINS,
@@ -34,7 +35,6 @@ from sst_interp.analyses.statistics.modes import (
     smoothing,
     to_overlap,
 )
-from sst_interp.analyses.statistics.resampling import LEVEL, Interval, resampled
 
 SUBSAMPLES = 101
 """Subsamples of one pair per question."""

@@ -31,10 +31,17 @@ from typing import Literal
 
 import numpy as np
 
-from sst_interp.analyses.statistics.modes import BINS, MIN_QUESTIONS, grid, smoothing, to_overlap
-from sst_interp.analyses.statistics.resampling import RESAMPLES, Interval, cluster_bootstrap
+from sst_interp.analyses.statistics.bootstrap import RESAMPLES, Interval, cluster_bootstrap
+from sst_interp.analyses.statistics.modes import (
+    BINS,
+    MIN_QUESTIONS,
+    MIN_SHARE,
+    grid,
+    largest_valley,
+    smoothing,
+    to_overlap,
+)
 from sst_interp.analyses.statistics.truncated_normals import Axis, Fit, likeliest_fit
-from sst_interp.analyses.statistics.valleys import MIN_SHARE, largest_valley
 
 FOLDS = 5
 MIN_GAIN = 0.05

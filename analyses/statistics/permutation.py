@@ -16,11 +16,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
+import pandas as pd
+from scipy.stats import binom, false_discovery_control, wilcoxon
 
-from sst_interp.analyses.statistics.resampling import RESAMPLES
+from sst_interp.analyses.statistics.along_texts import ranks
+from sst_interp.analyses.statistics.bootstrap import (
+    RESAMPLES,
+    Interval,
+    cluster_bootstrap,
+    questions_words,
+    resample_weights,
+)
 from sst_interp.errors import SSTError, unknown_name
 
 Alternative = Literal["two-sided", "greater", "less"]
@@ -187,3 +196,173 @@ def _counted(
     return PermutationTest(
         estimate.reshape(shape), alone.reshape(shape), together.reshape(shape), n, resamples, reason
     )
+
+
+def benjamini_hochberg(p_values: np.ndarray) -> np.ndarray:
+    """Benjamini and Hochberg's adjusted p-values: of those below 5%, at most 5% are false on average.
+
+    NaN (not tested) stays NaN and does not count as a test. Never above Holm's.
+    """
+    p = np.asarray(p_values, dtype=float)
+    out = np.full(p.shape, np.nan)
+    tested = np.isfinite(p)
+    if tested.any():
+        out[tested] = false_discovery_control(p[tested])
+    return out
+
+
+def sign_test(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """Exact two-sided sign test: counts [...] of questions above and below the reference -> p-values [...].
+
+    Ties are left out beforehand. NaN where no question is left.
+    """
+    above, below = np.asarray(above), np.asarray(below)
+    n = above + below
+    return np.where(n > 0, np.minimum(1, 2 * binom.cdf(np.minimum(above, below), n, 0.5)), np.nan)
+
+
+def rank_biserial(differences: np.ndarray) -> np.ndarray:
+    """Matched-pairs rank-biserial correlation, the effect size of Wilcoxon's test: [question, k] -> [k].
+
+    (W+ - W-) / (W+ + W-), W the sums of the ranks of positive and of negative differences: 1 if all questions
+    are above, -1 if all are below, 0 if they balance. Questions without a difference are left out.
+    """
+    gaps = np.where(differences == 0, np.nan, differences)
+    ranked = ranks(np.abs(gaps).T).T
+    top = np.nansum(np.sign(gaps) * ranked, axis=0)
+    bottom = np.nansum(ranked, axis=0)
+    return np.divide(top, bottom, out=np.full(top.shape, np.nan), where=bottom > 0)
+
+
+def paired_tests(values: np.ndarray, reference: float = 0.0) -> pd.DataFrame:
+    """Each column against a reference, questions as the unit, with control over the columns.
+
+    Args:
+        values: [question, k]; NaN where a question has none.
+        reference: what there would be without an effect.
+
+    Returns:
+        A row per column: `questions`, `above` (share of questions above the reference; equal ones count as
+        half), `effect` (`rank_biserial`), `sign_p` and `wilcoxon_p`, two-sided, and both adjusted over the
+        columns: `sign_holm`, `sign_bh`, `wilcoxon_holm`, `wilcoxon_bh`. NaN where there is nothing to test.
+    """
+    values = np.asarray(values, dtype=float)
+    gaps = values - reference
+    n = np.isfinite(gaps).sum(axis=0)
+    above, below = (gaps > 0).sum(axis=0), (gaps < 0).sum(axis=0)
+    testable = above + below > 0
+    wilcoxon_p = np.full(len(n), np.nan)
+    if testable.any():
+        some = np.where(gaps[:, testable] == 0, np.nan, gaps[:, testable])
+        found = wilcoxon(some, axis=0, nan_policy="omit")  # pyright: ignore[reportCallIssue]
+        wilcoxon_p[testable] = found.pvalue
+    p = {"sign": sign_test(above, below), "wilcoxon": wilcoxon_p}
+    columns = {
+        "questions": n,
+        "above": np.divide(above + (n - above - below) / 2, n, out=np.full(len(n), np.nan), where=n > 0),
+        "effect": rank_biserial(gaps),
+    }
+    columns |= {f"{name}_p": values for name, values in p.items()}
+    for name, values in p.items():
+        columns |= {f"{name}_holm": holm(values), f"{name}_bh": benjamini_hochberg(values)}
+    return pd.DataFrame(columns)
+
+
+MIN_QUESTIONS = 5
+"""Events needed for an AUC at all: with fewer it is said to be not testable."""
+
+
+class Concordance(NamedTuple):
+    """How well one score says where the event is; higher scores are meant to go with the event."""
+
+    within: Interval
+    """AUC within questions, mean over the questions with an event that have an earlier position."""
+    p_value: float
+    """Two-sided; the event's position is drawn anew among the question's positions up to it."""
+    across: Interval
+    """AUC at the same position, over all pairs of a question with the event there and one that goes on."""
+
+
+def concordance(
+    question: np.ndarray,
+    position: np.ndarray,
+    event: np.ndarray,
+    score: np.ndarray,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Concordance:
+    """Both AUCs of one score.
+
+    Args:
+        question: [row].
+        position: [row].
+        event: [row], true in at most one row of a question, its last.
+        score: [row]; rows that are NaN are left out.
+        resamples: question resamples, and redrawn event positions.
+        seed: of both.
+    """
+    there = np.isfinite(score)
+    question, position, event, score = (np.asarray(x)[there] for x in (question, position, event, score))
+    within, p_value = _within(question, event.astype(bool), score, resamples, seed)
+    return Concordance(
+        within, p_value, _across(question, position, event.astype(bool), score, resamples, seed)
+    )
+
+
+def _within(
+    question: np.ndarray, event: np.ndarray, score: np.ndarray, resamples: int, seed: int
+) -> tuple[Interval, float]:
+    codes, names = pd.factorize(question)
+    length = np.bincount(codes, minlength=len(names))
+    usable = (np.bincount(codes, event, len(names)) == 1) & (length > 1)
+    keep = usable[codes]
+    codes, event, score = codes[keep], event[keep], score[keep]
+    if usable.sum() < MIN_QUESTIONS:
+        return _too_few(int(usable.sum())), math.nan
+    # What the AUC of a question would be if the event were in this row.
+    above = (pd.Series(score).groupby(codes).rank().to_numpy() - 1) / (length[codes] - 1)
+    found = above[event]
+    interval = cluster_bootstrap(np.stack([found, np.ones(len(found))], 1), resamples=resamples, seed=seed)
+    order = np.argsort(codes, kind="stable")
+    above, length = above[order], length[usable]
+    start = np.cumsum(length) - length
+    rng = np.random.default_rng(seed)
+    drawn = above[start + (rng.random((resamples, len(start))) * length).astype(int)].mean(axis=1)
+    far = np.abs(drawn - 0.5) >= abs(found.mean() - 0.5) - 1e-12
+    return interval, float((far.sum() + 1) / (resamples + 1))
+
+
+def _across(
+    question: np.ndarray,
+    position: np.ndarray,
+    event: np.ndarray,
+    score: np.ndarray,
+    resamples: int,
+    seed: int,
+) -> Interval:
+    """Linear in memory: one position at a time, [resample, question] for those still there."""
+    codes, names = pd.factorize(question)
+    if not len(names):
+        return _too_few(0)
+    weights = resample_weights(len(names), resamples, seed)
+    totals, exact, seen = np.zeros((resamples, 2)), np.zeros(2), np.zeros(len(names), dtype=bool)
+    for at in np.unique(position[event]):
+        here, on = (position == at) & event, (position == at) & ~event
+        if not on.any():
+            continue
+        over = (score[here][:, None] > score[on]) + 0.5 * (score[here][:, None] == score[on])
+        drawn, others = weights[:, codes[here]].astype(float), weights[:, codes[on]].astype(float)
+        totals[:, 0] += ((drawn @ over) * others).sum(axis=1)
+        totals[:, 1] += drawn.sum(axis=1) * others.sum(axis=1)
+        exact += over.sum(), over.size
+        seen[codes[here]] = True
+    n = int(seen.sum())
+    if n < MIN_QUESTIONS:
+        return _too_few(n)
+    defined = totals[:, 1] > 0
+    low, high = np.quantile(totals[defined, 0] / totals[defined, 1], [0.025, 0.975])
+    return Interval(float(exact[0] / exact[1]), float(low), float(high), n)
+
+
+def _too_few(n: int) -> Interval:
+    return Interval(math.nan, math.nan, math.nan, n, reason=f"not testable: only {questions_words(n)} of use")

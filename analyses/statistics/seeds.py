@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from sst_interp.analyses.statistics.resampling import LEVEL
+from sst_interp.analyses.statistics.bootstrap import LEVEL
 
 
 class OverSeeds(NamedTuple):

@@ -21,7 +21,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from sst_interp.analyses import BasinShifts, Ledger, claims, table_html
-from sst_interp.analyses.statistics.resampling import LEVEL, RESAMPLES
+from sst_interp.analyses.statistics.bootstrap import LEVEL, RESAMPLES
 from sst_interp.choices import Choices
 from sst_interp.durable import replace_bytes
 from sst_interp.errors import SSTError

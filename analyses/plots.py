@@ -1,4 +1,10 @@
-"""Estimates with their intervals, drawn: lines with bands, and dots with bars."""
+"""What the figures of all findings are drawn with: one template, lines with bands, dots with bars, matrices.
+
+Colours are Okabe and Ito's (categories) and cividis (magnitudes), which stay apart for every common form
+of colour blindness. Backgrounds are transparent and text is a mid grey that reads on white and on black;
+the report recolours text for the page it is on. Every figure names the comparison, the pair of depths
+and the number of questions.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +15,65 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from sst_interp.analyses.figures import overlap as figures
+BLUE, ORANGE, VERMILLION, GREEN, SKY = "#0072B2", "#E69F00", "#D55E00", "#009E73", "#56B4E9"
+GREY = "#808080"
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', sans-serif"
+_AXIS = {
+    "gridcolor": "rgba(128,128,128,0.25)",
+    "zeroline": False,
+    "linecolor": GREY,
+    "ticks": "outside",
+    "automargin": True,
+}
+TEMPLATE = go.layout.Template(
+    layout={
+        "font": {"family": FONT, "size": 13, "color": GREY},
+        "title": {"font": {"size": 15}, "x": 0, "xref": "container", "xanchor": "left", "pad": {"l": 10}},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "colorway": [BLUE, ORANGE, GREEN, VERMILLION, SKY],
+        "xaxis": _AXIS,
+        "yaxis": _AXIS,
+        "margin": {"l": 60, "r": 20, "t": 95, "b": 55},
+        "legend": {"orientation": "h", "yanchor": "bottom", "y": 1.0, "xanchor": "left", "x": 0},
+        "height": 380,
+    }
+)
 
-COLOURS = (figures.BLUE, figures.VERMILLION, figures.GREEN, figures.ORANGE, figures.SKY)
+
+def canvas(title: str, subtitle: str, x: str, y: str) -> go.Figure:
+    """A figure with nothing on it yet: its title, what was compared, and its axes."""
+    figure = go.Figure()
+    figure.update_layout(template=TEMPLATE, title={"text": title, "subtitle": {"text": subtitle}})
+    figure.update_xaxes(title_text=x)
+    figure.update_yaxes(title_text=y)
+    return figure
+
+
+def empty_figure(title: str, words: str) -> go.Figure:
+    """A figure that says why there is nothing to show."""
+    figure = canvas(title, words, "", "")
+    figure.update_xaxes(visible=False)
+    figure.update_yaxes(visible=False)
+    figure.add_annotation(text=words, x=0.5, y=0.5, xref="paper", yref="paper", showarrow=False)
+    return figure
+
+
+def matrix(values: pd.DataFrame, title: str, subtitle: str, bar: str, **heatmap: object) -> go.Figure:
+    """Positions across, layers up: a frame with positions down and layers across, as colours."""
+    figure = canvas(title, subtitle, "generated position", "layer (0-based)")
+    figure.add_heatmap(
+        x=values.columns.to_numpy() if values.columns.name == "position" else values.index.to_numpy(),
+        y=values.index.to_numpy() if values.columns.name == "position" else values.columns.to_numpy(),
+        z=values.to_numpy() if values.columns.name == "position" else values.to_numpy().T,
+        colorbar={"title": {"text": bar, "side": "right"}, "thickness": 14},
+        hovertemplate="position %{x}, layer %{y}: %{z:.3g}<extra></extra>",
+        **({"colorscale": "Cividis"} | heatmap),
+    )
+    return figure
+
+
+COLOURS = (BLUE, VERMILLION, GREEN, ORANGE, SKY)
 
 
 class Line(NamedTuple):
@@ -41,7 +103,7 @@ def lines(
     title: str, subtitle: str, x: str, y: str, series: Sequence[Line], percent: bool = False
 ) -> go.Figure:
     """Lines with bands for their 95% intervals, questions resampled."""
-    figure = figures._figure(title, subtitle, x, y)
+    figure = canvas(title, subtitle, x, y)
     form = ".1%" if percent else ".3g"
     for line, colour in zip(series, COLOURS, strict=False):
         xs, ys, low, high = (np.asarray(v, dtype=float) for v in line[1:])
@@ -67,7 +129,7 @@ def lines(
 
 def dots(title: str, subtitle: str, x: str, rows: Sequence[Dot], reference: float | None = None) -> go.Figure:
     """One dot per row with a bar for its 95% interval, questions resampled; first row on top."""
-    figure = figures._figure(title, subtitle, x, "")
+    figure = canvas(title, subtitle, x, "")
     for name, colour in zip(dict.fromkeys(row.series for row in rows), COLOURS, strict=False):
         own = [row for row in rows if row.series == name]
         estimate, low, high = (np.array([row[i] for row in own], dtype=float) for i in (2, 3, 4))
@@ -81,7 +143,7 @@ def dots(title: str, subtitle: str, x: str, rows: Sequence[Dot], reference: floa
             hovertemplate="%{y}: %{x:.3g} [%{customdata[0]:.3g}, %{customdata[1]:.3g}]<extra></extra>",
         )  # fmt: skip
     if reference is not None:
-        figure.add_vline(x=reference, line={"color": figures.GREY, "dash": "dot"})
+        figure.add_vline(x=reference, line={"color": GREY, "dash": "dot"})
     labels = list(dict.fromkeys(row.label for row in rows))
     figure.update_yaxes(categoryorder="array", categoryarray=labels[::-1])
     figure.update_layout(height=max(230, 150 + 34 * len(labels)))

@@ -1,0 +1,531 @@
+"""Contrast: one comparison of one run at one pair of depths. Every analysis is a function of one.
+
+    c = Contrast.of(run, "within")       # iteration 1 against the deepest
+    c.overlap                            # [pair], 1 is the same state
+    c.grid.overlap                       # [question, position, layer]
+    c.at(1, 2).threshold                 # another pair of iterations
+
+A contrast reads the run's tables one comparison at a time and keeps what it has read. Comparisons answer
+different questions: pooling them, or pooling depths, makes modes that are in none of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from sst_interp.analyses.statistics.bootstrap import Resampling, ratio
+from sst_interp.analyses.statistics.modes import Modes, find_modes, question_histograms, to_v
+from sst_interp.choices import COMPARISONS, Choices
+from sst_interp.errors import SSTError, Untestable, unknown_name
+from sst_interp.schema import IDS, OPTIONAL, TABLES, to_frame
+
+PAPER_THRESHOLD = 0.99
+"""The paper's division between stable and shifted (arXiv 2605.00206)."""
+
+RESOLUTION = {"cosine": 1e-3, "relative_l2": 1e-2, "lens_jaccard": 0.1}
+"""Differences of overlap that count as none when modes are counted. Cosine: well above bf16 rounding
+through 30 to 60 layers, well below the paper's 0.01. A relative L2 of 0.01 to 0.04 is the same angle.
+Jaccard of two top-100 sets moves in steps of about 0.02, which must not be counted as modes."""
+
+READ = ("entropy", "margin")
+"""What `steps` knows of a next-token distribution: entropy (nats) and margin (logits)."""
+
+DEFAULT = Resampling()
+BESIDE = ("blend_off", "reshuffled", "baseline", "beyond", "lens")
+"""Roles of the runs that may stand beside a run: the start-up control, reshuffled choices, the matched
+baseline, depths beyond the run's, and the logit-lens overlap of some of its questions."""
+
+
+class Tables:
+    """The tables of a run, read one comparison at a time."""
+
+    def __init__(self, run: Any) -> None:
+        """`run` is a `Run`, or anything with DataFrames of that name (`pairs`, `outputs`, ...)."""
+        self.run = run
+        self._read: dict[str, tuple[str | None, pd.DataFrame]] = {}
+
+    def __call__(self, name: str, comparison: str | None = None) -> pd.DataFrame:
+        """The rows of a table, of one comparison if asked for; without its lists of token ids.
+
+        Raises:
+            Untestable: if the run has no such table, or no row in it.
+            SSTError: if a shard of it is damaged.
+        """
+        if name not in self._read or self._read[name][0] != comparison:
+            self._read[name] = (comparison, self._load(name, comparison))
+        table = self._read[name][1]
+        if not len(table):
+            raise Untestable(
+                f"the run has no {name}" + (f" of comparison {comparison!r}" if comparison else "")
+            )
+        return table
+
+    def get(self, name: str, comparison: str | None = None) -> pd.DataFrame | None:
+        """The same, or None where the run has none."""
+        try:
+            return self(name, comparison)
+        except Untestable:
+            return None
+
+    def empty(self, name: str) -> pd.DataFrame:
+        """A table without rows, with the columns that every run has."""
+        columns = [c for c in TABLES[name].names if c not in OPTIONAL]
+        return to_frame(TABLES[name].empty_table().select(columns))
+
+    def _load(self, name: str, comparison: str | None) -> pd.DataFrame:
+        if hasattr(self.run, "table"):
+            columns = [c for c in self.run.columns(name) if c not in IDS]
+            return self.run.table(name, columns, comparison) if columns else self.empty(name)
+        table = getattr(self.run, name, None)
+        if table is None or not len(table):
+            return self.empty(name)
+        if comparison is None:
+            return table
+        return table[(table["comparison"] == comparison).to_numpy(dtype=bool)]
+
+
+class Threshold(NamedTuple):
+    """Overlap below which a (position, layer) pair counts as shifted."""
+
+    value: float
+    provenance: str
+    """Where it comes from."""
+
+
+@dataclass(frozen=True, eq=False)
+class Contrast:
+    """One comparison of a run at one pair of depths (or iterations), and how it is to be judged."""
+
+    tables: Tables
+    comparison: str
+    pair: tuple[int, int] | None = None
+    """Depths or iterations that are compared; None: 1 against the deepest. `a` and `b` are the two."""
+    choices: Choices = field(default_factory=Choices)
+    """Which overlap, and how shifted is told from stable."""
+    fixed: float | None = None
+    """A threshold that goes before that of the choices."""
+    resampling: Resampling = DEFAULT
+    beside: Mapping[str, Tables] = field(default_factory=dict)
+    """Role (`BESIDE`) -> the tables of a run that stands beside this one."""
+    token_class: Callable[[Iterable[int]], list[str]] | None = None
+    """Token ids -> names of their classes, if the tokens are known."""
+
+    @classmethod
+    def of(
+        cls,
+        run: Any,
+        comparison: str | None = None,
+        a: int | None = None,
+        b: int | None = None,
+        choices: Choices | None = None,
+        threshold: float | None = None,
+        resamples: int = DEFAULT.resamples,
+        seed: int = 0,
+        beside: Mapping[str, Any] | None = None,
+        token_class: Callable[[Iterable[int]], list[str]] | None = None,
+    ) -> Contrast:
+        """The contrast of a run; what is left out comes from its recipe.
+
+        Args:
+            run: a `Run`, or anything with its tables as DataFrames (`pairs`, `outputs`, ...).
+            comparison: which; default: the one that the choices lead with.
+            a: depth or iteration of the first state; default: the pair (1, deepest).
+            b: of the second.
+            choices: default: those of the run's recipe.
+            threshold: overlap below which a pair has shifted; default: by the choices.
+            resamples: question resamples, shuffles and permutations.
+            seed: of all three.
+            beside: role (`BESIDE`) -> run.
+            token_class: token ids -> names of their classes.
+
+        Raises:
+            SSTError: for an unknown comparison or role.
+        """
+        own: Choices = choices or getattr(getattr(run, "recipe", None), "choices", None) or Choices()
+        comparison = comparison or own.comparison
+        if comparison not in COMPARISONS:
+            raise unknown_name("comparison", comparison, COMPARISONS)
+        for role in beside or {}:
+            if role not in BESIDE:
+                raise unknown_name("role", role, BESIDE)
+        companions = {role: Tables(other) for role, other in (beside or {}).items() if other is not None}
+        return cls(
+            Tables(run), comparison, None if a is None or b is None else (a, b), own, threshold,
+            Resampling(resamples, seed), companions, token_class,
+        )  # fmt: skip
+
+    def at(self, a: int, b: int) -> Contrast:
+        """The same comparison at another pair of depths."""
+        return replace(self, pair=(a, b))
+
+    def to(self, comparison: str) -> Contrast:
+        """Another comparison of the same run, at its deepest pair."""
+        return replace(self, comparison=comparison, pair=None)
+
+    def of_companion(self, role: str) -> Contrast | None:
+        """The same contrast of the run that stands beside this one, at its own deepest pair; None without
+        such a run.
+        """
+        other = self.beside.get(role)
+        return None if other is None else replace(self, tables=other, pair=None, beside={})
+
+    # What is compared
+
+    @property
+    def kind(self) -> str:
+        """Which overlap."""
+        return self.choices.overlap
+
+    @property
+    def a(self) -> int:
+        """Depth or iteration of the first state."""
+        return self._pair[0]
+
+    @property
+    def b(self) -> int:
+        """Depth or iteration of the second state."""
+        return self._pair[1]
+
+    @cached_property
+    def pairs_there(self) -> list[tuple[int, int]]:
+        """The pairs (a, b) of this comparison that have rows, in order."""
+        rows = self.all_rows
+        codes = np.unique(256 * rows["a"].to_numpy().astype(np.int32) + rows["b"].to_numpy())
+        return [(int(code) // 256, int(code) % 256) for code in codes]
+
+    @property
+    def words(self) -> str:
+        """What a figure or a sentence says was compared: `teacher-forced, depth 1 against depth 4`."""
+        return pair_words(self.comparison, self.a, self.b)
+
+    # Its rows
+
+    @property
+    def all_rows(self) -> pd.DataFrame:
+        """`pairs` of this comparison, every pair of depths."""
+        return self.tables("pairs", self.comparison)
+
+    @cached_property
+    def rows(self) -> pd.DataFrame:
+        """`pairs` of this comparison and this pair of depths."""
+        a, b = self._pair
+        return self._at(self.all_rows, a, b)
+
+    @cached_property
+    def overlap(self) -> np.ndarray:
+        """Overlap of every row, float64 [pair]; NaN where there is none."""
+        return overlap_of(self.rows, self.kind)
+
+    @cached_property
+    def there(self) -> np.ndarray:
+        """Whether a row has an overlap, bool [pair].
+
+        Raises:
+            Untestable: if none has.
+        """
+        there = np.isfinite(self.overlap)
+        if not there.any():
+            raise Untestable(f"all {len(there):,} overlaps of comparison {self.comparison!r} are NaN")
+        return there
+
+    @cached_property
+    def histograms(self) -> np.ndarray:
+        """Pairs per question and bin of log(1 - overlap + resolution), [question, bin]."""
+        codes, _ = pd.factorize(self.rows["question"].to_numpy()[self.there], sort=True)
+        return question_histograms(codes, self.overlap[self.there], RESOLUTION[self.kind])
+
+    @cached_property
+    def modes(self) -> Modes:
+        """One mode or two, with the antimode of two (`statistics.modes`)."""
+        return find_modes(
+            self.histograms,
+            RESOLUTION[self.kind],
+            resamples=self.resampling.resamples,
+            seed=self.resampling.seed,
+        )
+
+    @cached_property
+    def division(self) -> Threshold:
+        """The threshold between stable and shifted, and where it comes from.
+
+        It is that of the comparison, so the same at every pair of depths: the antimode of the deepest pair,
+        or the paper's 0.99 where that has one mode.
+        """
+        if self.fixed is not None:
+            return Threshold(float(self.fixed), "given")
+        if self.choices.threshold != "antimode":
+            return Threshold(float(self.choices.threshold), "fixed by the user")
+        modes = (self if self.pair is None else replace(self, pair=None)).modes
+        if modes.antimode is None:
+            why = {"one": "the distribution has one mode", "not tested": "modes not tested"}[modes.count]
+            return Threshold(PAPER_THRESHOLD, f"the paper's {PAPER_THRESHOLD}: {why}")
+        return Threshold(modes.antimode.estimate, "antimode of this run")
+
+    @property
+    def threshold(self) -> float:
+        """Overlap below which a pair counts as shifted."""
+        return self.division.value
+
+    @cached_property
+    def grid(self) -> Grid:
+        """The overlaps as an array [question, position, layer]."""
+        rows, there = self.rows, self.there
+        axes = [pd.factorize(rows[c].to_numpy()[there], sort=True) for c in ("question", "position", "layer")]
+        (q, questions), (p, positions), (layer, layers) = axes
+        overlap = np.full((len(questions), len(positions), len(layers)), np.nan)
+        overlap[q, p, layer] = self.overlap[there]
+        return Grid(overlap, questions, positions, layers, self.a, self.b, self.kind)
+
+    @cached_property
+    def positions(self) -> pd.DataFrame:
+        """A row per (question, position), sorted: `layers`, `shifted` (how many of them), `lowest` overlap
+        (NaN where any is) and `last`, that of the last layer.
+        """
+        rows, values = self.rows, self.overlap
+        layer = rows["layer"].to_numpy()
+        codes, keys = pd.factorize(position_key(rows), sort=True)
+        lowest = np.full(len(keys), np.inf)
+        with np.errstate(invalid="ignore"):
+            np.minimum.at(lowest, codes, values)  # a NaN stays one
+        last = np.full(len(keys), np.nan)
+        at_last = layer == layer.max()
+        last[codes[at_last]] = values[at_last]
+        return pd.DataFrame(
+            {
+                "question": keys >> 32,
+                "position": keys & 0xFFFFFFFF,
+                "layers": np.bincount(codes, minlength=len(keys)),
+                "shifted": np.bincount(codes, values < self.threshold, len(keys)).astype(int),
+                "lowest": lowest,
+                "last": last,
+            }
+        )
+
+    # The outputs beside them
+
+    @property
+    def all_outputs(self) -> pd.DataFrame:
+        """`outputs` of this comparison, every pair of depths."""
+        return self.tables("outputs", self.comparison)
+
+    @cached_property
+    def outputs(self) -> pd.DataFrame:
+        """`outputs` of this comparison and this pair of depths."""
+        return self._at(self.all_outputs, self.a, self.b)
+
+    @cached_property
+    def readings(self) -> pd.DataFrame:
+        """A row per (question, position): `entropy_a`, `entropy_b` (nats), `margin_a`, `margin_b` (logits) of
+        both next-token distributions; no rows where the run has no `steps`.
+        """
+        columns = ["question", "position", *(f"{name}_{side}" for name in READ for side in "ab")]
+        steps = self.tables.get("steps")
+        if steps is None or not {"text", "depth", "iteration", *READ} <= set(steps.columns):
+            return pd.DataFrame(columns=columns, dtype=float)
+        depth, iteration = steps["depth"].to_numpy(), steps["iteration"].to_numpy()
+        if self.comparison == "within":
+            deepest = depth.max()
+            cells = ("own", deepest, self.a), ("own", deepest, self.b)
+        else:
+            text = "depth1" if self.comparison == "replayed" else "own"
+            cells = ("own", self.a, self.a), (text, self.b, self.b)
+        sides = []
+        for side, (of_text, of_depth, of_iteration) in zip("ab", cells, strict=True):
+            here = (depth == of_depth) & (iteration == of_iteration)
+            here &= (steps["text"] == of_text).to_numpy(dtype=bool)
+            rows = steps.loc[here, ["question", "position", *READ]]
+            sides.append(rows.rename(columns={name: f"{name}_{side}" for name in READ}))
+        return sides[0].merge(sides[1], on=["question", "position"])[columns]
+
+    def question_map(self, question: int) -> QuestionMap:
+        """Where one question shifts: overlap and norm ratio by position and layer.
+
+        Raises:
+            SSTError: if the question has no such pairs.
+        """
+        here = (self.rows["question"] == question).to_numpy(dtype=bool)
+        rows = self.rows[here]
+        if rows.empty:
+            raise SSTError(
+                f"question {question} has no pairs of comparison {self.comparison!r} between "
+                f"{self.a} and {self.b}",
+                "questions are numbered from 0 in the run's questions table",
+            )
+        values = rows.assign(
+            overlap=self.overlap[here], norm_ratio=(rows["norm_b"] / rows["norm_a"]).astype(float)
+        )
+        return QuestionMap(
+            *(values.pivot(index="position", columns="layer", values=v) for v in ("overlap", "norm_ratio"))
+        )
+
+    @cached_property
+    def _pair(self) -> tuple[int, int]:
+        if self.pair is not None:
+            return self.pair
+        deepest = [b for a, b in self.pairs_there if a == 1]
+        if not deepest:
+            raise Untestable(
+                f"no pairs of comparison {self.comparison!r} in this run", "capture at least two depths"
+            )
+        return 1, max(deepest)
+
+    def _at(self, table: pd.DataFrame, a: int, b: int) -> pd.DataFrame:
+        keep = (table["a"].to_numpy() == a) & (table["b"].to_numpy() == b)
+        if not keep.any():
+            raise Untestable(
+                f"no pairs of comparison {self.comparison!r} between {a} and {b}",
+                "`run.pairs` says which there are",
+            )
+        return table[keep]
+
+
+class Grid(NamedTuple):
+    """Overlaps of one comparison and one pair of depths as an array; all axes ascending."""
+
+    overlap: np.ndarray
+    """[question, position, layer] float64; NaN where the text has ended, or there is no overlap."""
+    questions: np.ndarray
+    """Index of each question in the run."""
+    positions: np.ndarray
+    """Generated position of each column."""
+    layers: np.ndarray
+    a: int
+    b: int
+    kind: str
+
+    @property
+    def there(self) -> np.ndarray:
+        """Whether a cell has an overlap, bool [question, position, layer]."""
+        return np.isfinite(self.overlap)
+
+    def shifted(self, threshold: float) -> np.ndarray:
+        """Whether a cell's overlap is below the threshold, bool [question, position, layer]."""
+        return self.overlap < threshold  # NaN is not
+
+    def distance(self) -> np.ndarray:
+        """log(1 - overlap + r) of every cell, with the resolution r of `RESOLUTION`.
+
+        Overlaps crowd at 1 and differ there by factors: on this scale they spread evenly. Larger is further.
+        """
+        v = to_v(np.where(self.there, self.overlap, 1.0), RESOLUTION[self.kind])
+        return np.where(self.there, v, np.nan)
+
+    def mean_distance(self) -> np.ndarray:
+        """Mean of `distance` over layers, each centred first: [question, position]; NaN without pairs."""
+        there, v = self.there, self.distance()
+        filled = np.where(there, v, 0)
+        filled -= np.where(there, filled.sum(axis=(0, 1)) / np.maximum(there.sum(axis=(0, 1)), 1), 0)
+        return ratio(np.stack([filled.sum(axis=-1), there.sum(axis=-1)], axis=-1))
+
+    def shifted_share(self, threshold: float) -> np.ndarray:
+        """Share of the layers that shifted: [question, position]; NaN without pairs."""
+        return ratio(np.stack([self.shifted(threshold).sum(-1), self.there.sum(-1)], -1).astype(float))
+
+    def of_table(self, table: pd.DataFrame, column: str) -> np.ndarray:
+        """A column of a table with a row per (question, position), on this grid: NaN where it has none."""
+        rows = pd.Index(self.questions).get_indexer(pd.Index(table["question"]))
+        columns = pd.Index(self.positions).get_indexer(pd.Index(table["position"]))
+        here = (rows >= 0) & (columns >= 0)
+        values = np.full(self.overlap.shape[:2], np.nan)
+        values[rows[here], columns[here]] = table[column].to_numpy(dtype=float, na_value=np.nan)[here]
+        return np.where(self.there.any(axis=-1), values, np.nan)
+
+    def of_questions(self, rows: np.ndarray) -> Grid:
+        """The same for some questions, in the order given."""
+        return self._replace(overlap=self.overlap[rows], questions=self.questions[rows])
+
+    def where_also(self, other: Grid) -> Grid:
+        """The same, cut to the cells that `other` has, too, so that a longer text has no say.
+
+        The questions of `other` are this one's, in the same order.
+        """
+        mine, theirs = (
+            np.isin(a, b) for a, b in ((self.positions, other.positions), (other.positions, self.positions))
+        )
+        both = self.overlap[:, mine]
+        return self._replace(
+            overlap=np.where(other.there[:, theirs], both, np.nan), positions=self.positions[mine]
+        )
+
+
+class QuestionMap(NamedTuple):
+    """One question by position (rows) and layer (columns)."""
+
+    overlap: pd.DataFrame
+    norm_ratio: pd.DataFrame
+    """norm_b / norm_a."""
+
+
+def overlap_of(pairs: pd.DataFrame, kind: str = "cosine") -> np.ndarray:
+    """Overlap of every row, float64 [pair]; 1 is the same state.
+
+    Args:
+        pairs: rows of the `pairs` table.
+        kind: "cosine": cosine similarity, in [-1, 1]. "relative_l2": 1 - |b - a| / |a|, at most 1 and
+            without a lower bound. "lens_jaccard": Jaccard index of the logit-lens top-100 sets, in [0, 1].
+
+    Raises:
+        SSTError: if `kind` is unknown, or was not captured.
+    """
+    if kind not in RESOLUTION:
+        raise unknown_name("overlap", kind, RESOLUTION)
+    if kind not in pairs.columns or (kind == "lens_jaccard" and len(pairs) and pairs[kind].isna().all()):
+        raise SSTError(
+            f"this run did not record {kind}", f'capture it with overlap = "{kind}", or choose "cosine"'
+        )
+    values = pairs[kind].to_numpy(dtype=float)
+    return 1 - values if kind == "relative_l2" else values
+
+
+def pair_words(comparison: str, a: int, b: int) -> str:
+    """`teacher-forced, depth 1 against depth 4`: what a figure or a sentence says was compared."""
+    if comparison == "within":
+        return f"within one pass, iteration {a} against iteration {b}"
+    return f"{comparison_words(comparison)}, depth {a} against depth {b}"
+
+
+def comparison_words(comparison: str) -> str:
+    """The comparison as a reader says it."""
+    return {"replayed": "teacher-forced", "free": "free-running"}.get(comparison, comparison)
+
+
+def position_key(rows: pd.DataFrame) -> np.ndarray:
+    """Question and position in one int64, in the order of both."""
+    return (rows["question"].to_numpy(dtype=np.int64) << 32) | rows["position"].to_numpy(dtype=np.int64)
+
+
+def at_positions(table: pd.DataFrame, other: pd.DataFrame, how: str = "left") -> pd.DataFrame:
+    """`table` with the columns of `other` at the same question and position; NaN where there is none."""
+    keys = ["question", "position"]
+    typed = other.astype({key: "int64" for key in keys})
+    fresh = [c for c in typed.columns if c in keys or c not in table.columns]
+    return table.astype({key: "int64" for key in keys}).merge(typed[fresh], on=keys, how=how)  # type: ignore[arg-type]
+
+
+def same_questions(
+    one: Grid, other: Grid, ids: pd.DataFrame | None = None, other_ids: pd.DataFrame | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which rows of two grids are the same question: two index arrays of equal length.
+
+    Args:
+        one: the grid of one run.
+        other: of another run.
+        ids: the first run's `questions` table, to pair by the dataset's record id. Without both tables
+            questions are paired by their index in the run.
+        other_ids: of the other run.
+    """
+    sides = []
+    for grid, table in ((one, ids), (other, other_ids)):
+        keys: pd.Series = pd.Series(grid.questions)
+        if ids is not None and other_ids is not None and table is not None:
+            keys = keys.map(table.drop_duplicates("question").set_index("question")["id"])
+        side = pd.DataFrame({"key": keys, "row": np.arange(len(keys))}).dropna()
+        sides.append(side.drop_duplicates("key", keep=False))  # an id that two questions share names neither
+    common = sides[0].merge(sides[1], on="key")
+    return common["row_x"].to_numpy(dtype=int), common["row_y"].to_numpy(dtype=int)

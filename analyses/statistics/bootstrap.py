@@ -1,0 +1,511 @@
+"""Resampling with questions as the unit.
+
+Positions are nested in questions and layers are correlated, so a million pairs are not a million
+observations. Everything here resamples whole questions. A statistic that depends on the data only
+through sums over questions (a share, a mean, a ratio, a histogram and whatever is read off it) is
+computed for all resamples in one matrix product:
+
+    totals[resample] = weights[resample, question] @ sums[question]
+
+where a row of `weights` says how often each question was drawn (multinomial: the ordinary bootstrap).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from sst_interp.errors import SSTError
+
+RESAMPLES = 2000
+LEVEL = 0.95
+
+Statistic = Callable[[np.ndarray], np.ndarray]
+
+
+class Resampling(NamedTuple):
+    """How questions are resampled; `*resampling` are the last two arguments of every statistic here."""
+
+    resamples: int = RESAMPLES
+    """Bootstrap resamples, shuffles and permutations."""
+    seed: int = 0
+    """Of all three."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A number and its question-level bootstrap percentile interval."""
+
+    estimate: float
+    """The statistic of the data as it is."""
+    low: float
+    """Lower end; NaN where there is no interval."""
+    high: float
+    """Upper end; NaN where there is no interval."""
+    n_questions: int
+    """Questions that contribute."""
+    level: float = LEVEL
+    reason: str | None = None
+    """Why there is no interval or no estimate; None where there is one."""
+
+    @property
+    def known(self) -> bool:
+        """Whether the interval exists."""
+        return math.isfinite(self.low) and math.isfinite(self.high)
+
+    def text(self, percent: bool = False, digits: int = 3) -> str:
+        """`14.2% [11.9%, 16.8%]`, or the estimate and the reason there is no interval."""
+
+        def show(value: float) -> str:
+            return percent_text(value) if percent else f"{value:.{digits}g}"
+
+        if not math.isfinite(self.estimate):
+            return f"none ({self.reason})" if self.reason else "none"
+        if not self.known:
+            return f"{show(self.estimate)} (no interval: {self.reason})"
+        return f"{show(self.estimate)} [{show(self.low)}, {show(self.high)}]"
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dictionary of plain numbers (NaN is left to the JSON writer)."""
+        return asdict(self)
+
+
+def questions_words(n: int) -> str:
+    """`1 question`, `24 questions`."""
+    return f"{n:,} question" + ("" if n == 1 else "s")
+
+
+def percent_text(share: float) -> str:
+    """A share as a percentage that never rounds a small number to 0 or a large one to 100."""
+    if not math.isfinite(share):
+        return "none"
+    percent = 100 * share
+    if percent and abs(percent) < 0.1:
+        return f"{percent:.1g}%"
+    if 99.9 < percent < 100:
+        return f"{math.floor(percent * 1000) / 1000:g}%"
+    return f"{percent:.1f}%"
+
+
+@lru_cache(maxsize=8)
+def resample_weights(n_questions: int, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
+    """How often each question is drawn in each resample: int64 [resample, question], rows sum to n.
+
+    Read-only: every statistic of a run is computed on the same draws, which are made once.
+    """
+    rng = np.random.default_rng(seed)
+    weights = rng.multinomial(n_questions, np.full(n_questions, 1 / n_questions), size=resamples)
+    weights.flags.writeable = False
+    return weights
+
+
+def resampled(sums: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
+    """Totals of every resample: `sums` [question, ...] -> [resample, ...]."""
+    sums = np.asarray(sums, dtype=float)
+    weights = resample_weights(len(sums), resamples, seed).astype(float)
+    return (weights @ sums.reshape(len(sums), -1)).reshape(resamples, *sums.shape[1:])
+
+
+def ratio(totals: np.ndarray) -> np.ndarray:
+    """Numerator / denominator of the last axis [..., 2]; NaN where the denominator is 0."""
+    top, bottom = totals[..., 0], totals[..., 1]
+    return np.divide(top, bottom, out=np.full(np.shape(top), np.nan), where=bottom != 0)
+
+
+def bootstrap_ends(
+    sums: np.ndarray,
+    statistic: Statistic = ratio,
+    resamples: int = RESAMPLES,
+    level: float = LEVEL,
+    seed: int = 0,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Estimate, lower and upper end for a statistic with any number of outputs.
+
+    Args:
+        sums: [question, ...], the per-question sums the statistic needs.
+        statistic: totals [resample, ...] -> [resample, ...]; it sees the plain totals as one resample.
+        resamples: number of bootstrap resamples.
+        level: coverage of the percentile interval.
+        seed: of the resampling; the same seed gives the same weights for every statistic.
+
+    Returns:
+        Three arrays of the statistic's own shape. Resamples in which the statistic is undefined (NaN:
+        no resampled question has such a pair) are left out. Ends are NaN with fewer than 2 questions.
+    """
+    sums = np.asarray(sums, dtype=float)
+    estimate = statistic(sums.sum(axis=0, keepdims=True))[0]
+    nothing = np.full(np.shape(estimate), np.nan)
+    if len(sums) < 2:
+        return estimate, nothing, nothing
+    values = statistic(resampled(sums, resamples, seed))
+    defined = np.isfinite(values).any(axis=0)
+    tail = (1 - level) / 2
+    ends = np.full((2, *np.shape(estimate)), np.nan)
+    quantile = np.quantile if np.isfinite(values).all() else np.nanquantile  # the second is far slower
+    ends[:, defined] = quantile(values[:, defined], [tail, 1 - tail], axis=0)
+    return estimate, ends[0], ends[1]
+
+
+def simultaneous_shares(
+    sums: np.ndarray, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Shares of a family and a band that holds for all of them at once (max-T bootstrap over questions).
+
+    In y = arcsin(sqrt(share)), where the spread of a share hardly depends on its size, every member gets
+    plus or minus c standard errors; c is the `level` quantile, over resamples, of the largest deviation in
+    standard errors. Members may be correlated. Bootstrap errors of few questions are too small: they are
+    multiplied by sqrt(n / (n - 1)) and the ratio of Student's quantile to the normal one.
+
+    Args:
+        sums: [question, member, 2], how many pairs count and how many there are.
+        resamples: number of bootstrap resamples.
+        level: coverage of the whole band.
+        seed: of the resampling.
+
+    Returns:
+        Shares, lower and upper ends [member]. Ends are NaN with fewer than 2 questions and for a member
+        without pairs; a resample counts by the members it has pairs of.
+    """
+    sums = np.asarray(sums, dtype=float)
+    share = ratio(sums.sum(axis=0))
+    there, n = np.isfinite(share), len(sums)
+    if n < 2 or not there.any():
+        return share, np.full(share.shape, np.nan), np.full(share.shape, np.nan)
+    y = np.arcsin(np.sqrt(share))
+    off = np.arcsin(np.sqrt(np.clip(ratio(resampled(sums, resamples, seed)), 0, 1))) - y
+    known = np.isfinite(off)
+    off = np.where(known, off, 0.0)
+    error = np.sqrt((off**2).sum(axis=0) / np.maximum(known.sum(axis=0), 1))
+    largest = (np.abs(off) / np.where(error > 0, error, np.inf)).max(axis=-1)
+    tail = (1 + level) / 2
+    small = math.sqrt(n / (n - 1)) * stats.t.ppf(tail, n - 1) / stats.norm.ppf(tail)
+    half = small * np.quantile(largest, level) * error
+    low, high = (np.sin(np.clip(y + side * half, 0, np.pi / 2)) ** 2 for side in (-1, 1))
+    return share, low, high
+
+
+def cluster_bootstrap(
+    sums: np.ndarray,
+    statistic: Statistic = ratio,
+    resamples: int = RESAMPLES,
+    level: float = LEVEL,
+    seed: int = 0,
+) -> Interval:
+    """A percentile interval for one number, resampling questions (see `bootstrap_ends`).
+
+    Args:
+        sums: [question, k] per-question sums, for the default [question, 2]: how many pairs are
+            shifted, and how many there are. Questions that contribute nothing should be left out.
+        statistic: totals [resample, k] -> [resample].
+        resamples: number of bootstrap resamples.
+        level: coverage.
+        seed: of the resampling.
+
+    Returns:
+        An `Interval`. With no or one question its ends are NaN and `reason` says why; never an error.
+
+    Raises:
+        SSTError: if `sums` has no question axis.
+    """
+    sums = np.asarray(sums, dtype=float)
+    if sums.ndim < 2:
+        raise SSTError(
+            f"per-question sums have shape {sums.shape}, not [question, k]", "give one row per question"
+        )
+    n = len(sums)
+    if n == 0:
+        return Interval(math.nan, math.nan, math.nan, 0, level, "no questions")
+    estimate, low, high = (float(v) for v in bootstrap_ends(sums, statistic, resamples, level, seed))
+    reason = None
+    if not math.isfinite(estimate):
+        reason = "no such pairs"
+    elif n == 1:
+        reason = "one question: no spread between questions to measure"
+    return Interval(estimate, low, high, n, level, reason)
+
+
+def histogram_quantile(counts: np.ndarray, edges: np.ndarray, q: float) -> np.ndarray:
+    """Quantile read off histograms, linear within a bin: counts [..., bin], edges [bin + 1] -> [...].
+
+    NaN where a histogram is empty. The error is below one bin width.
+    """
+    cumulative = np.cumsum(counts, axis=-1)
+    total = cumulative[..., -1:]
+    target = q * total
+    index = np.minimum((cumulative < target).sum(axis=-1, keepdims=True), counts.shape[-1] - 1)
+    inside = np.take_along_axis(counts, index, -1)
+    before = np.take_along_axis(cumulative, index, -1) - inside
+    fraction = np.divide(target - before, inside, out=np.zeros_like(target, dtype=float), where=inside > 0)
+    value = edges[index] + fraction * np.diff(edges)[index]
+    return np.where(total > 0, value, np.nan)[..., 0]
+
+
+def none_seen_bound(n_questions: int, level: float = LEVEL) -> float:
+    """The largest share of questions compatible with having seen none in n: 1 - (1 - level)^(1/n).
+
+    A bootstrap of zeros is [0, 0], which is no bound; this (one-sided, Clopper-Pearson) is.
+    """
+    return 1.0 if n_questions < 1 else 1 - (1 - level) ** (1 / n_questions)
+
+
+LEVELS = 256
+"""Most levels. A quantity with no more values than this (tokens replaced, of 100) is exact; of any other the
+ends of an interval are right to 1 / 256 of the rows, whatever its scale."""
+
+
+def to_levels(values: np.ndarray, levels: int = LEVELS) -> tuple[np.ndarray, np.ndarray]:
+    """Level of every value, int [row], and the value of every level, ascending [level].
+
+    Order is kept: a smaller value never has a higher level. A level's value is the median of its rows.
+    """
+    codes, unique = pd.factorize(values, sort=True)
+    if len(unique) <= levels:
+        return codes, np.asarray(unique, dtype=float)
+    rows = np.bincount(codes)
+    middle = np.cumsum(rows) - rows / 2
+    bin_of = np.minimum((levels * middle / len(values)).astype(int), levels - 1)
+    _, bin_of = np.unique(bin_of, return_inverse=True)  # ties can leave bins empty
+    weight = np.cumsum(rows)
+    first = np.flatnonzero(np.diff(bin_of, prepend=-1))
+    last = np.append(first[1:], len(unique)) - 1
+    before = np.append(0, weight)[first]
+    at = np.searchsorted(weight, (before + weight[last]) / 2)
+    return bin_of[codes], np.asarray(unique, dtype=float)[at]
+
+
+def level_median(counts: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Median of counts per level: counts [..., level], values [level] -> [...]; NaN where there are none.
+
+    The mean of the two middle values where the number of rows is even, as everywhere.
+    """
+    cumulative = np.cumsum(counts, axis=-1)
+    half = cumulative[..., -1:] / 2
+    lower, upper = (cumulative < half).sum(-1), (cumulative <= half).sum(-1)
+    last = len(values) - 1
+    median = (values[np.minimum(lower, last)] + values[np.minimum(upper, last)]) / 2
+    return np.where(half[..., 0] > 0, median, np.nan)
+
+
+def grouped_medians(
+    question: np.ndarray,
+    values: np.ndarray,
+    groups: Sequence[np.ndarray],
+    contrasts: Sequence[tuple[int, int]] = (),
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> list[Interval]:
+    """Median of each group of rows, then the difference of medians of each contrast.
+
+    Args:
+        question: [row] which question a row belongs to.
+        values: [row]; rows that are NaN are left out.
+        groups: masks [row]; they may overlap and be empty.
+        contrasts: (i, j) asks for the median of group i minus that of group j, both from the same resample.
+        resamples: question resamples.
+        seed: of the resampling.
+
+    Returns:
+        An `Interval` per group and per contrast. A group without rows has no estimate, one with rows of one
+        question no interval; `reason` says so.
+    """
+    values = np.asarray(values, dtype=float)
+    there = np.isfinite(values)
+    groups = [np.asarray(group, dtype=bool)[there] for group in groups]
+    codes, names = pd.factorize(np.asarray(question)[there])
+    of_row, of_level = to_levels(values[there])
+    n, k = len(names), len(of_level)
+    if not n:
+        return [_interval(math.nan, math.nan, math.nan, 0)] * (len(groups) + len(contrasts))
+    counts = np.stack(
+        [np.bincount(codes[g] * k + of_row[g], minlength=n * k).reshape(n, k) for g in groups], axis=1
+    )
+
+    def medians(totals: np.ndarray) -> np.ndarray:
+        own = level_median(totals, of_level)
+        return np.concatenate([own, *(own[..., [i]] - own[..., [j]] for i, j in contrasts)], axis=-1)
+
+    _, low, high = bootstrap_ends(counts, medians, resamples, seed=seed)
+    exact = [float(np.median(values[there][g])) if g.any() else math.nan for g in groups]
+    exact += [exact[i] - exact[j] for i, j in contrasts]
+    seen = counts.sum(axis=-1) > 0
+    questions = [int(seen[:, i].sum()) for i in range(len(groups))]
+    questions += [min(questions[i], questions[j]) for i, j in contrasts]
+    return [_interval(*row) for row in zip(exact, low, high, questions, strict=True)]
+
+
+def as_columns(**intervals: Interval) -> dict[str, float]:
+    """Intervals as entries of a table's row: `name`, `name_low`, `name_high` for each."""
+    row: dict[str, float] = {}
+    for name, interval in intervals.items():
+        row |= {name: interval.estimate, f"{name}_low": interval.low, f"{name}_high": interval.high}
+    return row
+
+
+def points_text(interval: Interval) -> str:
+    """A difference of shares in percentage points with its sign: `-8.1 points [-12.3, -3.9]`."""
+    if not math.isfinite(interval.estimate):
+        return interval.text()
+    words = f"{100 * interval.estimate:+.1f} points"
+    if not interval.known:
+        return f"{words} (no interval: {interval.reason})"
+    return f"{words} [{100 * interval.low:+.1f}, {100 * interval.high:+.1f}]"
+
+
+def _interval(exact: float, low: float, high: float, n_questions: int) -> Interval:
+    if not math.isfinite(exact):
+        return Interval(math.nan, math.nan, math.nan, n_questions, LEVEL, "no such positions")
+    if n_questions < 2:
+        reason = "one question: no spread between questions to measure"
+        return Interval(exact, math.nan, math.nan, n_questions, LEVEL, reason)
+    return Interval(exact, min(float(low), exact), max(float(high), exact), n_questions)
+
+
+LOG_RATIO_EDGES = np.linspace(-np.log(64), np.log(64), 2001)
+"""Bins for medians of norm ratios: 0.4% wide, from 1/64 to 64."""
+
+
+def share(question: np.ndarray, shifted: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+    """Share of pairs that are shifted, resampling questions."""
+    codes, names = pd.factorize(question)
+    sums = np.stack(
+        [np.bincount(codes, weights, len(names)) for weights in (shifted, np.ones(len(codes)))], 1
+    )
+    return cluster_bootstrap(sums, ratio, resamples, seed=seed)
+
+
+def per_pair(
+    rows: pd.DataFrame,
+    overlaps: np.ndarray,
+    threshold: float,
+    paper: float,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """A row per (a, b) of one comparison: pairs, questions, shifted shares at both thresholds, medians, and
+    the share of pairs that are bit-identical.
+    """
+    columns = ["a", "b", "questions", "pairs", "shifted", "low", "high"]
+    columns += [f"{c} at {paper}" for c in ("shifted", "low", "high")]
+    columns += ["median overlap", "lowest overlap", "identical"]
+    records = []
+    question, a, b = (rows[c].to_numpy() for c in ("question", "a", "b"))
+    there = np.isfinite(overlaps)
+    identical = rows["relative_l2"].to_numpy() == 0
+    for one, other in pairs_there(a[there], b[there]):
+        here = there & (a == one) & (b == other)
+        values, of = overlaps[here], question[here]
+        own = share(of, values < threshold, resamples, seed)
+        theirs = share(of, values < paper, resamples, seed)
+        records.append(
+            (
+                *(one, other, own.n_questions, len(values), own.estimate, own.low, own.high),
+                *(theirs.estimate, theirs.low, theirs.high, np.median(values), values.min()),
+                identical[here].mean(),
+            )
+        )
+    return pd.DataFrame(records, columns=columns)
+
+
+def pairs_there(a: np.ndarray, b: np.ndarray) -> list[tuple[int, int]]:
+    """The pairs (a, b) that occur, in order."""
+    codes = np.unique(256 * a.astype(np.int16) + b)
+    return [(int(code) // 256, int(code) % 256) for code in codes]
+
+
+def counts_by(
+    group: np.ndarray, question: np.ndarray, shifted: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Shifted pairs and all pairs, [question, group, 2], with the groups and the questions they are of."""
+    codes, names = pd.factorize(question, sort=True)
+    groups, values = pd.factorize(group, sort=True)
+    n, k = len(names), len(values)
+    flat = codes * k + groups
+    counts = [np.bincount(flat, w, n * k).reshape(n, k) for w in (shifted, np.ones(len(flat)))]
+    return np.stack(counts, axis=-1), values, names
+
+
+def by(
+    name: str,
+    group: np.ndarray,
+    question: np.ndarray,
+    shifted: np.ndarray,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Shift rate per position or layer, with question-level intervals.
+
+    Returns:
+        Columns `name`, share, low, high, pairs, questions (that have such pairs), questions_shifted (the
+        share of those with at least one shift there), band_low, band_high (`simultaneous_shares`: holds for
+        all positions or layers at once).
+    """
+    counts, values, _ = counts_by(group, question, shifted)
+    estimate, low, high = bootstrap_ends(counts, ratio, resamples, seed=seed)
+    _, band_low, band_high = simultaneous_shares(counts, resamples, seed=seed)
+    questions = (counts[..., 1] > 0).sum(axis=0)
+    return pd.DataFrame(
+        {
+            name: values,
+            "share": estimate,
+            "low": low,
+            "high": high,
+            "pairs": counts[..., 1].sum(axis=0).astype(int),
+            "questions": questions,
+            "questions_shifted": (counts[..., 0] > 0).sum(axis=0) / questions,
+            "band_low": band_low,
+            "band_high": band_high,
+        }
+    )
+
+
+def rate_matrix(position: np.ndarray, layer: np.ndarray, shifted: np.ndarray) -> pd.DataFrame:
+    """Shift rate over questions, positions down, layers across; NaN where there is no pair."""
+    rows, positions = pd.factorize(position, sort=True)
+    columns, layers = pd.factorize(layer, sort=True)
+    shape = len(positions), len(layers)
+    flat = rows * shape[1] + columns
+    top, bottom = (np.bincount(flat, w, shape[0] * shape[1]) for w in (shifted, np.ones(len(flat))))
+    rates = ratio(np.stack([top, bottom], axis=-1)).reshape(shape)
+    return pd.DataFrame(
+        rates, index=pd.Index(positions, name="position"), columns=pd.Index(layers, name="layer")
+    )
+
+
+def median_ratio(
+    question: np.ndarray, ratios: np.ndarray, resamples: int = RESAMPLES, seed: int = 0
+) -> Interval:
+    """Median of positive ratios over pairs; the interval's ends are read off histograms 0.4% wide."""
+    usable = np.isfinite(ratios) & (ratios > 0)
+    codes, names = pd.factorize(question[usable])
+    logs = np.log(ratios[usable])
+    bins = len(LOG_RATIO_EDGES) - 1
+    index = np.clip(np.searchsorted(LOG_RATIO_EDGES, logs, side="right") - 1, 0, bins - 1)
+    counts = np.bincount(codes * bins + index, minlength=len(names) * bins).reshape(len(names), bins)
+
+    def median(totals: np.ndarray) -> np.ndarray:
+        return np.exp(histogram_quantile(totals, LOG_RATIO_EDGES, 0.5))
+
+    found = cluster_bootstrap(counts, median, resamples, seed=seed)
+    if not len(logs):
+        return found
+    exact = float(np.exp(np.median(logs)))
+    low, high = min(found.low, exact), max(found.high, exact)  # NaN ends stay NaN
+    return Interval(exact, low, high, found.n_questions, found.level, found.reason)
+
+
+def eta_squared(group: np.ndarray, shifted: np.ndarray) -> float:
+    """Share of the variance of `shifted` that lies between the groups; NaN if nothing varies."""
+    codes, names = pd.factorize(group)
+    total = np.var(shifted)
+    if not total:
+        return float("nan")
+    counts = np.bincount(codes, minlength=len(names))
+    rates = np.bincount(codes, shifted, len(names)) / counts
+    return float(np.average((rates - shifted.mean()) ** 2, weights=counts) / total)
