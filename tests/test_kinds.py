@@ -10,14 +10,10 @@ from synthetic import Planted, pairs_table
 from tiny_kinds import WORDS, capture_kinds, models
 
 from sst_interp.analyses.basin_shifts import basin_shifts
-from sst_interp.analyses.kinds import kinds
-from sst_interp.analyses.kinds_answers import kinds_answers
-from sst_interp.analyses.kinds_contraction import kinds_contraction
-from sst_interp.analyses.parts.kind_shares import Compared
 from sst_interp.cli import app
-from sst_interp.comparing import compare_runs, contraction_of, open_together
-from sst_interp.contraction import sweep_residuals
-from sst_interp.errors import SSTError
+from sst_interp.errors import SSTError, Untestable
+from sst_interp.experiments.contraction import contraction_of, kinds_contraction, sweep_residuals
+from sst_interp.experiments.kinds import Compared, compare_runs, kinds, kinds_answers, open_together
 
 SHARES = {"few": 0.05, "many": 0.3}
 

@@ -1,4 +1,23 @@
-"""All patches at one position of one question: rows of one batch, patched once and continued greedily.
+"""All patches at one position of one question: what is read, what is put where, and what it does.
+
+The text that depth 1 wrote is read at depth 1 and at the deepest side by side (`read_text`). Then the
+position's token is read again in many rows of one batch, each patched once and continued greedily.
+
+| place | what is replaced, at one position |
+| --- | --- |
+| `layer` | one layer's output y in the last iteration: the layers above compute again from it |
+| `window` | the outputs of neighbouring layers |
+| `all` | every layer's output: the token is then the donor's by construction |
+| `stream_in` | the stream states that the last iteration blends in, in every layer |
+| `stream_out` | the stream states that are handed on to the next position: this token stays by construction |
+
+| what | the vector |
+| --- | --- |
+| `state` | the donor's: the other depth's state at the same place |
+| `random` | base state plus a random vector as long as the donor's difference |
+| `other` | base state plus another question's difference, scaled to the length of this one's |
+| `stranger` | another question's state as it is |
+| `own` | the base state itself: what rounding does |
 
 Row 0 of each direction is the base, unpatched: the deep pass for `back`, depth 1's for `forward`. Each is
 the other's donor. The logit difference that a patch is measured by is
@@ -13,22 +32,192 @@ recovered share is sum(moved * sign(gap)) / sum(|gap|): 0 for the base, 1 for th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sst_interp.hooks import Site, Visit
+from sst_interp.keyvalues import KeyValues
 from sst_interp.measures import compare_outputs, cosine, read_out, wide
 from sst_interp.model import StateStreamModel
-from sst_interp.patching.interventions import Direction, Intervention, interventions, vectors
-from sst_interp.patching.reading import DEEP, SHALLOW, Reading
+from sst_interp.nudges import generator
+from sst_interp.prompt import prefill
 from sst_interp.sequential import advance
+from sst_interp.stream import Recurrence, Stream
 
+DEEP, SHALLOW = 0, 1
+"""Rows of a reading, deepest first."""
+
+Place = Literal["layer", "window", "all", "stream_in", "stream_out"]
+What = Literal["state", "random", "other", "stranger", "own"]
+Direction = Literal["back", "forward"]
+"""`back`: depth 1's state into the deep pass. `forward`: the deep pass's state into depth 1's."""
+
+CONTROLS: tuple[What, ...] = ("random", "other", "stranger")
 DIRECTIONS: tuple[tuple[Direction, int, int], ...] = (("back", DEEP, SHALLOW), ("forward", SHALLOW, DEEP))
 """(direction, base lane, donor lane), in the order of rows."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What was seen. Axes: lane (`DEEP`, `SHALLOW`)."""
+
+    depth: int
+    stream: Stream
+    """After the last position, both lanes."""
+    inputs: list[int]
+    """[position] the token each position reads."""
+    first_column: int
+    """The column of position 0."""
+    resid_post: Float[Tensor, "position lane layer d_model"]
+    """Layer outputs of the lane's last iteration."""
+    blended: Float[Tensor, "position lane layer d_model"]
+    """The state that its last iteration blends in."""
+    handed: Float[Tensor, "position lane layer d_model"]
+    """The state that it hands on, by the layer that reads it."""
+    before: Float[Tensor, "position lane slot d_model"]
+    """The state that it is handed."""
+    has_state: Bool[Tensor, " position"]
+    """Whether depth 1 is handed a state there."""
+
+    @property
+    def slots(self) -> int:
+        """States per position: as many as layers, or one that all layers read."""
+        return self.before.shape[2]
+
+    def at(self, position: int, copies: int, room: int) -> Stream:
+        """The stream just before a position, every lane `copies` times over, with `room` more columns:
+        rows of the deep lane first.
+        """
+        column = self.first_column + position
+        rows = torch.arange(2).repeat_interleave(copies)
+        kv = KeyValues(len(self.stream.kv.keys), column + room)
+        for mine, theirs in ((kv.keys, self.stream.kv.keys), (kv.values, self.stream.kv.values)):
+            for layer, kept in enumerate(theirs):
+                assert kept is not None
+                copy = kept.new_zeros(len(rows), kept.shape[1], kv.columns, kept.shape[3])
+                copy[:, :, :column] = kept[rows, :, :column]
+                mine[layer] = copy
+        state = self.before[position][rows].transpose(0, 1).contiguous()
+        return Stream(kv, state, self.stream.pad[rows], self.stream.origin[rows], column)
+
+
+@torch.no_grad()
+def read_text(model: Recurrence, prompt: Sequence[int], text: Sequence[int], depth: int) -> Reading:
+    """Read the prompt once, and then `text` at `depth` and at depth 1.
+
+    Args:
+        text: the tokens that depth 1 wrote; the last of them is not read.
+    """
+    device = model.backbone.device
+    tokens = torch.tensor([list(prompt)], device=device)
+    one = model.new_stream(torch.zeros(1, dtype=torch.long, device=device), tokens.shape[1] + len(text) - 1)
+    prefill(model, one, tokens[:, :-1])
+    stream, first = one.repeat(2), one.column
+    inputs = [int(prompt[-1]), *map(int, text[:-1])]
+    depths, layers = torch.tensor([depth, 1]), model.backbone.n_layers
+    seen: dict[str, list[Tensor]] = {"resid_post": [], "blended": [], "handed": [], "before": []}
+    has_state = []
+    for token in inputs:
+        has_state.append(bool(model.kind.has_state(stream.column, stream.origin[:1], 1)))
+        seen["before"].append(stream.state.transpose(0, 1).clone())
+        blended = stream.state.new_zeros(2, layers, stream.state.shape[-1])
+
+        def hook(iteration: int, blended: Tensor = blended) -> Visit:
+            def visit(site: Site, layer: int, tensor: Tensor) -> Tensor:
+                if site == "stream_state":
+                    for lane in range(len(tensor)):
+                        if iteration == depths[lane]:
+                            blended[lane, layer] = tensor[lane, 0]
+                return tensor
+
+            return visit
+
+        done = advance(model, stream, torch.full((2,), token, device=device), depths, hook)
+        last = [done[int(depths[lane]) - 1].resid_post[:, lane] for lane in (DEEP, SHALLOW)]
+        seen["resid_post"].append(torch.stack(last))
+        seen["blended"].append(blended)
+        seen["handed"].append(stream.state.transpose(0, 1).expand(-1, layers, -1).clone())
+    stacked = {name: torch.stack(pieces) for name, pieces in seen.items()}
+    return Reading(depth, stream, inputs, first, has_state=torch.tensor(has_state), **stacked)
+
+
+class Intervention(NamedTuple):
+    """One row of a batch."""
+
+    place: Place
+    what: What
+    first: int
+    last: int
+    """First and last layer that is replaced."""
+
+    @property
+    def continued(self) -> bool:
+        """Whether text is written after it. Controls at one layer are compared at the position itself."""
+        return self.place != "layer" or self.what == "state"
+
+    @property
+    def layers(self) -> range:
+        """The layers that are replaced."""
+        return range(self.first, self.last + 1)
+
+
+def spread(n_layers: int, n: int) -> list[int]:
+    """`n` layers spread evenly, the last among them."""
+    n = min(n, n_layers)
+    return sorted({(k + 1) * n_layers // n - 1 for k in range(n)})
+
+
+def interventions(n_layers: int, layers: Sequence[int], windows: int, stream: bool) -> list[Intervention]:
+    """Every patch that is made at one position in one direction.
+
+    Args:
+        layers: which layers are patched alone.
+        windows: how many windows the layers are cut into.
+        stream: whether there is a state to hand in.
+    """
+    top = n_layers - 1
+    places: list[tuple[Place, int, int]] = [("all", 0, top), ("stream_in", 0, top), ("stream_out", 0, top)]
+    for layer in reversed(layers):
+        places.insert(0, ("layer", layer, layer))
+    patches = [
+        Intervention(place, what, a, b)
+        for what in ("state", *CONTROLS)
+        for place, a, b in places
+        if (what != "stranger" or not place.startswith("stream")) and (stream or place != "stream_in")
+    ]
+    edges = [k * n_layers // windows for k in range(windows + 1)]
+    patches += [Intervention("window", "state", a, b - 1) for a, b in pairwise(edges) if b > a]
+    return [*patches, Intervention("all", "own", 0, top)]
+
+
+def vectors(
+    what: What,
+    base: Float[Tensor, "layer d_model"],
+    donor: Float[Tensor, "layer d_model"],
+    other_base: Float[Tensor, "layer d_model"],
+    other_donor: Float[Tensor, "layer d_model"],
+    key: Sequence[object],
+) -> Float[Tensor, "layer d_model"]:
+    """What is put in the place of `base`, layer by layer.
+
+    Args:
+        key: decides the random directions.
+    """
+    if what in ("state", "own", "stranger"):
+        return {"state": donor, "own": base, "stranger": other_donor}[what]
+    size = (wide(donor) - wide(base)).norm(dim=-1, keepdim=True)
+    if what == "random":
+        towards = torch.randn(base.shape, generator=generator(*key)).to(size)
+    else:
+        towards = wide(other_donor) - wide(other_base)
+    towards = towards / towards.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(towards.dtype).tiny)
+    return (wide(base) + size * towards).to(base.dtype)
 
 
 class Written(NamedTuple):
@@ -70,11 +259,11 @@ class Patches:
         """What a pass asks."""
 
         def visit(site: Site, layer: int, tensor: Tensor) -> Tensor:
-            found = self._at.get((step, iteration, site, layer))
-            if found is None:
+            if (step, iteration, site, layer) not in self._at:
                 return tensor
+            rows, values = self._at[step, iteration, site, layer]
             patched = tensor.clone()
-            patched[found[0], 0] = torch.stack(found[1])
+            patched[rows, 0] = torch.stack(values)
             return patched
 
         return visit
@@ -110,9 +299,9 @@ def effects(
         todo = [intervention for intervention in every if intervention.continued == continued]
         patches, sizes = placed(reading, other, position, todo, key)
         written = write(model, reading, position, patches, len(todo) + 1, steps)
-        for found, text in zip(*measured(todo, sizes, written, model.stop_tokens), strict=True):
-            rows.append(found | {"continued": continued})
-            texts.append(text)
+        done, wrote = measured(todo, sizes, written, model.stop_tokens)
+        rows += [row | {"continued": continued} for row in done]
+        texts += wrote
     return rows, texts
 
 

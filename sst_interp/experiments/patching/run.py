@@ -18,20 +18,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sst_interp import places
+from sst_interp import manifest, places
 from sst_interp.analyses.basin_shifts import threshold_of
 from sst_interp.analyses.overlap import overlap_distribution, overlap_of, select
-from sst_interp.bridges.run_cache import refuse_another, written_tokens
-from sst_interp.capture import provenance
 from sst_interp.durable import publish, replace_json, stage
 from sst_interp.errors import SSTError
+from sst_interp.experiments.origin import origin_of, written_tokens
+from sst_interp.experiments.patching.effects import Reading, effects, read_text, spread
 from sst_interp.guarded import check_place, read_json, read_table
-from sst_interp.loading import load
 from sst_interp.model import StateStreamModel
-from sst_interp.patching.effects import effects
-from sst_interp.patching.interventions import spread
-from sst_interp.patching.reading import Reading, read_text
-from sst_interp.questions import Question, grade, load_questions
+from sst_interp.questions import grade
 from sst_interp.run import Run
 
 ROLES = ("first", "shift", "stable", "random")
@@ -132,8 +128,8 @@ def overlaps_of(run: Run, pairs: pd.DataFrame) -> tuple[dict[int, pd.DataFrame],
     threshold, _ = threshold_of(spread, choices)
     table = rows[["question", "position", "layer"]].assign(overlap=values)
     wide = table.pivot(index=["question", "position"], columns="layer", values="overlap")
-    found: dict[int, Any] = {int(q): wide.xs(q) for q in wide.index.unique(level=0)}
-    return found, float(threshold)
+    by_question: dict[int, Any] = {int(q): wide.xs(q) for q in wide.index.unique(level=0)}
+    return by_question, float(threshold)
 
 
 def positions_of(overlaps: pd.DataFrame, last: int, key: Sequence[int]) -> dict[str, int]:
@@ -168,33 +164,26 @@ class _Study:
         overlaps: dict[int, pd.DataFrame],
         model: StateStreamModel | None,
     ) -> None:
-        recipe = run.recipe
         self.run, self.plan, self.threshold, self.overlaps = run, plan, threshold, overlaps
-        asked = load_questions(
-            recipe.dataset, recipe.questions, recipe.seed, recipe.split, instruction=recipe.instruction
-        )
-        self.asked: Sequence[Question] = asked.questions
-        if model is None:
-            model = load(recipe.checkpoint, recipe.alpha, recipe.choices, recipe.dtype, kind=recipe.kind)
-        refuse_another(run, provenance(model, asked))
-        self.model, self.depth = model, max(recipe.depths)
-        self.layers = spread(model.backbone.n_layers, plan.layers)
+        self.model, self.asked = origin_of(run, model)
+        self.depth = max(run.recipe.depths)
+        self.layers = spread(self.model.backbone.n_layers, plan.layers)
         self._readings: dict[int, Reading] = {}
 
     def patch(self, question: int, stranger: int) -> pd.DataFrame:
         """Every row of one question."""
-        plan, tokens = self.plan, self._tokens(question)
+        plan, tokens = self.plan, written_tokens(self.run, question, 1)
         reading, other = self._reading(question), self._reading(stranger)
         self._readings = {q: r for q, r in self._readings.items() if q in (question, stranger)}
         overlaps, rows = self.overlaps[question], []
         for role, position in positions_of(overlaps, len(tokens) - 1, (plan.seed, question)).items():
-            found, texts = effects(
+            effect, texts = effects(
                 self.model, reading, other, position, self.layers, plan.windows, plan.new_tokens,
                 (plan.seed, question),
             )  # fmt: skip
             own = overlaps.loc[[position]].to_numpy(dtype=float)[0]
             answers: dict[tuple[int, ...], str | None] = {}
-            for row, written in zip(found, texts, strict=True):
+            for row, written in zip(effect, texts, strict=True):
                 patched, base, donor = (
                     self._answer(question, tokens[:position], t, answers) for t in written
                 )
@@ -215,14 +204,12 @@ class _Study:
                 )
         return pd.DataFrame(rows)
 
-    def _tokens(self, question: int) -> list[int]:
-        return written_tokens(self.run, question, 1)
-
     def _reading(self, question: int) -> Reading:
         if question not in self._readings:
             prefix = self.run.recipe.reply_prefix or ""
             prompt = self.model.chat(self.asked[question].prompt, reply_prefix=prefix)
-            self._readings[question] = read_text(self.model, prompt, self._tokens(question), self.depth)
+            written = written_tokens(self.run, question, 1)
+            self._readings[question] = read_text(self.model, prompt, written, self.depth)
         return self._readings[question]
 
     def _answer(
@@ -252,18 +239,24 @@ def _check(plan: Plan, questions: int) -> None:
 
 
 def _same_plan(folder: Path, run: Run, plan: Plan, threshold: float) -> None:
-    """Refuse a folder with another plan's rows; note whose they are."""
+    """Refuse a folder whose rows depend on anything else than these do; note what they depend on."""
     hashes = {k: v for k, v in run.manifest["provenance"].items() if k.endswith("_hash")}
     now = {
-        "plan": asdict(plan), "run": run.name, "run_hashes": hashes, "threshold": threshold,
-        "depth": max(run.recipe.depths), "dtype": run.recipe.dtype, "checkpoint": run.recipe.checkpoint,
-        "captured": len(run.manifest["shards"]),
-    }  # fmt: skip
+        "run": run.name,
+        "plan": asdict(plan),
+        "recipe": run.manifest["recipe_fingerprint"],
+        "capture": manifest.content_hash(run.manifest),
+        "threshold": threshold,
+        "depth": max(run.recipe.depths),
+        **hashes,
+    }
     path = folder / PLAN
     if path.is_file():
-        if read_json(path, PLAN_LOST) != now:
+        then = read_json(path, PLAN_LOST)
+        if other := [key for key in now | then if now.get(key) != then.get(key)]:
             raise SSTError(
-                f"{folder} holds patches of another plan or run", "delete it, or give another --out"
+                f"{folder} holds patches of another plan or run: {', '.join(other)} differ",
+                "delete it, or give another --out",
             )
         return
     folder.mkdir(parents=True, exist_ok=True)
