@@ -19,12 +19,12 @@ import plotly.graph_objects as go
 import torch
 from tqdm import tqdm
 
-from sst_interp.analyses.figures import intervals
+from sst_interp.analyses import plots
 from sst_interp.analyses.result import Result
-from sst_interp.analyses.statistics.medians import as_columns
-from sst_interp.analyses.statistics.resampling import (
+from sst_interp.analyses.statistics.bootstrap import (
     RESAMPLES,
     Interval,
+    as_columns,
     cluster_bootstrap,
     questions_words,
     ratio,
@@ -101,9 +101,9 @@ class KindsContraction(Result):
         series = []
         for (run, depth), own in self.curves.groupby(["run", "depth"], sort=False):
             none = np.full(len(own), np.nan)
-            series.append(intervals.Line(f"{run}, depth {depth}", own["sweep"], own["residual"], none, none))
+            series.append(plots.Line(f"{run}, depth {depth}", own["sweep"], own["residual"], none, none))
         n = questions_words(int(self.rates["texts"].max()))
-        figure = intervals.lines(
+        figure = plots.lines(
             "What is left after each sweep",
             f"median over texts of {n}; a curve ends where half of them have settled",
             "sweep",

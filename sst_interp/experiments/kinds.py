@@ -18,24 +18,23 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from sst_interp.analyses.basin_shifts import PAPER_THRESHOLD
-from sst_interp.analyses.figures import intervals
-from sst_interp.analyses.overlap import OverlapDistribution, overlap_distribution, overlap_of, select
+from sst_interp.analyses import plots
+from sst_interp.analyses.contrast import PAPER_THRESHOLD, RESOLUTION, Contrast, pair_words
 from sst_interp.analyses.result import Result
-from sst_interp.analyses.statistics.medians import as_columns
-from sst_interp.analyses.statistics.modes import to_overlap
-from sst_interp.analyses.statistics.resampling import (
+from sst_interp.analyses.statistics.bootstrap import (
     LEVEL,
     RESAMPLES,
     Interval,
+    as_columns,
     bootstrap_ends,
     cluster_bootstrap,
     histogram_quantile,
     percent_text,
     questions_words,
     ratio,
+    share,
 )
-from sst_interp.analyses.statistics.tallies import share
+from sst_interp.analyses.statistics.modes import grid, to_overlap
 from sst_interp.choices import COMPARISONS
 from sst_interp.errors import SSTError, Untestable
 from sst_interp.run_kind import kind_words
@@ -43,7 +42,6 @@ from sst_interp.runs import Run, open_run
 
 AGREE = ("dataset", "depths", "max_new_tokens", "reply_prefix", "dtype", "batch_size")
 """What recipes must agree in: else a share may differ for another reason than the kind."""
-COLUMNS = ["question", "comparison", "position", "layer", "a", "b", "cosine", "relative_l2"]
 ENDS = {
     "shifted": ("low", "high"),
     "median overlap": ("median low", "median high"),
@@ -62,8 +60,8 @@ class Compared(NamedTuple):
     name: str
     kind: str
     """In words: `State Stream Transformer`."""
-    pairs: pd.DataFrame
-    """Its `pairs` table."""
+    contrast: Contrast
+    """Of the run, in any comparison; all compared ones have the same choice of overlap and resampling."""
     no_stream: bool = False
     """Every depth computes the same: what differs is the noise floor."""
 
@@ -98,7 +96,7 @@ class Kinds(Result):
 
     @property
     def shown(self) -> list[dict[str, str]]:
-        """The table as commands and documents show it: shares in percent with their intervals."""
+        """The table as commands and documents show it: shares in percent with their plots."""
         return [_printed(row) for row in self.shares.to_dict("records")]
 
     @property
@@ -111,7 +109,7 @@ class Kinds(Result):
         apart = sum(gap.low > 0 or gap.high < 0 for gap in gaps.values())
         n = questions_words(int(rows["questions"].max()))
         words = f"In {apart} of {_runs(len(gaps))} the shifted share differs from {self.reference}'s. "
-        words += f"{lead['comparison']}, 1 against {lead['b']}, {n}"
+        words += f"{n}, {pair_words(lead['comparison'], lead['a'], lead['b'])}"
         most = sorted(gaps, key=lambda name: -abs(np.nan_to_num(gaps[name].estimate)))[:SHOWN]
         if most:
             told = ", ".join(f"{name} {gaps[name].text(percent=True)}" for name in gaps if name in most)
@@ -123,14 +121,14 @@ class Kinds(Result):
         return f"{words}."
 
     def figure(self) -> go.Figure:
-        """Shifted share by comparison and run, with intervals."""
+        """Shifted share by comparison and run, with plots."""
         rows = self.shares.to_dict("records")
         label = "{comparison}: {kind} ({run})"
         dots = [
-            intervals.Dot(label.format(**r), r["comparison"], r["shifted"], r["low"], r["high"]) for r in rows
+            plots.Dot(label.format(**r), r["comparison"], r["shifted"], r["low"], r["high"]) for r in rows
         ]
         n, deepest = int(self.shares["questions"].max()), self.shares["b"].max()
-        figure = intervals.dots(
+        figure = plots.dots(
             "How much depth changes the state, by kind of model",
             f"depth (or iteration) 1 against {deepest}; {questions_words(n)}; bars: 95%, questions resampled",
             f"share of (position, layer) pairs with {self.overlap} overlap below {PAPER_THRESHOLD}",
@@ -147,26 +145,24 @@ def compare_runs(names: Sequence[str | Path], resamples: int = RESAMPLES, seed: 
         SSTError: as `open_together`.
         Untestable: as `kinds`.
     """
-    runs = open_together(names)
-    overlap = runs[0].recipe.choices.overlap
-    wanted = list(dict.fromkeys([*COLUMNS, overlap]))
-    compared = [
-        Compared(run.name, kind_words(run.kind), run.table("pairs", wanted), run.kind == "backbone")
-        for run in runs
-    ]
-    return kinds(compared, overlap, resamples, seed)
+    return kinds(
+        [
+            Compared(
+                run.name,
+                kind_words(run.kind),
+                Contrast.of(run, resamples=resamples, seed=seed),
+                run.kind == "backbone",
+            )
+            for run in open_together(names)
+        ]
+    )
 
 
-def kinds(
-    runs: Sequence[Compared], overlap: str = "cosine", resamples: int = RESAMPLES, seed: int = 0
-) -> Kinds:
+def kinds(runs: Sequence[Compared]) -> Kinds:
     """Compare runs on the same questions. The first is the one that the others are compared with.
 
     Args:
         runs: whoever asks sees to it that questions, depths and budgets agree (`open_together`).
-        overlap: which overlap (`overlap_of`).
-        resamples: question resamples.
-        seed: of the resampling.
 
     Returns:
         The result; a run without pairs of a comparison is in `missing`.
@@ -179,71 +175,62 @@ def kinds(
         first: pd.DataFrame | None = None
         for k, run in enumerate(runs):
             try:
-                spread = overlap_distribution(run.pairs, comparison, overlap, None, None, resamples, seed)
-            except SSTError as error:
+                c = run.contrast.to(comparison)
+                counts = _below(c)
+            except Untestable as error:
                 missing[f"{comparison}, {run.name}"] = error.message
                 continue
-            counts = _below(run.pairs, comparison, overlap)
             first = counts if k == 0 else first
-            gap = None if k == 0 or first is None else _difference(counts, first, resamples, seed)
-            rows.append(_shares(run, spread, overlap, gap, resamples, seed))
+            difference = None if k == 0 or first is None else _difference(c, counts, first)
+            rows.append(_shares(run, c, difference))
     if not rows:
         raise Untestable("; ".join(missing.values()) or "no runs were given")
     floor = next((run.name for run in runs if run.no_stream), None)
-    return Kinds(overlap.replace("_", " "), pd.DataFrame(rows), runs[0].name, floor, missing)
+    overlap = runs[0].contrast.kind.replace("_", " ")
+    return Kinds(overlap, pd.DataFrame(rows), runs[0].name, floor, missing)
 
 
-def _shares(
-    run: Compared,
-    spread: OverlapDistribution,
-    overlap: str,
-    difference: Interval | None,
-    resamples: int,
-    seed: int,
-) -> dict[str, Any]:
-    """The row of one run in one comparison; `spread` has its overlaps, (1, deepest)."""
-    pairs, a, b = select(run.pairs, spread.comparison)
-    pairs = pairs.sort_values("question", kind="stable")  # the resamples do not depend on the order of rows
-    values, question = overlap_of(pairs, overlap), pairs["question"].to_numpy()
-    there = np.isfinite(values)
-    values, question = values[there], question[there]
-    shifted = share(question, values < PAPER_THRESHOLD, resamples, seed)
-    antimode, at_own = spread.modes.antimode, None
+def _shares(run: Compared, c: Contrast, difference: Interval | None) -> dict[str, Any]:
+    """The row of one run in one comparison, (1, deepest)."""
+    question = c.rows["question"].to_numpy()[c.there]
+    order = np.argsort(question, kind="stable")  # the resamples do not depend on the order of rows
+    question, values = question[order], c.overlap[c.there][order]
+    shifted = share(question, values < PAPER_THRESHOLD, *c.resampling)
+    antimode, at_own = c.modes.antimode, None
     if antimode is not None:
-        at_own = share(question, values < antimode.estimate, resamples, seed)
+        at_own = share(question, values < antimode.estimate, *c.resampling)
     return {
-        **{"comparison": spread.comparison, "run": run.name, "kind": run.kind, "a": a, "b": b},
-        **{"questions": shifted.n_questions, "pairs": spread.n_pairs, "stable": 1 - shifted.estimate},
+        **{"comparison": c.comparison, "run": run.name, "kind": run.kind, "a": c.a, "b": c.b},
+        **{"questions": shifted.n_questions, "pairs": len(values), "stable": 1 - shifted.estimate},
         **_columns("shifted", shifted),
-        **_columns("median overlap", _median_overlap(spread, float(np.median(values)), resamples, seed)),
-        **{"modes": str(spread.modes.count), "antimode": np.nan if antimode is None else antimode.estimate},
+        **_columns("median overlap", _median_overlap(c, float(np.median(values)))),
+        **{"modes": str(c.modes.count), "antimode": np.nan if antimode is None else antimode.estimate},
         **_columns("shifted at antimode", at_own),
-        **{"identical": spread.identical},
+        **{"identical": (c.rows["relative_l2"].to_numpy()[c.there] == 0).mean()},
         **_columns("difference", difference),
     }
 
 
-def _median_overlap(spread: OverlapDistribution, exact: float, resamples: int, seed: int) -> Interval:
+def _median_overlap(c: Contrast, exact: float) -> Interval:
     """The median over pairs; the interval's ends are read off histograms that resolve both ends."""
+    resolution = RESOLUTION[c.kind]
 
     def median(totals: np.ndarray) -> np.ndarray:
-        return to_overlap(histogram_quantile(totals, spread.edges, 0.5), spread.resolution)
+        return to_overlap(histogram_quantile(totals, grid(resolution), 0.5), resolution)
 
-    read = cluster_bootstrap(spread.histograms, median, resamples, seed=seed)
+    resamples, seed = c.resampling
+    read = cluster_bootstrap(c.histograms, median, resamples, seed=seed)
     low, high = min(read.low, exact), max(read.high, exact)  # NaN ends stay NaN
     return Interval(exact, low, high, read.n_questions, read.level, read.reason)
 
 
-def _below(pairs: pd.DataFrame, comparison: str, overlap: str) -> pd.DataFrame:
+def _below(c: Contrast) -> pd.DataFrame:
     """By question: pairs below 0.99, and pairs, of (1, deepest)."""
-    rows, _, _ = select(pairs, comparison)
-    values = overlap_of(rows, overlap)
-    there = np.isfinite(values)
-    counted = pd.DataFrame({"below": values[there] < PAPER_THRESHOLD, "pairs": 1.0})
-    return counted.groupby(rows["question"].to_numpy()[there]).sum().astype(float)
+    counted = pd.DataFrame({"below": c.overlap[c.there] < PAPER_THRESHOLD, "pairs": 1.0})
+    return counted.groupby(c.rows["question"].to_numpy()[c.there]).sum().astype(float)
 
 
-def _difference(own: pd.DataFrame, first: pd.DataFrame, resamples: int, seed: int) -> Interval:
+def _difference(c: Contrast, own: pd.DataFrame, first: pd.DataFrame) -> Interval:
     """Share of `own` minus share of `first`, both from the same resamples of their common questions."""
     common = own.index.intersection(first.index)
     if not len(common):
@@ -254,6 +241,7 @@ def _difference(own: pd.DataFrame, first: pd.DataFrame, resamples: int, seed: in
         shares = ratio(totals)
         return shares[..., 0] - shares[..., 1]
 
+    resamples, seed = c.resampling
     estimate, low, high = (float(v) for v in bootstrap_ends(sums, between, resamples, seed=seed))
     return Interval(estimate, low, high, len(sums), LEVEL, ONE if len(sums) == 1 else None)
 
@@ -271,7 +259,7 @@ def _interval(row: Mapping[Any, Any], name: str, ends: tuple[str, str] | None = 
 
 
 def _printed(row: Mapping[Any, Any]) -> dict[str, str]:
-    """A row as commands and documents show it: shares in percent with their intervals."""
+    """A row as commands and documents show it: shares in percent with their plots."""
     own = "no antimode"
     if np.isfinite(row["antimode"]):
         own = f"{_interval(row, 'shifted at antimode').text(percent=True)} at {row['antimode']:.4g}"
@@ -343,11 +331,11 @@ class KindsAnswers(Result):
     def figure(self) -> go.Figure:
         """Accuracy by depth, a line per run."""
         series = [
-            intervals.Line(str(run), own["depth"], own["right"], own["right_low"], own["right_high"])
+            plots.Line(str(run), own["depth"], own["right"], own["right_low"], own["right_high"])
             for run, own in self.answers.groupby("run", sort=False)
         ]
         n = questions_words(int(self.answers["questions"].max()))
-        return intervals.lines(
+        return plots.lines(
             "Right answers by depth", f"{n}; bands: 95%, questions resampled", "iteration depth",
             "share of questions answered rightly", series, percent=True,
         )  # fmt: skip

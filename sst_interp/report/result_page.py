@@ -17,7 +17,8 @@ STYLE = """
 :root { color-scheme: light dark; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; padding: 0 1rem; }
 h1, h2, p { overflow-wrap: anywhere; }
-.plot, .scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; }
+.plot { min-width: 36rem; }
 table { border-collapse: collapse; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid #8884; text-align: left; white-space: nowrap; }
 """
@@ -34,7 +35,8 @@ def result_page(title: str, results: Sequence[Result]) -> str:
     for result in results:
         parts.append(f"<h2>{_text(result.title)}</h2><p>{_text(result.verdict)}</p>")
         for figure in result.figures().values():
-            parts.append(f'<div class="plot" id="plot-{len(figures)}"></div>')
+            plot = f'<div class="plot" id="plot-{len(figures)}"></div>'
+            parts.append(f'<div class="scroll" tabindex="0">{plot}</div>')
             figures.append(json.loads(str(figure.to_json())))
         table = result.table.map(lambda cell: visible(cell) if isinstance(cell, str) else cell)
         parts.append(f'<div class="scroll" tabindex="0">{table_html(table)}</div>')

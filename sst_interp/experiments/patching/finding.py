@@ -19,8 +19,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from sst_interp.analyses.figures import overlap as figures
-from sst_interp.analyses.figures.intervals import Dot, Line, dots, lines
+from sst_interp.analyses.plots import Dot, Line, dots, lines, matrix
 from sst_interp.analyses.result import Result
 from sst_interp.analyses.statistics.bootstrap import (
     RESAMPLES,
@@ -138,7 +137,7 @@ class Patching(Result):
         maps = {}
         for direction, values in self.effect_map.items():
             title = f"Effect map, {direction}: recovered share by layer and position"
-            maps[f"map_{direction}"] = figures.matrix(
+            maps[f"map_{direction}"] = matrix(
                 values, title, self._subtitle, "recovered share", zmin=0, zmax=1
             )
         return {

@@ -19,8 +19,7 @@ import numpy as np
 import pandas as pd
 
 from sst_interp import manifest, places
-from sst_interp.analyses.basin_shifts import threshold_of
-from sst_interp.analyses.overlap import overlap_distribution, overlap_of, select
+from sst_interp.analyses.contrast import Contrast
 from sst_interp.durable import publish, replace_json, stage
 from sst_interp.errors import SSTError
 from sst_interp.experiments.origin import origin_of, written_tokens
@@ -79,8 +78,7 @@ def patch_run(
     plan, folder = plan or Plan(), Path(folder)
     _check(plan, questions)
     check_place(folder, "give another --out")
-    pairs = run.table("pairs", comparison="replayed")
-    overlaps, threshold = overlaps_of(run, pairs)
+    overlaps, threshold = overlaps_of(run)
     known = sorted(overlaps)
     order = [known[k] for k in np.random.default_rng(plan.seed).permutation(len(known))]
     chosen = order[:questions]
@@ -119,17 +117,13 @@ def read_patching(folder: str | Path) -> pd.DataFrame:
     return table
 
 
-def overlaps_of(run: Run, pairs: pd.DataFrame) -> tuple[dict[int, pd.DataFrame], float]:
-    """Question -> overlaps [position, layer] of the deepest replayed pair; and the run's threshold."""
-    choices = run.recipe.choices
-    rows, _, _ = select(pairs, "replayed")
-    values = overlap_of(rows, choices.overlap)
-    spread = overlap_distribution(rows, "replayed", choices.overlap)
-    threshold, _ = threshold_of(spread, choices)
-    table = rows[["question", "position", "layer"]].assign(overlap=values)
+def overlaps_of(run: Run) -> tuple[dict[int, pd.DataFrame], float]:
+    """Question -> overlaps [position, layer] of the deepest teacher-forced pair; and the run's threshold."""
+    c = Contrast.of(run, "replayed")
+    table = c.rows[["question", "position", "layer"]].assign(overlap=c.overlap)
     wide = table.pivot(index=["question", "position"], columns="layer", values="overlap")
     by_question: dict[int, Any] = {int(q): wide.xs(q) for q in wide.index.unique(level=0)}
-    return by_question, float(threshold)
+    return by_question, float(c.threshold)
 
 
 def positions_of(overlaps: pd.DataFrame, last: int, key: Sequence[int]) -> dict[str, int]:
