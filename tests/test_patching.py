@@ -267,6 +267,14 @@ def test_patches_of_another_capture_of_that_name_are_refused(run, model, tmp_pat
     assert len(patch_run(again, tmp_path / "new", 2, PLAN, other))
 
 
+def test_rows_without_their_plan_are_refused(run, model, tmp_path):
+    """Nobody knows what they are of."""
+    patch_run(run, tmp_path, 2, PLAN, model)
+    (tmp_path / "plan.json").unlink()
+    with pytest.raises(SSTError, match=r"plan\.json is missing"):
+        patch_run(run, tmp_path, 2, PLAN, model)
+
+
 def test_the_same_capture_made_again_goes_on(run, model, rows, tmp_path):
     """A fingerprint is of what rows depend on, and of nothing else: not of when or where it was captured."""
     first = patch_run(run, tmp_path / "rows", 2, PLAN, model)

@@ -82,7 +82,7 @@ def test_a_planted_cause_is_recovered_and_beyond_its_controls():
     assert found.beyond_size.low < 0 < found.beyond_size.high
     assert found.size_slope.estimate == pytest.approx(1, abs=0.1)
     assert found.verdict.startswith("A shifted state carries its depth's output, in both directions.")
-    for words in ("30 questions", "depth 4", f"back recovers {found.recovered['back'].text(percent=True)}"):
+    for words in ("30 questions", "depth 4", f"{found.recovered['back'].text(percent=True)} by depth 1's"):
         assert words in found.verdict
     assert "At equal size a shifted state does about as much as a stable one" in found.verdict
 

@@ -96,7 +96,7 @@ class Kinds(Result):
 
     @property
     def shown(self) -> list[dict[str, str]]:
-        """The table as commands and documents show it: shares in percent with their plots."""
+        """The table as commands and documents show it: shares in percent with their intervals."""
         return [_printed(row) for row in self.shares.to_dict("records")]
 
     @property
@@ -121,11 +121,13 @@ class Kinds(Result):
         return f"{words}."
 
     def figure(self) -> go.Figure:
-        """Shifted share by comparison and run, with plots."""
-        rows = self.shares.to_dict("records")
-        label = "{comparison}: {kind} ({run})"
+        """Shifted share by comparison and run, with intervals."""
         dots = [
-            plots.Dot(label.format(**r), r["comparison"], r["shifted"], r["low"], r["high"]) for r in rows
+            plots.Dot(
+                f"{row['comparison']}: {row['kind']} ({row['run']})",
+                *(row[column] for column in ("comparison", "shifted", "low", "high")),
+            )
+            for row in self.shares.to_dict("records")
         ]
         n, deepest = int(self.shares["questions"].max()), self.shares["b"].max()
         figure = plots.dots(
@@ -259,7 +261,7 @@ def _interval(row: Mapping[Any, Any], name: str, ends: tuple[str, str] | None = 
 
 
 def _printed(row: Mapping[Any, Any]) -> dict[str, str]:
-    """A row as commands and documents show it: shares in percent with their plots."""
+    """A row as commands and documents show it: shares in percent with their intervals."""
     own = "no antimode"
     if np.isfinite(row["antimode"]):
         own = f"{_interval(row, 'shifted at antimode').text(percent=True)} at {row['antimode']:.4g}"

@@ -45,7 +45,7 @@ def read_log(folder: Path) -> pd.DataFrame:
 
 def looks(log: pd.DataFrame) -> pd.DataFrame:
     """The rows of a log in which held-out examples were measured."""
-    columns = [c for c in log if c in ("step", "alpha_mean", "gamma_mean") or c.startswith("held_out")]
+    columns = [c for c in map(str, log) if c in ("step", "alpha_mean", "gamma_mean") or c[:8] == "held_out"]
     rows = log[columns]
     return rows[rows.filter(like="held_out").notna().any(axis=1)].reset_index(drop=True)
 

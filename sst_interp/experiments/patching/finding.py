@@ -32,6 +32,7 @@ from sst_interp.analyses.statistics.bootstrap import (
 from sst_interp.errors import SSTError, Untestable
 
 DIRECTIONS = ("back", "forward")
+WORDS = {"back": "depth 1's state in the deep pass", "forward": "the deep state at depth 1"}
 SAME_SIZE = ("random", "other")
 NEEDED = ("question", "direction", "place", "what", "first", "last", "role", "position", "gap", "moved", "kl")
 LAYER = "patched layer (0-based)"
@@ -110,8 +111,8 @@ class Patching(Result):
         if not self.recovered:
             words = "No patched pair has shifted"
         words += f". {questions_words(self.n_questions)}, depth 1 against depth {self.depth}"
-        for direction, share in self.recovered.items():
-            words += f"; {direction} recovers {share.text(percent=True)} of the logit difference"
+        shares = [f"{part.text(percent=True)} by {WORDS[way]}" for way, part in self.recovered.items()]
+        words += f"; recovered of the logit difference: {', '.join(shares)}" if shares else ""
         extra = self.beyond_size
         if extra is None:
             return f"{words}. Whether a shift matters beyond its size is not testable: {self.why_not}."

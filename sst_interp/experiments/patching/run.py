@@ -252,14 +252,17 @@ def _same_plan(folder: Path, run: Run, plan: Plan, threshold: float) -> None:
                 f"{folder} holds patches of another plan or run: {', '.join(other)} differ",
                 "delete it, or give another --out",
             )
-        return
-    folder.mkdir(parents=True, exist_ok=True)
+    elif any(folder.glob(SHARDS)):
+        raise SSTError(f"{path} is missing", PLAN_LOST)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_json(path, now)
     done = shipped_patches(run.name)
     if (done / PLAN).is_file() and read_json(done / PLAN, PLAN_LOST) == now:
         for shard in done.glob(SHARDS):
-            stage(folder / shard.name, lambda path, source=shard: shutil.copyfile(source, path))
-            publish(folder / shard.name)
-    replace_json(path, now)
+            if not (folder / shard.name).is_file():
+                stage(folder / shard.name, lambda path, source=shard: shutil.copyfile(source, path))
+                publish(folder / shard.name)
 
 
 def shipped_patches(name: str) -> Path:
