@@ -59,8 +59,8 @@ def test_a_reading_is_the_replay(model):
         tokens = [PROMPT + TEXT[:-1]]
         whole = model.replay(tokens, depth, "sequential", start=len(PROMPT) - 1).resid_post
         assert torch.allclose(reading.resid_post[:, lane], whole[0, :, :, -1], atol=1e-9)
-    assert torch.equal(reading.handed[:, SHALLOW], reading.resid_post[:, SHALLOW])
-    assert torch.equal(reading.before[1:], reading.handed[:-1])
+    assert torch.equal(reading.next_state[:, SHALLOW], reading.resid_post[:, SHALLOW])
+    assert torch.equal(reading.before[1:], reading.next_state[:-1])
     assert torch.equal(reading.blended[:, SHALLOW], reading.before[:, SHALLOW])
 
 

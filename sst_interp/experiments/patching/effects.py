@@ -64,8 +64,8 @@ DIRECTIONS: tuple[tuple[Direction, int, int], ...] = (("back", DEEP, SHALLOW), (
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What was seen. Axes: lane (`DEEP`, `SHALLOW`)."""
+class TextStates:
+    """The states of one text at two depths, side by side. Axis lane: `DEEP`, `SHALLOW`."""
 
     depth: int
     stream: Stream
@@ -78,7 +78,7 @@ class Reading:
     """Layer outputs of the lane's last iteration."""
     blended: Float[Tensor, "position lane layer d_model"]
     """The state that its last iteration blends in."""
-    handed: Float[Tensor, "position lane layer d_model"]
+    next_state: Float[Tensor, "position lane layer d_model"]
     """The state that it hands on, by the layer that reads it."""
     before: Float[Tensor, "position lane slot d_model"]
     """The state that it is handed."""
@@ -108,7 +108,7 @@ class Reading:
 
 
 @torch.no_grad()
-def read_text(model: Recurrence, prompt: Sequence[int], text: Sequence[int], depth: int) -> Reading:
+def read_text(model: Recurrence, prompt: Sequence[int], text: Sequence[int], depth: int) -> TextStates:
     """Read the prompt once, and then `text` at `depth` and at depth 1.
 
     Args:
@@ -121,7 +121,7 @@ def read_text(model: Recurrence, prompt: Sequence[int], text: Sequence[int], dep
     stream, first = one.repeat(2), one.column
     inputs = [int(prompt[-1]), *map(int, text[:-1])]
     depths, layers = torch.tensor([depth, 1]), model.backbone.n_layers
-    seen: dict[str, list[Tensor]] = {"resid_post": [], "blended": [], "handed": [], "before": []}
+    seen: dict[str, list[Tensor]] = {"resid_post": [], "blended": [], "next_state": [], "before": []}
     has_state = []
     for token in inputs:
         has_state.append(bool(model.kind.has_state(stream.column, stream.origin[:1], 1)))
@@ -142,9 +142,9 @@ def read_text(model: Recurrence, prompt: Sequence[int], text: Sequence[int], dep
         last = [done[int(depths[lane]) - 1].resid_post[:, lane] for lane in (DEEP, SHALLOW)]
         seen["resid_post"].append(torch.stack(last))
         seen["blended"].append(blended)
-        seen["handed"].append(stream.state.transpose(0, 1).expand(-1, layers, -1).clone())
+        seen["next_state"].append(stream.state.transpose(0, 1).expand(-1, layers, -1).clone())
     stacked = {name: torch.stack(pieces) for name, pieces in seen.items()}
-    return Reading(depth, stream, inputs, first, has_state=torch.tensor(has_state), **stacked)
+    return TextStates(depth, stream, inputs, first, has_state=torch.tensor(has_state), **stacked)
 
 
 class Intervention(NamedTuple):
@@ -271,8 +271,8 @@ class Patches:
 
 def effects(
     model: StateStreamModel,
-    reading: Reading,
-    other: Reading,
+    reading: TextStates,
+    other: TextStates,
     position: int,
     layers: Sequence[int],
     windows: int,
@@ -306,7 +306,7 @@ def effects(
 
 
 def placed(
-    reading: Reading, other: Reading, position: int, todo: Sequence[Intervention], key: Sequence[object]
+    reading: TextStates, other: TextStates, position: int, todo: Sequence[Intervention], key: Sequence[object]
 ) -> tuple[Patches, Sizes]:
     """The vectors of every patch, in the rows of their batch, and how long they are."""
     stranger, copies = min(position, len(other.inputs) - 1), len(todo) + 1
@@ -314,7 +314,7 @@ def placed(
     for direction, base, donor in DIRECTIONS:
         first = 1 if direction == "back" else copies + 1
         for k, intervention in enumerate(todo):
-            part = {"stream_in": "blended", "stream_out": "handed"}.get(intervention.place, "resid_post")
+            part = {"stream_in": "blended", "stream_out": "next_state"}.get(intervention.place, "resid_post")
             mine, theirs = getattr(reading, part)[position], getattr(other, part)[stranger]
             own = slice(None if part == "resid_post" else reading.slots)  # one vector if layers share it
             new = vectors(
@@ -335,7 +335,12 @@ def placed(
 
 @torch.no_grad()
 def write(
-    model: StateStreamModel, reading: Reading, position: int, patches: Patches, copies: int, new_tokens: int
+    model: StateStreamModel,
+    reading: TextStates,
+    position: int,
+    patches: Patches,
+    copies: int,
+    new_tokens: int,
 ) -> Written:
     """Read the position's token in every row, patched, and go on greedily: `copies` rows per direction."""
     stream = reading.at(position, copies, new_tokens + 1)

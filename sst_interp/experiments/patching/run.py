@@ -23,7 +23,7 @@ from sst_interp.analyses.contrast import Contrast
 from sst_interp.durable import publish, replace_json, stage
 from sst_interp.errors import SSTError
 from sst_interp.experiments.origin import origin_of, written_tokens
-from sst_interp.experiments.patching.effects import Reading, effects, read_text, spread
+from sst_interp.experiments.patching.effects import TextStates, effects, read_text, spread
 from sst_interp.guarded import check_place, read_json, read_table
 from sst_interp.model import StateStreamModel
 from sst_interp.questions import grade
@@ -162,7 +162,7 @@ class _Study:
         self.model, self.asked = origin_of(run, model)
         self.depth = max(run.recipe.depths)
         self.layers = spread(self.model.backbone.n_layers, plan.layers)
-        self._readings: dict[int, Reading] = {}
+        self._readings: dict[int, TextStates] = {}
 
     def patch(self, question: int, stranger: int) -> pd.DataFrame:
         """Every row of one question."""
@@ -198,7 +198,7 @@ class _Study:
                 )
         return pd.DataFrame(rows)
 
-    def _reading(self, question: int) -> Reading:
+    def _reading(self, question: int) -> TextStates:
         if question not in self._readings:
             prefix = self.run.recipe.reply_prefix or ""
             prompt = self.model.chat(self.asked[question].prompt, reply_prefix=prefix)
