@@ -12,13 +12,9 @@ from sst_interp.analyses.basin_shifts import (
 from sst_interp.analyses.bf16_noise import Bf16Noise, bf16_noise
 from sst_interp.analyses.bimodality import Bimodality, bimodality
 from sst_interp.analyses.content import Content, content
-from sst_interp.analyses.depth_scores import DepthScores, depth_scores
 from sst_interp.analyses.divergence import Divergence, divergence
 from sst_interp.analyses.dwell import Dwell, dwell
 from sst_interp.analyses.halting import Halting, halting, halting_of
-from sst_interp.analyses.kinds import Kinds, kinds
-from sst_interp.analyses.kinds_answers import KindsAnswers, kinds_answers
-from sst_interp.analyses.kinds_contraction import KindsContraction, kinds_contraction
 from sst_interp.analyses.layer_profile import LayerProfile, layer_profile
 from sst_interp.analyses.ledger.claims import BlendWeights, Claim, Finding, Ledger, Row, blend_weights, claims
 from sst_interp.analyses.ledger.probe import probe_rows
@@ -46,7 +42,6 @@ from sst_interp.analyses.statistics.bootstrap import (
 from sst_interp.analyses.statistics.modes import Modes, find_modes
 from sst_interp.analyses.statistics.permutation import label_permutation, sign_flip
 from sst_interp.analyses.token_replacement import TokenReplacement, token_replacement
-from sst_interp.analyses.training_curves import TrainingCurves, training_curves
 
 __all__ = [
     "PAPER_THRESHOLD",
@@ -57,15 +52,11 @@ __all__ = [
     "BlendWeights",
     "Claim",
     "Content",
-    "DepthScores",
     "Divergence",
     "Dwell",
     "Finding",
     "Halting",
     "Interval",
-    "Kinds",
-    "KindsAnswers",
-    "KindsContraction",
     "LayerProfile",
     "Ledger",
     "Modes",
@@ -81,7 +72,6 @@ __all__ = [
     "ShiftsPerQuestion",
     "StateSettling",
     "TokenReplacement",
-    "TrainingCurves",
     "all_comparisons",
     "approximation_error",
     "basin_shifts",
@@ -93,16 +83,12 @@ __all__ = [
     "cluster_bootstrap",
     "content",
     "deepest_pair",
-    "depth_scores",
     "divergence",
     "dwell",
     "find_modes",
     "halting",
     "halting_of",
     "json_ready",
-    "kinds",
-    "kinds_answers",
-    "kinds_contraction",
     "label_permutation",
     "layer_profile",
     "overlap_distribution",
@@ -122,5 +108,4 @@ __all__ = [
     "state_settling",
     "table_html",
     "token_replacement",
-    "training_curves",
 ]

@@ -33,6 +33,8 @@ def fill(document: str | Path, blocks: Mapping[str, str], others: bool = False) 
         text = document.read_text(encoding="utf-8")
     except OSError as error:
         raise SSTError(f"cannot read {document}: {error.strerror}", "name a Markdown file") from None
+    except UnicodeDecodeError as error:
+        raise SSTError(f"{document} is not UTF-8 (byte {error.start})", "name a Markdown file") from None
     names = [name for name in re.findall(r"<!-- end of (.+?) -->", text) if name in blocks or not others]
     for name in names:
         if name not in blocks:

@@ -78,3 +78,14 @@ def check_place(folder: Path, hint: str = "give another folder") -> None:
             pass
     except OSError as error:
         raise SSTError(f"{folder} cannot be written: {error.strerror}", hint) from None
+
+
+def check_output(path: Path, hint: str = "choose another file") -> None:
+    """Try whether a file can be written that a person named. Nothing is left there.
+
+    Raises:
+        SSTError: it is a folder, or its folder cannot be written.
+    """
+    if path.is_dir():
+        raise SSTError(f"cannot write {path}: it is a folder", hint)
+    check_place(path.parent, hint)

@@ -8,8 +8,6 @@ A damaged file costs its own rows and nothing else: they say which file it is an
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -26,6 +24,7 @@ from sst_interp.analyses.statistics.bootstrap import Interval
 from sst_interp.durable import replace_json
 from sst_interp.errors import SSTError
 from sst_interp.guarded import read_json, unreadable
+from sst_interp.manifest import content_hash
 from sst_interp.run import Run
 
 FOLDER = "findings"
@@ -86,11 +85,8 @@ def kept_findings(run: Run) -> Kept:
 
 
 def capture_of(run: Run) -> str:
-    """sha256 over the checksums of a run's shards: which capture it is."""
-    files = {
-        name: entry["sha256"] for shards in run.manifest["shards"].values() for name, entry in shards.items()
-    }
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    """Which capture a run is: `manifest.content_hash`."""
+    return content_hash(run.manifest)
 
 
 def _kept(file: Path, run: Run) -> Kept:

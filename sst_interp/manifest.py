@@ -6,6 +6,7 @@ nowhere else, so that a resumed run's other entries equal those of an uninterrup
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
@@ -89,6 +90,14 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 def batches(manifest: Mapping[str, Any]) -> list[int]:
     """The committed batches, ascending."""
     return sorted(int(batch) for batch in manifest["shards"])
+
+
+def content_hash(manifest: Mapping[str, Any]) -> str:
+    """sha256 over the checksums of a run's shards: tells one capture from another of the same name."""
+    files = {
+        name: entry["sha256"] for shards in manifest["shards"].values() for name, entry in shards.items()
+    }
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 def damage(folder: Path, file: str, entry: Mapping[str, Any]) -> str | None:

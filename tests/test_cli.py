@@ -516,6 +516,7 @@ def test_train_from_a_file_to_a_checkpoint_that_loads(run_cli, training, place):
     assert {p.name for p in folder.iterdir()} >= {"adapter_model.safetensors", "stream.json", "README.md"}
     html = (folder / "training.html").read_text()
     assert 'src="http' not in html
+    assert "Content-Security-Policy" in html
     assert load("tiny-sst", dtype="float32").name == "tiny-sst"
     assert "--fresh" in two_lines(run_cli("train", training), "trained already")
 

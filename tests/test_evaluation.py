@@ -11,11 +11,11 @@ from test_capture import tiny_llama, word_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from sst_interp.analyses import depth_scores, training_curves
-from sst_interp.analyses.depth_scores import ORACLE
-from sst_interp.errors import SSTError
+from sst_interp.errors import SSTError, Untestable
 from sst_interp.evaluation import TASKS, answer_losses, answers, evaluate, letters, read_evaluation, tasks
 from sst_interp.evaluation.tasks import missing
+from sst_interp.experiments.depth_scores import ORACLE, depth_scores
+from sst_interp.experiments.training_curves import training_curves
 from sst_interp.model import attach
 from sst_interp.questions.question import Item, Question
 from sst_interp.training.examples import Example
@@ -197,9 +197,12 @@ def test_scores_and_the_oracle():
     drop = found.differences["gsm8k", "2", "sst"]
     assert drop.estimate == pytest.approx(by_depth[2] - baseline["value"].mean())
     assert drop.high < 0
-    assert "gsm8k: sst at depth 2" in found.verdict
+    assert found.verdict.startswith("1 of 2 scores differ from baseline's at depth 1. At most 400 questions")
+    assert "gsm8k, sst at depth 2: -" in found.verdict
     assert "oracle" not in found.verdict
-    assert "sst at depth 1 " not in found.verdict
+    beside = found.table.set_index("depth")["sst minus baseline"]
+    assert beside["2"] == drop.text(percent=True)
+    assert "sst at depth 1:" not in found.verdict
     assert len(found.figure().data) == 2
 
 
@@ -209,8 +212,10 @@ def test_a_loss_is_weighted_by_tokens():
     )
     found = depth_scores({"m": rows})
     assert found.scores["x-loss", "1", "m"].estimate == pytest.approx(12 / 11)
-    assert found.verdict.startswith("not testable")
+    assert "no baseline to compare with" in found.verdict
     json.dumps(found.to_dict())
+    with pytest.raises(Untestable, match="nothing was evaluated"):
+        depth_scores({"m": rows[:0]})
 
 
 def test_pairing_is_by_question_not_by_row():
@@ -232,7 +237,8 @@ def test_curves():
     assert "200/s" in curves.verdict
     assert len(curves.table) == 2
     assert len(curves.figure().data) == 6
-    assert training_curves([{"step": 0}]).verdict.startswith("not testable")
+    with pytest.raises(Untestable, match="no step was taken"):
+        training_curves([{"step": 0, "held_out_exact": 2.0}])
 
 
 def test_gradients_are_not_kept(model):

@@ -48,6 +48,13 @@ def captured_run(name: str, fresh: bool) -> Any:
         return capture_run(recipe, fresh=fresh)
 
 
+def named_folder(name: str) -> Path:
+    """The folder of an option; an empty name is no folder (it would be the working folder)."""
+    if not name:
+        raise typer.BadParameter("the name of a folder is empty")
+    return Path(name)
+
+
 @contextmanager
 def stopping(
     kept: str = "what was captured is kept: the same command goes on from there",

@@ -32,7 +32,8 @@ def train(
     """
     from tqdm import tqdm
 
-    from sst_interp.analyses import training_curves
+    from sst_interp.experiments.training_curves import training_curves
+    from sst_interp.report.result_page import result_page
     from sst_interp.training.log import read_log
     from sst_interp.training.recipe import find_training_recipe
     from sst_interp.training.trainer import Training
@@ -59,7 +60,7 @@ def train(
     with bar, stopping("the state is saved: the same command goes on from there"):
         folder = training.run(show)
     curves = training_curves(read_log(folder), chosen.name)
-    write_text(folder / "training.html", curves.figure().to_html(include_plotlyjs=True))
+    write_text(folder / "training.html", result_page(f"Training {chosen.name}", [curves]))
     print(f"{curves.verdict}\ncheckpoint: {folder}\ncurves: {folder / 'training.html'}")
 
 
@@ -93,8 +94,8 @@ def evaluate(
 
         sst-interp evaluate checkpoints/mine --tasks gsm8k --questions 50 --depths 1,4
     """
-    from sst_interp.analyses import depth_scores
     from sst_interp.evaluation import TASKS, evaluate_by_name
+    from sst_interp.experiments.depth_scores import depth_scores
     from sst_interp.loading import checkpoint_folder
     from sst_interp.training.card import write_card
 
@@ -106,15 +107,15 @@ def evaluate(
     own = models[0] if held_out else None
     twice = lambda name: [Path(m).name for m in models].count(Path(name).name) > 1  # noqa: E731
     with stopping("what was measured is kept: the same command goes on from there"):
-        found = {
+        measured = {
             name if twice(name) else Path(name).name: evaluate_by_name(name, at, wanted, questions, own, out)
             for name in models
         }
-    result = depth_scores(found, next((name for name in found if name.endswith("baseline")), None))
+    scores = depth_scores(measured, next((name for name in measured if name.endswith("baseline")), None))
     if as_json:
-        print(json.dumps(result.to_dict(), indent=2))
+        print(json.dumps(scores.to_dict(), indent=2))
     else:
-        print_table([{str(k): v for k, v in row.items()} for row in result.table.to_dict("records")])
-        print(f"\n{result.verdict}")
+        print_table([{str(k): v for k, v in row.items()} for row in scores.table.to_dict("records")])
+        print(f"\n{scores.verdict}")
     if card and (folder := checkpoint_folder(models[0])) is not None:
-        print(f"card: {write_card(folder, found)}", file=sys.stderr)
+        print(f"card: {write_card(folder, scores)}", file=sys.stderr)

@@ -1,7 +1,7 @@
 """Is a shift the cause of the changed output? (C16, our own): what patches of one depth's state do.
 
-`sst_interp.patching` puts the state of one depth in the place of the other's at one position and writes on.
-Here its rows become shares and differences with intervals that resample questions:
+`patch_run` puts the state of one depth in the place of the other's at one position and writes on. Here its
+rows become shares and differences with intervals that resample questions:
 
     recovered = sum(moved * sign(gap)) / sum(|gap|)
 
@@ -13,14 +13,13 @@ else than the donor does can be below 0 or above 1.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from sst_interp.analyses.figures import patching as patching_figures
-from sst_interp.analyses.ledger.rules import C16, C16B, EVERYWHERE, Finding, Row, judged, untestable
+from sst_interp.analyses.plots import Dot, Line, dots, lines, matrix
 from sst_interp.analyses.result import Result
 from sst_interp.analyses.statistics.bootstrap import (
     RESAMPLES,
@@ -30,51 +29,61 @@ from sst_interp.analyses.statistics.bootstrap import (
     questions_words,
     ratio,
 )
-from sst_interp.errors import SSTError
+from sst_interp.errors import SSTError, Untestable
 
 DIRECTIONS = ("back", "forward")
-WORDS = {"back": "depth 1's state into the deep pass", "forward": "the deep pass's state into depth 1"}
+WORDS = {"back": "depth 1's state in the deep pass", "forward": "the deep state at depth 1"}
 SAME_SIZE = ("random", "other")
 NEEDED = ("question", "direction", "place", "what", "first", "last", "role", "position", "gap", "moved", "kl")
+LAYER = "patched layer (0-based)"
+SERIES = {
+    "state": "the other depth's state",
+    "random": "random, same size",
+    "other": "another question's change, same size",
+}
+"""What is put in -> how a figure calls it."""
+AXES = {
+    "recovered": "recovered share of the logit difference (0: as the base, 1: as the donor)",
+    "answer_changed": "share of answers that differ from the base's",
+}
+"""Measure -> the axis of its figure."""
 
 
 @dataclass(frozen=True, eq=False)
 class Patching(Result):
     """What follows a patch, and what does not. All intervals resample questions."""
 
-    effects: pd.DataFrame = field(default_factory=pd.DataFrame)
+    effects: pd.DataFrame
     """A row per direction, place, what and role of the position (`any`: all of them together): recovered, kl
     (nats, patched against base), token_changed, later_changed (share of the next tokens that differ from
     the base's), answer_changed, answer_followed (the donor's answer, where donor and base differ); each with
     `_low` and `_high`; size (median of |change| / |state|), questions. `layer`: layers below the last."""
-    recovered: dict[str, Interval] = field(default_factory=dict)
-    """Direction -> recovered share at shifted pairs below the last layer."""
-    beyond: dict[str, dict[str, Interval]] = field(default_factory=dict)
+    recovered: dict[str, Interval]
+    """Direction -> recovered share at shifted pairs below the last layer; empty if no pair shifted."""
+    beyond: dict[str, dict[str, Interval]]
     """Direction -> control of the same size -> recovered by the donor's state minus by the control."""
-    beyond_size: Interval | None = None
+    beyond_size: Interval | None
     """Coefficient of `shifted` in a regression of log KL on log size over pairs below the last layer: the log
-    effect of a shifted pair beyond a stable one of the same size. None if not testable."""
-    size_slope: Interval | None = None
+    effect of a shifted pair beyond a stable one of the same size. None if there is no such regression."""
+    size_slope: Interval | None
     """Coefficient of log size in the same regression."""
-    why_not: str | None = None
-    """Why there is no regression."""
-    answers: dict[str, Interval] = field(default_factory=dict)
+    why_not: str | None
+    """Why there is no regression; None if there is one."""
+    answers: dict[str, Interval]
     """Direction -> share of answers that turn into the donor's, patched in all layers at any position, where
     base and donor answer differently."""
-    effect_map: dict[str, pd.DataFrame] = field(default_factory=dict)
+    effect_map: dict[str, pd.DataFrame]
     """Direction -> recovered share by position (down) and layer (across), the donor's state at one layer."""
-    by_layer: pd.DataFrame = field(default_factory=pd.DataFrame)
+    by_layer: pd.DataFrame
     """Recovered share by direction, what and layer, with its interval, at any position."""
-    threshold: float = float("nan")
+    threshold: float
     """Overlap below which a pair has shifted: the run's."""
-    shifted: float = float("nan")
-    """Share of the patched pairs that have."""
-    depth: int = 0
+    shifted: float
+    """Share of the patched pairs below the last layer that have shifted."""
+    depth: int
     """The deep pass's depth."""
-    name: str = "run"
-    n_questions: int = 0
-    not_testable: str | None = None
-    """Why there is no result; None if there is one."""
+    name: str
+    n_questions: int
 
     @property
     def title(self) -> str:
@@ -84,68 +93,93 @@ class Patching(Result):
     @property
     def table(self) -> pd.DataFrame:
         """A row per direction, place and what, all positions together."""
-        if self.effects.empty:
-            return self.effects
         return self.effects[self.effects["role"] == "any"].drop(columns="role").reset_index(drop=True)
 
     @property
+    def causes(self) -> bool:
+        """Whether a shifted state moves the output its way in both directions, beyond both controls (C16)."""
+        beyond = [interval for controls in self.beyond.values() for interval in controls.values()]
+        there = [*self.recovered.values(), *beyond]
+        return len(self.recovered) == len(DIRECTIONS) and all(interval.low > 0 for interval in there)
+
+    @property
     def verdict(self) -> str:
-        """What follows the state, against the controls of the same size, and whether shifts are special."""
-        if self.not_testable:
-            return f"not testable: {self.not_testable}."
-        words = (
-            f"{questions_words(self.n_questions)}, depth 1 against depth {self.depth}, one layer below the "
-        )
-        words += f"last at a time, at shifted pairs ({self.shifted:.0%} of those patched): "
-        there = [direction for direction in DIRECTIONS if direction in self.recovered]
-        found = [f"{WORDS[way]} recovers {self.recovered[way].text(percent=True)}" for way in there]
-        words += (" and ".join(found) or "nothing") + " of the logit difference. "
-        beside = [f"{way} by {' and '.join(_named(self.beyond[way]))}" for way in there]
-        words += f"Beyond a change of the same size: {'; '.join(beside)}. " if beside else ""
-        for direction, share in self.answers.items():
-            words += f"Patched in all layers ({direction}), the answer turns into the donor's in "
-            words += f"{share.text(percent=True)} of the cases where they differ. "
-        if self.beyond_size is None:
-            return f"{words}Whether a shift matters more than its size is not testable: {self.why_not}."
+        """Whether a shifted state moves the output beyond the controls, and whether shifts are special."""
+        words = "It is not shown that a shifted state carries its depth's output"
+        if self.causes:
+            words = "A shifted state carries its depth's output, in both directions"
+        if not self.recovered:
+            words = "No patched pair has shifted"
+        words += f". {questions_words(self.n_questions)}, depth 1 against depth {self.depth}"
+        shares = [f"{part.text(percent=True)} by {WORDS[way]}" for way, part in self.recovered.items()]
+        words += f"; recovered of the logit difference: {', '.join(shares)}" if shares else ""
         extra = self.beyond_size
-        found = "as far as these questions can tell, its size is all that matters"
-        if extra.low > 0 or extra.high < 0:
-            found = f"a shift matters {'more' if extra.low > 0 else 'less'} than its size says"
-        words += f"With size held equal, shifted pairs' log KL is {extra.text()} above stable ones': "
-        return f"{words}{found}."
+        if extra is None:
+            return f"{words}. Whether a shift matters beyond its size is not testable: {self.why_not}."
+        than = "more than" if extra.low > 0 else "less than" if extra.high < 0 else "about as much as"
+        return f"{words}. At equal size a shifted state does {than} a stable one: {extra.text()} in log KL."
 
     def figure(self) -> go.Figure:
-        """Recovered share by layer, beside the controls."""
-        return patching_figures.by_layer(self)
+        """Recovered share by patched layer, `back`, beside the controls of the same size."""
+        rows = self.by_layer[self.by_layer["direction"] == "back"]
+        drawn = []
+        for what, name in SERIES.items():
+            own = rows[rows["what"] == what].sort_values("last")
+            if len(own):
+                ends = own["recovered_low"], own["recovered_high"]
+                drawn.append(Line(name, own["last"], own["recovered"], *ends))
+        return lines(
+            "What one layer's state carries (depth 1's state into the deep pass)",
+            self._subtitle, LAYER, "recovered share<br>of the logit difference", drawn,
+        )  # fmt: skip
 
     def figures(self) -> dict[str, go.Figure]:
         """by_layer; map_back, map_forward (layer by position); places; answers."""
-        drawn = {"by_layer": self.figure()}
-        drawn |= {
-            f"map_{direction}": patching_figures.effect_map(self, direction) for direction in DIRECTIONS
+        maps = {}
+        for direction, values in self.effect_map.items():
+            title = f"Effect map, {direction}: recovered share by layer and position"
+            maps[f"map_{direction}"] = matrix(
+                values, title, self._subtitle, "recovered share", zmin=0, zmax=1
+            )
+        return {
+            "by_layer": self.figure(),
+            **maps,
+            "places": self._places("recovered"),
+            "answers": self._places("answer_changed"),
         }
-        return drawn | {
-            "places": patching_figures.places(self, "recovered"),
-            "answers": patching_figures.places(self, "answer_changed"),
-        }
+
+    def _places(self, measure: str) -> go.Figure:
+        """One measure of every place and control, all positions together."""
+        rows = self.table[self.table["what"] != "stranger"].dropna(subset=[measure])
+        shown = [
+            Dot(
+                f"{row['place']}, {row['what']}", str(row["direction"]),
+                row[measure], row[f"{measure}_low"], row[f"{measure}_high"],
+            )
+            for row in rows.to_dict("records")
+        ]  # fmt: skip
+        figure = dots("What follows a patch, by place", self._subtitle, AXES[measure], shown, 0)
+        return figure.update_layout(height=640)
+
+    @property
+    def _subtitle(self) -> str:
+        return f"{self.name}, depth 1 against depth {self.depth}; {questions_words(self.n_questions)}"
 
 
 def patching(rows: pd.DataFrame, resamples: int = RESAMPLES, seed: int = 0) -> Patching:
-    """What the rows of `sst_interp.patching.study` say.
+    """What the rows of `patch_run` say.
 
     Args:
         rows: one per question, position, direction and patch; its `attrs` has the plan (threshold, depth).
         resamples: question resamples.
         seed: of the resampling.
 
-    Returns:
-        The result; one whose verdict begins "not testable:" if there are no rows.
-
     Raises:
+        Untestable: there are no rows.
         SSTError: a column is missing.
     """
     if rows.empty:
-        return Patching(not_testable="nothing was patched")
+        raise Untestable("nothing was patched")
     if missing := [name for name in NEEDED if name not in rows]:
         raise SSTError(f"rows of patches have no column {missing[0]}", "`read_patching` reads them")
     top = int(rows["last"].max())
@@ -168,7 +202,11 @@ def patching(rows: pd.DataFrame, resamples: int = RESAMPLES, seed: int = 0) -> P
         if len(differ):
             followed = differ.assign(one=1.0)
             answers[direction] = share(followed, "answer_donors", "one", resamples, seed)
-    slope, extra, why = size_regression(pairs, resamples, seed)
+    slope, extra, why = None, None, None
+    try:
+        slope, extra = size_regression(pairs, resamples, seed)
+    except Untestable as error:
+        why = error.message
     return Patching(
         effects=_effects(rows, top, resamples, seed),
         recovered=recovered,
@@ -206,17 +244,20 @@ def difference(rows: pd.DataFrame, control: str, resamples: int, seed: int) -> I
 
 def size_regression(
     pairs: pd.DataFrame, resamples: int = RESAMPLES, seed: int = 0
-) -> tuple[Interval | None, Interval | None, str | None]:
-    """Log KL = a(layer, direction) + b log(size) + c shifted, by least squares: (b, c, why there is none).
+) -> tuple[Interval, Interval]:
+    """Log KL = a(layer, direction) + b log(size) + c shifted, by least squares: (b, c).
 
     Layers and directions each have a mean of their own, so that a layer that shifts often and matters much
     is not taken for an effect of shifting. Changes without any effect or size have no logarithm and are left
     out.
+
+    Raises:
+        Untestable: all or no pairs have shifted, or size and shift cannot be told apart.
     """
     used = pairs[(pairs["kl"] > 0) & (pairs["size"] > 0)]
     shifted = used["shifted"] > 0
     if not len(used) or shifted.all() or not shifted.any():
-        return None, None, f"{'every' if shifted.all() else 'no'} patched pair has shifted"
+        raise Untestable(f"{'every' if len(used) and shifted.all() else 'no'} patched pair has shifted")
     columns = pd.DataFrame(
         {"size": np.log(used["size"]), "shifted": shifted.astype(float), "effect": np.log(used["kl"])}
     )
@@ -237,34 +278,8 @@ def size_regression(
 
     slope, extra = coefficient(0), coefficient(1)
     if not np.isfinite(extra.estimate):
-        return None, None, "size and shift go together without exception"
-    return slope, extra, None
-
-
-def patching_rows(result: Patching) -> list[Row]:
-    """The rows of C16 for the claims ledger."""
-    if result.not_testable or not result.recovered:
-        nothing = untestable(result.not_testable or "no patched pair has shifted")
-        return [Row(claim, EVERYWHERE, nothing) for claim in (C16, C16B)]
-    recovered = list(result.recovered.values())
-    beyond = [interval for controls in result.beyond.values() for interval in controls.values()]
-    both = len(recovered) == len(DIRECTIONS)
-    holds = both and all(interval.low > 0 for interval in (*recovered, *beyond))
-    here = "; ".join(f"{way} {i.text(percent=True)} recovered" for way, i in result.recovered.items())
-    control = "beyond controls of the same size: "
-    control += "; ".join(f"{way}, {', '.join(_named(found))}" for way, found in result.beyond.items())
-    verdict = judged(holds, *recovered, *beyond)
-    first = Row(C16, EVERYWHERE, Finding(here, verdict, recovered[0], control))
-    if result.beyond_size is None or result.size_slope is None:
-        return [first, Row(C16B, EVERYWHERE, untestable(str(result.why_not)))]
-    extra = result.beyond_size
-    words = f"{extra.text()} (log KL, shifted against stable, size held equal)"
-    size = f"coefficient of log size {result.size_slope.text()}; {result.shifted:.0%} of the pairs shifted"
-    return [first, Row(C16B, EVERYWHERE, Finding(words, judged(extra.low > 0, extra), extra, size))]
-
-
-def _named(intervals: dict[str, Interval]) -> list[str]:
-    return [f"{interval.text(percent=True)} ({what})" for what, interval in intervals.items()]
+        raise Untestable("size and shift go together without exception")
+    return slope, extra
 
 
 MEASURES = {
@@ -292,10 +307,10 @@ def _measured(
         sums = own.groupby("question")[[column for name in measures for column in MEASURES[name]]].sum()
         totals = sums.to_numpy(dtype=float).reshape(len(sums), len(measures), 2)
         ends = bootstrap_ends(totals, resamples=resamples, seed=seed)
-        found = dict(zip(by, names, strict=True))
+        record = dict(zip(by, names, strict=True))
         for name, *three in zip(measures, *ends, strict=True):
-            found |= dict(zip((name, f"{name}_low", f"{name}_high"), map(float, three), strict=True))
-        records.append(found | {"size": float(own["size"].median()), "questions": len(sums)})
+            record |= dict(zip((name, f"{name}_low", f"{name}_high"), map(float, three), strict=True))
+        records.append(record | {"size": float(own["size"].median()), "questions": len(sums)})
     return pd.DataFrame(records)
 
 
@@ -309,7 +324,6 @@ def _effects(rows: pd.DataFrame, top: int, resamples: int, seed: int) -> pd.Data
 def _map(single: pd.DataFrame, direction: str) -> pd.DataFrame:
     own = single[(single["direction"] == direction) & (single["what"] == "state")]
     sums = own.groupby(["position", "last"])[["toward", "apart"]].sum()
-    values = pd.Series(ratio(sums.to_numpy(dtype=float)), index=sums.index)
-    found = values.unstack("last")
-    found.index.name, found.columns.name = "position", "layer"
-    return found
+    values = pd.Series(ratio(sums.to_numpy(dtype=float)), index=sums.index).unstack("last")
+    values.index.name, values.columns.name = "position", "layer"
+    return values

@@ -10,11 +10,11 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from sst_interp.analyses.plots import BLUE, GREY, ORANGE, TEMPLATE, VERMILLION, empty_figure
+from sst_interp.analyses.plots import BLUE, GREY, ORANGE, TEMPLATE, VERMILLION
 from sst_interp.analyses.result import Result
+from sst_interp.errors import Untestable
+from sst_interp.training.log import SMOOTHING, log_words, looks
 
-SMOOTHING = 20
-"""Steps over which the line through the training loss is averaged."""
 WEIGHTS = {
     "blend weight alpha": ("alpha_max", "alpha_mean", "alpha_min"),
     "residual scalar gamma": ("gamma_mean",),
@@ -31,45 +31,14 @@ class TrainingCurves(Result):
     name: str
 
     @property
-    def looks(self) -> pd.DataFrame:
-        """The rows in which held-out examples were measured."""
-        columns = [
-            c for c in self.log if c in ("step", "alpha_mean", "gamma_mean") or c.startswith("held_out")
-        ]
-        rows = self.log[columns]
-        return rows[rows.filter(like="held_out").notna().any(axis=1)].reset_index(drop=True)
-
-    @property
     def table(self) -> pd.DataFrame:
         """A row per look at the held-out examples."""
-        return self.looks
+        return looks(self.log)
 
     @property
     def verdict(self) -> str:
-        """First and last losses, and how fast it went."""
-        steps = self.log.dropna(subset=["loss"]) if "loss" in self.log else self.log.iloc[:0]
-        if steps.empty:
-            return "not testable: no step was taken."
-        first, last = steps["loss"].head(SMOOTHING).mean(), steps["loss"].tail(SMOOTHING).mean()
-        words = (
-            f"{self.name}: training loss {first:.3f} -> {last:.3f} nats per answer token (means of the "
-            f"first and last {min(SMOOTHING, len(steps))} of {len(steps)} steps), "
-            f"{steps['tokens'].sum():,.0f} tokens at {steps['tokens'].sum() / steps['seconds'].sum():.0f}/s"
-        )
-        looks = self.looks
-        if "held_out_exact" in looks and len(looks) > 1:
-            exact = looks["held_out_exact"]
-            words += f"; held out, exact evaluation: {exact.iloc[0]:.3f} -> {exact.iloc[-1]:.3f}"
-        if "alpha_mean" in steps and steps["alpha_mean"].notna().any():
-            end = steps.iloc[-1]
-            words += (
-                f"; alpha {steps['alpha_mean'].iloc[0]:.4f} -> {end['alpha_mean']:.4f} "
-                f"(range {end['alpha_min']:.4f} to {end['alpha_max']:.4f})"
-            )
-        if "gamma_mean" in steps and steps["gamma_mean"].notna().any():
-            gamma = steps["gamma_mean"]
-            words += f"; gamma (mean over layers) {gamma.iloc[0]:.4f} -> {gamma.iloc[-1]:.4f}"
-        return words + "."
+        """First and last losses, how fast it went, and the stream's weights."""
+        return log_words(self.log, self.name)
 
     @property
     def title(self) -> str:
@@ -78,9 +47,7 @@ class TrainingCurves(Result):
 
     def figure(self) -> go.Figure:
         """Loss above, the stream's own weights below, against the step."""
-        if "loss" not in self.log:
-            return empty_figure(self.title, "no step was taken")
-        steps, looks = self.log.dropna(subset=["loss"]), self.looks
+        steps, held_out = self.log.dropna(subset=["loss"]), self.table
         stream = {
             axis: [c for c in names if c in steps and steps[c].notna().any()]
             for axis, names in WEIGHTS.items()
@@ -99,9 +66,9 @@ class TrainingCurves(Result):
             ("held_out_exact", "held out, exact", VERMILLION),
             ("held_out_as_trained", "held out, as trained", ORANGE),
         ):
-            if column in looks:
+            if column in held_out:
                 figure.add_scatter(
-                    x=looks["step"], y=looks[column], name=words, mode="lines+markers",
+                    x=held_out["step"], y=held_out[column], name=words, mode="lines+markers",
                     line={"color": color}, row=1, col=1,
                 )  # fmt: skip
         figure.update_yaxes(title_text="loss (nats per answer token)", type="log", dtick="D1", row=1, col=1)
@@ -122,5 +89,12 @@ class TrainingCurves(Result):
 
 
 def training_curves(log: Sequence[dict[str, Any]] | pd.DataFrame, name: str = "checkpoint") -> TrainingCurves:
-    """The curves of a training's log (`sst_interp.training.read_log`)."""
-    return TrainingCurves(pd.DataFrame(log), name)
+    """The curves of a training's log (`sst_interp.training.log.read_log`).
+
+    Raises:
+        Untestable: no step was taken.
+    """
+    rows = pd.DataFrame(log)
+    if "loss" not in rows or rows["loss"].isna().all():
+        raise Untestable("no step was taken")
+    return TrainingCurves(rows, name)

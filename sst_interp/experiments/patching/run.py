@@ -18,20 +18,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sst_interp import places
-from sst_interp.analyses.basin_shifts import threshold_of
-from sst_interp.analyses.overlap import overlap_distribution, overlap_of, select
-from sst_interp.bridges.run_cache import refuse_another, written_tokens
-from sst_interp.capture import provenance
+from sst_interp import manifest, places
+from sst_interp.analyses.contrast import Contrast
 from sst_interp.durable import publish, replace_json, stage
 from sst_interp.errors import SSTError
+from sst_interp.experiments.origin import origin_of, written_tokens
+from sst_interp.experiments.patching.effects import TextStates, effects, read_text, spread
 from sst_interp.guarded import check_place, read_json, read_table
-from sst_interp.loading import load
 from sst_interp.model import StateStreamModel
-from sst_interp.patching.effects import effects
-from sst_interp.patching.interventions import spread
-from sst_interp.patching.reading import Reading, read_text
-from sst_interp.questions import Question, grade, load_questions
+from sst_interp.questions import grade
 from sst_interp.run import Run
 
 ROLES = ("first", "shift", "stable", "random")
@@ -83,8 +78,7 @@ def patch_run(
     plan, folder = plan or Plan(), Path(folder)
     _check(plan, questions)
     check_place(folder, "give another --out")
-    pairs = run.table("pairs", comparison="replayed")
-    overlaps, threshold = overlaps_of(run, pairs)
+    overlaps, threshold = overlaps_of(run)
     known = sorted(overlaps)
     order = [known[k] for k in np.random.default_rng(plan.seed).permutation(len(known))]
     chosen = order[:questions]
@@ -123,17 +117,13 @@ def read_patching(folder: str | Path) -> pd.DataFrame:
     return table
 
 
-def overlaps_of(run: Run, pairs: pd.DataFrame) -> tuple[dict[int, pd.DataFrame], float]:
-    """Question -> overlaps [position, layer] of the deepest replayed pair; and the run's threshold."""
-    choices = run.recipe.choices
-    rows, _, _ = select(pairs, "replayed")
-    values = overlap_of(rows, choices.overlap)
-    spread = overlap_distribution(rows, "replayed", choices.overlap)
-    threshold, _ = threshold_of(spread, choices)
-    table = rows[["question", "position", "layer"]].assign(overlap=values)
+def overlaps_of(run: Run) -> tuple[dict[int, pd.DataFrame], float]:
+    """Question -> overlaps [position, layer] of the deepest teacher-forced pair; and the run's threshold."""
+    c = Contrast.of(run, "replayed")
+    table = c.rows[["question", "position", "layer"]].assign(overlap=c.overlap)
     wide = table.pivot(index=["question", "position"], columns="layer", values="overlap")
-    found: dict[int, Any] = {int(q): wide.xs(q) for q in wide.index.unique(level=0)}
-    return found, float(threshold)
+    by_question: dict[int, Any] = {int(q): wide.xs(q) for q in wide.index.unique(level=0)}
+    return by_question, float(c.threshold)
 
 
 def positions_of(overlaps: pd.DataFrame, last: int, key: Sequence[int]) -> dict[str, int]:
@@ -168,33 +158,26 @@ class _Study:
         overlaps: dict[int, pd.DataFrame],
         model: StateStreamModel | None,
     ) -> None:
-        recipe = run.recipe
         self.run, self.plan, self.threshold, self.overlaps = run, plan, threshold, overlaps
-        asked = load_questions(
-            recipe.dataset, recipe.questions, recipe.seed, recipe.split, instruction=recipe.instruction
-        )
-        self.asked: Sequence[Question] = asked.questions
-        if model is None:
-            model = load(recipe.checkpoint, recipe.alpha, recipe.choices, recipe.dtype, kind=recipe.kind)
-        refuse_another(run, provenance(model, asked))
-        self.model, self.depth = model, max(recipe.depths)
-        self.layers = spread(model.backbone.n_layers, plan.layers)
-        self._readings: dict[int, Reading] = {}
+        self.model, self.asked = origin_of(run, model)
+        self.depth = max(run.recipe.depths)
+        self.layers = spread(self.model.backbone.n_layers, plan.layers)
+        self._readings: dict[int, TextStates] = {}
 
     def patch(self, question: int, stranger: int) -> pd.DataFrame:
         """Every row of one question."""
-        plan, tokens = self.plan, self._tokens(question)
+        plan, tokens = self.plan, written_tokens(self.run, question, 1)
         reading, other = self._reading(question), self._reading(stranger)
         self._readings = {q: r for q, r in self._readings.items() if q in (question, stranger)}
         overlaps, rows = self.overlaps[question], []
         for role, position in positions_of(overlaps, len(tokens) - 1, (plan.seed, question)).items():
-            found, texts = effects(
+            effect, texts = effects(
                 self.model, reading, other, position, self.layers, plan.windows, plan.new_tokens,
                 (plan.seed, question),
             )  # fmt: skip
             own = overlaps.loc[[position]].to_numpy(dtype=float)[0]
             answers: dict[tuple[int, ...], str | None] = {}
-            for row, written in zip(found, texts, strict=True):
+            for row, written in zip(effect, texts, strict=True):
                 patched, base, donor = (
                     self._answer(question, tokens[:position], t, answers) for t in written
                 )
@@ -215,14 +198,12 @@ class _Study:
                 )
         return pd.DataFrame(rows)
 
-    def _tokens(self, question: int) -> list[int]:
-        return written_tokens(self.run, question, 1)
-
-    def _reading(self, question: int) -> Reading:
+    def _reading(self, question: int) -> TextStates:
         if question not in self._readings:
             prefix = self.run.recipe.reply_prefix or ""
             prompt = self.model.chat(self.asked[question].prompt, reply_prefix=prefix)
-            self._readings[question] = read_text(self.model, prompt, self._tokens(question), self.depth)
+            written = written_tokens(self.run, question, 1)
+            self._readings[question] = read_text(self.model, prompt, written, self.depth)
         return self._readings[question]
 
     def _answer(
@@ -252,27 +233,36 @@ def _check(plan: Plan, questions: int) -> None:
 
 
 def _same_plan(folder: Path, run: Run, plan: Plan, threshold: float) -> None:
-    """Refuse a folder with another plan's rows; note whose they are."""
+    """Refuse a folder whose rows depend on anything else than these do; note what they depend on."""
     hashes = {k: v for k, v in run.manifest["provenance"].items() if k.endswith("_hash")}
     now = {
-        "plan": asdict(plan), "run": run.name, "run_hashes": hashes, "threshold": threshold,
-        "depth": max(run.recipe.depths), "dtype": run.recipe.dtype, "checkpoint": run.recipe.checkpoint,
-        "captured": len(run.manifest["shards"]),
-    }  # fmt: skip
+        "run": run.name,
+        "plan": asdict(plan),
+        "recipe": run.manifest["recipe_fingerprint"],
+        "capture": manifest.content_hash(run.manifest),
+        "threshold": threshold,
+        "depth": max(run.recipe.depths),
+        **hashes,
+    }
     path = folder / PLAN
     if path.is_file():
-        if read_json(path, PLAN_LOST) != now:
+        then = read_json(path, PLAN_LOST)
+        if other := [key for key in now | then if now.get(key) != then.get(key)]:
             raise SSTError(
-                f"{folder} holds patches of another plan or run", "delete it, or give another --out"
+                f"{folder} holds patches of another plan or run: {', '.join(other)} differ",
+                "delete it, or give another --out",
             )
-        return
-    folder.mkdir(parents=True, exist_ok=True)
+    elif any(folder.glob(SHARDS)):
+        raise SSTError(f"{path} is missing", PLAN_LOST)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_json(path, now)
     done = shipped_patches(run.name)
     if (done / PLAN).is_file() and read_json(done / PLAN, PLAN_LOST) == now:
         for shard in done.glob(SHARDS):
-            stage(folder / shard.name, lambda path, source=shard: shutil.copyfile(source, path))
-            publish(folder / shard.name)
-    replace_json(path, now)
+            if not (folder / shard.name).is_file():
+                stage(folder / shard.name, lambda path, source=shard: shutil.copyfile(source, path))
+                publish(folder / shard.name)
 
 
 def shipped_patches(name: str) -> Path:

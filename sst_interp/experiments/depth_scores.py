@@ -10,10 +10,10 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from sst_interp.analyses.plots import BLUE, GREY, ORANGE, TEMPLATE, VERMILLION, empty_figure
+from sst_interp.analyses.plots import BLUE, GREY, ORANGE, TEMPLATE, VERMILLION
 from sst_interp.analyses.result import Result
-from sst_interp.analyses.statistics.bootstrap import Interval, cluster_bootstrap
-from sst_interp.errors import SSTError
+from sst_interp.analyses.statistics.bootstrap import Interval, cluster_bootstrap, questions_words
+from sst_interp.errors import SSTError, Untestable
 
 ORACLE = "best of depths (oracle)"
 """Right at any depth. No policy reaches it: it is chosen with the answers in hand."""
@@ -34,32 +34,40 @@ class DepthScores(Result):
 
     @property
     def table(self) -> pd.DataFrame:
-        """A row per task and depth, a column per model."""
+        """A row per task and depth; a column per model, and its difference from the reference's depth 1."""
         rows = list(dict.fromkeys((task, depth) for task, depth, _ in self.scores))
-        models = list(dict.fromkeys(model for _, _, model in self.scores))
+        beside = [model for model in self._models if self.reference not in (None, model)]
         cells = [
             {"task": task, "depth": depth, "questions": self._n(task)}
-            | {model: self._cell(task, depth, model) for model in models}
+            | {model: self._cell(task, depth, model) for model in self._models}
+            | {f"{model} minus {self.reference}": self._difference(task, depth, model) for model in beside}
             for task, depth in rows
         ]
         return pd.DataFrame(cells)
 
     @property
     def verdict(self) -> str:
-        """Which depths and models differ from the reference beyond the interval, task by task."""
+        """How many scores differ from the reference's beyond the interval, and the clearest of them."""
         if self.reference is None:
-            return "not testable: one model alone has nothing to be compared with."
-        parts = []
-        for (task, depth, model), d in self.differences.items():
-            if depth == ORACLE or not d.known or (d.low <= 0 <= d.high):
-                continue
-            unit = "nats" if task.endswith("loss") else "of the questions"
-            parts.append(
-                f"{task}: {model} at depth {depth} {d.estimate:+.3g} [{d.low:+.3g}, {d.high:+.3g}] {unit}"
-            )
-        if not parts:
-            return f"No model at any depth differs from {self.reference} beyond its 95% interval."
-        return f"Against {self.reference}: " + "; ".join(parts) + ". All other differences cover zero."
+            return f"{self.n_words}; no baseline to compare with."
+        apart = {
+            key: d for key, d in self.differences.items() if key[1] != ORACLE and (d.low > 0 or d.high < 0)
+        }
+        compared = sum(depth != ORACLE for _, depth, _ in self.differences)
+        words = f"{len(apart)} of {compared} scores differ from {self.reference}'s at depth 1. {self.n_words}"
+        models = self._models
+        clear = {key: abs(d.estimate) / (d.high - d.low) for key, d in apart.items()}
+        most = sorted(apart, key=lambda key: (models.index(key[2]), -clear[key]))
+        for task, depth, model in most[:3]:
+            d, unit = apart[task, depth, model], "nats" if task.endswith("loss") else "of the questions"
+            words += f"; {task}, {model} at depth {depth}: {d.estimate:+.3g} [{d.low:+.3g}, {d.high:+.3g}] "
+            words += unit
+        return words + "."
+
+    @property
+    def n_words(self) -> str:
+        """How many questions the largest task has."""
+        return f"At most {questions_words(max(i.n_questions for i in self.scores.values()))} a task"
 
     @property
     def title(self) -> str:
@@ -68,23 +76,20 @@ class DepthScores(Result):
 
     def figure(self) -> go.Figure:
         """A panel per task: score against depth, a line per model."""
-        if not self.scores:
-            return empty_figure(self.title, "nothing was evaluated")
         table = list(self.scores.items())
         tasks = list(dict.fromkeys(task for (task, _, _), _ in table))
-        models = list(dict.fromkeys(model for (_, _, model), _ in table))
         names = [f"{task} ({self._n(task)} questions)" for task in tasks]
         figure = make_subplots(rows=1, cols=len(tasks), subplot_titles=names, horizontal_spacing=0.06)
         for column, task in enumerate(tasks, 1):
-            for color, model in zip([BLUE, ORANGE, GREY, VERMILLION] * 9, models, strict=False):
-                found = [
+            for color, model in zip([BLUE, ORANGE, GREY, VERMILLION] * 9, self._models, strict=False):
+                line = [
                     (depth, i) for (t, depth, m), i in table if (t, m) == (task, model) and depth != ORACLE
                 ]
-                y = np.array([i.estimate for _, i in found])
-                up = np.array([i.high for _, i in found]) - y
-                down = y - np.array([i.low for _, i in found])
+                y = np.array([i.estimate for _, i in line])
+                up = np.array([i.high for _, i in line]) - y
+                down = y - np.array([i.low for _, i in line])
                 figure.add_scatter(
-                    x=[depth for depth, _ in found],
+                    x=[depth for depth, _ in line],
                     y=y,
                     error_y={"array": up, "arrayminus": down},
                     name=model,
@@ -103,16 +108,24 @@ class DepthScores(Result):
         )
         return figure
 
+    @property
+    def _models(self) -> list[str]:
+        return list(dict.fromkeys(model for _, _, model in self.scores))
+
     def _n(self, task: str) -> int:
         return max(i.n_questions for (t, _, _), i in self.scores.items() if t == task)
 
     def _cell(self, task: str, depth: str, model: str) -> str:
-        found = self.scores.get((task, depth, model))
-        if found is None:
+        score = self.scores.get((task, depth, model))
+        if score is None:
             return ""
-        words = found.text(percent=not task.endswith("loss"))
-        fewer = found.n_questions < self._n(task)
-        return f"{words} ({found.n_questions} questions)" if fewer else words
+        words = score.text(percent=not task.endswith("loss"))
+        fewer = score.n_questions < self._n(task)
+        return f"{words} ({score.n_questions} questions)" if fewer else words
+
+    def _difference(self, task: str, depth: str, model: str) -> str:
+        d = self.differences.get((task, depth, model))
+        return "" if d is None else d.text(percent=not task.endswith("loss"))
 
 
 def depth_scores(
@@ -126,6 +139,7 @@ def depth_scores(
         resamples: bootstrap resamples.
 
     Raises:
+        Untestable: nothing was evaluated.
         SSTError: the reference is not among the models.
     """
     if reference is not None and reference not in evaluations:
@@ -158,14 +172,16 @@ def depth_scores(
                     paired = np.stack([(column - theirs)[both], weight[both]], axis=-1)
                     if (name, model) != ("1", reference):
                         differences[task, name, model] = cluster_bootstrap(paired, resamples=resamples)
+    if not scores:
+        raise Untestable("nothing was evaluated")
     return DepthScores(scores, differences, reference)
 
 
 def _wide(rows: pd.DataFrame) -> dict[str, tuple[pd.DataFrame, pd.Series]]:
     """Task -> (value [question, depth], weight [question])."""
-    found = {}
+    by_task = {}
     for task, part in rows.groupby("task"):
         value = part.pivot(index="question", columns="depth", values="value").dropna()
         weight = part.drop_duplicates("question").set_index("question")["weight"].reindex(value.index)
-        found[str(task)] = (value, weight)
-    return found
+        by_task[str(task)] = (value, weight)
+    return by_task
