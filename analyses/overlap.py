@@ -17,7 +17,7 @@ import plotly.graph_objects as go
 from sst_interp.analyses.figures import overlap as figures
 from sst_interp.analyses.result import Result
 from sst_interp.analyses.statistics.bootstrap import RESAMPLES, Interval, percent_text, questions_words, share
-from sst_interp.analyses.statistics.modes import Modes, find_modes, grid, question_histograms, sensitivity
+from sst_interp.analyses.statistics.modes import Modes, find_modes, grid, question_histograms
 from sst_interp.choices import COMPARISONS
 from sst_interp.errors import SSTError, unknown_name
 

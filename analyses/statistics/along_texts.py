@@ -29,9 +29,7 @@ def over_questions(n: int, statistic: Statistic, resamples: int = RESAMPLES, see
 
 def ranks(values: np.ndarray) -> np.ndarray:
     """Ranks along the last axis, from 1, ties sharing their mean rank; NaN keeps its place and has none."""
-    there = np.isfinite(values)
-    found = rankdata(np.where(there, values, np.inf), axis=-1)
-    return np.where(there, found, np.nan)
+    return rankdata(values, axis=-1, nan_policy="omit")
 
 
 def standardised(values: np.ndarray) -> np.ndarray:
