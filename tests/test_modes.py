@@ -118,10 +118,8 @@ def test_the_nearest_one_moded_density_keeps_the_mass_and_has_no_dip():
 # How deep the valley is
 
 
-def histograms_of(table, n=None):
-    return question_histograms(
-        table["question"].to_numpy(), table["cosine"].to_numpy(float), 1e-3, n or table["question"].max() + 1
-    )
+def histograms_of(table):
+    return question_histograms(table["question"].to_numpy(), table["cosine"].to_numpy(float), 1e-3)
 
 
 def valley(between, questions=60, pairs=200, seed=0):
