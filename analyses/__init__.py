@@ -22,7 +22,7 @@ from sst_interp.analyses.result import ANALYSES, Analysis
 
 
 class _Front(ModuleType):
-    """This package: its `dwell` is the analysis, not the module of that name in which it is defined."""
+    """The package itself: its `dwell` is the analysis, not the module of that name that defines it."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, getattr(value, name, value) if isinstance(value, ModuleType) else value)

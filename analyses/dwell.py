@@ -1,8 +1,8 @@
 """Dwell: how long a layer's state stays stable between two shifts, and whether longer than by chance.
 
 One row is one question and one layer, its positions in order. A *stretch* is a longest sequence of
-neighbouring stable positions. It is *complete* if a shift stands on both sides; a text's beginning and end cut
-stretches short (censoring), and so does a position without an overlap.
+neighbouring stable positions. It is *complete* if a shift stands on both sides; a text's beginning and end
+cut stretches short (censoring), and so does a position without an overlap.
 
 **The effect.** If shifts come in bursts, the stable stretches between them are longer than those of a text
 whose shifts fall anywhere:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -31,6 +31,7 @@ from sst_interp.analyses.statistics.bootstrap import (
     Interval,
     Resampling,
     cluster_bootstrap,
+    nothing,
     percent_text,
     questions_words,
     ratio,
@@ -378,7 +379,7 @@ class Bimodality(Result):
 class Scope(NamedTuple):
     """One distribution; `a`, `b` and `layer` are NaN where they are pooled over."""
 
-    name: str
+    scope: str
     """"pooled", "pair" or "layer"."""
     a: float
     b: float
@@ -404,7 +405,7 @@ def bimodality(c: Contrast, every_pair: bool = False) -> Bimodality:
     question, same = rows["question"].to_numpy(), rows["relative_l2"].to_numpy() == 0
     scopes = _collect(c, every_pair)
     table, dip_reason = _measure(scopes, RESOLUTION[c.kind], c.resampling)
-    own = [scope for scope in scopes if scope.name == "layer" and (scope.a, scope.b) == (c.a, c.b)]
+    own = [scope for scope in scopes if scope.scope == "layer" and (scope.a, scope.b) == (c.a, c.b)]
     return Bimodality(
         comparison=c.comparison,
         kind=c.kind,
@@ -445,9 +446,11 @@ def _collect(c: Contrast, every_pair: bool) -> list[Scope]:
         cube = question_histograms(code, overlap, resolution, len(layers) * n).reshape(-1, n, BINS)
         scopes.append(Scope("pair", *pair, math.nan, cube.sum(axis=0), float(same.mean())))
         alike = np.bincount(layer, same) / np.bincount(layer)
-        scopes += [Scope("layer", *pair, *row) for row in zip(layers, cube, alike, strict=True)]
-    pooled = np.sum([scope.histograms for scope in scopes if scope.name == "pair"], axis=0)
-    return [Scope("pooled", *[math.nan] * 3, pooled, float(same_of_all / pairs_of_all)), *scopes]
+        for row in zip(layers.tolist(), cube, alike.tolist(), strict=True):
+            scopes.append(Scope("layer", *pair, *row))
+    pooled = np.sum([scope.histograms for scope in scopes if scope.scope == "pair"], axis=0)
+    identical = float(same_of_all / pairs_of_all)
+    return [Scope("pooled", math.nan, math.nan, math.nan, pooled, identical), *scopes]
 
 
 def _measure(
@@ -460,30 +463,14 @@ def _measure(
         modes = find_modes(histograms, resolution, resamples=resampling.resamples, seed=resampling.seed)
         dip = dip_test(histograms, resolution, resampling.seed)
         reasons.append(dip.reason)
-        depth = modes.depth_interval
-        records.append(
-            {
-                "scope": scope.name,
-                "a": scope.a,
-                "b": scope.b,
-                "layer": scope.layer,
-                "pairs": int(histograms.sum()),
-                "questions": len(histograms),
-                "modes": modes.count,
-                "antimode": modes.antimode.estimate if modes.antimode else math.nan,
-                "depth": modes.depth,
-                "depth_low": depth.low if depth else math.nan,
-                "depth_high": depth.high if depth else math.nan,
-                "missing": modes.missing,
-                "p": modes.p_value,
-                "p_layers": math.nan,
-                "identical": scope.identical,
-                "at_one": float(histograms[:, 0].sum() / histograms.sum()),
-                "dip": dip.dip.estimate,
-                "dip_p": dip.p_value,
-                "dip_p_questions": dip.p_questions,
-            }
-        )
+        depth = modes.depth_interval or nothing("not tested")
+        row: dict[str, Any] = {name: value for name, value in scope._asdict().items() if name != "histograms"}
+        row |= {"pairs": int(histograms.sum()), "questions": len(histograms), "modes": modes.count}
+        row |= {"antimode": (modes.antimode or nothing("one mode")).estimate, "depth": modes.depth}
+        row |= {"depth_low": depth.low, "depth_high": depth.high, "missing": modes.missing}
+        row |= {"p": modes.p_value, "p_layers": math.nan}
+        row |= {"at_one": float(histograms[:, 0].sum() / histograms.sum()), "dip": dip.dip.estimate}
+        records.append(row | {"dip_p": dip.p_value, "dip_p_questions": dip.p_questions})
     table = pd.DataFrame(records)
     for _, of_pair in table[table["scope"] == "layer"].groupby(["a", "b"]):
         table.loc[of_pair.index, "p_layers"] = benjamini_hochberg(of_pair["p"].to_numpy())
