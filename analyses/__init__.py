@@ -39,8 +39,8 @@ def load() -> dict[str, Analysis]:
 
 def _modules(package: str) -> Iterator[ModuleType]:
     """The modules of a package, imported one after the other."""
-    for found in pkgutil.iter_modules(import_module(package).__path__, f"{package}."):
-        yield import_module(found.name)
+    for module in pkgutil.iter_modules(import_module(package).__path__, f"{package}."):
+        yield import_module(module.name)
 
 
 def __getattr__(name: str) -> Any:

@@ -25,11 +25,12 @@ from sst_interp.errors import SSTError, Untestable
 from sst_interp.schema import DIRECTIONS, NOISE_KINDS, SITES
 
 ANALYSES = load()
-EACH = pytest.mark.parametrize("name", sorted(ANALYSES, key=lambda name: ANALYSES[name].order))
+NAMES = [analysis.name for analysis in sorted(ANALYSES.values(), key=lambda analysis: analysis.order)]
+EACH = pytest.mark.parametrize("name", NAMES)
 CASES = [
     (name, comparison)
-    for name, analysis in sorted(ANALYSES.items())
-    for comparison in (COMPARISONS if analysis.per == "comparison" else COMPARISONS[:1])
+    for name in NAMES
+    for comparison in (COMPARISONS if ANALYSES[name].per == "comparison" else COMPARISONS[:1])
 ]
 EACH_COMPARISON = pytest.mark.parametrize(("name", "comparison"), CASES, ids=[".".join(c) for c in CASES])
 QUESTIONS, POSITIONS, LAYERS = 12, 10, 4

@@ -262,14 +262,14 @@ def _within(
         return _too_few(int(usable.sum())), math.nan
     # What the AUC of a question would be if the event were in this row.
     above = (pd.Series(score).groupby(codes).rank().to_numpy() - 1) / (length[codes] - 1)
-    found = above[event]
-    interval = cluster_bootstrap(np.stack([found, np.ones(len(found))], 1), resamples=resamples, seed=seed)
+    auc = above[event]
+    interval = cluster_bootstrap(np.stack([auc, np.ones(len(auc))], 1), resamples=resamples, seed=seed)
     order = np.argsort(codes, kind="stable")
     above, length = above[order], length[usable]
     start = np.cumsum(length) - length
     rng = np.random.default_rng(seed)
     drawn = above[start + (rng.random((resamples, len(start))) * length).astype(int)].mean(axis=1)
-    far = np.abs(drawn - 0.5) >= abs(found.mean() - 0.5) - 1e-12
+    far = np.abs(drawn - 0.5) >= abs(auc.mean() - 0.5) - 1e-12
     return interval, float((far.sum() + 1) / (resamples + 1))
 
 
