@@ -1,13 +1,10 @@
-import json
-
 import numpy as np
 import pandas as pd
 import pytest
-from synthetic import Planted, pairs_table
+from synthetic import contrast, pairs_table
 
-from sst_interp.analyses.bf16_noise import bf16_noise
-from sst_interp.analyses.parts.noise_floor import highest, noise_floors
-from sst_interp.errors import SSTError
+from sst_interp.analyses.noise import bf16_noise, highest, noise_floors
+from sst_interp.errors import Untestable
 
 NOISE = [
     "question", "kind", "depth", "position", "layer",
@@ -40,9 +37,13 @@ def noise_of(pairs, kinds=("batch", "fp32"), depths=(1, 4), factor=5.0, question
     return pd.concat(parts, ignore_index=True)
 
 
+def change_of(pairs, noise=None, comparison="replayed", **options):
+    return bf16_noise(contrast(pairs, comparison, noise=noise, **options))
+
+
 def test_medians_are_those_of_the_pairs_and_inside_their_intervals():
     pairs = table(deepest=29.0)
-    found = bf16_noise(pairs, "replayed")
+    found = change_of(pairs)
     assert found.ratio.estimate == pytest.approx(pairs["bf16_ratio"].median())
     last = pairs[pairs["layer"] == 7]
     assert found.deepest.estimate == pytest.approx(last["bf16_ratio"].median())
@@ -51,10 +52,10 @@ def test_medians_are_those_of_the_pairs_and_inside_their_intervals():
     assert (found.by_layer["low"] <= found.by_layer["ratio"]).all()
     assert (found.by_layer["ratio"] <= found.by_layer["high"]).all()
     for words in (
-        "bf16 roundings",
-        "deepest (layer 7)",
+        "The change exceeds one bf16 rounding.",
+        f"{found.ratio.text()} bf16 roundings",
         "3,072 pairs from 24 questions",
-        "8 above and 0 below",
+        "Of 8 layers 8 are above and 0 below one rounding",
     ):
         assert words in found.verdict
 
@@ -62,7 +63,7 @@ def test_medians_are_those_of_the_pairs_and_inside_their_intervals():
 def test_the_planted_median_is_inside_its_interval_as_often_as_stated():
     inside = 0
     for seed in range(60):
-        found = bf16_noise(table(positions=6, layers=2, seed=seed), "replayed", resamples=400).ratio
+        found = change_of(table(positions=6, layers=2, seed=seed), resamples=400).ratio
         inside += found.low <= 15.0 <= found.high
     assert inside >= 50  # 95% nominal, 60 trials; with 24 questions it is about 93%
 
@@ -70,43 +71,44 @@ def test_the_planted_median_is_inside_its_interval_as_often_as_stated():
 def test_a_change_of_one_rounding_is_not_above_one_rounding():
     alarms = 0
     for seed in range(40):
-        found = bf16_noise(table(ratio=1.0, positions=6, seed=seed), "replayed", resamples=20)
+        found = change_of(table(ratio=1.0, positions=6, seed=seed), resamples=20)
         alarms += (found.by_layer["wilcoxon_holm"] < 0.05).any()
     assert alarms <= 6  # 5% nominal
-    assert "0 above and 0 below by Wilcoxon" in bf16_noise(table(ratio=1.0, seed=1), "replayed").verdict
+    assert "Of 8 layers 0 are above and 0 below one rounding" in change_of(table(ratio=1.0, seed=1)).verdict
 
 
 def test_a_change_below_one_rounding_is_said_to_be_below():
-    found = bf16_noise(table(ratio=0.3), "replayed")
+    found = change_of(table(ratio=0.3))
     assert found.ratio.high < 1
     assert (found.by_layer["effect"] < 0).all()
-    assert "0 above and 8 below" in found.verdict
+    assert "Of 8 layers 0 are above and 8 below" in found.verdict
+    assert found.verdict.startswith("The change is less than one bf16 rounding.")
 
 
 def test_tests_are_over_questions_however_many_pairs_there_are():
-    few = bf16_noise(table(questions=5), "replayed").by_layer
-    many = bf16_noise(table(questions=5, positions=200), "replayed").by_layer
+    few = change_of(table(questions=5)).by_layer
+    many = change_of(table(questions=5, positions=200)).by_layer
     assert (few["questions"] == 5).all()
     assert many["wilcoxon_p"].min() == pytest.approx(0.0625)  # 2 / 2^5, the smallest there is
-    assert "which 5 questions cannot reach" in bf16_noise(table(questions=5), "replayed").verdict
+    assert "which 5 questions cannot reach" in change_of(table(questions=5)).verdict
 
 
 def test_bit_identical_pairs_count_as_no_change_and_are_counted():
     pairs = table()
     same = pairs["position"] < 12
     pairs.loc[same, ["bf16_ratio", "relative_l2"]] = 0
-    found = bf16_noise(pairs, "replayed")
+    found = change_of(pairs)
     assert found.identical.estimate == pytest.approx(0.75)
     assert found.ratio.estimate == 0
     assert "75.0% bit-identical" in found.verdict
-    nothing = bf16_noise(pairs.assign(bf16_ratio=np.float32(0), relative_l2=np.float32(0)), "replayed")
+    nothing = change_of(pairs.assign(bf16_ratio=np.float32(0), relative_l2=np.float32(0)))
     assert (nothing.ratio.estimate, nothing.identical.estimate) == (0, 1)
     assert "8 below" in nothing.verdict
 
 
 def test_the_ratio_to_a_planted_floor_is_found_over_all_layers_and_in_each():
     pairs = table()
-    found = bf16_noise(pairs, "replayed", noise_of(pairs))
+    found = change_of(pairs, noise_of(pairs))
     assert found.no_floor is None
     assert [(f.kind, f.depth) for f in found.floors] == [("batch", 1), ("batch", 4), ("fp32", 1), ("fp32", 4)]
     for floor in found.floors:
@@ -121,6 +123,7 @@ def test_the_ratio_to_a_planted_floor_is_found_over_all_layers_and_in_each():
     assert found.floor("batch").depth == 4  # the higher floor is the stricter one
     assert "times what another batch shape changes at depth 4 (10 questions)" in found.verdict
     assert "times what float32 changes" in found.verdict
+    assert found.verdict.startswith("The change exceeds one bf16 rounding, and measured noise.")
 
 
 def test_change_and_noise_are_compared_at_the_same_questions_and_positions():
@@ -129,27 +132,28 @@ def test_change_and_noise_are_compared_at_the_same_questions_and_positions():
     pairs.loc[pairs["question"] >= 5, "relative_l2"] *= 1000  # where no noise was measured
     late = noise["position"] >= 8
     pairs.loc[pairs["position"] >= 8, "relative_l2"] *= 100
-    floors, _ = noise_floors(pairs, noise[~late])
+    floors, _ = noise_floors(pairs, noise[~late], 200, 0)
     assert highest(floors, "fp32").ratio.estimate == pytest.approx(5, rel=0.1)
     assert highest(floors, "fp32").n_pairs == 5 * 8 * 8
 
 
 def test_a_change_no_larger_than_noise_has_a_ratio_of_1():
     pairs = table()
-    floor = bf16_noise(pairs, "replayed", noise_of(pairs, factor=1.0)).floor("fp32")
-    assert floor.ratio.low <= 1 <= floor.ratio.high
+    found = change_of(pairs, noise_of(pairs, factor=1.0))
+    assert found.floor("fp32").ratio.low <= 1 <= found.floor("fp32").ratio.high
+    assert found.verdict.startswith("The change exceeds one bf16 rounding, but not measured noise.")
 
 
 def test_noise_that_is_0_is_said_and_not_divided_by():
     pairs = table()
     noise = noise_of(pairs, kinds=("batch",))
-    none = bf16_noise(pairs, "replayed", noise.assign(relative_l2=np.float32(0)))
+    none = change_of(pairs, noise.assign(relative_l2=np.float32(0)))
     assert np.isnan(none.floor("batch").ratio.estimate)
     assert none.floor("batch").identical == 1
     assert "the median noise is 0" in none.verdict
-    assert "against float32: not measured" in none.verdict
+    assert "float32" not in none.verdict
     half = noise.assign(relative_l2=noise["relative_l2"].where(noise["question"] >= 4, 0))
-    found = bf16_noise(pairs, "replayed", half).floor("batch")
+    found = change_of(pairs, half).floor("batch")
     assert np.isfinite(found.ratio.estimate)
     assert "in some resamples the median noise is 0" in found.ratio.text()
 
@@ -157,76 +161,40 @@ def test_noise_that_is_0_is_said_and_not_divided_by():
 def test_without_a_noise_table_the_floor_is_not_testable():
     pairs = table()
     for noise in (None, noise_of(pairs).iloc[:0]):
-        found = bf16_noise(pairs, "replayed", noise)
+        found = change_of(pairs, noise)
         assert found.floors == ()
         assert "the measured floor is not testable: the run has no noise table" in found.verdict
-    elsewhere = bf16_noise(pairs, "replayed", noise_of(pairs).assign(question=99))
+    elsewhere = change_of(pairs, noise_of(pairs).assign(question=99))
     assert "no position has both a change and noise" in elsewhere.verdict
-    lost = bf16_noise(pairs, "replayed", noise_of(pairs).assign(relative_l2=np.float32(np.nan)))
+    lost = change_of(pairs, noise_of(pairs).assign(relative_l2=np.float32(np.nan)))
     assert "no position has both" in lost.verdict
 
 
-def test_comparisons_and_pairs_are_never_pooled():
-    pairs = pd.concat([table(depths=(2, 4)), table(ratio=1e4, comparisons=("free",))])
-    alone = table(depths=(2, 4))
-    found = bf16_noise(pairs, "replayed")
-    assert found.to_dict() == bf16_noise(alone, "replayed").to_dict()
+def test_pairs_of_depths_have_a_row_each():
+    found = change_of(table(depths=(2, 4)))
     assert list(found.per_pair["b"]) == [2, 4]
     assert found.per_pair["ratio"][1] == pytest.approx(found.ratio.estimate)
-    assert bf16_noise(pairs, "replayed", a=1, b=2).ratio.estimate == pytest.approx(found.per_pair["ratio"][0])
-    assert bf16_noise(pairs, "free").ratio.estimate > 1000
-    categories = pairs.assign(comparison=pd.Categorical(pairs["comparison"]))
-    assert bf16_noise(categories, "free").ratio == bf16_noise(pairs, "free").ratio
+    shallow = bf16_noise(contrast(table(depths=(2, 4)), "replayed", a=1, b=2))
+    assert shallow.ratio.estimate == pytest.approx(found.per_pair["ratio"][0])
 
 
-def test_the_order_of_rows_and_the_numbering_of_questions_change_nothing():
-    pairs = table()
-    noise = noise_of(pairs)
-    found = bf16_noise(pairs, "replayed", noise)
-    shuffled = bf16_noise(pairs.sample(frac=1, random_state=1), "replayed", noise[::-1])
-    assert shuffled.ratio.estimate == found.ratio.estimate
-    assert shuffled.floor("fp32").ratio.estimate == pytest.approx(found.floor("fp32").ratio.estimate)
-    assert np.allclose(shuffled.by_layer["wilcoxon_p"], found.by_layer["wilcoxon_p"])
-    renumbered = bf16_noise(
-        pairs.assign(question=pairs["question"] * 7 + 3),
-        "replayed",
-        noise.assign(question=noise["question"] * 7 + 3),
-    )
-    assert renumbered.ratio == found.ratio
-    assert renumbered.floor("batch").ratio == found.floor("batch").ratio
-
-
-def test_nan_one_question_one_depth_and_an_empty_table():
+def test_some_all_and_nothing_missing_and_one_question():
     pairs = table()
     pairs.loc[:9, "bf16_ratio"] = np.nan
-    found = bf16_noise(pairs, "replayed")
+    found = change_of(pairs)
     assert (found.n_excluded, found.n_pairs) == (10, len(pairs) - 10)
     assert "10 pairs without a ratio are left out" in found.verdict
-    all_nan = bf16_noise(pairs.assign(bf16_ratio=np.nan), "replayed")
-    assert all_nan.verdict == "not testable: all 3,072 ratios of comparison 'replayed' are NaN."
+    with pytest.raises(Untestable, match="all 3,072 ratios of comparison 'replayed' are NaN"):
+        change_of(pairs.assign(bf16_ratio=np.nan))
     one = table(questions=1)
-    found = bf16_noise(one, "replayed", noise_of(one))
+    found = change_of(one, noise_of(one))
     assert "no interval: one question" in found.verdict
+    assert found.verdict.startswith("Whether the change is more than rounding is not tested.")
     assert np.isfinite(found.floor("fp32").ratio.estimate)
-    empty = bf16_noise(pairs_table(comparisons=()), "replayed")
-    assert empty.verdict == "not testable: no pairs of comparison 'replayed' in this run."
-    assert bf16_noise(table(), "within").verdict.startswith("not testable")
-    with pytest.raises(SSTError, match="unknown comparison"):
-        bf16_noise(table(), "fre")
 
 
-def test_every_result_has_json_html_and_figures_that_say_what_they_show():
-    pairs = table(planted=Planted(share=0))
-    for noise in (noise_of(pairs), None):
-        found = bf16_noise(pairs, "replayed", noise)
-        json.dumps(found.to_dict(), allow_nan=False)
-        assert "<table>" in found._repr_html_()
-        assert set(found.figures()) == {"by_layer", "floors"}
-        layout = found.figure().to_dict()["layout"]
-        assert "24 questions" in str(layout["title"])
-        assert "replayed" in str(layout["title"])
-        assert layout["xaxis"]["title"]["text"] == "layer (0-based)"
-    assert "10 questions" in str(
-        bf16_noise(pairs, "replayed", noise_of(pairs)).figures()["floors"].layout.title
-    )
-    assert "not testable" in str(bf16_noise(pairs, "free").figure().to_dict()["layout"])
+def test_the_figure_of_floors_counts_the_questions_of_the_noise():
+    pairs = table()
+    figures = change_of(pairs, noise_of(pairs)).figures()
+    assert "10 questions" in str(figures["floors"].to_dict()["layout"]["title"])
+    assert "24 questions" in str(figures["by_layer"].to_dict()["layout"]["title"])
