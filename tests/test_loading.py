@@ -12,7 +12,7 @@ from sst_interp import places
 from sst_interp.checkpoint import CONFIG, WEIGHTS, save_checkpoint
 from sst_interp.choices import Choices
 from sst_interp.errors import SSTError
-from sst_interp.loading import ASSET_MODELS, PAPER_ALPHA, load
+from sst_interp.loading import ASSET_MODELS, load
 from sst_interp.model import attach
 
 THEIRS = Choices(carry="ffn_output", blend="additive", kv="first", handoff="scan")
@@ -49,8 +49,8 @@ def test_a_local_folder_is_loaded_as_it_is(backbone):
         assert torch.equal(weights(model)[name], tensor), name
     assert model.name == str(backbone)
     assert model.alpha.shape == (3, 32)
-    assert (model.alpha == torch.tensor(0.027)).all()
-    assert PAPER_ALPHA == 0.027
+    assert model.kind.off  # no blend that nobody asked for
+    assert "no blend: the plain backbone" in repr(model)
     assert model.choices == Choices()
     assert model.encode("quorvex3 quorvex5") == [11, 13]
     assert load(str(backbone), alpha=0.0, dtype="float32").alpha.max() == 0

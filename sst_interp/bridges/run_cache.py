@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sst_interp.bridges import NamesFilter
 from sst_interp.capture import provenance
+from sst_interp.choices import whole
 from sst_interp.errors import SSTError
 from sst_interp.loading import load
 from sst_interp.model import StateStreamModel
@@ -44,7 +45,8 @@ def run_caches(
             model or dataset that is not the run's; a filter that matches nothing.
     """
     recipe = run.recipe
-    depth = max(recipe.depths) if depth is None else depth
+    question = whole("question", question, 0)
+    depth = max(recipe.depths) if depth is None else whole("depth", depth, 1)
     tokens = written_tokens(run, question, 1 if text == "depth1" else depth, text)
     asked = load_questions(
         recipe.dataset, recipe.questions, recipe.seed, recipe.split, instruction=recipe.instruction
@@ -59,8 +61,9 @@ def run_caches(
 
 def run_cache(run: Run, question: int, iteration: int = 1, **how: object) -> ActivationCache:
     """The cache of one iteration; see `run_caches`."""
+    iteration = whole("iteration", iteration, 1)
     caches = run_caches(run, question, **how)  # pyright: ignore[reportArgumentType]
-    if not 1 <= iteration <= len(caches):
+    if iteration > len(caches):
         raise SSTError(f"there is no iteration {iteration}", f"this depth has 1 to {len(caches)}")
     return caches[iteration - 1]
 
