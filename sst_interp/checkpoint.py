@@ -9,6 +9,7 @@ folder/adapter_config.json        and their configuration
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sst_interp.choices import Choices, shown
-from sst_interp.durable import publish, replace_bytes, stage
+from sst_interp.durable import publish, replace_bytes, sha256, stage
 from sst_interp.errors import SSTError
 from sst_interp.kind import NAMES, Kind, KindName
 from sst_interp.looped import Looped
@@ -26,7 +27,6 @@ from sst_interp.lrt import Memory
 from sst_interp.stream import LayerBlend
 from sst_interp.training import adapters as lora
 from sst_interp.training.adapters import save_adapters
-from sst_interp.training.log import ABOUT as TRAINED_BY
 
 if TYPE_CHECKING:
     from sst_interp.model import StateStreamModel
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 FORMAT = 1
 CONFIG, WEIGHTS = "stream.json", "stream.safetensors"
 ADAPTERS = (lora.CONFIG, lora.WEIGHTS)
+TRAINED_BY = "training.json"
+"""What a training leaves beside its checkpoint (`training.log`)."""
 HELD: dict[KindName, list[set[str]]] = {
     "sst": [{"alpha"}],
     "lrt": [{"gamma"}, {"key", "value", "gates"}, {"gamma", "key", "value", "gates"}],  # by pathway
@@ -131,6 +133,21 @@ def read_checkpoint(folder: Path, kind: KindName | None = None) -> tuple[dict[st
         if not value.is_floating_point():
             raise SSTError(f"checkpoint {folder}: {name} is of {value.dtype}, not real", "fetch it again")
     return config, _stream(found, config, weights), Choices.from_dict(config.get("choices", {}))
+
+
+def fingerprint(folder: Path) -> str:
+    """sha256 over everything that decides what a checkpoint computes: its stream, adapters and backbone.
+
+    Raises:
+        SSTError: the checkpoint cannot be read.
+    """
+    config, _, _ = read_checkpoint(folder)
+    said = {key: value for key, value in config.items() if key != "adapters"}
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+    for name in (WEIGHTS, *ADAPTERS):
+        if (folder / name).is_file():
+            digest.update(f"{name} {sha256(folder / name)}\n".encode())
+    return digest.hexdigest()
 
 
 def refuse_other_adapters(folder: Path, config: dict[str, Any]) -> None:

@@ -152,8 +152,8 @@ def test_a_model_without_a_stream_is_measured_once(small_tasks, tmp_path):
 @pytest.mark.parametrize(
     ("depths", "names", "message"),
     [
-        ([], ["gsm8k"], "not whole"),
-        ([0], ["gsm8k"], "not whole"),
+        ([], ["gsm8k"], "depths names no depth"),
+        ([0], ["gsm8k"], "depths = 0 is not a whole number from 1 to 127"),
         ([1], ["gsm9k"], "unknown task"),
     ],
 )

@@ -11,7 +11,7 @@ import typer
 
 from sst_interp.commands.common import JsonFlag, stopping
 from sst_interp.errors import SSTError
-from sst_interp.printing import print_table, write_text
+from sst_interp.printing import print_table
 
 
 def train(
@@ -59,7 +59,6 @@ def train(
     with bar, stopping("the state is saved: the same command goes on from there"):
         folder = training.run(show)
     curves = training_curves(read_log(folder), chosen.name)
-    write_text(folder / "training.html", curves.figure().to_html(include_plotlyjs=True))
     print(f"{curves.verdict}\ncheckpoint: {folder}\ncurves: {folder / 'training.html'}")
 
 

@@ -15,6 +15,7 @@ import pandas as pd
 from sst_interp.durable import replace_bytes
 from sst_interp.training.log import read_about, read_log
 
+CURVES = "training.html"
 IMAGE = "training.png"
 """A picture of the curves, shown if it lies in the folder."""
 
@@ -55,6 +56,19 @@ def write_card(folder: Path, evaluations: Mapping[str, pd.DataFrame] | None = No
     )
     replace_bytes(folder / "README.md", text.strip().encode() + b"\n")
     return folder / "README.md"
+
+
+def write_curves(folder: Path) -> Path:
+    """Write `training.html` into a trained checkpoint's folder: its log as a picture to look into.
+
+    Raises:
+        SSTError: the folder holds no training.
+    """
+    from sst_interp.analyses import training_curves
+
+    curves = training_curves(read_log(folder), read_about(folder)["recipe"]["name"])
+    replace_bytes(folder / CURVES, curves.figure().to_html(include_plotlyjs=True).encode())
+    return folder / CURVES
 
 
 def still_falling(looks: pd.DataFrame) -> str:
