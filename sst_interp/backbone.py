@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -180,6 +182,15 @@ class Backbone:
                     "so its states are random",
                     "call .eval() on the Hugging Face model",
                 )
+
+    @contextmanager
+    def naming_weights(self) -> Iterator[None]:
+        """States that overflow inside are put down to a weight that is not finite, if there is one."""
+        try:
+            yield
+        except SSTError:
+            refuse_nonfinite(self.model)
+            raise
 
     def refuse_nonfinite(self, values: Tensor) -> None:
         """Raise if computed values are not finite, naming the cause.

@@ -7,6 +7,7 @@ the observed contraction bounds the distance to a sequential run.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
@@ -121,12 +122,13 @@ def check_tolerance(tolerance: Any) -> float | None:
     if tolerance is None:
         return None
     number = isinstance(tolerance, Real) and not isinstance(tolerance, bool)
-    if not number or not 0 <= tolerance < 1:
+    value = float(tolerance) if number else math.nan
+    if not 0 <= value < 1:
         raise SSTError(
             f"tolerance = {shown(tolerance)} is not a number from 0 and below 1",
             "for example tolerance = 1e-5, or leave it out",
         )
-    return float(tolerance)
+    return value
 
 
 def relative_change(

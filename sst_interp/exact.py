@@ -44,14 +44,16 @@ def solve_exactly(
     """
     tolerance = check_tolerance(tolerance)
     if model.kind.layer_by_layer:
-        return solve_layerwise(
-            model, stream, tokens, iterations=iterations, tolerance=tolerance, keep=keep, check=check
-        )
+        with model.backbone.naming_weights():
+            return solve_layerwise(
+                model, stream, tokens, iterations=iterations, tolerance=tolerance, keep=keep, check=check
+            )
     trial = stream.repeat(1)
-    solution = solve_by_sweeps(
-        model, trial, tokens, iterations=iterations, tolerance=tolerance,
-        most=max(FEW, tokens.shape[1] // SHARE), keep=keep, check=check,
-    )  # fmt: skip
+    with model.backbone.naming_weights():
+        solution = solve_by_sweeps(
+            model, trial, tokens, iterations=iterations, tolerance=tolerance,
+            most=max(FEW, tokens.shape[1] // SHARE), keep=keep, check=check,
+        )  # fmt: skip
     if not solution.certificate.converged:
         return solve_sequentially(model, stream, tokens, iterations, keep, check)
     for field in fields(Stream):

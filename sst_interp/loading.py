@@ -21,7 +21,7 @@ from sst_interp import places
 from sst_interp.assets import smollm2_folder
 from sst_interp.backbone import content_hash, first_line
 from sst_interp.checkpoint import is_checkpoint, read_checkpoint, refuse_kind
-from sst_interp.choices import TRAINED, Choices, check_choices
+from sst_interp.choices import TRAINED, Choices, check_choices, shown
 from sst_interp.errors import SSTError, unknown_name
 from sst_interp.kind import NAMES, KindName
 from sst_interp.looped import Looped, attach_looped
@@ -65,6 +65,10 @@ def load(
         SSTError: unknown name, no access, unsupported family, a checkpoint trained on other weights, or
             choices that a checkpoint was not trained with.
     """
+    if not isinstance(name, str | Path):
+        raise SSTError(
+            f"{shown(name)} is not a model's name", "a model in memory: sst.attach(model, tokenizer)"
+        )
     dtype, choices = _dtype(dtype), None if choices is None else check_choices(choices)
     if kind is not None and kind not in NAMES:
         raise unknown_name("kind", str(kind), NAMES)
@@ -76,8 +80,8 @@ def load(
             raise SSTError(f"a {NAMES[kind]} has no alpha", "leave alpha out")
         model, tokenizer = _backbone(str(name), dtype, trust_remote_code)
         if kind == "looped":
-            return attach_looped(model.to(device), tokenizer, choices, str(name))
-        return attach(model.to(device), tokenizer, 0.0 if alpha is None else alpha, choices, str(name))
+            return attach_looped(_placed(model, device), tokenizer, choices, str(name))
+        return attach(_placed(model, device), tokenizer, 0.0 if alpha is None else alpha, choices, str(name))
     config, trained, theirs = read_checkpoint(folder, kind)
     if alpha is not None:
         refuse_kind(name, trained.name, "sst")
@@ -100,11 +104,11 @@ def load(
     choices = replace(choices or theirs, **{field: getattr(theirs, field) for field in TRAINED})
     model = merge_adapters(model, folder)
     if isinstance(trained, Memory):
-        return attach_memory(model.to(device), trained, tokenizer, choices, str(name))
+        return attach_memory(_placed(model, device), trained, tokenizer, choices, str(name))
     if isinstance(trained, Looped):
-        return attach_looped(model.to(device), tokenizer, choices, str(name))
+        return attach_looped(_placed(model, device), tokenizer, choices, str(name))
     weights = trained.weights()["alpha"] if alpha is None else alpha
-    return attach(model.to(device), tokenizer, weights, choices, str(name))
+    return attach(_placed(model, device), tokenizer, weights, choices, str(name))
 
 
 def load_tokenizer(name: str | Path, trust_remote_code: bool = False) -> Any:
@@ -193,6 +197,17 @@ def _readable(name: str):
         ) from error
 
 
+def _placed(model: Any, device: str | torch.device) -> Any:
+    """The model on that device."""
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise SSTError(
+            f"the model cannot be put on device {shown(device)}: {first_line(error)}",
+            'for example device="cpu"',
+        ) from error
+
+
 def _dtype(name: str | torch.dtype) -> torch.dtype:
     if isinstance(name, torch.dtype):
         return name
@@ -204,13 +219,16 @@ def _dtype(name: str | torch.dtype) -> torch.dtype:
 
 @contextmanager
 def _quiet_transformers():
-    """No loading bars from inside a library: ours are the ones with a meaning."""
+    """No loading bars and reports from inside a library: what they say of weights is an error of ours."""
     from transformers.utils import logging
 
     enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(before)
         if enabled:
             logging.enable_progress_bar()

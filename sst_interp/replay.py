@@ -73,7 +73,8 @@ def replay(
         if groups is None and sweeps is None:
             solution = solve_exactly(model, stream, tokens, **how)
         else:
-            solution = solve_by_sweeps(model, stream, tokens, groups=groups or 1, sweeps=sweeps, **how)
+            with model.backbone.naming_weights():
+                solution = solve_by_sweeps(model, stream, tokens, groups=groups or 1, sweeps=sweeps, **how)
         certificate = spot_check(model, stream, tokens, solution, iterations)
     model.backbone.refuse_nonfinite(solution.last)
     resid_post = solution.resid_post

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from sst_interp.backbone import first_line
 from sst_interp.choices import shown
 from sst_interp.durable import publish, replace_bytes, stage
 from sst_interp.errors import SSTError
@@ -35,7 +37,7 @@ def add_adapters(model: nn.Module, rank: int, lora_alpha: int, targets: tuple[st
         The `peft.PeftModel` around the model.
 
     Raises:
-        SSTError: no linear layer has such a name.
+        SSTError: no linear layer has such a name, or there is no memory for adapters of that rank.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -52,11 +54,16 @@ def add_adapters(model: nn.Module, rank: int, lora_alpha: int, targets: tuple[st
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            peft_model = get_peft_model(model, config, autocast_adapter_dtype=False)  # pyright: ignore[reportArgumentType]
+            with warnings.catch_warnings(action="ignore", category=FutureWarning):
+                peft_model = get_peft_model(model, config, autocast_adapter_dtype=False)  # pyright: ignore[reportArgumentType]
         except ValueError as error:
             raise SSTError(
                 f"no linear layer is called {', '.join(targets)}",
                 'name the ends of module names, for example ["q_proj", "v_proj"], or leave targets out',
+            ) from error
+        except (RuntimeError, MemoryError) as error:
+            raise SSTError(
+                f"adapters of rank {rank} cannot be made: {first_line(error)}", "for example rank = 16"
             ) from error
     for parameter in trainable(peft_model).values():
         parameter.data = parameter.data.to(dtype)
@@ -158,7 +165,8 @@ def merge_adapters(model: nn.Module, folder: Path) -> nn.Module:
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise SSTError(f"adapters of {folder} cannot be read: {error}", "fetch or train them again") from None
     try:
-        peft_model: Any = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
+            peft_model: Any = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise SSTError(
             f"adapters of {folder} do not fit: {error}", "load them on their own backbone"
