@@ -1,4 +1,4 @@
-"""What a person can get wrong in a call: every public entry refuses it in one line, or does what was meant."""
+"""What a person can get wrong in a call: every entry refuses it in one line, or does what was meant."""
 
 import threading
 import warnings
