@@ -12,7 +12,7 @@ from sst_interp import places
 from sst_interp.checkpoint import CONFIG, WEIGHTS, save_checkpoint
 from sst_interp.choices import Choices
 from sst_interp.errors import SSTError
-from sst_interp.loading import ASSET_MODELS, load
+from sst_interp.loading import ASSET_MODELS, PAPER_ALPHA, load
 from sst_interp.model import attach
 
 THEIRS = Choices(carry="ffn_output", blend="additive", kv="first", handoff="scan")
