@@ -53,10 +53,10 @@ class Recipe:
 
     kind: KindName | None = None
     """`looped` iterates a plain backbone with no stream (docs/kinds.md). Left out: what the checkpoint says
-    it is, or a plain backbone with the blend `alpha`. A checkpoint of another kind than the one named is refused."""
+    it is, or a plain backbone with the blend `alpha`. A checkpoint of another kind is refused."""
 
     alpha: float | None = None
-    """A fixed blend in [0, 1]; left out, the checkpoint's own. A backbone without a checkpoint then has none."""
+    """A fixed blend in [0, 1]; left out, the checkpoint's own, and of a backbone without one, none."""
 
     batch_size: int = 8
     """Questions per batch: the unit that is committed and resumed. It changes bf16 rounding, so it is part
