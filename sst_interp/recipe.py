@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from sst_interp import places
-from sst_interp.choices import ANALYSIS, Choices
+from sst_interp.choices import ANALYSIS, MAX_DEPTH, Choices
 from sst_interp.errors import SSTError, unknown_name
 from sst_interp.kind import NAMES, KindName
 
@@ -22,8 +22,6 @@ DType = Literal["bfloat16", "float32", "float64"]
 Keep = Literal["none", "position0", "shifts", "all"]
 LensTokens = Literal["none", "position0", "all"]
 NAME = r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}"
-MAX_DEPTH = 127
-"""Depths and iterations are int8 in the tables."""
 MAX_POSITIONS = 32767
 """Positions are int16 in the tables."""
 
@@ -55,10 +53,10 @@ class Recipe:
 
     kind: KindName | None = None
     """`looped` iterates a plain backbone with no stream (docs/kinds.md). Left out: what the checkpoint says
-    it is, or an SST on a plain backbone. A checkpoint of another kind than the one named is refused."""
+    it is, or a plain backbone with the blend `alpha`. A checkpoint of another kind is refused."""
 
     alpha: float | None = None
-    """A fixed blend in [0, 1] for a backbone without a trained one; left out, the checkpoint's own."""
+    """A fixed blend in [0, 1]; left out, the checkpoint's own, and of a backbone without one, none."""
 
     batch_size: int = 8
     """Questions per batch: the unit that is committed and resumed. It changes bf16 rounding, so it is part

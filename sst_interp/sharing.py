@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sst_interp import checkpoint, manifest, places
-from sst_interp.choices import TRAINED
+from sst_interp.choices import TRAINED, shown
 from sst_interp.durable import publish, replace_bytes, stage
 from sst_interp.errors import SSTError
 from sst_interp.training import adapters
@@ -67,8 +67,8 @@ def push_to_hub(
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    if not re.fullmatch(HUB_NAME, repo_id):
-        raise SSTError(f"{repo_id!r} is not a repository's name", 'for example "user/my-sst"')
+    if not isinstance(repo_id, str) or not re.fullmatch(HUB_NAME, repo_id):
+        raise SSTError(f"{shown(repo_id)} is not a repository's name", 'for example "user/my-sst"')
     api = api or HfApi()
     with tempfile.TemporaryDirectory() as scratch:
         folder = checkpoint_of(model, Path(scratch), backbone, api)

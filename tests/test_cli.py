@@ -565,7 +565,7 @@ def test_ctrl_c_in_a_training_saves_its_state(run_cli, training, place, monkeypa
     [
         (["nothing"], "unknown model"),
         (["smollm2-135m", "--depths", "deep"], "not a list of whole numbers"),
-        (["smollm2-135m", "--depths", "0"], "not whole numbers from 1"),
+        (["smollm2-135m", "--depths", "0"], "depths = 0 is not a whole number from 1 to 127"),
         (["smollm2-135m", "--tasks", "gsm9k"], "unknown task"),
         (["smollm2-135m", "--held-out"], "is not a checkpoint"),
     ],

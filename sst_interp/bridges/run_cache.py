@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sst_interp.bridges import NamesFilter
+from sst_interp.choices import whole
 from sst_interp.errors import SSTError
 from sst_interp.experiments.origin import origin_of, written_tokens
 from sst_interp.model import StateStreamModel
@@ -42,7 +43,8 @@ def run_caches(
             model or dataset that is not the run's; a filter that matches nothing.
     """
     recipe = run.recipe
-    depth = max(recipe.depths) if depth is None else depth
+    question = whole("question", question, 0)
+    depth = max(recipe.depths) if depth is None else whole("depth", depth, 1)
     tokens = written_tokens(run, question, 1 if text == "depth1" else depth, text)
     model, asked = origin_of(run, model)
     bridge = model.bridge()
@@ -52,7 +54,8 @@ def run_caches(
 
 def run_cache(run: Run, question: int, iteration: int = 1, **how: object) -> ActivationCache:
     """The cache of one iteration; see `run_caches`."""
+    iteration = whole("iteration", iteration, 1)
     caches = run_caches(run, question, **how)  # pyright: ignore[reportArgumentType]
-    if not 1 <= iteration <= len(caches):
+    if iteration > len(caches):
         raise SSTError(f"there is no iteration {iteration}", f"this depth has 1 to {len(caches)}")
     return caches[iteration - 1]

@@ -11,7 +11,7 @@ import typer
 
 from sst_interp.commands.common import JsonFlag, stopping
 from sst_interp.errors import SSTError
-from sst_interp.printing import print_table, write_text
+from sst_interp.printing import print_table
 
 
 def train(
@@ -34,6 +34,7 @@ def train(
 
     from sst_interp.experiments.training_curves import training_curves
     from sst_interp.report.result_page import result_page
+    from sst_interp.training.card import CURVES
     from sst_interp.training.log import read_log
     from sst_interp.training.recipe import find_training_recipe
     from sst_interp.training.trainer import Training
@@ -57,11 +58,14 @@ def train(
         if "held_out_exact" in line:
             tqdm.write(f"step {now.done}: held out {line['held_out_exact']:.3f}", file=sys.stderr)
 
+    def draw(folder: Path) -> None:
+        curves = training_curves(read_log(folder), chosen.name)
+        write_text(folder / CURVES, result_page(f"Training {chosen.name}", [curves]))
+
     with bar, stopping("the state is saved: the same command goes on from there"):
-        folder = training.run(show)
+        folder = training.run(show, draw)
     curves = training_curves(read_log(folder), chosen.name)
-    write_text(folder / "training.html", result_page(f"Training {chosen.name}", [curves]))
-    print(f"{curves.verdict}\ncheckpoint: {folder}\ncurves: {folder / 'training.html'}")
+    print(f"{curves.verdict}\ncheckpoint: {folder}\ncurves: {folder / CURVES}")
 
 
 def evaluate(

@@ -15,6 +15,7 @@ import pandas as pd
 from sst_interp.durable import replace_bytes
 from sst_interp.training.log import log_words, looks, read_about, read_log
 
+CURVES = "training.html"
 IMAGE = "training.png"
 """A picture of the curves, shown if it lies in the folder."""
 
