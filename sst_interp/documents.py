@@ -13,6 +13,7 @@ from typing import Any
 
 from sst_interp.durable import replace_bytes
 from sst_interp.errors import SSTError
+from sst_interp.guarded import read_whole
 
 NOT_YET = "Not measured yet."
 
@@ -30,9 +31,11 @@ def fill(document: str | Path, blocks: Mapping[str, str], others: bool = False) 
     """
     document = Path(document)
     try:
-        text = document.read_text(encoding="utf-8")
+        text = read_whole(document).decode("utf-8")
     except OSError as error:
         raise SSTError(f"cannot read {document}: {error.strerror}", "name a Markdown file") from None
+    except UnicodeDecodeError as error:
+        raise SSTError(f"{document} is not UTF-8 (byte {error.start})", "name a Markdown file") from None
     names = [name for name in re.findall(r"<!-- end of (.+?) -->", text) if name in blocks or not others]
     for name in names:
         if name not in blocks:

@@ -81,4 +81,5 @@ def _name(folder: str | Path) -> str:
 
 def _unreadable(name: str, where: Path, error: SSTError) -> dict[str, Any]:
     blank = dict.fromkeys(("kind", "checkpoint", "dataset", "questions", "depths"))
-    return {"name": name, "state": f"unreadable: {error.message}", **blank, "bytes": 0, "where": str(where)}
+    state = f"unreadable: {error.message}" + (f"; {error.hint}" if error.hint else "")
+    return {"name": name, "state": state, **blank, "bytes": 0, "where": str(where)}
