@@ -8,6 +8,24 @@ from pathlib import Path
 
 import platformdirs
 
+from sst_interp.errors import SSTError
+
+
+def user_path(text: str) -> Path:
+    """A path as a person types it, with `~` for their folder.
+
+    Raises:
+        SSTError: no file can have that name.
+    """
+    try:
+        path = Path(text).expanduser()
+        path.is_file()
+    except (OSError, RuntimeError, ValueError) as error:
+        said = getattr(error, "strerror", None) or str(error)
+        shown = text if len(text) <= 80 else text[:77] + "..."
+        raise SSTError(f"{shown!r} is no file's name: {said}", "give the path of a file") from None
+    return path
+
 
 def cache_dir() -> Path:
     """Downloads and converted weights: `$SST_INTERP_CACHE`, else the platform's cache folder."""
