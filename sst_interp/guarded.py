@@ -1,8 +1,8 @@
 """Files that were kept earlier, read so that a damaged one is named; and places, tried before the work.
 
 What a hand, a full disk or a broken copy did to a file is found where it is read: the error names the file
-and says what to type, whoever reads it. Outputs that a person names are tried before the work that fills them;
-devices and pipes are written to and never replaced.
+and says what to type, whoever reads it. Outputs that a person names are tried before the work that fills
+them; devices and pipes are written to and never replaced.
 """
 
 from __future__ import annotations
@@ -146,8 +146,8 @@ def check_output(path: Path, hint: str = "choose another file") -> None:
 
 
 def put_bytes(path: Path, data: bytes) -> None:
-    """Write a file that a person named, its folder too: a device or pipe is written to, anything else replaced
-    in one step. Raises OSError.
+    """Write a file that a person named, its folder too: a device or pipe is written to, anything else is
+    replaced in one step. Raises OSError.
     """
     if written_through(path):
         with open(path, "wb") as file:

@@ -3,8 +3,8 @@
 The halting probe (C12, C13) and causal patching (C16) take minutes, so their commands keep what they found,
 rows of the ledger and whole results: in the run's own folder under `findings/`, or for a run that ships in
 `findings/NAME` of the working folder. Kept findings are of one capture: after another one they are not shown.
-A damaged file costs its own rows and nothing else: they say which file it is and what to type. Texts of a file
-are data: control and bidi characters in them show and do nothing.
+A damaged file costs its own rows and nothing else: they say which file it is and what to type. Texts of a
+file are data: control and bidi characters in them show and do nothing.
 """
 
 from __future__ import annotations

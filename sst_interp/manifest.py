@@ -1,8 +1,8 @@
 """manifest.json: the shards a run consists of, what they were captured from, and by which sessions.
 
 A shard exists if and only if the manifest lists it. Timestamps, versions and hosts are in `sessions` and
-nowhere else, so that a resumed run's other entries equal those of an uninterrupted one. What is read is checked
-type by type, and against the manifest's own `sha256`, which manifests of before there was one lack.
+nowhere else, so that a resumed run's other entries equal those of an uninterrupted one. What is read is
+checked type by type, and against the manifest's own `sha256`, which older manifests lack.
 """
 
 from __future__ import annotations
@@ -109,11 +109,16 @@ def parse_manifest(data: bytes, path: str, hint: str) -> dict[str, Any]:
     except ValueError as error:
         raise SSTError(f"{path} is damaged: {error}", hint) from None
     kind = manifest.get("format") if isinstance(manifest, dict) else None
-    if _whole(kind) and kind > FORMAT:
+    if isinstance(kind, int) and kind > FORMAT:
         raise SSTError(
             f"{path} has format {kind}; this sst-interp reads format {FORMAT}", "upgrade sst-interp"
         )
-    if not isinstance(manifest, dict) or not _whole(kind) or kind != FORMAT or not manifest.keys() >= TYPES.keys():
+    if (
+        not isinstance(manifest, dict)
+        or not _whole(kind)
+        or kind != FORMAT
+        or not manifest.keys() >= TYPES.keys()
+    ):
         raise SSTError(f"{path} is not a run's manifest", hint)
     own = manifest.pop("sha256", None)
     try:
@@ -258,7 +263,8 @@ def refuse_other_origin(
 
 
 def _other(run: str) -> str:
-    return f"capture under another --run name, or `sst-interp capture --run {run} --fresh` starts again"
+    again = f"`sst-interp capture --run {run} --fresh` starts again"
+    return f"capture under another name (--set name={run}-2), or {again}"
 
 
 def _listed(keys: Iterable[str], values: Iterable[Any]) -> str:

@@ -323,7 +323,11 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str, str]] = {
         f"a whole number from 1 to {MAX_POSITIONS}",
         "48",
     ),
-    "kind": (lambda v: v is None or (isinstance(v, str) and v in NAMES), f"one of {', '.join(NAMES)}", '"looped"'),
+    "kind": (
+        lambda v: v is None or (isinstance(v, str) and v in NAMES),
+        f"one of {', '.join(NAMES)}",
+        '"looped"',
+    ),
     "alpha": (lambda v: v is None or _number(v, 0, 1), "a number from 0 to 1", "0.027"),
     "batch_size": (lambda v: _whole(v, 1), "a whole number from 1", "8"),
     "dtype": (lambda v: v in get_args(DType), f"one of {', '.join(get_args(DType))}", '"bfloat16"'),

@@ -113,7 +113,9 @@ class Run:
             raise unreadable(self.folder / name, error, self._again) from None
         said = sum(entry["rows"] for entry in self._entries(name))
         if rows != said or any(c not in dataset.schema.names for c in KEYS[name]):
-            raise SSTError(f"run {self.name}: table {name} is not the one that its manifest lists", self._again)
+            raise SSTError(
+                f"run {self.name}: table {name} is not the one that its manifest lists", self._again
+            )
         present, where = dataset.schema.names, None
         for column in columns or ():
             if column not in present:
@@ -280,7 +282,7 @@ class Run:
         return listed
 
     def _by_number(self, kept: torch.Tensor, file: str) -> torch.Tensor:
-        """States with every iteration at the place of its own number, where a copy keeps some of them only."""
+        """States with every iteration at the place of its own number, where a copy keeps only some."""
         published = self.manifest.get("published")
         if published is None or kept.dim() != 3:
             return kept

@@ -68,7 +68,8 @@ class RunWriter:
             fresh: erase the run that is there, under the lock.
 
         Raises SSTError, and changes nothing, if another process writes the run, it was begun differently, or
-        one of its folders is a link to somewhere else. Batches with a damaged or missing file are dropped from the manifest (`drop_corrupt`).
+        one of its folders is a link to somewhere else. Batches with a damaged or missing file are dropped
+        from the manifest (`drop_corrupt`).
         """
         folder = Path(folder)
         with _disk(folder):
@@ -153,8 +154,8 @@ class RunWriter:
         self._save(state="complete", n_batches=count)
 
     def drop_corrupt(self) -> list[int]:
-        """Check every listed shard's size and sha256, and drop the batches with a bad one, or without one that
-        every batch has, from the manifest.
+        """Check every listed shard's size and sha256, and drop from the manifest the batches with a bad one,
+        or without one that every batch has.
 
         Returns the dropped batches, ascending, which are then captured again; each is logged as a warning.
         """
@@ -264,7 +265,9 @@ def _disk(folder: Path) -> Iterator[None]:
                 f"make room; `sst-interp capture --run {folder.name}` then goes on: committed batches stay",
             ) from error
         name = error.filename2 or error.filename
-        where = f"{os.path.relpath(os.fsdecode(name), folder)}: " if isinstance(name, str | bytes | Path) else ""
+        where = (
+            f"{os.path.relpath(os.fsdecode(name), folder)}: " if isinstance(name, str | bytes | Path) else ""
+        )
         raise SSTError(
             f"cannot write run {folder.name} in {folder}: {where}{error.strerror or error}",
             "put that right, or capture under another --run name",

@@ -171,7 +171,9 @@ def fetch_run(url: str) -> Path:
 
     for link in url.split("::"):
         if (protocol := link.partition("://")[0] if "://" in link else link) not in PROTOCOLS:
-            raise SSTError(f"there is no run at {url}: {protocol!r} is not read", f"there are {', '.join(PROTOCOLS)}")
+            raise SSTError(
+                f"there is no run at {url}: {protocol!r} is not read", f"there are {', '.join(PROTOCOLS)}"
+            )
     try:
         files, root = url_to_fs(url)
         with files.open(f"{root.rstrip('/')}/{manifest.FILE}", "rb") as file:

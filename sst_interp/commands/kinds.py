@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from sst_interp.commands.common import JsonFlag
-from sst_interp.printing import print_table, write_text
+from sst_interp.commands.common import JsonFlag, Resamples, Seed, given_path
+from sst_interp.guarded import check_output
+from sst_interp.printing import print_table, say, write_text
 
 
 def compare(
@@ -22,12 +23,15 @@ def compare(
         typer.Option(min=0, help="Also load the models and measure sweeps on so many questions' text."),
     ] = 0,
     as_json: JsonFlag = False,
-    html: Annotated[Path | None, typer.Option("--html", help="Also write a page with the figures.")] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", parser=given_path, metavar="FILE", help="Also write a page with the figures."),
+    ] = None,
     document: Annotated[
         Path | None, typer.Option(help="Also fill the tables in a Markdown file (docs/kinds.md).")
     ] = None,
-    resamples: Annotated[int, typer.Option(min=2, help="Question resamples.")] = 2000,
-    seed: Annotated[int, typer.Option(help="Of the resampling.")] = 0,
+    resamples: Resamples = 2000,
+    seed: Seed = 0,
 ) -> None:
     """Kinds of models beside one another: how much does depth change the state of each?
 
@@ -42,10 +46,14 @@ def compare(
     from sst_interp.analyses.kinds_answers import KindsAnswers
     from sst_interp.analyses.kinds_contraction import KindsContraction
     from sst_interp.comparing import answers_of, compare_runs, contraction_of
-    from sst_interp.documents import fill, markdown
+    from sst_interp.documents import check_document, fill, markdown
     from sst_interp.report.result_page import result_page
 
     names = [name.strip() for name in runs.split(",") if name.strip()]
+    if html is not None:
+        check_output(html)
+    if document is not None:
+        check_document(document)
     found: dict[str, Kinds | KindsAnswers | KindsContraction] = {
         "shares": compare_runs(names, resamples, seed),
         "answers": answers_of(names, resamples, seed),
@@ -63,6 +71,6 @@ def compare(
         return
     for result in found.values():
         print_table(result.shown)
-        print(f"\n{result.verdict}\n")
+        say(f"\n{result.verdict}\n")
     if html is not None:
-        print(f"page: {html}")
+        say(f"page: {html}")

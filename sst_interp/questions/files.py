@@ -46,8 +46,8 @@ def read_file(path: Path, columns: Columns | None = None) -> tuple[list[Item], s
         columns: where the file uses other names: `{"question": "Prompt", "choices": ["opt1", "opt2"]}`.
 
     Raises:
-        SSTError: names the file and the row, line or column that is wrong, and never what stands in a cell: it
-            may be a text that must not be shown, and a file without a header has one in the header's place.
+        SSTError: names the file and the row, line or column that is wrong, and never what stands in a cell:
+            it may be a text that must not be shown, and a file without a header has one in its first line.
     """
     try:
         data = HiddenBytes(read_whole(path, LARGEST))
@@ -115,7 +115,9 @@ def _item(where: str, row: dict[str, Any], columns: Columns, number: int) -> Ite
         return "" if value is None else str(value).strip()
 
     if any(map(_broken, row.values())):
-        raise SSTError(f"{where} holds half a character (a lone surrogate)", "write that character as a whole")
+        raise SSTError(
+            f"{where} holds half a character (a lone surrogate)", "write that character as a whole"
+        )
     for name in ("question", "answer"):
         if columns.get(name, name) not in row:
             raise SSTError(f"{where} has no {columns.get(name, name)!r}{_shown(row)}", NEEDED)

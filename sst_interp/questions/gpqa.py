@@ -109,7 +109,7 @@ def _parse(data: HiddenBytes, source: str) -> list[Item]:
         if missing := [column for column in COLUMNS if column not in names]:
             shown = ", ".join(map(repr, missing))
             raise SSTError(f"{source} is not GPQA: it has no column {shown}", HOW_TO_GET)
-        places = [names.index(column) for column in COLUMNS]
+        places = [names.index(Hidden(column)) for column in COLUMNS]
         for number, row in enumerate(map(_hidden, filter(None, rows)), 1):
             if max(places) >= len(row) or not all(row[place] for place in places):
                 raise SSTError(f"{source}: record {number} has an empty question, choice or id")

@@ -1,9 +1,10 @@
 """What a question is: as its dataset has it (`Item`), and as a model is asked it (`Question`).
 
 The texts are never part of a `repr`: a question in a traceback, a log line or a notebook's last line
-shows its id and its gold answer only. For GPQA that is a promise to its authors. Where a text or its tokens are a
-value of their own, they are a `Hidden`, `HiddenBytes` or `HiddenTokens`: what shows local variables (pytest
--l, IPython, Sentry) shows their size. What is made from them (a tensor, a part, a join) is plain.
+shows its id and its gold answer only. For GPQA that is a promise to its authors. Where a text or its tokens
+are a value of their own, they are a `Hidden`, `HiddenBytes` or `HiddenTokens`: a traceback with local
+variables (pytest -l, IPython's Verbose) shows their size. What is made from
+them (a part, a join, a tensor) is plain.
 """
 
 from __future__ import annotations

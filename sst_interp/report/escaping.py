@@ -11,11 +11,19 @@ import hashlib
 import json
 from typing import Any
 
+import pandas as pd
+
 from sst_interp.printing import visible, visible_texts
 
-__all__ = ["script_hash", "script_json", "visible", "visible_texts"]
+__all__ = ["script_hash", "script_json", "visible", "visible_table", "visible_texts"]
 
 _IN_SCRIPT = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
+
+
+def visible_table(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with every text in it, and its columns' names, `visible`."""
+    shown = table.map(lambda cell: visible(cell, lines=True) if isinstance(cell, str) else cell)
+    return shown.set_axis([visible(name) for name in shown.columns], axis=1)
 
 
 def script_json(value: Any) -> str:
