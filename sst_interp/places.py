@@ -19,11 +19,11 @@ def user_path(text: str) -> Path:
     """
     try:
         path = Path(text).expanduser()
-        path.is_file()
-    except (OSError, RuntimeError, ValueError) as error:
-        said = getattr(error, "strerror", None) or str(error)
+        if "\0" in text or len(text) > 4096:
+            raise ValueError("it is too long" if "\0" not in text else "it holds a NUL")
+    except (RuntimeError, ValueError) as error:
         shown = text if len(text) <= 80 else text[:77] + "..."
-        raise SSTError(f"{shown!r} is no file's name: {said}", "give the path of a file") from None
+        raise SSTError(f"{shown!r} is no file's name: {error}", "give the path of a file") from None
     return path
 
 

@@ -67,6 +67,8 @@ def _load(folder: Path, verify: bool) -> Run | None:
     found = manifest.read_manifest(folder)
     if found is None:
         return None
+    if str(folder) != str(folder).encode(errors="replace").decode():
+        raise SSTError(f"{folder}: the folder's name is not UTF-8: no table is read there", "rename it")
     name, recipe = _name(folder), Recipe.from_dict(found["recipe"])
     if (folder / "run.toml").exists():
         now = Recipe.load(folder / "run.toml", recipe.name)

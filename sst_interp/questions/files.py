@@ -27,6 +27,7 @@ from sst_interp.questions.question import Hidden, HiddenBytes, Item
 
 NEEDED = (
     "it needs `question` and `answer`, and for multiple choice `A`, `B`, ... or `choice_1`, ... or `choices`"
+    "; a CSV names them in its first line"
 )
 USUAL = (
     r"[a-z]|id|index|question|prompt|text|query|answers?|choices|options|choice_\d+|option_?\d+|opt_?\d+"
