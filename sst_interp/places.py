@@ -19,8 +19,10 @@ def user_path(text: str) -> Path:
     """
     try:
         path = Path(text).expanduser()
-        if "\0" in text or len(text) > 4096:
-            raise ValueError("it is too long" if "\0" not in text else "it holds a NUL")
+        if "\0" in text:
+            raise ValueError("it holds a NUL")
+        if len(text) > 4000 or any(len(os.fsencode(part)) > 255 for part in path.parts):
+            raise ValueError("it is too long")
     except (RuntimeError, ValueError) as error:
         shown = text if len(text) <= 80 else text[:77] + "..."
         raise SSTError(f"{shown!r} is no file's name: {error}", "give the path of a file") from None
