@@ -622,28 +622,31 @@ def test_ctrl_c_that_a_library_turns_into_another_error_is_one_line(command, mon
 
 
 @pytest.mark.parametrize(
-    "words",
+    ("words", "says"),
     [
-        ("claims", "tiny", "--seed", "-5"),
-        ("claims", "tiny", "--resamples", "9" * 23),
-        ("compare", "--runs", "tiny,tiny", "--seed", "-1"),
-        ("evaluate", "m", "--questions", "0"),
-        ("evaluate", "m", "--questions", "-1"),
-        ("evaluate", "m", "--depths", "999999"),
-        ("evaluate", "m", "--out", "file"),
-        ("evaluate", "m", "--out", ""),
-        ("train", "t.toml", "--out", ""),
-        ("publish", "--run", "tiny", ""),
-        ("claims", "tiny", "--document", "bin.md"),
-        ("compare", "--runs", "tiny,tiny", "--document", "bin.md"),
+        (("claims", "--run", "tiny", "--seed", "-5"), "'--seed'"),
+        (("claims", "--run", "tiny", "--resamples", "9" * 23), "'--resamples'"),
+        (("compare", "--runs", "tiny,tiny", "--seed", "-1"), "'--seed'"),
+        (("evaluate", "m", "--questions", "0"), "'--questions'"),
+        (("evaluate", "m", "--questions", "-1"), "'--questions'"),
+        (("evaluate", "m", "--depths", "999999"), "depths go up to 127"),
+        (("evaluate", "m", "--out", "file"), "file cannot be written"),
+        (("evaluate", "m", "--out", ""), "an empty path"),
+        (("train", "t.toml", "--out", ""), "an empty path"),
+        (("publish", "--run", "tiny", ""), "an empty path"),
+        (("claims", "--run", "tiny", "--document", "bin.md"), "bin.md is not UTF-8"),
+        (("compare", "--runs", "tiny,tiny", "--document", "bin.md"), "bin.md is not UTF-8"),
     ],
 )
-def test_options_are_checked_at_the_door(run, command, words, monkeypatch):
+def test_options_are_checked_at_the_door(run, command, words, says, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr("sst_interp.ledger.ledger_of", lambda *_a, **_k: pytest.fail("worked first"))
+    monkeypatch.setattr("sst_interp.comparing.compare_runs", lambda *_a: pytest.fail("worked first"))
     Path("bin.md").write_bytes(b"\x93\xff")
     Path("file").write_text("mine")
     code, _, err = command(*words)
     assert code == 2, err
+    assert says in err
     assert "Traceback" not in err
     assert Path("file").read_text() == "mine"
 
