@@ -220,7 +220,8 @@ def _csv(name: str, table: pd.DataFrame) -> dict[str, str]:
 
 
 def _no_formula(cell: Any) -> Any:
-    return f"'{cell}" if isinstance(cell, str) and cell.lstrip().startswith(("=", "+", "-", "@")) else cell
+    formula = isinstance(cell, str) and cell != "-" and cell.lstrip().startswith(("=", "+", "-", "@"))
+    return f"'{cell}" if formula else cell
 
 
 def _pop_title(figure: go.Figure) -> tuple[str, str]:
