@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sst_interp.commands.common import JsonFlag
+from sst_interp.commands.common import JsonFlag, Resamples, Seed, given_path
 from sst_interp.errors import Untestable
-from sst_interp.printing import print_table, write_text
+from sst_interp.guarded import check_output
+from sst_interp.printing import print_table, say, write_text
 
 if TYPE_CHECKING:
     from sst_interp.experiments.contraction import KindsContraction
@@ -28,12 +29,15 @@ def compare(
         typer.Option(min=0, help="Also load the models and measure sweeps on so many questions' text."),
     ] = 0,
     as_json: JsonFlag = False,
-    html: Annotated[Path | None, typer.Option("--html", help="Also write a page with the figures.")] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", parser=given_path, metavar="FILE", help="Also write a page with the figures."),
+    ] = None,
     document: Annotated[
         Path | None, typer.Option(help="Also fill the tables in a Markdown file (docs/kinds.md).")
     ] = None,
-    resamples: Annotated[int, typer.Option(min=2, help="Question resamples.")] = 2000,
-    seed: Annotated[int, typer.Option(min=0, help="Of the resampling.")] = 0,
+    resamples: Resamples = 2000,
+    seed: Seed = 0,
 ) -> None:
     """Kinds of models beside one another: how much does depth change the state of each?
 
@@ -44,17 +48,16 @@ def compare(
 
         sst-interp compare --runs kinds-backbone,kinds-sst --contraction 8 --json
     """
-    from sst_interp.documents import fill, markdown
+    from sst_interp.documents import check_document, fill, markdown
     from sst_interp.experiments.contraction import check_texts, contraction_of
     from sst_interp.experiments.kinds import answers_of, compare_runs
-    from sst_interp.guarded import check_output
     from sst_interp.report.result_page import result_page
 
     names = [name.strip() for name in runs.split(",") if name.strip()]
     if html is not None:
         check_output(html)
     if document is not None:
-        fill(document, {}, others=True)
+        check_document(document)
     if contraction:
         check_texts(names, contraction)
     asked: dict[str, Callable[[], Kinds | KindsAnswers | KindsContraction]] = {
@@ -81,8 +84,8 @@ def compare(
         return
     for result in results.values():
         print_table(result.shown)
-        print(f"\n{result.verdict}\n")
+        say(f"\n{result.verdict}\n")
     for name, words in missing.items():
-        print(f"{name}: {words}")
+        say(f"{name}: {words}")
     if html is not None:
-        print(f"page: {html}")
+        say(f"page: {html}")

@@ -9,14 +9,14 @@ from typing import Annotated
 
 import typer
 
-from sst_interp.commands.common import JsonFlag, named_folder, stopping
+from sst_interp.commands.common import JsonFlag, given_path, stopping
 
 
 def patch(
     run: Annotated[str, typer.Option("--run", "-r", help="Name of a captured run, or a path.")],
     questions: Annotated[int, typer.Option(min=1, help="How many; more go on from fewer.")] = 40,
     out: Annotated[
-        Path | None, typer.Option(parser=named_folder, help="Folder of the rows; default: patching/RUN.")
+        Path | None, typer.Option(parser=given_path, help="Folder of the rows; default: patching/RUN.")
     ] = None,
     layers: Annotated[int, typer.Option(min=1, help="Layers patched alone, spread evenly.")] = 6,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens written after the patched position.")] = 6,

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from sst_interp.analyses.result import Result, table_html
 from sst_interp.report import plotly_script, script_source
-from sst_interp.report.escaping import script_hash, script_json, visible
+from sst_interp.report.escaping import script_hash, script_json, visible, visible_table, visible_texts
 
 STYLE = """
 :root { color-scheme: light dark; }
@@ -27,6 +27,7 @@ for (const [at, figure] of JSON.parse(document.getElementById("data").textConten
   Plotly.newPlot(`plot-${at}`, figure.data, figure.layout, { responsive: true, displaylogo: false });
 document.documentElement.dataset.ready = "yes";
 """
+_SCRIPT = re.compile(r"<script\b[^>]*>(.*?)</script>", re.DOTALL | re.IGNORECASE)
 
 
 def result_page(title: str, results: Sequence[Result]) -> str:
@@ -37,9 +38,8 @@ def result_page(title: str, results: Sequence[Result]) -> str:
         for figure in result.figures().values():
             plot = f'<div class="plot" id="plot-{len(figures)}"></div>'
             parts.append(f'<div class="scroll" tabindex="0">{plot}</div>')
-            figures.append(json.loads(str(figure.to_json())))
-        table = result.table.map(lambda cell: visible(cell) if isinstance(cell, str) else cell)
-        parts.append(f'<div class="scroll" tabindex="0">{table_html(table)}</div>')
+            figures.append(visible_texts(json.loads(str(figure.to_json()))))
+        parts.append(f'<div class="scroll" tabindex="0">{table_html(visible_table(result.table))}</div>')
     scripts = plotly_script(), script_source(DRAW)
     policy = (
         f"default-src 'none'; script-src {' '.join(map(script_hash, scripts))}; style-src 'unsafe-inline'; "
