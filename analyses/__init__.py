@@ -1,6 +1,5 @@
 """One module per question asked of a run: pure functions on its tables that return a typed result."""
 
-from sst_interp.analyses.approximation import ApproximationError, approximation_error
 from sst_interp.analyses.basin_shifts import (
     PAPER_THRESHOLD,
     BasinShifts,
@@ -50,7 +49,6 @@ from sst_interp.analyses.training_curves import TrainingCurves, training_curves
 
 __all__ = [
     "PAPER_THRESHOLD",
-    "ApproximationError",
     "BasinShifts",
     "Bf16Noise",
     "Bimodality",
@@ -83,7 +81,6 @@ __all__ = [
     "TokenReplacement",
     "TrainingCurves",
     "all_comparisons",
-    "approximation_error",
     "basin_shifts",
     "bf16_noise",
     "bimodality",

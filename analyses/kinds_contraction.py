@@ -15,7 +15,6 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from sst_interp.analyses import plots as intervals
-from sst_interp.analyses.approximation_contraction import slopes
 from sst_interp.analyses.result import Result
 from sst_interp.analyses.statistics.bootstrap import (
     RESAMPLES,
@@ -25,6 +24,7 @@ from sst_interp.analyses.statistics.bootstrap import (
     questions_words,
     ratio,
 )
+from sst_interp.experiments.studies.errors import slopes
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,12 +14,10 @@ from typing import Annotated, NoReturn
 import typer
 
 import sst_interp
-from sst_interp.approximation.commands import app as approximation_app
 from sst_interp.commands import findings, kinds, runs, training
 from sst_interp.errors import SSTError
-from sst_interp.latent.commands import app as latent_app
+from sst_interp.experiments.studies.commands import app as study_app
 from sst_interp.patching.commands import patch
-from sst_interp.pretraining.commands import app as pretraining_app
 from sst_interp.probe.commands import probe
 
 app = typer.Typer(
@@ -51,9 +49,7 @@ COMMANDS = (
 )
 for command in COMMANDS:
     app.command(command.__name__.replace("_", "-"))(command)
-app.add_typer(approximation_app, name="approximation")
-app.add_typer(pretraining_app, name="pretraining")
-app.add_typer(latent_app, name="latent")
+app.add_typer(study_app, name="study")
 
 
 def main() -> None:
