@@ -24,7 +24,6 @@ from sst_interp.analyses.statistics.bootstrap import (
     questions_words,
     ratio,
 )
-from sst_interp.experiments.studies.errors import slopes
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,6 +125,8 @@ def _rate(rows: pd.DataFrame, resamples: int, seed: int) -> dict[str, object]:
     """One run at one depth."""
     last = rows.sort_values("sweep").groupby("text").tail(1)
     settled = last[last["settled"].to_numpy(dtype=bool)]
+    from sst_interp.experiments.studies.errors import slopes
+
     logs = [
         float(slopes(own["sweep"].to_numpy(dtype=float)[:, None], np.log(own["residual"].to_numpy()))[0])
         for _, own in rows[rows["residual"] > 0].groupby("text")
