@@ -121,7 +121,7 @@ def document(
     path: Annotated[Path, typer.Argument(help="A document with places for tables.")],
     studies: Studies = None,
 ) -> None:
-    """Fill the tables of a document from all studies (docs/approximation.md, docs/lrt.md, docs/pretraining.md).
+    """Fill the tables of a document, for example docs/lrt.md, from all studies.
 
     Example:
         sst-interp study document docs/lrt.md --studies data/studies

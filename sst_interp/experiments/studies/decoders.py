@@ -96,7 +96,7 @@ class Pretraining(TrainingStudy):
     page = "docs/pretraining.md"
     options = ("seeds", "steps", "text")
     plan_file = "pretraining-plan.json"
-    default_plan, default_arms, default_rounds = TextPlan, DECODER_ARMS, 5
+    new_plan, default_arms, default_rounds = TextPlan, DECODER_ARMS, 5
     tables = {  # noqa: RUF012
         "losses": Table("pretraining-losses.parquet", ("seed", "arm")),
         "times": Table("pretraining-times.parquet", ("arm",)),
@@ -148,7 +148,8 @@ class Pretraining(TrainingStudy):
         for arm in self.arms:
             if not 1 <= arm.schedule.groups <= self.plan.positions:
                 raise SSTError(
-                    f"{arm.schedule.groups} interleaved groups do not fit into {self.plan.positions} positions",
+                    f"{arm.schedule.groups} interleaved groups do not fit into {self.plan.positions} "
+                    "positions",
                     f"give 1 to {self.plan.positions} groups",
                 )
         whole = articles() if text is None else text if isinstance(text, Text) else read_text(text)
@@ -214,7 +215,7 @@ class RecallStudy(TrainingStudy):
     page = "docs/pretraining.md"
     plan_file = "recall-plan.json"
     main = "accuracy"
-    default_plan, default_arms = RecallPlan, (BASELINE, BOTH, LONGER)
+    new_plan, default_arms = RecallPlan, (BASELINE, BOTH, LONGER)
     tables = {  # noqa: RUF012
         "accuracy": Table("recall-accuracy.parquet", ("layers", "seed", "arm"))
     }

@@ -1,8 +1,9 @@
-"""How far are a few sweeps from the exact states (claim C15), how fast do they converge, and on what does it depend?
+"""How far are a few sweeps from the exact states (claim C15), and how fast do they converge?
 
-SST V2 trains on a pass without the blend and one blended pass, and puts the error of that at the order of alpha
-squared, 6e-4 to 1.2e-3 (arXiv 2605.00206). `against_exact` measures such solutions against the exact ones on given
-text; here its sums become relative errors, disagreements and losses. Intervals resample questions.
+SST V2 trains on a pass without the blend and one blended pass, and puts the error of that at the order of
+alpha squared, 6e-4 to 1.2e-3 (arXiv 2605.00206). `two_pass` measures such solutions against the exact
+ones on given text; here its sums become relative errors, disagreements and losses. Intervals resample
+questions.
 """
 
 from __future__ import annotations
@@ -64,9 +65,9 @@ MEASURES = {
     "loss_exact": lambda totals: _over(totals, "loss_exact", "tokens"),
 }
 """Relative L2 error of the logits (all positions together) and of a layer's output (mean over positions and
-layers); share of positions whose most likely token differs; KL divergence of the exact next-token distribution
-from the approximate one, nats per position; approximate minus exact loss, and the exact one, nats per answer
-token."""
+layers); share of positions whose most likely token differs; KL divergence of the exact next-token
+distribution from the approximate one, nats per position; approximate minus exact loss, and the exact one,
+nats per answer token."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +76,8 @@ class ApproximationError(Result):
 
     schedules: pd.DataFrame
     """A row per blend and schedule: model, layers, n_layers, alpha, L_alpha (their product), groups, sweeps,
-    passes (sweeps and the pass without the blend), questions, and each of `MEASURES` with `_low` and `_high`."""
+    passes (sweeps and the pass without the blend), questions, and each of `MEASURES` with `_low` and
+    `_high`."""
     positions: pd.DataFrame
     """The same by bin of positions, in one group: `position` is the first position of a bin."""
     headline: dict[str, Interval]
@@ -103,10 +105,11 @@ class ApproximationError(Result):
             if row is None:
                 continue
             where = f"{model}, alpha {row['alpha']:.3g} in {row['n_layers']} layers"
+            change = signed(row_interval(row, "loss_change"))
             sentences.append(
-                f"{against_paper(error)} for {where}, {questions_words(error.n_questions)}: two-pass logits are "
-                f"{error.text()} off. {row['argmax']:.1%} of the most likely tokens differ; the loss changes by "
-                f"{signed(row_interval(row, 'loss_change'))} nats per answer token."
+                f"{against_paper(error)} for {where}, {questions_words(error.n_questions)}: two-pass logits "
+                f"are {error.text()} off. {row['argmax']:.1%} of the most likely tokens differ; the loss "
+                f"changes by {change} nats per answer token."
             )
         if np.isfinite(self.layerwise):
             sentences.append(f"The solution taken as exact is {self.layerwise:.1e} from the sequential one.")
@@ -182,9 +185,10 @@ class ApproximationError(Result):
 class Contraction(Result):
     """Convergence of sweeps.
 
-    The error after k sweeps is fitted by E(k) = E * c^k: c is the contraction per sweep. Over several blends of one
-    backbone the two-pass error is fitted by E = C * alpha^p * L^q, with L the number of layers that blend. The
-    paper's order of alpha squared is p = 2 and q = 0; an error that depends on L * alpha alone has p = q.
+    The error after k sweeps is fitted by E(k) = E * c^k: c is the contraction per sweep. Over several blends
+    of one backbone the two-pass error is fitted by E = C * alpha^p * L^q, with L the number of layers that
+    blend. The paper's order of alpha squared is p = 2 and q = 0; an error that depends on L * alpha alone has
+    p = q.
     """
 
     rates: pd.DataFrame
@@ -213,7 +217,8 @@ class Contraction(Result):
             sentences.append("Exponents are not testable: too few blends of one backbone.")
         plain = self.rates[(self.rates["groups"] == 1) & self.rates["factor"].notna()]
         for model, rows in plain.groupby("model"):
-            ends = [rows.loc[rows["L_alpha"].idxmin()], rows.loc[rows["L_alpha"].idxmax()]]
+            blends = rows.to_dict("records")
+            ends = [pick(blends, key=lambda row: row["L_alpha"]) for pick in (min, max)]
             said = [f"{row_interval(r, 'factor').text()} at L * alpha = {r['L_alpha']:.2g}" for r in ends]
             left = " and ".join(dict.fromkeys(said))
             sentences.append(f"{model}: a sweep leaves {left} of the error.")
@@ -228,8 +233,8 @@ class Contraction(Result):
             alone = d.low <= 0 <= d.high
             words += f"; L * alpha alone {'is not refuted' if alone else 'does not hold exactly'}. "
         return (
-            f"{words}{row['model']}, {questions_words(row['questions'])}, {row['blends']} blends with L * alpha up "
-            f"to {SMALL:g}: the two-pass error grows as alpha^{p.text()} L^{q.text()}."
+            f"{words}{row['model']}, {questions_words(row['questions'])}, {row['blends']} blends with "
+            f"L * alpha up to {SMALL:g}: the two-pass error grows as alpha^{p.text()} L^{q.text()}."
         )
 
     def figure(self) -> go.Figure:
@@ -243,10 +248,8 @@ class Contraction(Result):
             raise Untestable("too few errors are above rounding")
         x = "L * alpha (blended layers times alpha, log scale)"
         figure = canvas("Contraction per sweep", questions_of(rows), x, "share of the error left by a sweep")
-        named = {
-            f"{model}, {groups} group{'s' * (groups > 1)}": own
-            for (model, groups), own in rows.groupby(["model", "groups"])
-        }
+        by: Any = rows.groupby(["model", "groups"])
+        named = {f"{model}, {groups} group{'s' * (groups > 1)}": own for (model, groups), own in by}
         add_series(figure, "L_alpha", "factor", named, joined=False)
         figure.add_hline(y=1, line={"color": GREY, "dash": "dot"})
         figure.update_xaxes(type="log")
@@ -342,7 +345,7 @@ def by_question(rows: pd.DataFrame, axis: list[str]) -> tuple[np.ndarray, pd.Dat
     """Sums [question, member, sum] and the members [member], one per value of `axis`. Members that fewer
     questions have than others (an interrupted measurement) are left out, then questions that lack one.
     """
-    sums = rows.groupby(["question", *axis])[SUMS].sum().unstack(axis)
+    sums: Any = rows.groupby(["question", *axis])[SUMS].sum().unstack(axis)
     have = sums["error2"].notna().sum()
     kept = have.index[have == have.max()]
     parts = [sums[name][kept] for name in SUMS]
@@ -360,7 +363,7 @@ def slopes(design: np.ndarray, y: np.ndarray) -> np.ndarray:
 def _finite(errors: pd.DataFrame) -> pd.DataFrame:
     if errors.empty:
         raise Untestable("the table of errors is empty")
-    return errors[np.isfinite(errors[SUMS].to_numpy(dtype=float)).all(axis=1)]
+    return errors.loc[np.isfinite(errors[SUMS].to_numpy(dtype=float)).all(axis=1)]
 
 
 def _sweeps(errors: pd.DataFrame) -> pd.DataFrame:
@@ -375,7 +378,7 @@ def _measured(rows: pd.DataFrame, by: Sequence[str], resamples: int, seed: int) 
     records = []
     for names, own in rows.groupby(list(by), sort=True):
         sums = question_sums(own)
-        named = dict(zip(by, names, strict=True))
+        named = dict[str, Any](zip(by, names, strict=True))
         intervals = {
             name: cluster_bootstrap(sums, measure, resamples, seed=seed) for name, measure in MEASURES.items()
         }
@@ -467,11 +470,12 @@ def questions_of(rows: pd.DataFrame) -> str:
 
 def _models(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     of_model = rows.groupby("model")["alpha"].nunique()
+    by: Any = rows.groupby(["model", "alpha"])
     return {
-        f"{model}, alpha {alpha:g}" if of_model[model] > 1 else f"{model}": own
-        for (model, alpha), own in rows.groupby(["model", "alpha"])
+        f"{model}, alpha {alpha:g}" if of_model[model] > 1 else f"{model}": own for (model, alpha), own in by
     }
 
 
 def _named(rows: pd.DataFrame, by: str, noun: str) -> dict[str, pd.DataFrame]:
-    return {f"{k} {noun}{'s' * (k > 1)}": own for k, own in rows.groupby(by)}
+    groups: Any = rows.groupby(by)
+    return {f"{k} {noun}{'s' * (k > 1)}": own for k, own in groups}

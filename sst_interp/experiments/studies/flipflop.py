@@ -119,15 +119,15 @@ class _FlipFlopStudy(TrainingStudy):
 
 @register_study
 class Small(_FlipFlopStudy):
-    """The same small SST trained exactly, with few sweeps and without a stream, in two settings of alpha. Along
-    the two-pass training every approximate gradient is compared with the exact one.
+    """The same small SST trained exactly, with few sweeps and without a stream, in two settings of alpha.
+    Along the two-pass training every approximate gradient is compared with the exact one.
     """
 
     name = "small"
     question = "What does training on few sweeps cost, in gradients and in the loss of the model as it runs?"
     page = "docs/approximation.md"
     plan_file = "small-plan.json"
-    default_plan, default_arms = Plan, STREAM_ARMS
+    new_plan, default_arms = Plan, STREAM_ARMS
     tables = {  # noqa: RUF012
         "gradients": Table("small-gradients.parquet", ("alpha_low", "alpha_high", "seed")),
         "losses": Table("small-losses.parquet", ("alpha_low", "alpha_high", "seed", "arm")),
@@ -260,7 +260,7 @@ class LrtSchedules(_FlipFlopStudy):
     page = "docs/lrt.md"
     options = ("seeds",)
     plan_file = "latent-plan.json"
-    default_plan, default_arms = LrtPlan, LRT_ARMS
+    new_plan, default_arms = LrtPlan, LRT_ARMS
     tables = {  # noqa: RUF012
         "losses": Table("latent-losses.parquet", ("seed", "arm")),
         "times": Table("latent-times.parquet", ("arm",)),

@@ -1,8 +1,8 @@
-"""How true are the states and gradients of few passes? Each schedule against exact back-propagation through time.
+"""How true are the states and gradients of few passes, against exact back-propagation through time?
 
 `GradientFidelity` is of a small SST along its two-pass training (study `small`; the unit is a seed),
-`LatentEquivalence` of an LRT on given texts (study `lrt-equivalence`; the unit is a question): interleaved and
-multi-refine passes stand in for one pass per token (arXiv 2605.26797).
+`LatentEquivalence` of an LRT on given texts (study `lrt-equivalence`; the unit is a question): interleaved
+and multi-refine passes stand in for one pass per token (arXiv 2605.26797).
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ EQUIVALENT = 0.01
 """What is called equivalent here: states within 1%, and a cosine of gradients within 1% of 1."""
 NAMES = {"interleaved": "interleaved S = {}", "multi_refine": "multi-refine K = {}"}
 NEWEST, EVERY_PASS = "newest outputs", "every pass"
-"""Which loss: that of the positions' newest outputs, as sequential unrolling has it; or the mean over all passes,
-the first one without a memory included, which is what these schedules minimise."""
+"""Which loss: that of the positions' newest outputs, as sequential unrolling has it; or the mean over all
+passes, the first one without a memory included, which is what these schedules minimise."""
 MAIN = ("interleaved", 2)
 """The published default."""
 
@@ -80,7 +80,8 @@ class GradientFidelity(Result):
     @property
     def verdict(self) -> str:
         """The two-pass gradient, setting by setting, and the arm that comes nearest to exact."""
-        told = [self._told(low, high, rows) for (low, high), rows in self.summary.groupby(SETTING)]
+        by: Any = self.summary.groupby(SETTING)
+        told = [self._told(low, high, rows) for (low, high), rows in by]
         return (
             " ".join(words for words in told if words) or "Not testable: no two-pass gradient was measured."
         )
@@ -91,7 +92,7 @@ class GradientFidelity(Result):
             own = rows[rows["part"] == part].set_index("arm")
             if TWO_PASS not in own.index:
                 continue
-            two, best = own.loc[TWO_PASS], own["cosine"].idxmax()
+            two, best = own.loc[TWO_PASS], str(own["cosine"].idxmax())
             sentences.append(
                 f"The two-pass gradient of {words} has a cosine of {two['cosine']:.3f} with the exact one "
                 f"(lowest {two['lowest_cosine']:.3f}) and {two['norm_ratio']:.2f} times its norm."
@@ -105,12 +106,12 @@ class GradientFidelity(Result):
 
     def figure(self) -> go.Figure:
         """Cosine (above) and norm ratio (below) over the training, in the widest setting."""
-        low, high = max(self.curves.groupby(SETTING).groups, key=lambda ends: ends[1])
-        return self._setting(float(low), float(high))
+        settings: Any = self.curves.groupby(SETTING).groups
+        return self._setting(*max(settings, key=lambda ends: ends[1]))
 
     def figures(self) -> dict[str, go.Figure]:
         """A figure per setting."""
-        settings = self.curves.groupby(SETTING).groups
+        settings: Any = self.curves.groupby(SETTING).groups
         return {bounds_words(low, high): self._setting(low, high) for low, high in settings}
 
     def _setting(self, low: float, high: float) -> go.Figure:
@@ -177,7 +178,7 @@ def gradient_fidelity(gradients: pd.DataFrame) -> GradientFidelity:
 
 @dataclass(frozen=True, eq=False)
 class LatentEquivalence(Result):
-    """An LRT's schedules against sequential unrolling. Intervals are over questions; models are not pooled."""
+    """An LRT's schedules against sequential unrolling. Intervals are over questions; models stay apart."""
 
     schedules: pd.DataFrame
     """A row per model, memory and schedule: `questions`, `passes` over all positions, `state` (relative L2
@@ -233,8 +234,9 @@ class LatentEquivalence(Result):
             sentences += [
                 f"With {schedule_words(*MAIN)} the last layer is {_text(row, 'state')} off, the loss "
                 f"{_text(row, 'loss_change', '+')} nats.",
-                "The cosine of the gradient that is trained on with the exact one is "
-                f"{_text(row, 'weights_cosine')} for the weights, {_text(row, 'memory_cosine')} for the memory's.",
+                "The gradient that is trained on has a cosine with the exact one of "
+                f"{_text(row, 'weights_cosine')} for the weights and {_text(row, 'memory_cosine')} for the "
+                "memory's own.",
             ]
         return " ".join(sentences)
 

@@ -1,8 +1,8 @@
 """The study `lrt-equivalence`: how far an LRT's schedules are from sequential unrolling.
 
 Interleaved and multi-refine passes (`training.schedules`) are compared on one text with the definition, exact
-back-propagation through time token by token: in states, in the loss and in gradients. Equivalence was claimed for
-them (arXiv 2605.26797) and not shown.
+back-propagation through time token by token: in states, in the loss and in gradients. Equivalence was claimed
+for them (arXiv 2605.26797) and not shown.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ from sst_interp.training.schedules import Pass, newest, run_passes
 SMALL = "small"
 """The name of the small LRT that is trained on the spot."""
 RANK = 16
-"""Of the adapters whose gradient is compared: fresh ones, with B = 0, as training starts with them. The gradient of
-B is that of the weights seen through a random projection."""
+"""Of the adapters whose gradient is compared: fresh ones, with B = 0, as training starts with them. The
+gradient of B is that of the weights seen through a random projection."""
 
 
 @register_study
@@ -96,16 +96,16 @@ class LrtEquivalence(Study):
 
         Args:
             folder: where the tables are; what they have is kept.
-            model: a checkpoint of a Latent Recurrent Transformer; a backbone, which is given random memories; or
-                `small`, the model of the study `lrt-schedules`, trained exactly and interleaved.
+            model: a checkpoint of a Latent Recurrent Transformer; a backbone, which is given random memories;
+                or `small`, the model of the study `lrt-schedules`, trained exactly and interleaved.
             questions: texts, the shortest of the data; of `small`, sequences.
             sizes: of a backbone's random memories.
             data: questions with worked answers (`training.examples.read_items`).
             progress: called with (what is measured, texts done, in all).
 
         Raises:
-            SSTError: no model or an unknown one, a checkpoint of the other kind, or a folder that holds another
-                model of that name.
+            SSTError: no model or an unknown one, a checkpoint of the other kind, or a folder that holds
+                another model of that name.
         """
         if model is None:
             raise SSTError("equivalence is measured on a model", f"sst-interp study run {self.name} {SMALL}")
@@ -256,8 +256,8 @@ def _adapters(model: StateStreamModel) -> dict[str, torch.nn.Parameter]:
 def random_memory(model: StateStreamModel, size: float, pathway: Any = "both", seed: int = 0) -> Kind:
     """A memory of a backbone with random weights of a size.
 
-    An LRT attached to a pretrained backbone starts at zeros, where every schedule is the same. So every gamma is
-    `size`, and every number of the projections and gates is drawn from a normal distribution of standard
+    An LRT attached to a pretrained backbone starts at zeros, where every schedule is the same. So every gamma
+    is `size`, and every number of the projections and gates is drawn from a normal distribution of standard
     deviation size / sqrt(d_model): W m then has entries of `size` times those of m.
     """
     fresh = build_memory(MemoryDesign(pathway=pathway), model.backbone)
@@ -274,8 +274,9 @@ def random_memory(model: StateStreamModel, size: float, pathway: Any = "both", s
 
 
 def shortest_texts(model: StateStreamModel, questions: int, data: str = "gsm8k") -> list[Sample]:
-    """The questions with worked answers whose conversations are the shortest, without an instruction; the loss
-    is that of the answer. Exact back-propagation runs the stack once per token: short texts are affordable.
+    """The questions with worked answers whose conversations are the shortest, without an instruction; the
+    loss is that of the answer. Exact back-propagation runs the stack once per token: short texts are
+    affordable.
     """
     examples = [encode(item, model, "") for item in read_items(data)]
     samples = []

@@ -1,8 +1,8 @@
 """Ways to train against one another: scores over seeds, and differences within a seed.
 
 All arms of a seed start from the same weights and see the same data (`study.TrainingStudy`), so that
-differences are taken within a seed. The unit is a seed. The score that counts is that of the definition, token by
-token; what the same weights score when states are computed otherwise stands beside it.
+differences are taken within a seed. The unit is a seed. The score that counts is that of the definition,
+token by token; what the same weights score when states are computed otherwise stands beside it.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class ArmScores(Result):
         """JSON-ready; the design is code, and is left out."""
         return {name: value for name, value in super().to_dict().items() if name != "design"}
 
-    def row(self, arm: str, evaluated: str | None = None, **setting: Any) -> dict[str, Any]:
+    def row(self, arm: str, evaluated: str | None = None, **setting: Any) -> dict[Any, Any]:
         """One row of `finals`; evaluated None is the definition."""
         wanted = {"arm": arm, "evaluated": evaluated or self.design.definition} | setting
         return _matching(self.finals, wanted).to_dict("records")[0]
@@ -145,7 +145,7 @@ class ArmScores(Result):
             rows = rows[rows[design.x] == last]
         head.append(seeds_words(int(rows["seeds"].max())))
         told = []
-        for minus, words in (design.against | design.readings).items():
+        for minus, words in {**design.against, **design.readings}.items():
             own = rows[rows["minus"] == minus]
             own = own[~own["arm"].isin(design.against) | (own["arm"] == design.exact)]
             told += self._against(own, words)
@@ -317,9 +317,8 @@ def step_ratios(times: pd.DataFrame | None, baseline: str) -> dict[str, float]:
 
 def of_row(row: Mapping[Any, Any], name: str) -> OverSeeds:
     """A number of a table's row with its interval."""
-    return OverSeeds(
-        *(row[f"{name}{end}"] for end in ("", "_low", "_high")), np.nan, np.nan, int(row["seeds"])
-    )
+    low, high = row[f"{name}_low"], row[f"{name}_high"]
+    return OverSeeds(row[name], low, high, np.nan, np.nan, int(row["seeds"]))
 
 
 def percent(d: OverSeeds) -> str:

@@ -1,8 +1,8 @@
 """The one idea of a study: a plan, arms, one table that resumes, and findings written as Markdown.
 
 A study is a class with `@register_study`. It says which question it answers (`question`), which tables it
-keeps (`tables`), and what is made of them (`findings`); `run` measures what is missing. `TrainingStudy` is the
-common case: the same small model trained in several ways, for several seeds.
+keeps (`tables`), and what is made of them (`findings`); `run` measures what is missing. `TrainingStudy` is
+the common case: the same small model trained in several ways, for several seeds.
 """
 
 from __future__ import annotations
@@ -129,8 +129,8 @@ class Job(NamedTuple):
 class TrainingStudy(Study):
     """The same small model trained in several ways, for several seeds.
 
-    All arms of a seed start from the same weights and see the same data in the same order, so that differences
-    are taken within a seed.
+    All arms of a seed start from the same weights and see the same data in the same order, so that
+    differences are taken within a seed.
 
     Args:
         plan: everything that decides the results, but the seeds and the arms; None for the study's own.
@@ -142,14 +142,15 @@ class TrainingStudy(Study):
     plan_file: ClassVar[str]
     main: ClassVar[str] = "losses"
     """The table that says which trainings are done: it is written last."""
-    default_plan: ClassVar[Callable[[], Any]]
+    new_plan: ClassVar[type[Any]]
+    """A dataclass; with its defaults it is the study's own plan."""
     default_arms: ClassVar[tuple[Arm, ...]]
     default_rounds: ClassVar[int] = 0
 
     def __init__(
         self, plan: Any = None, arms: Sequence[Arm] | None = None, rounds: int | None = None
     ) -> None:
-        self.plan = type(self).default_plan() if plan is None else plan
+        self.plan = self.new_plan() if plan is None else plan
         self.arms = self.default_arms if arms is None else tuple(arms)
         self.rounds = self.default_rounds if rounds is None else rounds
 
@@ -193,7 +194,8 @@ class TrainingStudy(Study):
             folder: where the tables are kept.
             seeds: each has its own start and its own data, shared by all arms.
             steps: of the shortest training; None for the plan's.
-            progress: called after every step with the position passes done, and those of all that was missing.
+            progress: called after every step with the position passes done, and those of all that was
+                missing.
 
         Raises:
             SSTError: the folder holds the study of another plan.

@@ -1,8 +1,8 @@
 """The study `two-pass`: what a fixed number of sweeps leaves of the exact states, on given text.
 
-Training computes states by a pass without the blend and a few sweeps (`sst_interp.sweeps`). Here the same text is also
-solved exactly, and the two are compared position by position: sums per question and bin of positions, from which
-`errors` computes everything.
+Training computes states by a pass without the blend and a few sweeps (`sst_interp.sweeps`). Here the same
+text is also solved exactly, and the two are compared position by position: sums per question and bin of
+positions, from which `errors` computes everything.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ class TwoPass(Study):
         self,
         folder: str | Path,
         model: StateStreamModel,
-        about: Mapping[str, Any],
+        about: dict[str, Any],
         number: int,
         example: Example,
         schedules: Sequence[Schedule],
@@ -182,8 +182,8 @@ class TwoPass(Study):
 
 
 def blend_of(model: StateStreamModel, label: str, layers: str) -> dict[str, Any]:
-    """What is measured: name, blended layers and their weights (`alpha`: mean, `alpha_low`, `alpha_high`), and a
-    hash of backbone and blend, because a checkpoint that has been trained on is another model.
+    """What is measured: name, blended layers and their weights (`alpha`: mean, `alpha_low`, `alpha_high`),
+    and a hash of backbone and blend, because a checkpoint that has been trained on is another model.
 
     Raises:
         SSTError: the model has no blend.
@@ -313,8 +313,9 @@ def compare(
 
 
 def by_position(columns: Mapping[str, Float[Tensor, " position"]]) -> pd.DataFrame:
-    """Sums over bins of positions: 0 | 1 | 2, 3 | 4 to 7 | 8 to 15 | ... `position` is the first of a bin, and
-    `positions` how many it has.
+    """Sums over bins of positions: 0 | 1 | 2, 3 | 4 to 7 | 8 to 15 | ...
+
+    `position` is the first of a bin, and `positions` how many it has.
     """
     n = len(next(iter(columns.values())))
     bins = np.frexp(np.arange(n))[1]

@@ -8,20 +8,20 @@ import pytest
 import torch
 from tiny import tiny
 
-from sst_interp.analyses.approximation import SUMS, approximation_error
-from sst_interp.analyses.approximation_contraction import FLOOR, contraction
-from sst_interp.approximation import named
-from sst_interp.approximation.conditions import Condition, grid, switched_on
-from sst_interp.approximation.errors import (
+from sst_interp.errors import SSTError, Untestable
+from sst_interp.experiments.studies import two_pass
+from sst_interp.experiments.studies.arms import Condition, Schedule, grid, switched_on
+from sst_interp.experiments.studies.errors import FLOOR, SUMS, approximation_error, contraction
+from sst_interp.experiments.studies.two_pass import (
+    BLEND,
     KEYS,
     Outputs,
-    Schedule,
-    bin_starts,
+    TwoPass,
+    blend_of,
+    by_position,
     compare,
     measure_errors,
-    position_bins,
 )
-from sst_interp.errors import SSTError
 from sst_interp.model import attach
 from sst_interp.questions.question import Item
 from sst_interp.training.examples import Example
@@ -45,7 +45,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def measured(model):
-    schedules = [Schedule(1, 1), Schedule(1, 3), Schedule(1, T), Schedule(2, 1), Schedule(2, T)]
+    schedules = [Schedule(), Schedule(sweeps=3), Schedule(sweeps=T), Schedule(groups=2, sweeps=1), Schedule(groups=2, sweeps=T)]
     return measure_errors(model, [example(0), example(1, 9)], schedules)
 
 
@@ -83,8 +83,11 @@ def test_bins_cover_every_position_once_and_the_answer_is_counted(measured):
 
 
 def test_position_bins_start_where_they_say():
-    bins = position_bins(40)
-    assert bin_starts(bins[-1] + 1).tolist() == [int(np.argmax(bins == b)) for b in range(bins[-1] + 1)]
+    rows = by_position({"at": torch.arange(40.0)})
+    first, n = rows["position"], rows["positions"]
+    assert first.tolist() == [0, 1, 2, 4, 8, 16, 32]
+    assert (rows["at"] == n * (2 * first + n - 1) / 2).all()  # the sum of the positions from first on
+    assert n.sum() == 40
 
 
 def test_equal_outputs_have_no_error_and_a_shift_of_all_logits_changes_no_prediction():
@@ -101,10 +104,10 @@ def test_equal_outputs_have_no_error_and_a_shift_of_all_logits_changes_no_predic
 
 
 def test_the_layerwise_solution_is_the_sequential_one(model):
-    rows = measure_errors(model, [example()], [Schedule(1, 1)], reference="sequential")
+    rows = measure_errors(model, [example()], [Schedule()], reference="sequential")
     layerwise = total(rows[rows["method"] == "layerwise"])
     assert np.sqrt(layerwise["error2"] / layerwise["norm2"]) < 1e-5
-    again = measure_errors(model, [example()], [Schedule(1, 1)])
+    again = measure_errors(model, [example()], [Schedule()])
     assert total(rows[rows["method"] == "sweeps"])["error2"] == pytest.approx(
         total(again)["error2"], rel=1e-3
     )
@@ -121,8 +124,8 @@ def test_a_layer_that_is_switched_off_does_not_blend():
         weights = Condition(0.02, where, n).weights(3)
         assert weights.nonzero()[:, 0].tolist() == on == switched_on(3, where, n)
     bare = Condition(0.05, "last", 1).weights(3)
-    table = measure_errors(type(attach(tiny("llama")))(backbone, None, bare), [example()], [Schedule(1, 1)])
-    both = measure_errors(attach(tiny("llama"), alpha=0.05), [example()], [Schedule(1, 1)])
+    table = measure_errors(type(attach(tiny("llama")))(backbone, None, bare), [example()], [Schedule()])
+    both = measure_errors(attach(tiny("llama"), alpha=0.05), [example()], [Schedule()])
     assert 0 < total(table)["error2"] < total(both)["error2"]
     with pytest.raises(SSTError, match="cannot blend"):
         switched_on(3, "first", 4)
@@ -138,7 +141,7 @@ def test_the_grid_varies_layers_at_equal_alpha():
 
 @pytest.fixture
 def by_name(monkeypatch, tmp_path):
-    """`errors_by_name` with a tiny model in place of a real one, and how often it is measured."""
+    """The study with a tiny model in place of a real one, and how often it is measured."""
     tiny_model = attach(tiny("llama"), alpha=0.05)
     calls = []
 
@@ -146,12 +149,12 @@ def by_name(monkeypatch, tmp_path):
         calls.append(args[3:])
         return measure_errors(*args, **kwargs)
 
-    monkeypatch.setattr(named, "load", lambda *_args, **_kwargs: tiny_model)
-    monkeypatch.setattr(named, "load_items", lambda _: ([Item(f"r{n}", "", (), 0) for n in range(3)], {}))
-    monkeypatch.setattr(named, "encode", lambda item, _: example(int(item.id[1:])))
-    monkeypatch.setattr(named, "measure_errors", counted)
-    conditions = [Condition(a, schedules=(Schedule(1, 1),)) for a in (0.01, 0.05)]
-    run = lambda **how: named.errors_by_name("tiny", tmp_path / "e.parquet", conditions=conditions, **how)  # noqa: E731
+    monkeypatch.setattr(two_pass, "load", lambda *_args, **_kwargs: tiny_model)
+    monkeypatch.setattr(two_pass, "load_items", lambda _: ([Item(f"r{n}", "", (), 0) for n in range(3)], {}))
+    monkeypatch.setattr(two_pass, "encode", lambda item, _: example(int(item.id[1:])))
+    monkeypatch.setattr(two_pass, "measure_errors", counted)
+    study = TwoPass([Condition(a, schedules=(Schedule(),)) for a in (0.01, 0.05)])
+    run = lambda **how: study.run(tmp_path, model="tiny", **how)["errors"]  # noqa: E731
     return run, calls, tiny_model
 
 
@@ -164,7 +167,7 @@ def test_a_measurement_goes_on_where_it_was_stopped(by_name):
     assert len(whole) > len(first)
     assert run(questions=3, verify=True).equals(whole)
     assert len(calls) == 7
-    keys = [*named.ABOUT, *KEYS]
+    keys = [*BLEND, *KEYS]
     assert not whole.duplicated(keys).any()
     assert set(whole["id"]) == {"r0", "r1", "r2"}
 
@@ -179,9 +182,25 @@ def test_another_model_of_the_same_name_is_refused(by_name):
         run(questions=1)
 
 
+def test_a_trained_checkpoint_is_measured_with_its_blend_and_the_blend_alone(by_name, monkeypatch):
+    run, calls, tiny_model = by_name
+    monkeypatch.setattr(two_pass, "checkpoint_folder", lambda _: "trained")
+    about = {"backbone": {"name": "bare"}}
+    monkeypatch.setattr(two_pass, "read_checkpoint", lambda *_: (about, tiny_model.kind, None))
+    table = run(questions=1)
+    assert list(table["model"].unique()) == ["tiny", "tiny, blend only"]
+    assert len(calls) == 2
+    assert table[table["model"] == "tiny"]["groups"].nunique() == 4
+
+
+def test_a_model_is_asked_for(tmp_path):
+    with pytest.raises(SSTError, match="measured on a model"):
+        TwoPass().run(tmp_path)
+
+
 def test_a_model_without_a_blend_has_no_error_to_measure():
     with pytest.raises(SSTError, match="no blend"):
-        named.describe(attach(tiny("llama"), alpha=0.0), "tiny", "all")
+        blend_of(attach(tiny("llama"), alpha=0.0), "tiny", "all")
 
 
 def table(
@@ -242,7 +261,7 @@ def test_noise_between_questions_leaves_the_exponents_in_their_intervals(p, q, s
         covered += int(row["of_alpha_low"] <= p <= row["of_alpha_high"])
         covered += int(row["of_layers_low"] <= q <= row["of_layers_high"])
         laws += "whatever the layers is not refuted" in found.verdict
-        alone += "(equal exponents) is not refuted" in found.verdict
+        alone += "L * alpha alone is not refuted" in found.verdict
     assert covered >= 25  # of 32, at 95% each
     assert laws >= 10 if p == 2 else laws == 0
     assert alone >= 11 if p == q else alone == 0
@@ -255,7 +274,8 @@ def test_errors_below_rounding_are_not_fitted():
     ].isna().any()
     none = contraction(table(scale=FLOOR / 100))
     assert none.rates["factor"].isna().all()
-    assert none.figure().layout.annotations
+    with pytest.raises(Untestable, match="above rounding"):
+        none.figure()
 
 
 def test_planted_errors_are_estimated_and_lie_in_their_intervals():
@@ -273,7 +293,7 @@ def test_planted_errors_are_estimated_and_lie_in_their_intervals():
 
 
 @pytest.mark.parametrize(
-    ("scale", "words"), [(0.5, "does not hold"), (0.002, "holds"), (0.0062, "neither above nor within")]
+    ("scale", "words"), [(0.5, "does not hold for"), (0.002, "holds for"), (0.0062, "is not decided for")]
 )
 def test_the_paper_is_judged_by_the_interval(scale, words):
     found = approximation_error(table(scale=scale, spread=0.3))  # alpha 0.02 and 10 layers are the headline
@@ -283,8 +303,7 @@ def test_the_paper_is_judged_by_the_interval(scale, words):
 def test_no_error_is_no_finding():
     found = approximation_error(table(scale=0.0))
     assert (found.table["logit_error"] == 0).all()
-    assert "holds" in found.verdict
-    assert "does not" not in found.verdict
+    assert "holds for" in found.verdict
 
 
 def test_order_and_names_of_questions_change_nothing():
@@ -312,7 +331,7 @@ def test_one_question_gives_an_estimate_and_no_interval():
     found = approximation_error(table(questions=1))
     assert found.table["logit_error"].notna().all()
     assert found.table["logit_error_low"].isna().all()
-    assert "not testable against" in found.verdict
+    assert "is not testable for" in found.verdict
     one = contraction(table(questions=1))
     assert one.exponents["of_alpha"].iloc[0] == pytest.approx(1)
     assert "refuted" not in one.verdict
@@ -332,19 +351,16 @@ def test_nothing_to_measure_is_said():
     rows = table()
     for empty in (rows.iloc[:0], pd.DataFrame(), rows.assign(error2=np.nan), rows.assign(method="layerwise")):
         for analysis in (approximation_error, contraction):
-            found = analysis(empty)
-            assert found.verdict.startswith("not testable:")
-            for figure in found.figures().values():
-                assert figure.layout.annotations
-            found.to_dict()
-    part = approximation_error(rows[rows["layers"] != "all"])
-    assert "blend in all layers" in part.verdict
+            with pytest.raises(Untestable, match=r"is empty|no error of sweeps"):
+                analysis(empty)
+    with pytest.raises(Untestable, match="blend in all layers"):
+        approximation_error(rows[rows["layers"] != "all"])
 
 
 def test_one_alpha_has_no_exponents():
     found = contraction(table().query("alpha == 0.02"))
     assert found.exponents.empty
-    assert "exponents are not testable" in found.verdict
+    assert "Exponents are not testable" in found.verdict
 
 
 def test_a_question_that_was_not_finished_is_left_out_of_fits():
