@@ -29,11 +29,8 @@ def fill(document: str | Path, blocks: Mapping[str, str], others: bool = False) 
         SSTError: it cannot be read, or names a block that there is none of.
     """
     document = Path(document)
-    try:
-        text = document.read_text(encoding="utf-8")
-    except OSError as error:
-        raise SSTError(f"cannot read {document}: {error.strerror}", "name a Markdown file") from None
-    names = [name for name in re.findall(r"<!-- end of (.+?) -->", text) if name in blocks or not others]
+    text = _read(document)
+    names = [name for name in places(document) if name in blocks or not others]
     for name in names:
         if name not in blocks:
             raise SSTError(f"{document} asks for a table {name!r}", f"there are {', '.join(blocks)}")
@@ -42,6 +39,23 @@ def fill(document: str | Path, blocks: Mapping[str, str], others: bool = False) 
         text = re.sub(place, lambda m, b=block: f"{m[1]}\n{b}\n\n{m[2]}", text, flags=re.DOTALL)
     replace_bytes(document, text.encode())
     return names
+
+
+def places(document: str | Path) -> list[str]:
+    """The names that a document has a place for.
+
+    Raises:
+        SSTError: it cannot be read.
+    """
+    return re.findall(r"<!-- end of (.+?) -->", _read(Path(document)))
+
+
+def _read(document: Path) -> str:
+    try:
+        return document.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror
+        raise SSTError(f"cannot read {document}: {why}", "name a Markdown file") from None
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

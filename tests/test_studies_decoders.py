@@ -1,38 +1,46 @@
-"""Pretraining on text: what is held out, what is counted, and under which evaluation."""
+"""Decoders from scratch: what is held out, what is counted, under which evaluation; in-context recall."""
+
+from __future__ import annotations
 
 import random
 from dataclasses import replace
 
-import pandas as pd
 import pytest
 import torch
+from tiny_studies import POSITIONS, RECALL, TEXT, some_text
 from torch.nn.functional import cross_entropy
-from typer.testing import CliRunner
 
 from sst_interp.errors import SSTError
 from sst_interp.exact import solve_exactly
-from sst_interp.pretraining import text_study
-from sst_interp.pretraining.arms import ARMS, BASELINE, BOTH, LONGER, QUIET, RESIDUAL, Arm, Decoder
-from sst_interp.pretraining.commands import app
-from sst_interp.pretraining.corpus import build_corpus, every_next, learn_vocabulary
-from sst_interp.pretraining.evaluation import OWN, SEQUENTIAL, ZERO, evaluations, score
-from sst_interp.pretraining.text import SEPARATOR, Document, Text, read_text, text_of
-from sst_interp.pretraining.text_study import TextPlan, passes_left, run_text
-from sst_interp.pretraining.training import Training
+from sst_interp.experiments.studies import decoders
+from sst_interp.experiments.studies.arms import (
+    BASELINE,
+    BOTH,
+    DECODER_ARMS,
+    LONGER,
+    LRT_ARMS,
+    QUIET,
+    RESIDUAL,
+    STREAM_ARMS,
+    Arm,
+    Decoder,
+    Schedule,
+)
+from sst_interp.experiments.studies.decoders import Pretraining, RecallStudy, decoder_training
+from sst_interp.experiments.studies.fit import OWN, SEQUENTIAL, ZERO, Training, evaluations, score_tokens
+from sst_interp.experiments.studies.study import Job
+from sst_interp.experiments.studies.tasks import (
+    SEPARATOR,
+    Recall,
+    Text,
+    build_corpus,
+    bytes_of_symbols,
+    every_next,
+    learn_vocabulary,
+    read_text,
+    text_of,
+)
 from sst_interp.training.schedules import run_passes
-
-POSITIONS = 12
-PLAN = TextPlan(
-    decoder=Decoder(layers=2, d_model=16, heads=2, warmup=1), vocabulary=280, positions=POSITIONS,
-    batch=4, steps=3, held_out=12,
-)  # fmt: skip
-
-
-def some_text(documents: int = 20, seed: int = 0) -> Text:
-    rng = random.Random(seed)
-    words = ["".join(rng.choices("abcdé fg", k=4)) for _ in range(30)]
-    passage = lambda: " ".join(rng.choices(words, k=30))  # noqa: E731
-    return Text(tuple(Document(f"d{k}", (passage(), passage())) for k in range(documents)))
 
 
 def some_corpus():
@@ -41,18 +49,27 @@ def some_corpus():
 
 def a_training(arm: Arm, steps: int = 2) -> Training:
     corpus = some_corpus()
-    weights = PLAN.decoder.weights(len(corpus.n_bytes), POSITIONS, 0)
-    return Training(PLAN.decoder, weights, arm, lambda k: corpus.draw(4, k), steps)
+    weights = TEXT.decoder.weights(len(corpus.n_bytes), POSITIONS, 0)
+    return decoder_training(TEXT.decoder, weights, arm, lambda k: corpus.draw(4, k), steps)
 
 
-@pytest.mark.parametrize("arm", [*ARMS, Arm("S=3", "residual", groups=3)], ids=lambda a: a.name)
-def test_the_passes_of_an_arm_are_those_that_its_schedule_computes(arm):
+@pytest.mark.parametrize(
+    "arm", [*DECODER_ARMS, Arm("S=3", Schedule("interleaved", groups=3), "residual")], ids=lambda a: a.name
+)
+def test_a_training_counts_the_passes_that_its_schedule_computes(arm):
     training = a_training(arm)
     tokens = training.draw(0).tokens
-    passes = run_passes(training.model, tokens, arm.method, 1, training.recipe.groups)
+    passes = run_passes(training.model, tokens, *arm.schedule)
     assert sum(len(p.at) for p in passes) == arm.passes * POSITIONS
     training.finish()
     assert training.position_passes == arm.passes * tokens.numel() * training.done
+
+
+@pytest.mark.parametrize("arm", {*STREAM_ARMS, *LRT_ARMS}, ids=lambda a: a.name)
+def test_every_schedule_says_how_many_passes_it_takes(arm):
+    training = a_training(BOTH)
+    passes = run_passes(training.model, training.draw(0).tokens, *arm.schedule)
+    assert sum(len(p.at) for p in passes) == arm.passes * POSITIONS
 
 
 def test_the_longer_baseline_costs_what_the_memory_costs():
@@ -65,7 +82,7 @@ def test_the_longer_baseline_costs_what_the_memory_costs():
 
 
 def test_every_arm_starts_from_the_same_weights_and_reads_the_same_windows():
-    trainings = [a_training(arm) for arm in ARMS]
+    trainings = [a_training(arm) for arm in DECODER_ARMS]
     first = trainings[0]
     for other in trainings[1:]:
         assert torch.equal(first.draw(1).tokens, other.draw(1).tokens)
@@ -79,11 +96,11 @@ def test_a_memory_held_at_zero_trains_as_the_baseline():
 
     An odd number of positions, so that both groups have as many targets and weigh the same.
     """
-    decoder = replace(PLAN.decoder, memory_learning_rate=1e-12)
+    decoder = replace(TEXT.decoder, memory_learning_rate=1e-12)
     corpus = build_corpus(some_text(), 280, POSITIONS + 1, 12, 0.2)
     weights = decoder.weights(len(corpus.n_bytes), POSITIONS + 1, 0)
     quiet, plain = (
-        Training(decoder, weights, arm, lambda k: corpus.draw(4, k), 3) for arm in (QUIET, BASELINE)
+        decoder_training(decoder, weights, arm, lambda k: corpus.draw(4, k), 3) for arm in (QUIET, BASELINE)
     )
     for _ in range(3):
         assert quiet.step() == pytest.approx(plain.step(), abs=1e-4)
@@ -96,7 +113,7 @@ def test_the_loss_that_counts_is_sequential_and_never_that_of_a_zero_memory(arm)
     training.finish()
     model, batch = training.model, every_next(some_corpus().held_out)
     how = evaluations(arm)
-    nats, _ = score(model, batch, how[SEQUENTIAL])
+    nats, _ = score_tokens(model, batch, how[SEQUENTIAL])
     rows = len(batch.tokens)
     with torch.no_grad():
         stream = model.new_stream(torch.zeros(rows, dtype=torch.long), POSITIONS)
@@ -104,10 +121,10 @@ def test_the_loss_that_counts_is_sequential_and_never_that_of_a_zero_memory(arm)
         logits = model.backbone.unembed(exact[:, :-1])
     truth = cross_entropy(logits.transpose(1, 2), batch.tokens[:, 1:], reduction="none")
     assert torch.allclose(nats, truth, atol=1e-4)
-    zero, _ = score(model, batch, how[ZERO])
+    zero, _ = score_tokens(model, batch, how[ZERO])
     assert torch.allclose(zero[:, 0], nats[:, 0], atol=1e-5)  # no position before the first: no memory
     assert float((zero - nats)[:, 1:].abs().max()) > 1e-2
-    own, _ = score(model, batch, how[OWN], arm.groups)
+    own, _ = score_tokens(model, batch, how[OWN])
     assert not torch.allclose(own, nats, atol=1e-4)
 
 
@@ -167,8 +184,6 @@ def test_symbols_count_the_bytes_of_the_text():
     passage = text.documents[0].passages[0] + " ☃ 例"
     again = build_corpus(text, 280, POSITIONS, 12, 0.2)
     assert torch.equal(n_bytes, again.n_bytes)
-    from sst_interp.pretraining.corpus import bytes_of_symbols
-
     ids = torch.tensor(tokenizer.encode(passage).ids)
     assert int(bytes_of_symbols(tokenizer)[ids].sum()) == len(passage.encode())
 
@@ -178,46 +193,23 @@ def test_windows_are_from_as_many_documents_as_can_be():
     assert len(corpus.held_out) == corpus.held_out_documents == 4
 
 
-class StoppedError(Exception):
-    """As if the process was killed."""
+def test_held_out_tokens_are_all_counted(tmp_path):
+    rows = Pretraining(TEXT, (BASELINE, BOTH), rounds=0).run(tmp_path, seeds=[0], text=some_text())["losses"]
+    assert (rows.groupby(["arm", "evaluated"])["tokens"].sum() == 12 * (POSITIONS - 1)).all()
+    assert rows.groupby("arm")["evaluated"].nunique().to_dict() == {"LRT, both": 3, "baseline": 1}
 
 
-def test_an_interrupted_study_goes_on_to_the_same_tables(tmp_path):
-    text, arms = some_text(), (BASELINE, BOTH)
-    whole = run_text(tmp_path / "whole", text, PLAN, [0, 1], arms, rounds=0)["losses"]
-    seen = []
-
-    def stop(words: str, passes: int) -> None:
-        seen.append(words)
-        if len(seen) == 5:  # in the second training
-            raise StoppedError
-
-    parts = tmp_path / "parts"
-    total = passes_left(parts, PLAN, [0, 1], arms)
-    with pytest.raises(StoppedError):
-        run_text(parts, text, PLAN, [0, 1], arms, rounds=0, progress=stop)
-    left = passes_left(parts, PLAN, [0, 1], arms)
-    assert left == total - PLAN.steps
-    taken = []
-    again = run_text(parts, text, PLAN, [0, 1], arms, rounds=1, progress=lambda w, n: taken.append(n))
-    assert sum(taken) == left
-    assert set(again["times"]["arm"]) == {"baseline", "LRT, both"}
-    a, b = (
-        t.drop(columns="seconds").sort_values(["seed", "arm", "evaluated", "position"]).reset_index(drop=True)
-        for t in (whole, again["losses"])
-    )
-    pd.testing.assert_frame_equal(a, b)
-    assert passes_left(parts, PLAN, [0, 1], arms) == 0
-    sums = a.groupby(["seed", "arm", "evaluated"])["tokens"].sum()
-    assert (sums == 12 * (POSITIONS - 1)).all()
-
-
-def test_another_plan_or_another_text_is_refused(tmp_path):
-    run_text(tmp_path, some_text(), PLAN, [0], (BASELINE,), rounds=0)
-    with pytest.raises(SSTError, match="steps = 3, not 4"):
-        run_text(tmp_path, some_text(), replace(PLAN, steps=4), [0], (BASELINE,))
+def test_another_text_is_another_study(tmp_path):
+    study = Pretraining(TEXT, (BASELINE,), rounds=0)
+    study.run(tmp_path, seeds=[0], text=some_text())
     with pytest.raises(SSTError, match="holds a study with text"):
-        run_text(tmp_path, some_text(seed=1), PLAN, [0], (BASELINE,))
+        study.run(tmp_path, seeds=[0], text=some_text(seed=1))
+
+
+def test_variants_of_the_memory_come_last():
+    jobs = [job.arm for job in Pretraining().jobs([0, 1])]
+    assert jobs[:6] == [BASELINE, BOTH, LONGER] * 2
+    assert set(jobs[6:]) == {RESIDUAL, QUIET}
 
 
 def test_bad_input_is_one_clear_line(tmp_path):
@@ -232,13 +224,14 @@ def test_bad_input_is_one_clear_line(tmp_path):
     with pytest.raises(SSTError, match="cannot read"):
         read_text(tmp_path / "nowhere.txt")
     with pytest.raises(SSTError, match="too short: no training passage has 12 tokens"):
-        run_text(tmp_path / "out", read_text(short), PLAN)
+        Pretraining(TEXT).run(tmp_path / "out", text=read_text(short))
     with pytest.raises(SSTError, match=r"1 document\(s\)"):
-        run_text(tmp_path / "out", Text(some_text().documents[:1]), PLAN)
+        Pretraining(TEXT).run(tmp_path / "out", text=Text(some_text().documents[:1]))
+    wide = Arm("wide", Schedule("interleaved", groups=13), "both")
     with pytest.raises(SSTError, match="13 interleaved groups do not fit into 12 positions"):
-        run_text(tmp_path / "out", some_text(), PLAN, arms=(Arm("wide", "both", groups=13),))
+        Pretraining(TEXT, (wide,)).run(tmp_path / "out", text=some_text())
     with pytest.raises(SSTError, match="at least 256 symbols"):
-        run_text(tmp_path / "out", some_text(), replace(PLAN, vocabulary=100))
+        Pretraining(replace(TEXT, vocabulary=100)).run(tmp_path / "out", text=some_text())
     with pytest.raises(SSTError, match="d_model 18"):
         Decoder(d_model=18, heads=4)
     assert not (tmp_path / "out").exists()
@@ -250,16 +243,49 @@ def test_a_text_file_is_cut_into_documents_at_its_separators(tmp_path):
     assert [d.passages for d in read_text(path).documents] == [("one\ntwo",), ("three",)]
 
 
-def test_the_command_trains_on_a_file_and_shows_what_it_found(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(text_study, "TextPlan", lambda: PLAN)
-    documents = [" ".join(d.passages) for d in some_text().documents]
-    (tmp_path / "mine.txt").write_text(f"\n{SEPARATOR}\n".join(documents))
-    ran = CliRunner().invoke(app, ["run", "--text", "mine.txt", "--seeds", "1"])
-    assert ran.exit_code == 0, ran.output
-    assert "LRT, both" in ran.output
-    assert "(one seed)" in ran.output
-    (tmp_path / "page.md").write_text("<!-- text losses -->\n<!-- end of text losses -->\n")
-    done = CliRunner().invoke(app, ["document", "page.md"])
-    assert done.exit_code == 0
-    assert "| LRT, both | zero memory |" in (tmp_path / "page.md").read_text()
+@pytest.mark.parametrize("filler", [False, True])
+def test_every_key_is_asked_once_and_the_next_token_is_its_value(filler):
+    task, n = Recall(), 8
+    batch = task.draw(50, 3, n, filler)
+    body = batch.tokens[:, int(filler) :]
+    assert (batch.tokens[:, 0] == task.vocabulary - 1).all() == filler
+    for row, answer in zip(body.tolist(), batch.answer[:, int(filler) :].tolist(), strict=True):
+        shown = dict(zip(row[: 2 * n : 2], row[1 : 2 * n : 2], strict=True))
+        asked = [t for t, a in enumerate(answer) if a]
+        assert len(shown) == len(asked) == n
+        assert {row[t] for t in asked} == set(shown)
+        assert all(row[t + 1] == shown[row[t]] for t in asked)
+        assert max(shown) < task.symbols <= min(shown.values())
+    assert batch.answer.sum() == 50 * n
+
+
+def test_sequences_are_drawn_anew_and_all_sizes_come_up():
+    task = Recall(pairs=(2, 4))
+    assert torch.equal(task.draw(4, 1).tokens, task.draw(4, 1).tokens)
+    assert not torch.equal(task.draw(4, 1, 2, False).tokens, task.draw(4, 2, 2, False).tokens)
+    lengths = {task.draw(1, k).tokens.shape[1] for k in range(60)}
+    assert lengths == {8, 9, 16, 17}
+    assert max(lengths) == task.positions
+    pairs = task.draw(4000, 5, 2, False).tokens[:, :2]
+    table = torch.zeros(16, 16).index_put_(tuple(pairs.T - torch.tensor([[0], [16]])), torch.ones(4000), True)
+    assert table.min() > 0  # no key has a value of its own
+
+
+def test_impossible_numbers_of_pairs_are_refused():
+    for pairs in ((), (0,), (5,)):
+        with pytest.raises(SSTError, match="cannot be drawn"):
+            Recall(pairs=pairs, symbols=4)
+
+
+def test_answers_are_counted_where_a_key_is_asked(monkeypatch):
+    def all_right(_model, batch, _schedule):
+        asked = batch.answer[:, :-1]
+        return torch.where(asked, 0.5, torch.nan), torch.where(asked, 1.0, torch.nan)
+
+    monkeypatch.setattr(decoders, "score_tokens", all_right)
+    study, job = RecallStudy(RECALL), Job(0, BOTH, 1)
+    rows = study.measure(job, study.begin(job), lambda: None)["accuracy"]
+    assert (rows["right"] == rows["answers"]).all()
+    assert (rows["answers"] == RECALL.held_out * rows["pairs"]).all()
+    assert (rows["loss"] == rows["answers"] / 2).all()
+    assert set(rows["evaluated"]) == {"sequential", "zero memory", "own"}

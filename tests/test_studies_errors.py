@@ -45,7 +45,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def measured(model):
-    schedules = [Schedule(), Schedule(sweeps=3), Schedule(sweeps=T), Schedule(groups=2, sweeps=1), Schedule(groups=2, sweeps=T)]
+    schedules = [Schedule(sweeps=k) for k in (1, 3, T)] + [Schedule(sweeps=k, groups=2) for k in (1, T)]
     return measure_errors(model, [example(0), example(1, 9)], schedules)
 
 

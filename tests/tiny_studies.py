@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,7 @@ def some_text(documents: int = 20, seed: int = 0) -> Text:
 def tiny_study(name: str, rounds: int = 0) -> tuple[Any, dict[str, Any]]:
     """A training study with few arms on a tiny plan, and further arguments of its `run`."""
     if name == "small":
-        return Small(SMALL, (EXACT, TWO_PASS, NO_STREAM), rounds), {}
+        return Small(replace(SMALL, blends=SMALL.blends[:1]), (EXACT, TWO_PASS, NO_STREAM), rounds), {}
     if name == "lrt-schedules":
         return LrtSchedules(LRT, (EXACT, INTERLEAVED, NO_MEMORY), rounds), {}
     if name == "pretraining":

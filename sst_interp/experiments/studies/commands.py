@@ -127,17 +127,17 @@ def document(
         sst-interp study document docs/lrt.md --studies data/studies
     """
     from sst_interp.documents import fill
+    from sst_interp.documents import places as asked
     from sst_interp.experiments.studies.study import find_study
     from sst_interp.experiments.studies.study import studies as known
 
-    shown: dict[str, str] = {}
-    for name in known():
-        study = find_study(name)
-        shown |= study.show(study.folder(studies))
-    names = fill(path, shown, others=True)
-    if not names:
+    shown, names = {}, set(asked(path))
+    for study in map(find_study, known()):
+        if names & set(study.names()):
+            shown |= study.show(study.folder(studies))
+    if not shown:
         raise SSTError(f"{path} has no place for a table of a study", "for example <!-- two-pass --> ...")
-    print(f"{path}: {', '.join(names)}")
+    print(f"{path}: {', '.join(fill(path, shown, others=True))}")
 
 
 def print_shown(shown: dict[str, str]) -> None:

@@ -84,6 +84,10 @@ class Study(ABC):
                 found[finding.name] = why
         return found
 
+    def names(self) -> list[str]:
+        """Of everything that `show` writes."""
+        return [name for f in self.findings for name in (*f.written, f"{f.name} verdict")]
+
     def show(self, folder: str | Path) -> dict[str, str]:
         """Every table and verdict as Markdown, by name. A table that is not measured yet says so, and the
         verdict of a study that has none says what to type.
