@@ -160,7 +160,7 @@ def test_the_command_shows_what_is_measured_and_says_what_is_not(tmp_path, monke
     (tmp_path / "studies" / "another.parquet").touch()  # does not hide what ships
     shown = invoke("show", name)
     assert NOT_YET not in shown
-    for table in find_study(name).show(SHIPPED):
+    for table in find_study(name).names():
         assert f"## {table}\n" in shown
     empty = invoke("show", name, "--studies", tmp_path / "studies")
     assert f"{NOT_YET} `sst-interp study run {name}` measures it." in empty
@@ -258,6 +258,7 @@ def test_the_command_trains_on_a_file_and_shows_what_it_measured(tmp_path, monke
 
 def test_wrong_options_are_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
     for words, said in (
         (("run", "smal"), "unknown study"),
         (("run", "small", "smollm2-135m"), "the study small takes no model"),
@@ -267,6 +268,8 @@ def test_wrong_options_are_one_line(tmp_path, monkeypatch):
         (("run", "lrt-equivalence", "small", "--sizes", "a,b"), "sizes 'a,b' are not numbers"),
         (("run", "lrt-equivalence", "small", "--sizes", ""), "sizes '' are not numbers"),
         (("run", "lrt-equivalence", "small", "--sizes", "nan"), "size = nan"),
+        (("run", "recall", "--out", "file"), "file cannot be written"),
+        (("run", "two-pass", "smollm2-135m", "--out", "file"), "file cannot be written"),
     ):
         with pytest.raises(SSTError, match=said):
             invoke(*words)

@@ -24,6 +24,7 @@ from sst_interp.errors import SSTError, Untestable, unknown_name
 from sst_interp.experiments.studies.arms import Arm
 from sst_interp.experiments.studies.fit import Training, step_times
 from sst_interp.experiments.table import Table, same_plan
+from sst_interp.guarded import check_place
 
 Progress = Callable[[str, int, int], Any]
 """(what is measured, done, in all)."""
@@ -212,6 +213,7 @@ class TrainingStudy(Study):
     ) -> dict[str, pd.DataFrame]:
         """`run` with this very plan."""
         folder = Path(folder)
+        check_place(folder, "give another --out")
         same_plan(folder / self.plan_file, self.plan)
         missing, done = self.missing(folder, seeds), 0
         total = sum(self.passes(job) for job in missing)
