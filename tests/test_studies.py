@@ -163,7 +163,7 @@ def test_the_command_shows_what_is_measured_and_says_what_is_not(tmp_path, monke
     for table in find_study(name).names():
         assert f"## {table}\n" in shown
     empty = invoke("show", name, "--studies", tmp_path / "studies")
-    assert f"{NOT_YET} `sst-interp study run {name}` measures it." in empty
+    assert f"{NOT_YET} `{find_study(name).command}` measures it." in empty
     said = json.loads(invoke("show", name, "--json"))
     assert said["measured"]
     assert all(finding["table"] for finding in said["findings"].values())

@@ -27,10 +27,20 @@ from sst_interp.experiments.studies.arms import (
     Schedule,
 )
 from sst_interp.experiments.studies.decoders import Pretraining, RecallStudy, decoder_training
-from sst_interp.experiments.studies.fit import OWN, SEQUENTIAL, ZERO, Training, evaluations, score_tokens
+from sst_interp.experiments.studies.fit import (
+    OWN,
+    SEQUENTIAL,
+    ZERO,
+    Training,
+    evaluations,
+    label_loss,
+    loss_of,
+    score_tokens,
+)
 from sst_interp.experiments.studies.study import Job
 from sst_interp.experiments.studies.tasks import (
     SEPARATOR,
+    Labelled,
     Recall,
     Text,
     build_corpus,
@@ -40,6 +50,8 @@ from sst_interp.experiments.studies.tasks import (
     read_text,
     text_of,
 )
+from sst_interp.training.objective import last_layer, training_loss
+from sst_interp.training.recipe import EVERY_PASS
 from sst_interp.training.schedules import run_passes
 
 
@@ -70,6 +82,26 @@ def test_every_schedule_says_how_many_passes_it_takes(arm):
     training = a_training(BOTH)
     passes = run_passes(training.model, training.draw(0).tokens, *arm.schedule)
     assert sum(len(p.at) for p in passes) == arm.passes * POSITIONS
+
+
+@pytest.mark.parametrize("arm", [*DECODER_ARMS, *LRT_ARMS[3:6]], ids=lambda a: a.name)
+def test_the_loss_is_the_one_that_the_train_command_minimises(arm):
+    training = a_training(replace(arm, pathway="both", gamma=0.5))
+    batch, how = training.draw(0), arm.schedule
+    recipe = replace(
+        TEXT.decoder.recipe(BASELINE),
+        method=how.method,
+        sweeps=how.sweeps,
+        groups=how.groups,
+        chunk=how.chunk,
+    )
+    ours, theirs = loss_of(training.model, batch, how), training_loss(training.model, batch, recipe)
+    assert torch.equal(ours, theirs)
+    labels = Labelled(batch.tokens, batch.tokens.roll(-1, dims=1))  # the last label is asked here, too
+    assert float(loss_of(training.model, labels, how).detach()) == pytest.approx(float(theirs), rel=0.2)
+    refined = label_loss(training.model, labels, last_layer(training.model, batch, *how))
+    same = torch.isclose(loss_of(training.model, labels, how), refined, rtol=1e-6)
+    assert bool(same) == (how.method not in EVERY_PASS)
 
 
 def test_the_longer_baseline_costs_what_the_memory_costs():
@@ -278,7 +310,10 @@ def test_impossible_numbers_of_pairs_are_refused():
 
 
 def test_answers_are_counted_where_a_key_is_asked(monkeypatch):
+    seen = []
+
     def all_right(_model, batch, _schedule):
+        seen.append((int(batch.answer.sum(dim=1)[0]), batch.tokens.shape[1]))
         asked = batch.answer[:, :-1]
         return torch.where(asked, 0.5, torch.nan), torch.where(asked, 1.0, torch.nan)
 
@@ -288,4 +323,5 @@ def test_answers_are_counted_where_a_key_is_asked(monkeypatch):
     assert (rows["right"] == rows["answers"]).all()
     assert (rows["answers"] == RECALL.held_out * rows["pairs"]).all()
     assert (rows["loss"] == rows["answers"] / 2).all()
+    assert set(seen) == {(n, 4 * n + filler) for n in RECALL.task.pairs for filler in (0, 1)}
     assert set(rows["evaluated"]) == {"sequential", "zero memory", "own"}

@@ -60,12 +60,12 @@ def show(name: Name, studies: Studies = None, as_json: JsonFlag = False) -> None
     folder = study.folder(studies)
     if not as_json:
         return print_shown(study.show(folder))
-    found = {
+    findings = {
         name: {"not_testable": result.message} if isinstance(result, Untestable) else result.to_dict()
-        for name, result in study.found(folder).items()
+        for name, result in study.results(folder).items()
     }
     about = {"study": study.name, "question": study.question, "measured": study.measured(folder)}
-    print(json.dumps(about | {"findings": found}, indent=2))
+    print(json.dumps(about | {"findings": findings}, indent=2))
 
 
 @app.command()

@@ -75,15 +75,20 @@ class Study(ABC):
         """Whether a folder holds any of its tables."""
         return any((Path(folder) / table.file).is_file() for table in self.tables.values())
 
-    def found(self, folder: str | Path) -> dict[str, Result | Untestable]:
+    def results(self, folder: str | Path) -> dict[str, Result | Untestable]:
         """Every finding by name, or why there is none."""
-        rows, found = self.read(folder), {}
+        rows, results = self.read(folder), {}
         for finding in self.findings:
             try:
-                found[finding.name] = finding.find(rows)
+                results[finding.name] = finding.find(rows)
             except Untestable as why:
-                found[finding.name] = why
-        return found
+                results[finding.name] = why
+        return results
+
+    @property
+    def command(self) -> str:
+        """What measures it."""
+        return f"sst-interp study run {self.name}" + (" MODEL" if "model" in self.options else "")
 
     def names(self) -> list[str]:
         """Of everything that `show` writes."""
@@ -94,15 +99,15 @@ class Study(ABC):
         verdict of a study that has none says what to type.
         """
         shown, measured = {}, self.measured(folder)
-        for finding, found in zip(self.findings, self.found(folder).values(), strict=True):
+        for finding, result in zip(self.findings, self.results(folder).values(), strict=True):
             for name, write in finding.written.items():
-                shown[name] = NOT_YET if isinstance(found, Untestable) else write(found)
-            if not isinstance(found, Untestable):
-                verdict = found.verdict
+                shown[name] = NOT_YET if isinstance(result, Untestable) else write(result)
+            if not isinstance(result, Untestable):
+                verdict = result.verdict
             elif measured:
-                verdict = f"Not testable: {found.message}."
+                verdict = f"Not testable: {result.message}."
             else:
-                verdict = f"{NOT_YET} `sst-interp study run {self.name}` measures it."
+                verdict = f"{NOT_YET} `{self.command}` measures it."
             shown[f"{finding.name} verdict"] = verdict
         return shown
 
@@ -116,9 +121,7 @@ class Study(ABC):
             own = places.studies_dir()
             return own if self.measured(own) else places.shipped("studies")
         if not studies.is_dir():
-            raise SSTError(
-                f"{studies} is not a folder of studies", f"`sst-interp study run {self.name}` makes one"
-            )
+            raise SSTError(f"{studies} is not a folder of studies", f"`{self.command}` makes one")
         return studies
 
 

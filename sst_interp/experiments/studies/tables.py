@@ -43,9 +43,9 @@ def known(value: float, form: str) -> str:
     return f"{value:{form}}" if math.isfinite(value) else ""
 
 
-def two_pass(found: ApproximationError) -> str:
+def two_pass(result: ApproximationError) -> str:
     """A row per model and blend."""
-    rows = found.schedules
+    rows = result.schedules
     rows = rows[(rows["groups"] == 1) & (rows["sweeps"] == 1)]
     return markdown(
         [
@@ -62,15 +62,15 @@ def two_pass(found: ApproximationError) -> str:
     )  # fmt: skip
 
 
-def sweeps(found: ApproximationError) -> str:
+def sweeps(result: ApproximationError) -> str:
     """Error of the logits by number of passes, blend in all layers."""
-    rows = found.schedules
+    rows = result.schedules
     return _by_passes(rows[(rows["groups"] == 1) & (rows["layers"] == "all")], ["model", "alpha"])
 
 
-def groups(found: ApproximationError) -> str:
+def groups(result: ApproximationError) -> str:
     """The same in cyclic groups, of the blends that were measured in several numbers of groups."""
-    rows = found.schedules
+    rows = result.schedules
     of = rows.groupby(["model", "alpha", "layers"])["groups"].transform("nunique")
     most = rows.loc[rows["groups"] > 1, "sweeps"].max()
     return _by_passes(rows[(of > 1) & (rows["sweeps"] <= most)], ["model", "alpha", "groups"])
@@ -85,7 +85,7 @@ def _by_passes(rows: pd.DataFrame, by: list[str]) -> str:
     return markdown(lines)
 
 
-def contraction(found: Contraction) -> str:
+def contraction(result: Contraction) -> str:
     """A row per blend and number of groups."""
     names = {
         "model": "model",
@@ -97,12 +97,12 @@ def contraction(found: Contraction) -> str:
     return markdown(
         [
             {words: row[name] for name, words in names.items()} | {"left by a sweep": spread(row, "factor")}
-            for row in found.rates[found.rates["factor"].notna()].to_dict("records")
+            for row in result.rates[result.rates["factor"].notna()].to_dict("records")
         ]
     )
 
 
-def gradients(found: GradientFidelity) -> str:
+def gradients(result: GradientFidelity) -> str:
     """A row per setting, arm and part."""
     return markdown(
         [
@@ -113,15 +113,15 @@ def gradients(found: GradientFidelity) -> str:
                 "norm / exact norm": spread(row, "norm_ratio", ".2f"),
                 "seeds": row["seeds"],
             }
-            for row in found.summary.to_dict("records")
+            for row in result.summary.to_dict("records")
         ]
     )  # fmt: skip
 
 
-def training(found: ArmScores) -> str:
+def training(result: ArmScores) -> str:
     """A row per setting and arm of the study `small`."""
     lines = []
-    for setting, row, own, behind in _arms(found):
+    for setting, row, own, behind in _arms(result):
         lines.append({
             "setting": bounds_words(**{k.replace("alpha_", ""): v for k, v in setting.items()}),
             "trained with": row["arm"], "loss, exact evaluation": spread(row, "loss", ".3f"),
@@ -133,7 +133,7 @@ def training(found: ArmScores) -> str:
     return markdown(lines)
 
 
-def latent_training(found: ArmScores) -> str:
+def latent_training(result: ArmScores) -> str:
     """A row per arm of the study `lrt-schedules`."""
     return markdown(
         [
@@ -142,23 +142,23 @@ def latent_training(found: ArmScores) -> str:
                 "behind exact training": spread(behind, "loss", "+.2g") if behind else "",
                 "loss as trained": spread(own, "loss", ".3g") if own else "",
                 "right, sequential": f"{row['accuracy']:.1%}", "seeds": row["seeds"],
-                f"step / step, {found.design.baseline}": known(row["ratio"], ".1f"),
+                f"step / step, {result.design.baseline}": known(row["ratio"], ".1f"),
             }
-            for _, row, own, behind in _arms(found)
+            for _, row, own, behind in _arms(result)
         ]
     )  # fmt: skip
 
 
-def _arms(found: ArmScores) -> list[tuple[dict, dict, dict | None, dict | None]]:
+def _arms(result: ArmScores) -> list[tuple[dict, dict, dict | None, dict | None]]:
     """(setting, its row, the row as trained, the difference from exact training) of every arm."""
-    design, arms = found.design, []
+    design, arms = result.design, []
     rows = {
         tuple(row[key] for key in (*design.settings, "arm", "evaluated")): row
-        for row in found.finals.to_dict("records")
+        for row in result.finals.to_dict("records")
     }
     behind = {
         tuple(row[key] for key in (*design.settings, "arm")): row
-        for row in found.differences.to_dict("records")
+        for row in result.differences.to_dict("records")
         if row["minus"] == design.exact
     }
     for (*setting, arm, evaluated), row in rows.items():
@@ -169,7 +169,7 @@ def _arms(found: ArmScores) -> list[tuple[dict, dict, dict | None, dict | None]]
     return arms
 
 
-def latent_states(found: LatentEquivalence) -> str:
+def latent_states(result: LatentEquivalence) -> str:
     """A row per model, memory and schedule."""
     return markdown(
         [
@@ -179,15 +179,15 @@ def latent_states(found: LatentEquivalence) -> str:
                 "last layer": spread(row, "state"), "exact loss": row["loss_exact"],
                 "loss change, nats": spread(row, "loss_change", "+.2g"), "questions": row["questions"],
             }
-            for row in found.schedules.to_dict("records")
+            for row in result.schedules.to_dict("records")
             if (row["method"], row["n"]) != SAME
         ]
     )  # fmt: skip
 
 
-def latent_positions(found: LatentEquivalence) -> str:
+def latent_positions(result: LatentEquivalence) -> str:
     """A row per model and some of its schedules, a column per bin of positions."""
-    rows, lines = found.positions, []
+    rows, lines = result.positions, []
     starts = sorted(rows["position"].unique())
     for (model, memory, method, n), own in rows.groupby([*MODEL, "method", "n"], sort=False):
         if (method, n) in BY_POSITION:
@@ -197,10 +197,10 @@ def latent_positions(found: LatentEquivalence) -> str:
     return markdown(lines)
 
 
-def latent_gradients(found: LatentEquivalence) -> str:
+def latent_gradients(result: LatentEquivalence) -> str:
     """A row per model and schedule: the gradient that is trained on, and the newest outputs' alone."""
     lines = []
-    for (model, memory, method, n), own in found.gradients.groupby([*MODEL, "method", "n"], sort=False):
+    for (model, memory, method, n), own in result.gradients.groupby([*MODEL, "method", "n"], sort=False):
         if (method, n) == SAME:
             continue
         at = {(row["of"], row["part"]): row for row in own.to_dict("records")}
@@ -213,9 +213,9 @@ def latent_gradients(found: LatentEquivalence) -> str:
     return markdown(lines)
 
 
-def text_cost(found: ArmScores) -> str:
+def text_cost(result: ArmScores) -> str:
     """What every arm is and costs."""
-    rows = found.finals
+    rows = result.finals
     return markdown(
         [
             {
@@ -225,12 +225,12 @@ def text_cost(found: ArmScores) -> str:
                 "step / baseline's step": known(row["ratio"], ".2f"),
                 "gamma at the end": known(row["gamma"], ".3f"), "seeds": row["seeds"],
             }
-            for row in rows[rows["evaluated"] == found.design.definition].to_dict("records")
+            for row in rows[rows["evaluated"] == result.design.definition].to_dict("records")
         ]
     )  # fmt: skip
 
 
-def text_losses(found: ArmScores) -> str:
+def text_losses(result: ArmScores) -> str:
     """A row per arm and evaluation."""
     return markdown(
         [
@@ -239,15 +239,15 @@ def text_losses(found: ArmScores) -> str:
                 "nats per token": spread(row, "loss", ".3f"), "bits per byte": spread(row, "bits", ".3f"),
                 "seeds": row["seeds"],
             }
-            for row in found.finals.to_dict("records")
+            for row in result.finals.to_dict("records")
         ]
     )  # fmt: skip
 
 
-def text_seeds(found: ArmScores) -> str:
+def text_seeds(result: ArmScores) -> str:
     """Sequential losses, a row per seed and a column per arm."""
-    wide = found.seeds.pivot(index="seed", columns="arm", values="loss")
-    arms = [arm for arm in dict.fromkeys(found.seeds["arm"]) if arm in wide]
+    wide = result.seeds.pivot(index="seed", columns="arm", values="loss")
+    arms = [arm for arm in dict.fromkeys(result.seeds["arm"]) if arm in wide]
     return markdown(
         [
             {"seed": seed} | {str(arm): known(float(row[arm]), ".4f") for arm in arms}
@@ -256,7 +256,7 @@ def text_seeds(found: ArmScores) -> str:
     )
 
 
-def text_differences(found: ArmScores) -> str:
+def text_differences(result: ArmScores) -> str:
     """A row per arm with a memory and what it is compared with."""
     return markdown(
         [
@@ -266,15 +266,15 @@ def text_differences(found: ArmScores) -> str:
                 "bits per byte": spread(row, "bits", "+.3f"),
                 "position passes": f"{row['passes']:.2f}x", "": _said(row), "seeds": row["seeds"],
             }
-            for row in found.differences.to_dict("records")
-            if row["arm"] not in found.design.against
+            for row in result.differences.to_dict("records")
+            if row["arm"] not in result.design.against
         ]
     )  # fmt: skip
 
 
-def text_positions(found: ArmScores) -> str:
+def text_positions(result: ArmScores) -> str:
     """Loss by bin of positions, a column per arm, sequential evaluation."""
-    wide = found.curves["position"].pivot(index="position", columns="arm", values="loss")
+    wide = result.curves["position"].pivot(index="position", columns="arm", values="loss")
     return markdown(
         [
             {"from position": first} | {str(arm): f"{value:.3f}" for arm, value in row.items()}
@@ -283,10 +283,10 @@ def text_positions(found: ArmScores) -> str:
     )
 
 
-def recall(found: ArmScores) -> str:
+def recall(result: ArmScores) -> str:
     """A row per layers, arm and evaluation, and per way to guess; a column per number of pairs."""
     lines = []
-    for names, own in found.finals.groupby(["layers", "arm", "evaluated"], sort=False):
+    for names, own in result.finals.groupby(["layers", "arm", "evaluated"], sort=False):
         first = own.iloc[0]
         at = {f"{row['pairs']} pairs": _accuracy(row) for row in own.to_dict("records")}
         cost = {
@@ -296,16 +296,16 @@ def recall(found: ArmScores) -> str:
         }  # fmt: skip
         lines.append(dict(zip(("layers", "arm", "evaluated"), names, strict=True)) | at | cost)
     blank = dict.fromkeys(("steps", "position passes, thousands", "seconds", "seeds"), "")
-    for words, share in found.design.guesses.items():
-        at = {f"{n} pairs": f"{share(int(n)):.0%}" for n in found.finals["pairs"].unique()}
+    for words, share in result.design.guesses.items():
+        at = {f"{n} pairs": f"{share(int(n)):.0%}" for n in result.finals["pairs"].unique()}
         lines.append({"layers": "", "arm": words, "evaluated": ""} | at | blank)
     return markdown(lines)
 
 
-def recall_differences(found: ArmScores) -> str:
+def recall_differences(result: ArmScores) -> str:
     """A row per layers, arm and what it is compared with, a column per number of pairs."""
-    rows, lines = found.differences, []
-    rows = rows[~rows["arm"].isin(found.design.against)] if len(rows) else rows
+    rows, lines = result.differences, []
+    rows = rows[~rows["arm"].isin(result.design.against)] if len(rows) else rows
     for (layers, arm, _), own in rows.groupby(["layers", "arm", "minus"], sort=False) if len(rows) else ():
         records = own.to_dict("records")
         at = {f"{row['pairs']} pairs": percent(of_row(row, "accuracy")) for row in records}

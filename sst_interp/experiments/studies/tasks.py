@@ -194,15 +194,15 @@ def articles() -> Text:
 
 def text_of(records: dict[str, dict[str, dict[str, Any]]]) -> Text:
     """Task -> id -> record, as articles. However a title is written, it is one article."""
-    found: dict[str, dict[str, None]] = {}
+    titles: dict[str, dict[str, None]] = {}
     for task, docs in records.items():
         for key, doc in docs.items():
             match = TASKS[task].match(doc["query"])
             if match is None:
                 raise SSTError(f"{task}, record {key}: no title and passage in front of its question")
             name = " ".join(match["title"].replace("_", " ").split()).casefold()
-            found.setdefault(name, {})[match["passage"].strip()] = None
-    return Text(tuple(Document(name, tuple(passages)) for name, passages in sorted(found.items())))
+            titles.setdefault(name, {})[match["passage"].strip()] = None
+    return Text(tuple(Document(name, tuple(passages)) for name, passages in sorted(titles.items())))
 
 
 def read_text(path: str | Path) -> Text:
@@ -289,8 +289,8 @@ def build_corpus(text: Text, vocabulary: int, positions: int, windows: int, shar
         [w for ids in own for w in ids.split(positions) if len(w) == positions] for own in passages(held_out)
     ]
     rounds = zip_longest(*cut)  # the first window of every document, then the second: many documents
-    found = [(k, window) for own in rounds for k, window in enumerate(own) if window is not None][:windows]
-    if not kept or not found:
+    chosen = [(k, window) for own in rounds for k, window in enumerate(own) if window is not None][:windows]
+    if not kept or not chosen:
         part = "training" if not kept else "held-out"
         raise SSTError(
             f"the text is too short: no {part} passage has {positions} tokens",
@@ -301,9 +301,9 @@ def build_corpus(text: Text, vocabulary: int, positions: int, windows: int, shar
         torch.arange(int(end) - len(ids), int(end) - positions + 1)
         for ids, end in zip(kept, ends, strict=True)
     ]
-    held = torch.stack([window for _, window in found])
+    held = torch.stack([window for _, window in chosen])
     n_bytes = bytes_of_symbols(tokenizer)
-    return Corpus(torch.cat(kept), torch.cat(starts), held, n_bytes, len({k for k, _ in found}))
+    return Corpus(torch.cat(kept), torch.cat(starts), held, n_bytes, len({k for k, _ in chosen}))
 
 
 def learn_vocabulary(documents: list[Document], size: int):
@@ -324,7 +324,7 @@ def learn_vocabulary(documents: list[Document], size: int):
 
 def bytes_of_symbols(tokenizer) -> Int[Tensor, " symbol"]:
     """How many bytes every symbol stands for: byte-level BPE writes a byte as one character."""
-    found = torch.zeros(tokenizer.get_vocab_size(), dtype=torch.long)
+    n_bytes = torch.zeros(tokenizer.get_vocab_size(), dtype=torch.long)
     for symbol, number in tokenizer.get_vocab().items():
-        found[number] = len(symbol)
-    return found
+        n_bytes[number] = len(symbol)
+    return n_bytes
