@@ -31,7 +31,7 @@ def fill(document: str | Path, blocks: Mapping[str, str], others: bool = False) 
     """
     document = Path(document)
     text = _text(document)
-    names = [name for name in re.findall(r"<!-- end of (.+?) -->", text) if name in blocks or not others]
+    names = [name for name in places(document) if name in blocks or not others]
     for name in names:
         if name not in blocks:
             raise SSTError(f"{document} asks for a table {name!r}", f"there are {', '.join(blocks)}")
@@ -40,6 +40,15 @@ def fill(document: str | Path, blocks: Mapping[str, str], others: bool = False) 
         text = re.sub(place, lambda m, b=block: f"{m[1]}\n{b}\n\n{m[2]}", text, flags=re.DOTALL)
     replace_bytes(document, text.encode())
     return names
+
+
+def places(document: str | Path) -> list[str]:
+    """The names that a document has a place for.
+
+    Raises:
+        SSTError: it cannot be read.
+    """
+    return re.findall(r"<!-- end of (.+?) -->", _text(Path(document)))
 
 
 def check_document(document: Path) -> None:

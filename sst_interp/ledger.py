@@ -17,12 +17,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from sst_interp import places
-from sst_interp.analyses.approximation import ApproximationError, approximation_error
 from sst_interp.analyses.ledger.claims import BlendWeights, Ledger, claims
 from sst_interp.analyses.ledger.rules import Row
 from sst_interp.analyses.ledger.suite import Progress
 from sst_interp.analyses.statistics.bootstrap import RESAMPLES
-from sst_interp.errors import SSTError
+from sst_interp.errors import SSTError, Untestable
+from sst_interp.experiments.studies.errors import ApproximationError, approximation_error
 from sst_interp.guarded import read_table
 from sst_interp.kept_findings import kept_findings
 from sst_interp.loading import checkpoint_folder
@@ -113,7 +113,7 @@ def blend_of(run: Run) -> BlendWeights | None:
 
 
 def approximation_of(run: Run) -> ApproximationError | None:
-    """What few sweeps cost the run's model, if that was measured (`sst-interp approximation errors`).
+    """What few sweeps cost the run's model, if that was measured (`sst-interp study run two-pass MODEL`).
 
     Measured means: under the same name and with the same blend weights; trained anew it is another model.
     """
@@ -124,12 +124,15 @@ def approximation_of(run: Run) -> ApproximationError | None:
     blend = (known["alpha_mean"], *known["alpha_range"])
     for file in (places.studies_dir() / "errors.parquet", places.shipped("studies") / "errors.parquet"):
         if file.is_file():
-            again = f"delete it; `sst-interp approximation errors {model}` measures it again"
+            again = f"delete it; `sst-interp study run two-pass {model}` measures it again"
             table = read_table(file, again, ("model", "layers", "alpha", "alpha_low", "alpha_high"))
             measured = table[["alpha", "alpha_low", "alpha_high"]].to_numpy(dtype=float)
             same = np.isclose(measured, blend, rtol=0, atol=1e-6).all(axis=1)
             named = (table["layers"] == "all") & (table["model"] == model)
             own = table[same & named.to_numpy(dtype=bool)]
             if len(own):
-                return approximation_error(own)
+                try:
+                    return approximation_error(own)
+                except Untestable:  # nothing of it is finite, or no two passes are among it
+                    continue
     return None

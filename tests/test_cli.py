@@ -409,13 +409,11 @@ def test_output_places_are_tried_first(run_cli, training, place):
     assert (place / "file").read_text() == "mine"
 
 
-@pytest.mark.parametrize("table", ["errors", "small-losses"])
-def test_a_damaged_study_is_named(run_cli, place, table):
+@pytest.mark.parametrize(("name", "table"), [("two-pass", "errors"), ("small", "small-losses")])
+def test_a_damaged_study_is_named(run_cli, place, name, table):
     (place / "studies").mkdir()
     (place / "studies" / f"{table}.parquet").write_bytes(b"PAR1 nothing more PAR1")
-    hint = two_lines(
-        run_cli("approximation", "show", "--studies", "studies"), f"{table}.parquet is damaged: "
-    )
+    hint = two_lines(run_cli("study", "show", name, "--studies", "studies"), f"{table}.parquet is damaged: ")
     assert "delete it" in hint
 
 

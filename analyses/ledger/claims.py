@@ -45,7 +45,7 @@ from sst_interp.documents import markdown
 from sst_interp.errors import SSTError
 
 if TYPE_CHECKING:
-    from sst_interp.analyses.approximation import ApproximationError
+    from sst_interp.experiments.studies.errors import ApproximationError
 
 PER_COMPARISON: tuple[tuple[Claim, Callable[[Suite, str], Finding]], ...] = (
     (rules.C1, claim_state.share_shifted),

@@ -10,13 +10,11 @@ from typing import Annotated, NoReturn
 import typer
 
 import sst_interp
-from sst_interp.approximation.commands import app as approximation_app
 from sst_interp.commands import findings, kinds, runs, training
 from sst_interp.commands.common import takes_run
 from sst_interp.errors import SSTError
-from sst_interp.latent.commands import app as latent_app
+from sst_interp.experiments.studies.commands import app as study_app
 from sst_interp.patching.commands import patch
-from sst_interp.pretraining.commands import app as pretraining_app
 from sst_interp.printing import plain, say
 from sst_interp.probe.commands import probe
 
@@ -48,9 +46,7 @@ COMMANDS = (
 )
 for command in COMMANDS:
     app.command(command.__name__.replace("_", "-"))(command)
-app.add_typer(approximation_app, name="approximation")
-app.add_typer(pretraining_app, name="pretraining")
-app.add_typer(latent_app, name="latent")
+app.add_typer(study_app, name="study")
 
 
 def run() -> None:
