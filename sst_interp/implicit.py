@@ -1,22 +1,22 @@
-"""Exact training in parallel: states layer by layer, and their exact gradient by the same chain read backwards.
+"""Exact training in parallel: states layer by layer, and their exact gradient by the same chain backwards.
 
-A state returns to its own layer, so once attention has run, all m_t of a layer are known and its states are a
-chain through the FFN alone,
+A state returns to its own layer. So once attention has run, all m_t of a layer are known, and its states are
+a chain through the FFN alone,
 
-    y_t = G(m_t, y_(t-1)),   G(m, s) = u + FFN(norm2(u)),   u = (1 - alpha) m + alpha s,
+    y_t = G(m_t, y_(t-1)),   G(m, s) = u + FFN(norm2(u)),   u = (1 - alpha) m + alpha s.
 
-and the gradient lambda_t of the loss with respect to y_t is the same chain backwards, linear this time:
+The gradient lambda_t of the loss with respect to y_t is the same chain read backwards, and linear:
 
     lambda_t = g_t + (dG_(t+1) / ds)^T lambda_(t+1),
 
-g_t being what the layers above hand down. Both forget at a factor of about alpha (1 + gain) per link. So the
-chain is cut into many short segments that run beside each other, each from a guess of the state before it
-(backwards: from nothing). Then what a segment hands on takes the place of the guess, and the first links of the
-next are mended, one link per *sweep*, until nothing moves. A few links are computed twice; every other equation
-holds as it does token by token. Never more sweeps than the chain has links, by when all is exact whatever alpha.
+where g_t is what the layers above hand down. Both chains forget by a factor of about alpha (1 + gain) per
+link. So the chain is cut into segments that run beside each other, each from a guess of the state before it
+(backwards: from nothing). Then what a segment hands on replaces the guess, and the first links of the next
+segment are mended, one link per *sweep*, until nothing moves. A few links are computed twice. All others are
+computed once, as they are token by token. There are never more sweeps than links, by when all is exact.
 
-Nothing is approximated but the seams between segments, and what is left there is the residual that `Solver`
-reports. The definition is `sequential`: back-propagation through time.
+What is still missing at the seams is the residual that `Solver` reports. The definition is `sequential`:
+back-propagation through time. A stream whose state goes to another layer (LRT) cannot be solved so.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Solved(NamedTuple):
 
 @dataclass
 class Solver:
-    """How chains are solved, and how well the last ones were: a record of every layer, in the order solved."""
+    """How chains are solved, and a record of how well each layer's were, in the order solved."""
 
     tolerance: float = 1e-3
     """Sweeps end once the residual is below it."""
@@ -94,11 +94,13 @@ class Solver:
         """
         sweeps, last = 0, most if self.sweeps is None else min(most, self.sweeps[backwards])
         while True:
-            residual = gap(sweeps)
-            if self.sweeps is None and not math.isfinite(residual):
-                what = "gradients" if backwards else "states"
-                raise SSTError(f"the {what} of a layer overflow", "train with a smaller alpha")
-            if sweeps == last or (self.sweeps is None and bool(residual < self.tolerance)):
+            residual: Tensor | float = gap(sweeps)
+            if self.sweeps is None:  # the one place that waits for the device
+                residual = float(residual)
+                if not math.isfinite(residual):
+                    what = "gradients" if backwards else "states"
+                    raise SSTError(f"the {what} of a layer overflow", "train with a smaller alpha")
+            if sweeps == last or (self.sweeps is None and residual < self.tolerance):
                 break
             mend(sweeps)
             sweeps += 1
@@ -115,8 +117,8 @@ def exact_states(
     origin: Int[Tensor, " row"] | None = None,
     until: Int[Tensor, " row"] | None = None,
 ) -> Float[Tensor, "row position d_model"]:
-    """The last layer's outputs at every position's last iteration, differentiable as if they had been computed
-    token by token.
+    """The last layer's outputs at every position's last iteration, with the gradient that they have when they
+    are computed token by token.
 
     Args:
         solver: takes the record of this solution, and of its backward pass when that has run.
@@ -300,10 +302,9 @@ class Chain:
                 total += part
             return found[1]
 
-        carried = None
+        carried = torch.zeros_like(g[0])
         for step in reversed(range(steps)):
             carried = through(step, g[step], carried)
-        assert carried is not None
 
         def gap(sweeps: int) -> Tensor:
             nonlocal carried
@@ -316,7 +317,8 @@ class Chain:
 
         self.solver.settle(True, self.links.longest, gap, mend)
         self.graphs.clear()
-        return torch.stack(of_m), *(t.to(p.dtype) for t, p in zip(rest, (self.alpha, *self.parameters)))
+        learned = (self.alpha, *self.parameters)
+        return torch.stack(of_m), *(t.to(p.dtype) for t, p in zip(rest, learned, strict=True))
 
 
 class _Solve(torch.autograd.Function):

@@ -67,7 +67,7 @@ def test_chunks_of_one_position_train_what_the_exact_schedule_trains():
     weights = fresh_weights(SMALL, 0)
     exact, same = (
         train_latent(PLAN, weights, arm, 0).kind.weights()
-        for arm in (Arm("exact", "exact"), Arm("chunks of 1", "chunked", chunk=1))
+        for arm in (Arm("exact", "sequential"), Arm("chunks of 1", "chunked", chunk=1))
     )
     other = train_latent(PLAN, weights, Arm("chunks", "chunked", chunk=3), 0).kind.weights()
     for name, value in exact.items():

@@ -31,7 +31,7 @@ class Arm:
 
 
 ARMS = (
-    Arm("exact", "exact"),
+    Arm("exact", "sequential"),
     Arm("two-pass", "two_pass"),
     Arm("2 sweeps", "two_pass", sweeps=2),
     Arm("4 sweeps", "two_pass", sweeps=4),

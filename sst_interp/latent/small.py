@@ -22,7 +22,7 @@ from sst_interp.training.optimiser import Masters
 from sst_interp.training.recipe import EVERY_PASS, TrainingRecipe
 from sst_interp.training.schedules import Pass, newest, run_passes
 
-EXACT = Arm("exact", "exact")
+EXACT = Arm("exact", "sequential")
 ARMS = (
     EXACT,
     Arm("interleaved S=2", "interleaved", groups=2),

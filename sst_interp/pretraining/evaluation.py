@@ -31,7 +31,7 @@ def evaluations(arm: Arm) -> dict[str, Method]:
     """Evaluated -> schedule, for one arm."""
     if arm.pathway is None:
         return {SEQUENTIAL: "none"}
-    return {SEQUENTIAL: "exact", ZERO: "none", OWN: arm.method}
+    return {SEQUENTIAL: "sequential", ZERO: "none", OWN: arm.method}
 
 
 @torch.no_grad()

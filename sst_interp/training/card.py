@@ -14,6 +14,7 @@ import pandas as pd
 
 from sst_interp.durable import replace_bytes
 from sst_interp.training.log import read_about, read_log
+from sst_interp.training.recipe import TrainingRecipe
 
 IMAGE = "training.png"
 """A picture of the curves, shown if it lies in the folder."""
@@ -44,6 +45,7 @@ def write_card(folder: Path, evaluations: Mapping[str, pd.DataFrame] | None = No
     text = environment.from_string(template).render(
         about=about,
         recipe=about["recipe"],
+        solved=how_well_solved(log, about["recipe"].get("tolerance", TrainingRecipe.tolerance)),
         curves=curves,
         steps=log.dropna(subset=["loss"]),
         looks=markdown(curves.looks.round(4)) if len(curves.looks) else "",
@@ -55,6 +57,20 @@ def write_card(folder: Path, evaluations: Mapping[str, pd.DataFrame] | None = No
     )
     replace_bytes(folder / "README.md", text.strip().encode() + b"\n")
     return folder / "README.md"
+
+
+def how_well_solved(log: pd.DataFrame, tolerance: float) -> str:
+    """What is left of the equations that exact training solves; nothing for another method."""
+    if "state_residual" not in log:
+        return ""
+    worst = log[["state_residual", "adjoint_residual"]].max(axis=1).dropna()
+    over = int((worst > tolerance).sum())
+    if not over:
+        return f"Every step's states and gradients were solved to the tolerance of {tolerance:g}."
+    return (
+        f"**{over} of {len(worst)} steps were not solved to the tolerance of {tolerance:g}: their gradients "
+        f"are approximate. The largest residual is {worst.max():.2g}.**"
+    )
 
 
 def still_falling(looks: pd.DataFrame) -> str:

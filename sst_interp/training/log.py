@@ -15,6 +15,8 @@ import pandas as pd
 from sst_interp.errors import SSTError
 
 LOG, ABOUT = "training.jsonl", "training.json"
+FORMAT = 2
+"""Of `training.json`. 1: the method that is now called `sequential` was called `exact`."""
 
 
 def read_about(folder: Path) -> dict[str, Any]:
@@ -24,8 +26,11 @@ def read_about(folder: Path) -> dict[str, Any]:
         SSTError: it cannot be read.
     """
     try:
-        return json.loads((folder / ABOUT).read_text())
-    except (OSError, ValueError) as error:
+        about = json.loads((folder / ABOUT).read_text())
+        if about["format"] == 1 and about["recipe"].get("method") == "exact":
+            about["recipe"]["method"] = "sequential"
+        return about
+    except (OSError, ValueError, KeyError) as error:
         raise SSTError(f"{folder / ABOUT} cannot be read: {error}", "--fresh trains anew") from None
 
 
