@@ -88,20 +88,14 @@ class Solver:
             most: sweeps after which everything is exact.
             gap: the residual after so many sweeps.
             mend: the next sweep.
-
-        Raises:
-            SSTError: the residual is not finite.
         """
         sweeps, last = 0, most if self.sweeps is None else min(most, self.sweeps[backwards])
         while True:
             residual: Tensor | float = gap(sweeps)
             if self.sweeps is None:  # the one place that waits for the device
                 residual = float(residual)
-                if not math.isfinite(residual):
-                    what = "gradients" if backwards else "states"
-                    raise SSTError(f"the {what} of a layer overflow", "train with a smaller alpha")
-            if sweeps == last or (self.sweeps is None and residual < self.tolerance):
-                break
+            if sweeps == last or (self.sweeps is None and not self.tolerance <= residual < math.inf):
+                break  # what overflows cannot be mended: the loss, or its gradient, is not finite either
             mend(sweeps)
             sweeps += 1
         (self.adjoints if backwards else self.states).append(Solved(sweeps, residual))
@@ -129,7 +123,7 @@ def exact_states(
             outputs mean nothing. None: all are.
 
     Raises:
-        SSTError: the state does not return to its own layer, or overflows.
+        SSTError: the state does not return to its own layer.
     """
     if not model.kind.layer_by_layer:
         raise SSTError(

@@ -239,10 +239,15 @@ def test_a_memory_that_goes_to_another_layer_is_refused():
         TrainingRecipe.from_dict(values)
 
 
-def test_states_that_overflow_are_an_error():
-    y, m, weight, _ = one_chain(tolerance=1e-3)
-    with pytest.raises(SSTError, match="states of a layer overflow"):
-        y(m * torch.inf, weight)
+def test_states_that_overflow_end_the_training_with_its_last_state_kept(recipe, tmp_path):  # noqa: F811
+    training = Training(replace(recipe, method="exact"), tmp_path / "out")
+    training.step()
+    training.save()
+    with torch.no_grad():
+        training.masters.values["alpha.logit"].fill_(torch.nan)
+    with pytest.raises(SSTError, match=r"step 2: the loss \(nan\)") as told:
+        training.step()
+    assert "the last saved state is kept" in str(told.value.hint)
 
 
 @pytest.mark.parametrize("depth", [1, 2])

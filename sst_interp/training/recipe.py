@@ -219,7 +219,7 @@ class TrainingRecipe:
         """A JSON-ready dictionary; what is left to its default of None is left out."""
         values = {key: value for key, value in asdict(self).items() if value is not None}
         for key in _LATER:  # so that an older training is still its recipe's
-            if values.get(key) == getattr(type(self), key):
+            if key in values and values[key] == getattr(type(self), key):
                 del values[key]
         lists = ("alpha_bounds", "targets", "loss_weights", "exact_sweeps", "depths")
         return values | {key: list(values[key]) for key in lists if key in values}
