@@ -116,7 +116,8 @@ def exact_against_two_pass(tokens: int, pairs: int, rows: int = 8) -> None:
     truth = {"method": "sequential"} if tokens <= 64 else {"method": "exact", "tolerance": 1e-7}
 
     def gradients(recipe: TrainingRecipe) -> tuple[torch.Tensor, torch.Tensor]:
-        of_alpha, *others = torch.autograd.grad(training_loss(model, batch, recipe), weights)
+        loss = training_loss(model, batch, recipe)
+        of_alpha, *others = torch.autograd.grad(loss, weights, materialize_grads=True)
         return torch.cat([g.flatten() for g in (of_alpha, *others)]), torch.cat([g.flatten() for g in others])
 
     true = gradients(TrainingRecipe("b", "b", "b", **truth))

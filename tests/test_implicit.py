@@ -209,6 +209,18 @@ def test_without_a_blend_nothing_is_mended():
     assert solver.line() == dict.fromkeys(solver.line(), 0.0)
 
 
+def test_padding_costs_nothing_and_a_sweep_one_link_per_segment():
+    model, tokens = model_of(), some_tokens()
+    seen = []
+    model.backbone.layers[1].ffn.register_forward_hook(lambda _m, args, _out: seen.append(len(args[0])))
+    until, segments = torch.tensor([T - 2, 10, 14]), 4
+    steps = -(-int(until.sum()) // segments)
+    for sweeps in (0, 3):
+        exact_states(model, tokens, Solver(sweeps=(sweeps, 0), at_once=segments), until=until)
+        assert seen == [segments] * (steps + 1 + sweeps)  # once more for the first guess
+        seen.clear()
+
+
 class Waits(TorchDispatchMode):
     """Counts where the processor waits for a number."""
 

@@ -58,7 +58,7 @@ class TrainingRecipe:
     mean square over positions."""
 
     exact_sweeps: tuple[int, int] | None = None
-    """Sweeps for states and for gradients, a fixed number of each; left out: until the tolerance (`exact`)."""
+    """Sweeps for states and for gradients (`exact`); left out: as many as the tolerance needs."""
 
     depths: tuple[int, int] = (1, 1)
     """Least and most iterations of every position (`exact`, `sequential`); a step draws one number."""
