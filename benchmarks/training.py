@@ -1,8 +1,15 @@
-"""One optimiser step of every kind on the same batch of GSM8K: two-pass and the like against the baseline
-step, and the baseline step against peft and transformers' Trainer.
+"""What training costs: exact against two-pass; one optimiser step of every kind on the same batch of GSM8K
+against the baseline step; and the baseline step against peft and transformers' Trainer.
 
-    python benchmarks/training.py                                      # 8 examples of at most 192 tokens
+    OMP_NUM_THREADS=1 python benchmarks/training.py --part exact       # time, memory and gradient error
+    python benchmarks/training.py                                      # all; steps of 8 examples, 192 tokens
     python benchmarks/training.py --examples 1 --tokens 128 --pairs 1  # does it start?
+
+Exact against two-pass: forward and backward pass of 8 rows of GSM8K text, the loss on each row's second
+half, LoRA on all linear layers with random second factors, alpha 0.027. Times are processor time, so a busy
+machine does not count. Memory is the peak of a process of its own, less what it had when the step began. The
+gradient's error is taken in float32 against back-propagation through time (over more than 64 tokens, which
+that has no room for, against exact training to 1e-7).
 
 SmolLM2-135M, bf16, the shipped recipe's LoRA. The floor of a two-pass step is 2: it has two forward and two
 backward passes where the baseline has one. The Trainer is driven by its own loop; its step is timed from its
@@ -12,9 +19,13 @@ callbacks `on_step_begin` to `on_step_end`, without fetching data, and our basel
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
+import os
+import re
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,11 +34,13 @@ from timing import machine, paired, ratio, show
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 import sst_interp as sst
+from sst_interp.model import StateStreamModel
 from sst_interp.questions.question import Item
 from sst_interp.questions.registry import load_items
-from sst_interp.training.adapters import add_adapters
-from sst_interp.training.batches import make_batch
+from sst_interp.training.adapters import add_adapters, trainable
+from sst_interp.training.batches import Batch, make_batch
 from sst_interp.training.examples import encode
+from sst_interp.training.objective import training_loss
 from sst_interp.training.recipe import TrainingRecipe, find_training_recipe
 from sst_interp.training.trainer import Training
 
@@ -35,11 +48,101 @@ BASELINE = "baseline (no stream)"
 KINDS: dict[str, dict] = {
     BASELINE: {"method": "none"},
     "two-pass": {"method": "two_pass"},
+    "exact": {"method": "exact"},
     "2 sweeps": {"method": "two_pass", "sweeps": 2},
     "4 sweeps": {"method": "two_pass", "sweeps": 4},
     "two-pass, 2 groups": {"method": "two_pass", "groups": 2},
     "two-pass, 4 groups": {"method": "two_pass", "groups": 4},
 }
+
+
+TWO_PASS = "two-pass"
+SCHEDULES: dict[str, dict] = {
+    TWO_PASS: {"method": "two_pass"},
+    "exact (2, 2)": {"method": "exact", "exact_sweeps": (2, 2)},
+    "exact to 1e-3": {"method": "exact"},
+    "exact to 1e-3, recomputed": {"method": "exact", "recompute": True},
+    "no stream": {"method": "none"},
+}
+"""Of which forward and backward passes are compared."""
+
+
+def text_rows(model: StateStreamModel, rows: int, tokens: int) -> Batch:
+    """Rows of GSM8K questions and worked answers, one behind the other; the loss is on the second halves."""
+    items, _ = load_items("gsm8k")
+    text = "\n".join(f"{item.text}\n{item.worked}" for item in items[:100])
+    cut = torch.tensor(model.encode_plain(text)[: rows * tokens]).view(rows, tokens)
+    answer = torch.zeros_like(cut, dtype=torch.bool)
+    answer[:, tokens // 2 : -1] = True
+    return Batch(cut, answer)
+
+
+def with_random_adapters(dtype: str) -> tuple[StateStreamModel, list[torch.Tensor]]:
+    """SmolLM2-135M and its adapters and alpha, to be differentiated."""
+    model = sst.load("smollm2-135m", alpha=0.027, dtype=dtype)
+    model.backbone.config._attn_implementation = "eager"  # as a training on CPUs does
+    adapters = trainable(add_adapters(model.backbone.model, 16, 32, (), 0))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in adapters.items():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.01)
+    model.alpha = model.alpha.detach().requires_grad_()
+    return model, [model.alpha, *adapters.values()]
+
+
+def peak_memory(step: Callable[[], object]) -> float:
+    """Bytes by which the resident memory of a process of its own grows at most during a step (Linux)."""
+    read, write = os.pipe()
+    if not (child := os.fork()):
+        step()  # what the first step allocates for good
+        now = lambda key: int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1])  # type: ignore[index]  # noqa: E731
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before = now("VmRSS")
+        step()
+        os.write(write, str(1024 * (now("VmHWM") - before)).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    return float(os.read(read, 99))
+
+
+def exact_against_two_pass(tokens: int, pairs: int, rows: int = 8) -> None:
+    """Time and memory in bf16, gradient error in float32."""
+    recipes = {kind: TrainingRecipe("b", "b", "b", **how) for kind, how in SCHEDULES.items()}
+
+    model, weights = with_random_adapters("float32")
+    batch = text_rows(model, rows, tokens)
+    truth = {"method": "sequential"} if tokens <= 64 else {"method": "exact", "tolerance": 1e-7}
+
+    def gradients(recipe: TrainingRecipe) -> tuple[torch.Tensor, torch.Tensor]:
+        loss = training_loss(model, batch, recipe)
+        of_alpha, *others = torch.autograd.grad(loss, weights, materialize_grads=True)
+        return torch.cat([g.flatten() for g in (of_alpha, *others)]), torch.cat([g.flatten() for g in others])
+
+    true = gradients(TrainingRecipe("b", "b", "b", **truth))
+    errors = {
+        kind: [float((g - t).norm() / t.norm()) for g, t in zip(gradients(recipe), true, strict=True)]
+        for kind, recipe in recipes.items()
+    }
+
+    model, _ = with_random_adapters("bfloat16")
+
+    def step(recipe: TrainingRecipe) -> float:
+        began = time.process_time()
+        training_loss(model, batch, recipe).backward()
+        return time.process_time() - began
+
+    memory = {kind: peak_memory(lambda r=recipe: step(r)) for kind, recipe in recipes.items()}
+    seconds = paired({kind: (lambda r=recipe: step(r)) for kind, recipe in recipes.items()}, pairs)
+    print(f"{rows} rows of {tokens} tokens, {pairs} pairs: time and peak memory against two-pass's; error of "
+          f"the gradient against {truth}: all, and adapters alone")  # fmt: skip
+    for kind, (error, of_adapters) in errors.items():
+        print(
+            f"  {kind:28} {ratio(seconds, kind, TWO_PASS):5.2f} x {memory[kind] / memory[TWO_PASS]:5.2f} x "
+            f"({memory[kind] / 1e9:.2f} GB)  {error:8.3%} {of_adapters:8.3%}"
+        )
+    show(seconds)
 
 
 def choose(examples: int, tokens: int) -> list[Item]:
@@ -126,8 +229,13 @@ def against_trainer(ours: Training, folder: Path, adapters: str, pairs: int) -> 
     return {name: values[1:] for name, values in turns.seconds.items()}, turns.losses[0]
 
 
-def main(examples: int = 8, tokens: int = 192, pairs: int = 7) -> None:
+def main(part: str = "all", examples: int = 8, tokens: int = 192, pairs: int = 5) -> None:
     print(machine())
+    if part != "steps":
+        for length in (64, 200) if part == "exact" or tokens > 128 else (32,):
+            exact_against_two_pass(length, pairs)
+    if part == "exact":
+        return
     items = choose(examples, tokens)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -158,7 +266,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--part", choices=["exact", "steps", "all"], default="all")
     parser.add_argument("--examples", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=192)
-    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--pairs", type=int, default=5)
     main(**vars(parser.parse_args()))

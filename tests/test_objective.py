@@ -41,7 +41,7 @@ def loss_and_gradients(model, data, *how):
 def test_enough_sweeps_are_exact_in_loss_and_gradient(family):
     """After k sweeps the first k positions are exact, and so is what they pass on to the gradient."""
     model = model_of(family)
-    exact = loss_and_gradients(model, batch(), "exact")
+    exact = loss_and_gradients(model, batch(), "sequential")
     for how in (("two_pass", T, 1), ("two_pass", 1, T), ("two_pass", 3, 3)):
         for a, b in zip(exact, loss_and_gradients(model, batch(), *how), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)  # norms work in float32
@@ -54,12 +54,12 @@ def test_enough_sweeps_are_exact_in_loss_and_gradient(family):
 )
 def test_every_choice_is_exact_with_enough_sweeps(choices):
     model = model_of(**choices)
-    exact = loss_and_gradients(model, batch(), "exact")
+    exact = loss_and_gradients(model, batch(), "sequential")
     for a, b in zip(exact, loss_and_gradients(model, batch(), "two_pass", T, 1), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)  # norms work in float32
 
 
-@pytest.mark.parametrize("how", [("exact",), ("two_pass", 1, 1), ("two_pass", 2, 2)], ids=str)
+@pytest.mark.parametrize("how", [("sequential",), ("two_pass", 1, 1), ("two_pass", 2, 2)], ids=str)
 @pytest.mark.parametrize("handoff", ["shift", "scan"])
 def test_gradients_are_those_of_finite_differences(how, handoff):
     """Through both passes: a gradient that stopped at the first would differ in the fourth digit."""
@@ -80,7 +80,7 @@ def test_gradients_are_those_of_finite_differences(how, handoff):
 
 def test_two_pass_is_not_exact_and_says_so_by_its_numbers():
     model = model_of(alpha=0.3)
-    exact, two_pass = (last_layer(model, batch(), how) for how in ("exact", "two_pass"))
+    exact, two_pass = (last_layer(model, batch(), how) for how in ("sequential", "two_pass"))
     torch.testing.assert_close(exact[:, :2], two_pass[:, :2], rtol=1e-9, atol=1e-9)
     assert not torch.allclose(exact[:, 3:], two_pass[:, 3:], rtol=1e-3)
 
@@ -121,7 +121,7 @@ def test_the_loss_is_taken_on_answers_only():
 def test_what_comes_after_does_not_change_what_came_before():
     """Padding is on the right: a pad is after everything that could see it."""
     model, data = model_of(), batch()
-    for method in ("exact", "two_pass"):
+    for method in ("sequential", "two_pass"):
         other = Batch(torch.cat([data.tokens[:, :5], data.tokens[:, :2]], dim=1), data.answer)
         torch.testing.assert_close(
             last_layer(model, data, method)[:, :5],

@@ -51,7 +51,7 @@ def test_enough_passes_are_sequential_unrolling(kind, how):
     """In states, loss and gradients."""
     model, weights = model_of(kind)
     data = batch()
-    exact = last_layer(model, data, "exact")
+    exact = last_layer(model, data, "sequential")
     assert relative(last_layer(model, data, *how), exact) < 1e-9
     ours, theirs = refined_loss(model, data, *how), answer_loss(model, data, exact)
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=0)
@@ -64,7 +64,7 @@ def test_more_passes_come_closer(kind):
     """Over S and K: the error in states falls, and the gradient turns towards the exact one."""
     model, weights = model_of(kind)
     data = batch()
-    exact = last_layer(model, data, "exact")
+    exact = last_layer(model, data, "sequential")
     true = torch.cat([g.flatten() for g in gradients(model, weights, answer_loss(model, data, exact))])
 
     def off(*how):
@@ -88,7 +88,7 @@ def test_more_passes_come_closer(kind):
 def test_what_each_pass_computes(kind):
     model, _ = model_of(kind)
     tokens = batch().tokens
-    exact = run_passes(model, tokens, "exact")[0].last
+    exact = run_passes(model, tokens, "sequential")[0].last
     interleaved = run_passes(model, tokens, "interleaved", groups=3)
     assert [p.at.tolist() for p in interleaved] == [list(range(T)), [0, 3, 6], [1, 4, 7], [2, 5]]
     assert relative(newest(interleaved)[:, :3], exact[:, :3]) < 1e-9  # each read what was just written

@@ -143,7 +143,7 @@ def test_chunks_of_one_position_train_what_the_exact_schedule_trains():
     weights = SMALL.weights(0)
     exact, same, other = (
         lrt_training(LRT, weights, Arm("one", how), 0).finish().kind.weights()
-        for how in (Schedule("exact"), Schedule("chunked", chunk=1), Schedule("chunked", chunk=3))
+        for how in (Schedule("sequential"), Schedule("chunked", chunk=1), Schedule("chunked", chunk=3))
     )
     for name, value in exact.items():
         torch.testing.assert_close(value, same[name], rtol=1e-3, atol=1e-5)

@@ -101,7 +101,9 @@ def test_the_same_seed_gives_the_same_checkpoint_and_another_another(trained, re
 
 
 @pytest.mark.parametrize(
-    "how", [{"sweeps": 2}, {"groups": 2}, {"method": "exact"}, {"method": "none"}], ids=str
+    "how",
+    [{"sweeps": 2}, {"groups": 2}, {"method": "exact"}, {"method": "sequential"}, {"method": "none"}],
+    ids=str,
 )
 def test_every_method_trains(recipe, tmp_path, how):
     training = Training(replace(recipe, **how, examples=9), tmp_path / "out")

@@ -14,6 +14,7 @@ import pandas as pd
 
 from sst_interp.durable import replace_bytes
 from sst_interp.training.log import log_words, looks, read_about, read_log
+from sst_interp.training.recipe import TrainingRecipe
 
 CURVES = "training.html"
 IMAGE = "training.png"
@@ -56,6 +57,7 @@ def write_card(folder: Path, scores: Scores | None = None) -> Path:
         about=about,
         recipe=about["recipe"],
         course=log_words(log, about["recipe"]["name"]),
+        solved=how_well_solved(log, about["recipe"].get("tolerance", TrainingRecipe.tolerance)),
         steps=log.dropna(subset=["loss"]),
         looks=markdown(held_out.round(4)) if len(held_out) else "",
         unfinished=still_falling(held_out),
@@ -66,6 +68,20 @@ def write_card(folder: Path, scores: Scores | None = None) -> Path:
     )
     replace_bytes(folder / "README.md", text.strip().encode() + b"\n")
     return folder / "README.md"
+
+
+def how_well_solved(log: pd.DataFrame, tolerance: float) -> str:
+    """What is left of the equations that exact training solves; nothing for another method."""
+    if "state_residual" not in log:
+        return ""
+    worst = log[["state_residual", "adjoint_residual"]].max(axis=1).dropna()
+    over = int((worst > tolerance).sum())
+    if not over:
+        return f"Every step's states and gradients were solved to the tolerance of {tolerance:g}."
+    return (
+        f"**{over} of {len(worst)} steps were not solved to the tolerance of {tolerance:g}: their gradients "
+        f"are approximate. The largest residual is {worst.max():.2g}.**"
+    )
 
 
 def still_falling(held_out: pd.DataFrame) -> str:

@@ -17,6 +17,8 @@ from sst_interp.errors import SSTError
 LOG, ABOUT = "training.jsonl", "training.json"
 SMOOTHING = 20
 """Steps over which a training loss is averaged."""
+FORMAT = 2
+"""Of `training.json`. 1: the method that is now called `sequential` was called `exact`."""
 
 
 def read_about(folder: Path) -> dict[str, Any]:
@@ -26,8 +28,11 @@ def read_about(folder: Path) -> dict[str, Any]:
         SSTError: it cannot be read.
     """
     try:
-        return json.loads((folder / ABOUT).read_text())
-    except (OSError, ValueError) as error:
+        about = json.loads((folder / ABOUT).read_text())
+        if about["format"] == 1 and about["recipe"].get("method") == "exact":
+            about["recipe"]["method"] = "sequential"
+        return about
+    except (OSError, ValueError, KeyError) as error:
         raise SSTError(f"{folder / ABOUT} cannot be read: {error}", "--fresh trains anew") from None
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from sst_interp.errors import SSTError
+from sst_interp.implicit import Solver
 from sst_interp.stream import Recurrence
 from sst_interp.training.batches import Batch
 from sst_interp.training.recipe import Method, TrainingRecipe
@@ -26,21 +27,36 @@ def last_layer(
 
     Args:
         method: for example `two_pass` (a blend-off pass and `sweeps` sweeps over `groups` groups: arXiv
-            2605.00206, training), `exact` (token by token) or `none` (the backbone alone).
+            2605.00206, training), `exact` (solved layer by layer), `sequential` (token by token) or `none`
+            (the backbone alone).
     """
     passes = run_passes(model, batch.tokens, method, sweeps, groups, chunk)
     return passes[-1].last if len(passes[-1].at) == batch.tokens.shape[1] else newest(passes)
 
 
-def training_loss(model: Recurrence, batch: Batch, recipe: TrainingRecipe) -> Tensor:
+def training_loss(
+    model: Recurrence, batch: Batch, recipe: TrainingRecipe, step: int = 0, solver: Solver | None = None
+) -> Tensor:
     """The loss that a recipe minimises, nats per token.
 
     That of the answers' tokens after all passes; with `interleaved` and `multi_refine`, the mean over all
     passes (weighted by `recipe.loss_weights`), each taken where the pass computed anything.
+
+    Args:
+        step: number of the step, from 0; it decides the depth that the recipe draws.
+        solver: of `exact`. It keeps the residuals (those of the gradient after the backward pass); None
+            takes the recipe's.
     """
     how = (recipe.method, recipe.sweeps, recipe.groups, recipe.chunk)
     if recipe.method in ("interleaved", "multi_refine"):
         return mean_over_passes(model, batch, run_passes(model, batch.tokens, *how), recipe.loss_weights)
+    if recipe.method in ("exact", "sequential"):
+        columns = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
+        passes = run_passes(
+            model, batch.tokens, *how, iterations=recipe.depth(step), solver=solver or recipe.solver(),
+            until=(batch.answer * (columns + 1)).amax(1),
+        )  # fmt: skip
+        return answer_loss(model, batch, passes[0].last)
     return answer_loss(model, batch, last_layer(model, batch, *how))
 
 

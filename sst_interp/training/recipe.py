@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import tomllib
 from collections.abc import Callable
@@ -12,10 +13,11 @@ from typing import Any, Literal, get_args
 from sst_interp import places
 from sst_interp.choices import Choices
 from sst_interp.errors import SSTError, unknown_name
+from sst_interp.implicit import Solver
 from sst_interp.lrt_design import MemoryDesign
 from sst_interp.recipe import NAME
 
-Method = Literal["two_pass", "multi_refine", "interleaved", "chunked", "exact", "none"]
+Method = Literal["two_pass", "multi_refine", "interleaved", "chunked", "exact", "sequential", "none"]
 EVERY_PASS = ("multi_refine", "interleaved")
 """Methods whose loss is the mean over all passes."""
 
@@ -37,8 +39,10 @@ class TrainingRecipe:
     method: Method = "two_pass"
     """How states are found in training (`training.schedules`). `two_pass`: a blend-off pass, then `sweeps`
     sweeps in `groups` groups (the paper's: one and one). `multi_refine` and `interleaved`: as LRT is trained,
-    with the loss on every pass. `chunked`: a state crosses chunk boundaries only. `exact`: token by token,
-    back-propagation through time (small models only). `none`: no stream, the matched baseline."""
+    with the loss on every pass. `chunked`: a state crosses chunk boundaries only. `exact`: the states that
+    the model runs with, and their exact gradient, solved layer by layer (`sst_interp.implicit`).
+    `sequential`: the same token by token, back-propagation through time (small models only). `none`: no
+    stream, the matched baseline."""
 
     sweeps: int = 1
     """Passes with states after the one without (`two_pass`, `multi_refine`)."""
@@ -48,6 +52,20 @@ class TrainingRecipe:
 
     chunk: int = 64
     """Positions per chunk (`chunked`)."""
+
+    tolerance: float = 1e-3
+    """What may be left of the equations of a layer's states and of their gradients (`exact`): relative, root
+    mean square over positions."""
+
+    exact_sweeps: tuple[int, int] | None = None
+    """Sweeps for states and for gradients (`exact`); left out: as many as the tolerance needs."""
+
+    depths: tuple[int, int] = (1, 1)
+    """Least and most iterations of every position (`exact`, `sequential`); a step draws one number."""
+
+    recompute: bool = False
+    """Compute every layer again in the backward pass instead of keeping what it needs (`exact`): slower, in
+    less memory."""
 
     loss_weights: tuple[float, ...] = ()
     """Weight of each pass's loss (`multi_refine`, `interleaved`), the pass without states first; left out:
@@ -140,6 +158,16 @@ class TrainingRecipe:
                 raise SSTError(
                     f"method = {self.method!r} makes no {key}", f"leave {key} out, or use {methods[0]!r}"
                 )
+        object.__setattr__(self, "depths", tuple(self.depths))
+        if self.exact_sweeps is not None:
+            object.__setattr__(self, "exact_sweeps", tuple(self.exact_sweeps))
+        if self.depths != (1, 1) and self.method not in ("exact", "sequential"):
+            raise SSTError(f"method = {self.method!r} trains at depth 1", 'leave depths out, or use "exact"')
+        if self.lrt is not None and self.method == "exact":
+            raise SSTError(
+                'method = "exact" solves layer by layer, and the state of an LRT goes to another layer',
+                'method = "sequential" (called "exact" until version 0.1) is exact there',
+            )
         passes = 1 + (self.sweeps if self.method == "multi_refine" else self.groups)
         if self.loss_weights and (self.method not in EVERY_PASS or len(self.loss_weights) != passes):
             raise SSTError(
@@ -191,10 +219,18 @@ class TrainingRecipe:
         """A JSON-ready dictionary; what is left to its default of None is left out."""
         values = {key: value for key, value in asdict(self).items() if value is not None}
         for key in _LATER:  # so that an older training is still its recipe's
-            if values.get(key) == getattr(type(self), key):
+            if key in values and values[key] == getattr(type(self), key):
                 del values[key]
-        lists = ("alpha_bounds", "targets", "loss_weights")
+        lists = ("alpha_bounds", "targets", "loss_weights", "exact_sweeps", "depths")
         return values | {key: list(values[key]) for key in lists if key in values}
+
+    def solver(self) -> Solver:
+        """How `exact` solves."""
+        return Solver(self.tolerance, self.exact_sweeps, remember=not self.recompute)
+
+    def depth(self, step: int) -> int:
+        """Iterations of every position in step `step` (from 0)."""
+        return random.Random(f"depth:{self.seed}:{step}").randint(*self.depths)
 
     def differences(self, now: TrainingRecipe) -> list[tuple[str, Any, Any]]:
         """(key, this recipe's value, `now`'s) wherever the two would learn something different."""
@@ -204,7 +240,7 @@ class TrainingRecipe:
         return [(key, ours.get(key), theirs.get(key)) for key in keys]
 
 
-_LATER = ("chunk", "loss_weights", "lrt_learning_rate")
+_LATER = ("chunk", "loss_weights", "lrt_learning_rate", "tolerance", "exact_sweeps", "depths", "recompute")
 """Keys that older recipes do not know; they are written only where they are not the default."""
 
 
@@ -239,6 +275,10 @@ def _whole(low: int, optional: bool = False) -> Callable[[Any], bool]:
     return fits
 
 
+def _pair(low: int) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list | tuple) and len(value) == 2 and all(map(_whole(low), value))
+
+
 def _word(value: Any) -> bool:
     return isinstance(value, str) and value.strip() != ""
 
@@ -258,6 +298,10 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "sweeps": (_whole(1), "a whole number from 1", "1"),
     "groups": (_whole(1), "a whole number from 1", "1"),
     "chunk": (_whole(1), "a whole number from 1", "64"),
+    "tolerance": (_number(0, open_below=True), "a number above 0", "1e-3"),
+    "exact_sweeps": (lambda v: v is None or _pair(0)(v), "two whole numbers from 0", "[2, 2]"),
+    "depths": (lambda v: _pair(1)(v) and v[0] <= v[1], "two whole numbers from 1, the lower first", "[1, 4]"),
+    "recompute": (lambda v: isinstance(v, bool), "true or false", "true"),
     "loss_weights": (
         lambda v: isinstance(v, list | tuple) and all(map(_number(0), v)) and (not v or any(v)),
         "a list of numbers from 0, not all 0",

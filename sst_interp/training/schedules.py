@@ -7,7 +7,8 @@
 | `multi_refine` | 1 + `sweeps` | the same without groups; loss on every pass, weighted |
 | `interleaved` | 1 + `groups` | positions p mod `groups` in turn, the newest; loss on every pass |
 | `chunked` | T / `chunk` | handed on from the last position of a chunk to the first of the next, no others |
-| `exact` | T | one position at a time: the definition |
+| `exact` | 1 | those that sequential evaluation has, solved layer by layer (`implicit`) |
+| `sequential` | T | one position at a time: the definition |
 
 Keys, values and states are shared by all passes of a schedule and are not detached: gradients flow through
 every pass (arXiv 2605.26797).
@@ -22,6 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sst_interp.errors import SSTError
+from sst_interp.implicit import Solver, exact_states
 from sst_interp.sequential import advance
 from sst_interp.stream import Recurrence, Stream, stack_pass
 from sst_interp.sweeps import solve_by_sweeps
@@ -44,6 +46,10 @@ def run_passes(
     sweeps: int = 1,
     groups: int = 1,
     chunk: int = 1,
+    *,
+    iterations: int = 1,
+    solver: Solver | None = None,
+    until: Int[Tensor, " row"] | None = None,
 ) -> list[Pass]:
     """Every pass of a schedule, in order; a position's newest output is in the last pass that computed it.
 
@@ -51,9 +57,11 @@ def run_passes(
         sweeps: of `two_pass` and `multi_refine`.
         groups: of `two_pass` and `interleaved`.
         chunk: positions per chunk of `chunked`.
+        iterations: depth of every position (`exact`, `sequential`).
+        solver, until: see `implicit.exact_states` (`exact`).
 
     Raises:
-        SSTError: more interleaved groups than positions.
+        SSTError: more interleaved groups than positions; `exact` with another kind of stream than an SST.
     """
     rows, T = tokens.shape
     stream = model.new_stream(torch.zeros(rows, dtype=torch.long, device=tokens.device), T)
@@ -61,7 +69,10 @@ def run_passes(
     if method == "none":
         return [Pass(everywhere, stack_pass(model, stream, tokens, everywhere, None, None, "write")[0][-1])]
     if method == "exact":
-        steps = [advance(model, stream, tokens[:, t], 1)[0].resid_post[-1] for t in range(T)]
+        last = exact_states(model, tokens, solver or Solver(), iterations=iterations, until=until)
+        return [Pass(everywhere, last)]
+    if method == "sequential":
+        steps = [advance(model, stream, tokens[:, t], iterations)[-1].resid_post[-1] for t in range(T)]
         return [Pass(everywhere, torch.stack(steps, dim=1))]
     if method == "chunked":
         return [_chunk(model, stream, tokens[:, at], at) for at in everywhere.split(chunk)]

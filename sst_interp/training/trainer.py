@@ -37,7 +37,7 @@ from sst_interp.training.adapters import add_adapters, trainable
 from sst_interp.training.batches import make_batch, refuse_short_batches, schedule
 from sst_interp.training.card import CURVES, write_card
 from sst_interp.training.examples import Split, load_split
-from sst_interp.training.log import ABOUT, LOG, read_about
+from sst_interp.training.log import ABOUT, FORMAT, LOG, read_about
 from sst_interp.training.objective import training_loss
 from sst_interp.training.optimiser import Masters
 from sst_interp.training.recipe import EVERY_PASS, TrainingRecipe
@@ -125,7 +125,8 @@ class Training:
         batch = make_batch(examples).to(self.model.backbone.device)
         if (weights := self.masters.stream()) is not None:
             self.model.kind = self.model.kind.with_weights(weights)
-        loss = training_loss(self.model, batch, recipe)
+        solver = recipe.solver()
+        loss = training_loss(self.model, batch, recipe, self.done, solver)
         value, norm = float(loss.detach()), math.nan
         if math.isfinite(value):
             loss.backward()
@@ -149,7 +150,7 @@ class Training:
             "gradient_norm": norm,
             "tokens": tokens,
             "seconds": time.perf_counter() - began,
-        }
+        } | solver.line()
         if self.masters.logit is not None:
             alpha = self.model.alpha
             line |= {
@@ -259,7 +260,7 @@ class Training:
         replace_json(
             self.folder / ABOUT,
             {
-                "format": 1,
+                "format": FORMAT,
                 "state": state,
                 "recipe": self.recipe.to_dict(),
                 "backbone": {"name": self.recipe.backbone, "content_hash": self.backbone_hash},

@@ -27,7 +27,7 @@ class Schedule(NamedTuple):
     @property
     def passes(self) -> int:
         """How often it runs the stack at every position, whether all at once or one after the other."""
-        if self.method in ("none", "exact", "chunked"):
+        if self.method in ("none", "exact", "sequential", "chunked"):
             return 1
         return 2 if self.method == "interleaved" else 1 + self.sweeps
 
@@ -68,7 +68,7 @@ class Arm:
 
 
 NONE = Schedule("none")
-EXACT = Arm("exact", Schedule("exact"))
+EXACT = Arm("exact", Schedule("sequential"))
 TWO_PASS = Arm("two-pass", Schedule())
 NO_STREAM, NO_MEMORY = Arm("no stream", NONE), Arm("no memory", NONE)
 STREAM_ARMS = (
