@@ -13,6 +13,7 @@ from typing import Any
 
 from sst_interp.durable import replace_bytes
 from sst_interp.errors import SSTError
+from sst_interp.guarded import check_output, read_whole
 
 NOT_YET = "Not measured yet."
 
@@ -29,7 +30,7 @@ def fill(document: str | Path, blocks: Mapping[str, str], others: bool = False) 
         SSTError: it cannot be read, or names a block that there is none of.
     """
     document = Path(document)
-    text = _read(document)
+    text = _text(document)
     names = [name for name in places(document) if name in blocks or not others]
     for name in names:
         if name not in blocks:
@@ -47,15 +48,26 @@ def places(document: str | Path) -> list[str]:
     Raises:
         SSTError: it cannot be read.
     """
-    return re.findall(r"<!-- end of (.+?) -->", _read(Path(document)))
+    return re.findall(r"<!-- end of (.+?) -->", _text(Path(document)))
 
 
-def _read(document: Path) -> str:
+def check_document(document: Path) -> None:
+    """Try whether a document can be filled.
+
+    Raises:
+        SSTError: it cannot be read, is not UTF-8, or cannot be written.
+    """
+    _text(document)
+    check_output(document, "name a Markdown file")
+
+
+def _text(document: Path) -> str:
     try:
-        return document.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        why = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror
-        raise SSTError(f"cannot read {document}: {why}", "name a Markdown file") from None
+        return read_whole(document).decode("utf-8")
+    except OSError as error:
+        raise SSTError(f"cannot read {document}: {error.strerror}", "name a Markdown file") from None
+    except UnicodeDecodeError as error:
+        raise SSTError(f"{document} is not UTF-8 (byte {error.start})", "name a Markdown file") from None
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

@@ -3,13 +3,12 @@
 The halting probe (C12, C13) and causal patching (C16) take minutes, so their commands keep what they found,
 rows of the ledger and whole results: in the run's own folder under `findings/`, or for a run that ships in
 `findings/NAME` of the working folder. Kept findings are of one capture: after another one they are not shown.
-A damaged file costs its own rows and nothing else: they say which file it is and what to type.
+A damaged file costs its own rows and nothing else: they say which file it is and what to type. Texts of a
+file are data: control and bidi characters in them show and do nothing.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,8 @@ from sst_interp.analyses.statistics.bootstrap import Interval
 from sst_interp.durable import replace_json
 from sst_interp.errors import SSTError
 from sst_interp.guarded import read_json, unreadable
+from sst_interp.manifest import content_hash
+from sst_interp.printing import visible_texts
 from sst_interp.run import Run
 
 FOLDER = "findings"
@@ -62,6 +63,8 @@ def keep_findings(
     shipped = run.folder.parent.resolve() == places.shipped("runs").resolve()
     own = not shipped and os.access(run.folder, os.W_OK)
     folder = run.folder / FOLDER if own else Path(FOLDER) / run.name
+    if own and folder.is_symlink():
+        raise SSTError(f"{folder} is a link to somewhere else: nothing is written there", "remove the link")
     folder.mkdir(parents=True, exist_ok=True)
     contents = {
         "of": capture_of(run),
@@ -86,18 +89,15 @@ def kept_findings(run: Run) -> Kept:
 
 
 def capture_of(run: Run) -> str:
-    """sha256 over the checksums of a run's shards: which capture it is."""
-    files = {
-        name: entry["sha256"] for shards in run.manifest["shards"].values() for name, entry in shards.items()
-    }
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    """Which capture a run is: `manifest.content_hash`."""
+    return content_hash(run.manifest)
 
 
 def _kept(file: Path, run: Run) -> Kept:
     """What one file has of this capture; of a damaged one, rows that say so."""
     again = "delete it, or measure again"
     try:
-        contents = read_json(file, again)
+        contents = visible_texts(read_json(file, again))
         try:
             if contents["of"] != capture_of(run):
                 return Kept()

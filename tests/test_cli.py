@@ -514,6 +514,7 @@ def test_train_from_a_file_to_a_checkpoint_that_loads(run_cli, training, place):
     assert {p.name for p in folder.iterdir()} >= {"adapter_model.safetensors", "stream.json", "README.md"}
     html = (folder / "training.html").read_text()
     assert 'src="http' not in html
+    assert "Content-Security-Policy" in html
     assert load("tiny-sst", dtype="float32").name == "tiny-sst"
     assert "--fresh" in two_lines(run_cli("train", training), "trained already")
 
@@ -562,7 +563,7 @@ def test_ctrl_c_in_a_training_saves_its_state(run_cli, training, place, monkeypa
     [
         (["nothing"], "unknown model"),
         (["smollm2-135m", "--depths", "deep"], "not a list of whole numbers"),
-        (["smollm2-135m", "--depths", "0"], "not whole numbers from 1"),
+        (["smollm2-135m", "--depths", "0"], "depths = 0 is not a whole number from 1 to 127"),
         (["smollm2-135m", "--tasks", "gsm9k"], "unknown task"),
         (["smollm2-135m", "--held-out"], "is not a checkpoint"),
     ],

@@ -12,8 +12,17 @@ import typer
 
 from sst_interp import places
 from sst_interp.choices import COMPARISONS
-from sst_interp.commands.common import FreshFlag, HtmlOption, RunOption, captured_run
-from sst_interp.printing import print_table, write_text
+from sst_interp.commands.common import (
+    FreshFlag,
+    HtmlOption,
+    Resamples,
+    RunOption,
+    Seed,
+    captured_run,
+    given_path,
+)
+from sst_interp.guarded import check_output
+from sst_interp.printing import bar, print_table, say, write_text
 from sst_interp.run_kind import kind_words
 
 
@@ -21,7 +30,13 @@ def basin_shifts(
     run: RunOption,
     html: HtmlOption = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Also write the results as JSON; `-` prints them instead.")
+        Path | None,
+        typer.Option(
+            "--json",
+            parser=given_path,
+            metavar="FILE",
+            help="Also write the results as JSON; `-` prints them instead.",
+        ),
     ] = None,
     fresh: FreshFlag = False,
 ) -> None:
@@ -31,14 +46,19 @@ def basin_shifts(
     as stable or shifted under each of the three comparisons, prints a summary and writes an HTML report.
 
     Examples:
-        sst-interp basin-shifts --run demo
+        sst-interp basin-shifts demo
 
         sst-interp basin-shifts --run demo --json - | jq .replayed.share
     """
     from sst_interp.analyses.basin_shifts import BasinShifts
     from sst_interp.report import write_report
 
+    for file in (html, json_file):
+        if file is not None and str(file) != "-":
+            check_output(file)
     captured = captured_run(run, fresh)
+    page = _report_path(captured, html)
+    check_output(page)
     ledger = ledger_with_bar(captured)
     found = {name: ledger.results.get(f"basin_shifts.{name}") for name in COMPARISONS}
     results = {name: result for name, result in found.items() if isinstance(result, BasinShifts)}
@@ -48,18 +68,18 @@ def basin_shifts(
     else:
         _print_basin_shifts(captured, results)
         print_table(ledger.by_claim)
-        print(f"\n{ledger.verdict}\n`sst-interp claims --run {run}` says more\n")
+        say(f"\n{ledger.verdict}\n`sst-interp claims --run {run}` says more\n")
         if json_file is not None:
             write_text(json_file, as_json + "\n")
-    written = write_report(captured, _report_path(captured, html), ledger)
-    print(f"report: {written}", file=sys.stderr if str(json_file) == "-" else sys.stdout)
+    written = write_report(captured, page, ledger)
+    say(f"report: {written}", sys.stderr if str(json_file) == "-" else sys.stdout)
 
 
 def claims(
     run: RunOption,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole ledger as JSON.")] = False,
-    resamples: Annotated[int, typer.Option(min=2, help="Question resamples, shuffles, permutations.")] = 2000,
-    seed: Annotated[int, typer.Option(help="Of all three.")] = 0,
+    resamples: Resamples = 2000,
+    seed: Seed = 0,
     document: Annotated[
         Path | None, typer.Option(help="Also fill the places of this run in a Markdown file (docs/found.md).")
     ] = None,
@@ -70,60 +90,64 @@ def claims(
     control), NAME-reshuffled (content), NAME-baseline (matched baseline), NAME-deep (more depths), NAME-lens.
 
     Examples:
-        sst-interp claims --run gpqa
+        sst-interp claims gpqa
 
         sst-interp claims --run gpqa --json | jq '.table[] | {claim, comparison, verdict}'
     """
+    from sst_interp.documents import check_document, fill
+
+    if document is not None:
+        check_document(document)
     captured = captured_run(run, fresh=False)
     ledger = ledger_with_bar(captured, resamples, seed)
     if document is not None:
-        from sst_interp.documents import fill
-
         filled = fill(document, ledger.blocks(), others=True)
-        print(f"{document}: {', '.join(filled) or 'no place for this run'}", file=sys.stderr)
+        say(f"{document}: {', '.join(filled) or 'no place for this run'}", sys.stderr)
     if as_json:
         print(json.dumps(ledger.to_dict(), indent=2))
         return
     for row in ledger.rows:
-        print(f"{row.claim.id} {row.comparison}: {row.claim.words}")
-        print(f"    paper     {row.claim.paper}\n    this run  {row.finding.here or '-'}")
-        print(f"    verdict   {row.finding.verdict} (holds if {row.claim.rule})")
+        say(f"{row.claim.id} {row.comparison}: {row.claim.words}")
+        say(f"    paper     {row.claim.paper}\n    this run  {row.finding.here or '-'}")
+        say(f"    verdict   {row.finding.verdict} (holds if {row.claim.rule})")
         if row.finding.control:
-            print(f"    control   {row.finding.control}")
-    print()
+            say(f"    control   {row.finding.control}")
+    say()
     print_table(ledger.by_claim)
-    print(f"\n{ledger.verdict}")
+    say(f"\n{ledger.verdict}")
 
 
 def report(run: RunOption, html: HtmlOption = None) -> None:
     """Write the HTML report of a captured run: one file that works offline.
 
     Example:
-        sst-interp report --run demo --html demo.html
+        sst-interp report demo --html demo.html
     """
     from sst_interp.report import write_report
     from sst_interp.runs import open_run
 
+    if html is not None:
+        check_output(html)
     captured: Any = open_run(run)
-    print(f"report: {write_report(captured, _report_path(captured, html), ledger_with_bar(captured))}")
+    page = _report_path(captured, html)
+    check_output(page)
+    say(f"report: {write_report(captured, page, ledger_with_bar(captured))}")
 
 
 def ledger_with_bar(run: Any, resamples: int = 2000, seed: int = 0) -> Any:
     """The claims ledger of a run, with a bar over its analyses."""
-    from tqdm import tqdm
-
     from sst_interp.ledger import companions, ledger_of
 
     run.check()
     beside = companions(run)
     for note in beside.notes:
-        print(f"note: {note}", file=sys.stderr)
-    with tqdm(desc=f"analysing {run.name}", unit="analysis", total=1) as bar:
+        say(f"note: {note}", sys.stderr)
+    with bar(f"analysing {run.name}", unit="analysis", total=1) as shown:
 
         def show(done: int, of: int, name: str) -> None:
-            bar.total = of
-            bar.set_postfix_str(name)
-            bar.update(done - bar.n)
+            shown.total = of
+            shown.set_postfix_str(name)
+            shown.update(done - shown.n)
 
         return ledger_of(run, resamples, seed, progress=show)
 
@@ -139,7 +163,7 @@ def _report_path(run: Any, html: Path | None) -> Path:
 
 def _print_basin_shifts(run: Any, results: dict[str, Any]) -> None:
     n = run.questions["question"].nunique()
-    print(f"{run.name}: {kind_words(run.kind)}, {run.recipe.checkpoint}, {n} questions\n")
+    say(f"{run.name}: {kind_words(run.kind)}, {run.recipe.checkpoint}, {n} questions\n")
     print_table(
         [
             {
@@ -154,5 +178,5 @@ def _print_basin_shifts(run: Any, results: dict[str, Any]) -> None:
         ]
     )
     for name, result in results.items():
-        print(f"\n{name}: {result.verdict}")
-    print()
+        say(f"\n{name}: {result.verdict}")
+    say()

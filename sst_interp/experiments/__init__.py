@@ -1,1 +1,1 @@
-"""What needs a model again: each experiment keeps one table, and goes on where it was stopped."""
+"""What needs a model again: kinds side by side, patching, the probe, studies."""

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from sst_interp.analyses.contrast import overlap_of
 from sst_interp.analyses.ledger.suite import table_of
-from sst_interp.analyses.overlap import overlap_of
 from sst_interp.choices import COMPARISONS
 from sst_interp.report import token_lists
 from sst_interp.report.escaping import visible
