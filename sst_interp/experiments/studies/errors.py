@@ -363,7 +363,8 @@ def slopes(design: np.ndarray, y: np.ndarray) -> np.ndarray:
 def _finite(errors: pd.DataFrame) -> pd.DataFrame:
     if errors.empty:
         raise Untestable("the table of errors is empty")
-    return errors.loc[np.isfinite(errors[SUMS].to_numpy(dtype=float)).all(axis=1)]
+    finite = np.isfinite(errors[SUMS].to_numpy(dtype=float)).all(axis=1)
+    return errors.iloc[np.flatnonzero(finite)]
 
 
 def _sweeps(errors: pd.DataFrame) -> pd.DataFrame:
