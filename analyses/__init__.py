@@ -15,13 +15,11 @@ from sst_interp.analyses.content import Content, content
 from sst_interp.analyses.depth_scores import DepthScores, depth_scores
 from sst_interp.analyses.divergence import Divergence, divergence
 from sst_interp.analyses.dwell import Dwell, dwell
-from sst_interp.analyses.halting import Halting, halting, halting_of
 from sst_interp.analyses.kinds import Kinds, kinds
 from sst_interp.analyses.kinds_answers import KindsAnswers, kinds_answers
 from sst_interp.analyses.kinds_contraction import KindsContraction, kinds_contraction
 from sst_interp.analyses.layer_profile import LayerProfile, layer_profile
 from sst_interp.analyses.ledger.claims import BlendWeights, Claim, Finding, Ledger, Row, blend_weights, claims
-from sst_interp.analyses.ledger.probe import probe_rows
 from sst_interp.analyses.overlap import (
     OverlapDistribution,
     deepest_pair,
@@ -33,7 +31,6 @@ from sst_interp.analyses.overthinking import Overthinking, overthinking
 from sst_interp.analyses.position_zero import PositionZero, position_zero
 from sst_interp.analyses.precedence import Precedence, precedence
 from sst_interp.analyses.result import Result, json_ready, table_html
-from sst_interp.analyses.routing import Routing, routing, routing_of
 from sst_interp.analyses.settling import Settling, settling
 from sst_interp.analyses.shifts_per_question import ShiftsPerQuestion, shifts_per_question
 from sst_interp.analyses.state_settling import StateSettling, state_settling
@@ -61,7 +58,6 @@ __all__ = [
     "Divergence",
     "Dwell",
     "Finding",
-    "Halting",
     "Interval",
     "Kinds",
     "KindsAnswers",
@@ -75,7 +71,6 @@ __all__ = [
     "Precedence",
     "QuestionMap",
     "Result",
-    "Routing",
     "Row",
     "Settling",
     "ShiftsPerQuestion",
@@ -97,8 +92,6 @@ __all__ = [
     "divergence",
     "dwell",
     "find_modes",
-    "halting",
-    "halting_of",
     "json_ready",
     "kinds",
     "kinds_answers",
@@ -111,11 +104,8 @@ __all__ = [
     "pair_words",
     "position_zero",
     "precedence",
-    "probe_rows",
     "question_map",
     "resample_weights",
-    "routing",
-    "routing_of",
     "settling",
     "shifts_per_question",
     "sign_flip",

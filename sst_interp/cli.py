@@ -17,10 +17,10 @@ import sst_interp
 from sst_interp.approximation.commands import app as approximation_app
 from sst_interp.commands import findings, kinds, runs, training
 from sst_interp.errors import SSTError
+from sst_interp.experiments.probe.commands import probe
 from sst_interp.latent.commands import app as latent_app
 from sst_interp.patching.commands import patch
 from sst_interp.pretraining.commands import app as pretraining_app
-from sst_interp.probe.commands import probe
 
 app = typer.Typer(
     name="sst-interp",

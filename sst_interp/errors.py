@@ -28,6 +28,10 @@ class SSTError(Exception):
         return f"{self.message}\n  {self.hint}" if self.hint else self.message
 
 
+class Untestable(SSTError):  # noqa: N818 (it is one)
+    """An analysis cannot be made of these data; the message says why."""
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str], list_with: str | None = None) -> SSTError:
     """An error for a name that is not known, with the nearest known ones (`unknown run 'dmeo'`)."""
     known = sorted(known)
