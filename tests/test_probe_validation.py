@@ -6,18 +6,20 @@ import torch
 from scipy.stats import kstest, norm
 from synthetic_states import states
 
-from sst_interp.analyses.parts.probe_scores import aucs, pairs_in_order, pairs_scored
 from sst_interp.analyses.statistics.matching import p_value
-from sst_interp.probe.design import Design
-from sst_interp.probe.fitting import Inputs
-from sst_interp.probe.permutation import permutation_scores, permuted
-from sst_interp.probe.selection import blocks_of, choose, random_keys
-from sst_interp.probe.validation import (
+from sst_interp.experiments.probe.fit import Design, Inputs
+from sst_interp.experiments.probe.scores import aucs, pairs_in_order, pairs_scored
+from sst_interp.experiments.probe.validate import (
     _score,
+    blocks_of,
+    choose,
     folds,
     leave_one_out,
     leave_pair_out,
+    permutation_scores,
+    permuted,
     plain_leave_one_out,
+    random_keys,
     rebalanced_partner,
     score,
 )

@@ -242,7 +242,7 @@ def _groups(problems: Problems, design: Design, inputs: Inputs) -> Iterator[np.n
             numbers = 2 * (design.hidden + int(problems.dims[group[0]])) * inputs.n_questions
         else:
             numbers = 4 * (inputs.n_questions + inputs.d_model)
-        # In even parts: a product with a row or two takes another way through the machine, and rounds otherwise.
+        # In even parts: a product of a row or two is computed in another way, and rounds otherwise.
         yield from np.array_split(group, -(-len(group) // max(8, TOGETHER[design.kind] // numbers)))
 
 
