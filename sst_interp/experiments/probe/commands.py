@@ -123,6 +123,7 @@ def as_text(probed: Probed) -> str:
     parts = [
         _table(probed.halting.table, ("name",), PROBE_COLUMNS),
         _table(probed.halting.checks, ("name",), ("value",), ("p", "knowing_nothing")),
+        _table(probed.halting.readings, ("whose", "found", "of", "against"), (), ("rate", "p")),
         probed.halting.verdict,
         _table(probed.routing.table, ("name",), POLICY_COLUMNS, COUNTS),
         probed.routing.verdict,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -42,44 +42,24 @@ class Rule(NamedTuple):
     """Which questions are positive ..."""
     others: str
     """... and which negative; questions that are neither are left out."""
-    positive: Callable[[np.ndarray, np.ndarray | None], np.ndarray]
+    positive: Callable[[np.ndarray, Any], np.ndarray]
     """(correct [question, depth], answer codes [question, depth]) -> bool [question]."""
-    counted: Callable[[np.ndarray, np.ndarray | None], np.ndarray]
+    counted: Callable[[np.ndarray, Any], np.ndarray]
     """Questions that are positive or negative."""
     needs_answers: bool = False
     halts: bool = True
     """Whether a positive question is one to halt early (otherwise one to iterate)."""
 
 
-def _broken_deeper(correct: np.ndarray, _: object) -> np.ndarray:
-    right_before = np.cumsum(correct, axis=1) > 0
-    return np.any(right_before & ~correct, axis=1)
-
-
 def _everything(correct: np.ndarray, _: object) -> np.ndarray:
     return np.ones(len(correct), dtype=bool)
-
-
-def _changed(_: object, codes: np.ndarray | None) -> np.ndarray:
-    assert codes is not None
-    return np.any(codes != codes[:, :1], axis=1)
-
-
-def _always_answered(_: object, codes: np.ndarray | None) -> np.ndarray:
-    assert codes is not None
-    return np.all(codes != NO_ANSWER, axis=1)
-
-
-def _deepest_differs(_: object, codes: np.ndarray | None) -> np.ndarray:
-    assert codes is not None
-    return codes[:, -1] != codes[:, 0]
 
 
 RULES: dict[str, Rule] = {
     "must-halt": Rule(
         "right at some depth and wrong at a deeper one",
         "all others (may-iterate)",
-        _broken_deeper,
+        lambda correct, _: np.any((np.cumsum(correct, axis=1) > 0) & ~correct, axis=1),
         _everything,
     ),
     "broken": Rule(
@@ -98,21 +78,21 @@ RULES: dict[str, Rule] = {
     "answer-changed": Rule(
         "another answer at some depth than at the shallowest",
         "the same answer at every depth",
-        _changed,
+        lambda _, codes: (codes != codes[:, :1]).any(axis=1),
         _everything,
         needs_answers=True,
     ),
     "choice-changed": Rule(
         "another answer at some depth than at the shallowest, and an answer at every depth",
         "the same answer, not none, at every depth",
-        _changed,
-        _always_answered,
+        lambda _, codes: (codes != codes[:, :1]).any(axis=1),
+        lambda _, codes: (codes != NO_ANSWER).all(axis=1),
         needs_answers=True,
     ),
     "deepest-changed": Rule(
         "another answer at the deepest depth than at the shallowest",
         "the same answer at both",
-        _deepest_differs,
+        lambda _, codes: codes[:, -1] != codes[:, 0],
         _everything,
         needs_answers=True,
     ),

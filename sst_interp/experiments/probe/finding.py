@@ -220,7 +220,7 @@ def halting(
 
     Args:
         run: captured with `keep = "position0"` (the default) or more.
-        label: what is to be told (`probe.labels.RULES`).
+        label: what is to be told (`data.RULES`).
         layer: which layer's output is read; None chooses among all of them, inside each fold.
         design: the kind of probe and its candidates; its `layers` are set by `layer`.
         iteration: after which iteration of position 0.

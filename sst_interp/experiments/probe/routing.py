@@ -98,19 +98,21 @@ class Routing(Result):
     def verdict(self) -> str:
         """Whether the probe, or else the best rule, beats the same depths dealt at random,."""
         rules = self.policies[(self.policies["kind"] == "policy") & (self.policies["name"] != PROBE)]
-        routed = [(f"the {self.label} probe", self.row(PROBE))] if self.no_probe is None else []
+        routed = [(f"The {self.label} probe", self.row(PROBE))] if self.no_probe is None else []
         if len(rules):
             best = rules.iloc[int(np.argmax(rules["accuracy"].to_numpy()))]
-            routed.append((f"the best rule, {best['name']},", best))
+            routed.append((f"The best rule ({best['name']})", best))
         words = f"{questions_words(self.n_questions)}."
-        if routed:
-            who, first = routed[0]
-            over = self.interval(first, "beyond")
+        for place, (who, row) in enumerate(routed):
+            over = self.interval(row, "beyond")
             knows = "beats" if over.low > 0 else "is worse than" if over.high < 0 else "does not beat"
-            words = f"{who[0].upper()}{who[1:]} {knows} depths dealt at random. {words} Accuracy "
-            words += f"{self.interval(first, 'accuracy').text(percent=True)}; over dealt depths "
-            words += "; ".join(f"{name} {points_text(self.interval(row, 'beyond'))}" for name, row in routed)
-            words += "."
+            if place == 0:
+                words = f"{who} {knows} depths dealt at random. {words} Accuracy "
+                words += (
+                    f"{self.interval(row, 'accuracy').text(percent=True)}, {points_text(over)} over them."
+                )
+            else:
+                words += f" {who}: {points_text(over)}."
         return words if self.no_probe is None else f"{words} No probe: {self.no_probe}."
 
     def interval(self, row: pd.Series, name: str) -> Interval:

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from sst_interp.analyses.parts.answers import answers_of
 from sst_interp.durable import publish, replace_json, stage
-from sst_interp.errors import SSTError, Untestable
+from sst_interp.errors import SSTError
 from sst_interp.experiments.probe.data import Features, Labels, halting_labels, position0, usable_layers
-from sst_interp.experiments.probe.finding import PERMUTATIONS, Halting, at_chance, halting_of
+from sst_interp.experiments.probe.finding import PERMUTATIONS, Halting
+from sst_interp.experiments.probe.finding import halting as validated
 from sst_interp.experiments.probe.fit import Design, Inputs, Problems, TwoLayer, fit
 from sst_interp.experiments.probe.routing import Routing, routing_of
 from sst_interp.experiments.probe.validate import Progress, blocks_of, choose, random_keys
@@ -316,14 +317,10 @@ def probe_run(
     if save is not None:
         check_save(save)
     asked = layer_of(layer)
-    if not len(run.questions):
-        raise Untestable(f"run {run.name} has no questions", f"`sst-interp capture --run {run.name}`")
-    answers = answers_of(run.questions)
-    labels = halting_labels(answers, label)
+    halting = validated(run, label, asked, design, permutations=permutations, progress=progress)
+    labels = halting_labels(answers_of(run.questions), label)
     features = position0(run, labels.questions)
     design = replace(design or Design(), layers=usable_layers(features, asked))
-    halting = halting_of(features, labels, asked, design, permutations, progress=progress)
-    halting = replace(halting, at_chance=at_chance(answers, label))
     said = {"auc": halting.auc.estimate, "p": halting.p_auc, "hits": halting.hits}
     said |= {"positive": halting.n_positive, "called": halting.called, "questions": halting.n_questions}
     said |= {"permutations": permutations}
