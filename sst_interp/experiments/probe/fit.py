@@ -54,8 +54,11 @@ PENALTIES: dict[str, tuple[float, ...]] = {
 }
 """Candidates by kind."""
 STEPS = {"two_layer": 30, "l2": 100, "l1": 100}
-TOGETHER = {"two_layer": 2_000_000, "l2": 500_000, "l1": 500_000}
-"""Numbers that one batched fit works on: so many that a step takes longer than asking for it."""
+TOGETHER = 500_000
+"""Numbers that one batched fit works on: as many as stay in a core's cache."""
+MORE = 4
+"""So many times as many two-layer problems go together where there are plenty: a step then takes longer than
+asking for it, and two threads do not wait for each other."""
 
 RATE = 0.1
 """First step's size; it falls to 0 linearly. A third of it needs three times as many steps for the same."""
@@ -242,8 +245,11 @@ def _groups(problems: Problems, design: Design, inputs: Inputs) -> Iterator[np.n
             numbers = 2 * (design.hidden + int(problems.dims[group[0]])) * inputs.n_questions
         else:
             numbers = 4 * (inputs.n_questions + inputs.d_model)
-        # In even parts: a product of a row or two is computed in another way, and rounds otherwise.
-        yield from np.array_split(group, -(-len(group) // max(8, TOGETHER[design.kind] // numbers)))
+        size = max(8, TOGETHER // numbers)
+        if design.kind == "two_layer" and len(group) >= 2 * MORE * size:
+            size *= MORE
+        for start in range(0, len(group), size):
+            yield group[start : start + size]
 
 
 @contextmanager

@@ -96,7 +96,7 @@ class Routing(Result):
 
     @property
     def verdict(self) -> str:
-        """Whether the probe, or else the best rule, beats the same depths dealt at random,."""
+        """Whether the probe, or else the best rule, beats the same depths dealt at random."""
         rules = self.policies[(self.policies["kind"] == "policy") & (self.policies["name"] != PROBE)]
         routed = [(f"The {self.label} probe", self.row(PROBE))] if self.no_probe is None else []
         if len(rules):
@@ -107,10 +107,9 @@ class Routing(Result):
             over = self.interval(row, "beyond")
             knows = "beats" if over.low > 0 else "is worse than" if over.high < 0 else "does not beat"
             if place == 0:
-                words = f"{who} {knows} depths dealt at random. {words} Accuracy "
-                words += (
-                    f"{self.interval(row, 'accuracy').text(percent=True)}, {points_text(over)} over them."
-                )
+                accuracy = self.interval(row, "accuracy").text(percent=True)
+                words = f"{who} {knows} depths dealt at random. {words} "
+                words += f"Accuracy {accuracy}, {points_text(over)} over them."
             else:
                 words += f" {who}: {points_text(over)}."
         return words if self.no_probe is None else f"{words} No probe: {self.no_probe}."
