@@ -23,10 +23,8 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.neural_network import MLPClassifier
 from timing import machine
 
-from sst_interp.probe.design import Design
-from sst_interp.probe.fitting import Inputs
-from sst_interp.probe.permutation import permuted
-from sst_interp.probe.validation import score
+from sst_interp.experiments.probe.fit import Design, Inputs
+from sst_interp.experiments.probe.validate import permuted, score
 
 QUESTIONS, DIMENSIONS, POSITIVE = 198, 576, 48
 PERMUTATIONS = 1000

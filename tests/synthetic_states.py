@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from sst_interp.probe.features import Features, features_of
-from sst_interp.probe.labels import Labels
+from sst_interp.experiments.probe.data import Features, Labels, features_of
 
 
 def labels(positive: np.ndarray, **changes) -> Labels:

@@ -92,7 +92,9 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
     optional = {"diptest", "IPython"}
     declared = {
         module_of.get(package, package)
-        for package in (re.split(r"[<>=;\[ ]", r)[0] for r in requires("sst-interp") or [] if "extra ==" not in r)
+        for package in (
+            re.split(r"[<>=;\[ ]", r)[0] for r in requires("sst-interp") or [] if "extra ==" not in r
+        )
     }
     third = set()
     for file in modules().values():

@@ -7,13 +7,13 @@ import pytest
 from synthetic_outputs import questions_table
 from synthetic_states import states
 
-from sst_interp.analyses.halting import Halting, halting_of
 from sst_interp.analyses.ledger.probe import probe_rows
 from sst_interp.analyses.ledger.rules import EVERYWHERE, FAILS, HOLDS, UNTESTED
 from sst_interp.analyses.parts.answers import answers_of
-from sst_interp.analyses.parts.probe_validation import at_chance
-from sst_interp.analyses.routing import Routing, routing
-from sst_interp.probe.design import Design
+from sst_interp.errors import Untestable
+from sst_interp.experiments.probe.finding import at_chance, halting_of
+from sst_interp.experiments.probe.fit import Design
+from sst_interp.experiments.probe.routing import routing
 
 QUICK = Design(dims=(2, 4), penalties=(0.03,), blocks=3)
 
@@ -84,12 +84,15 @@ def test_what_decides_nothing_is_said(planted):
         assert tells.state == UNTESTED
         assert words in tells.finding.verdict
         assert (breaks.state == UNTESTED) == ("permutations" not in changes)
-    untested = Halting(label="must-halt", not_testable="labels 'must-halt' are all equal")
-    tells, breaks = probe_rows(untested, routing(questions_table(np.ones((8, 2), bool), (1, 4))))
-    assert tells.finding.verdict == "not testable: labels 'must-halt' are all equal"
-    assert breaks.state == UNTESTED
-    one = Routing(not_testable="the run has one depth, 1: there is nothing to choose")
-    assert "one depth" in probe_rows(planted, one)[1].finding.verdict
+    untested = Untestable("labels 'must-halt' are all equal")
+    for row in probe_rows(untested, routing(questions_table(np.ones((8, 2), bool), (1, 4)))):
+        assert row.finding.verdict == "not testable: labels 'must-halt' are all equal"
+    one = Untestable("the run has one depth, 1: there is nothing to choose")
+    tells, breaks = probe_rows(planted, one)
+    assert (tells.state, breaks.state) == (HOLDS, UNTESTED)
+    assert "one depth" in breaks.finding.verdict
+    no_probe = routing(questions_table(np.eye(8, 2, dtype=bool), (1, 4)), resamples=50)
+    assert probe_rows(planted, no_probe)[1].finding.verdict == "not testable: none was given"
     few = np.arange(40) < 3
     assert "3 questions right at depth 1" in probe_rows(planted, routed(planted, few))[1].finding.verdict
 

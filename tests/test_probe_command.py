@@ -10,7 +10,7 @@ import pytest
 import tiny_run
 import torch
 
-from sst_interp.probe.saving import load_probe
+from sst_interp.experiments.probe.saved import load_probe
 from sst_interp.run_writer import RunWriter
 
 cli = importlib.import_module("sst_interp.cli")
@@ -97,10 +97,15 @@ def test_a_run_that_is_not_whole_says_so(run_cli, tmp_path):
 def test_a_place_to_save_is_tried_before_the_permutations(run_cli, tmp_path, monkeypatch):
     capture(tmp_path / "runs" / "own")
     (tmp_path / "file").write_text("mine")
-    monkeypatch.setattr("sst_interp.probe.named.probe_run", lambda *_a, **_k: pytest.fail("probed"))
+    probing = "sst_interp.experiments.probe.saved.probe_run"
+    monkeypatch.setattr(probing, lambda *_a, **_k: pytest.fail("probed"))
     code, out, err = run_cli("--run", "own", *FAST, "--save", "file")
     assert (code, out) == (2, "")
     assert err.splitlines() == ["error: file cannot be written: Not a directory", "  give another --save"]
+    for nowhere in ("", " ", "."):  # the working folder is none that was named
+        code, out, err = run_cli("--run", "own", *FAST, "--save", nowhere)
+        assert (code, out) == (2, "")
+        assert err.splitlines()[0] == "error: --save names no folder"
 
 
 def test_results_are_printed_and_kept_before_the_probe_is_saved(run_cli, tmp_path, monkeypatch):
@@ -108,7 +113,7 @@ def test_results_are_printed_and_kept_before_the_probe_is_saved(run_cli, tmp_pat
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "kept/probe.safetensors")
 
     capture(tmp_path / "runs" / "own")
-    monkeypatch.setattr("sst_interp.probe.saving.stage", full)
+    monkeypatch.setattr("sst_interp.experiments.probe.saved.stage", full)
     code, out, err = run_cli("--run", "own", "--permutations", 0, "--save", "kept")
     assert code == 2
     assert "C12 (" in out

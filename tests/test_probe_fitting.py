@@ -6,11 +6,23 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from sst_interp.errors import SSTError
-from sst_interp.probe.design import Design
-from sst_interp.probe.fitting import Inputs, Problems, fit
-from sst_interp.probe.linear import train_logistic
-from sst_interp.probe.networks import BETA_1, BETA_2, RATE, _start, balanced_weights, train_two_layer
-from sst_interp.probe.screening import gather, moments, precondition, separation
+from sst_interp.experiments.probe.fit import (
+    BETA_1,
+    BETA_2,
+    RATE,
+    Design,
+    Inputs,
+    Problems,
+    _start,
+    balanced_weights,
+    fit,
+    gather,
+    moments,
+    precondition,
+    separation,
+    train_logistic,
+    train_two_layer,
+)
 
 
 def problem(problems=5, k=4, questions=30, seed=0, dtype=torch.float64):

@@ -8,9 +8,9 @@ import torch
 from synthetic_outputs import questions_table
 
 from sst_interp.analyses.parts.answers import answers_of
-from sst_interp.errors import SSTError
-from sst_interp.probe.features import features_of, position0, usable_layers
-from sst_interp.probe.labels import RULES, halting_labels
+from sst_interp.errors import SSTError, Untestable
+from sst_interp.experiments.probe.data import RULES, features_of, halting_labels, position0, usable_layers
+from sst_interp.publishing import publish
 from sst_interp.runs import open_run
 
 PATTERNS = ["1111", "1000", "0100", "0111", "1011", "0000", "0001", "1110", "0010"]
@@ -74,14 +74,14 @@ def test_labels_that_cannot_be_told_are_said_in_a_line():
         ),
     ]
     for answers, words in cases:
-        with pytest.raises(SSTError, match=words) as error:
+        with pytest.raises(Untestable, match=words) as error:
             halting_labels(answers)
         assert "\n" not in error.value.message
         assert error.value.hint
     with pytest.raises(SSTError, match="unknown label 'must-hlt'"):
         halting_labels(run_answers(), "must-hlt")
     silent = questions_table(np.array([[True, False]] * 3), (1, 4)).drop(columns="answer")
-    with pytest.raises(SSTError, match="needs the answers"):
+    with pytest.raises(Untestable, match="needs the answers"):
         halting_labels(answers_of(silent), "answer-changed")
     assert set(RULES) == {
         "must-halt",
@@ -117,13 +117,26 @@ def test_what_was_not_captured_is_said_in_a_line(captured, tmp_path):
         usable_layers(features, 2)
     with pytest.raises(SSTError, match="layer -1 was not captured"):
         usable_layers(features, -1)
-    with pytest.raises(SSTError, match="iteration 3 was not captured"):
-        position0(captured, [0], iteration=3)
-    with pytest.raises(SSTError, match="no questions"):
+    for iteration in (0, 3):
+        with pytest.raises(Untestable, match=f"no states of iteration {iteration} .* has those of 1, 2"):
+            position0(captured, [0], iteration)
+    with pytest.raises(Untestable, match="no questions"):
         position0(captured, [])
     nothing = open_run(tiny_run.capture(tmp_path / "none", tiny_run.tiny_recipe("none", keep="none")))
     with pytest.raises(SSTError, match="has no states"):
         position0(nothing, [0])
+
+
+@pytest.mark.parametrize("kept", [(2,), (1, 2)])
+def test_a_published_copy_is_read_by_an_iterations_own_number(kept, captured, tmp_path):
+    copy = publish(captured, tmp_path / "copy", iterations=kept)
+    for iteration in (1, 2):
+        if iteration in kept:
+            own, there = (position0(run, [0, 3], iteration).states for run in (captured, copy))
+            assert torch.equal(own, there)
+        else:
+            with pytest.raises(Untestable, match=r"run copy has no states of iteration 1 .* has those of 2"):
+                position0(copy, [0, 3], iteration)
 
 
 def test_constant_layers_are_left_out_and_refused_by_name():
@@ -133,12 +146,12 @@ def test_constant_layers_are_left_out_and_refused_by_name():
     assert features.constant == (1,)
     assert usable_layers(features) == (0, 2)
     assert usable_layers(features, 2) == (2,)
-    with pytest.raises(SSTError, match="features are constant: layer 1"):
+    with pytest.raises(Untestable, match="features are constant: layer 1"):
         usable_layers(features, 1)
-    with pytest.raises(SSTError, match="features are constant: every layer"):
+    with pytest.raises(Untestable, match="features are constant: every layer"):
         usable_layers(features_of(states[:1].repeat(6, 1, 1)))
     states[2, 2, 3] = torch.nan
-    with pytest.raises(SSTError, match="states of layer 2 are not finite"):
+    with pytest.raises(Untestable, match="states of layer 2 are not finite"):
         features_of(states)
 
 

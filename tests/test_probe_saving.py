@@ -13,11 +13,16 @@ from tiny import prompts, tiny
 
 from sst_interp.choices import Choices
 from sst_interp.errors import SSTError
+from sst_interp.experiments.probe.fit import Design, Inputs, Problems, fit
+from sst_interp.experiments.probe.saved import (
+    HaltingProbe,
+    load_probe,
+    model_identity,
+    refuse_other,
+    train_probe,
+)
 from sst_interp.halting import look_ahead
 from sst_interp.model import attach
-from sst_interp.probe.design import Design
-from sst_interp.probe.fitting import Inputs, Problems, fit
-from sst_interp.probe.saving import HaltingProbe, load_probe, model_identity, refuse_other, train_probe
 
 RUN = SimpleNamespace(
     manifest={"provenance": {"model_hash": "abc", "alpha_hash": "def", "n_layers": 3, "d_model": 24}},
@@ -74,7 +79,10 @@ def test_it_is_refused_for_another_model(tmp_path):
         other = own | {key: "something else"}
         with pytest.raises(SSTError, match=f"belongs to another model.*{key}"):
             refuse_other(own, other, "trained on", "has")
-    refuse_other({"model_hash": own["model_hash"]}, own, "trained on", "has")
+    refuse_other(own, own, "trained on", "has")
+    for partial in ({}, {"model_hash": own["model_hash"]}):  # what is not said fits no model
+        with pytest.raises(SSTError, match=r"belongs to another model.*unknown"):
+            refuse_other(partial, own, "trained on", "has")
     _, _, probe = trained()
     folder = replace(probe, model=own).save(tmp_path / "own")
     load_probe(folder, model)
@@ -88,31 +96,84 @@ def test_it_is_refused_for_another_model(tmp_path):
         load_probe(folder, blend_off)
 
 
-def test_damaged_probes_are_said_to_be(tmp_path):
+def without(name):
+    return lambda values: values.pop(name)
+
+
+def put(**changes):
+    return lambda values: values.update(changes)
+
+
+NAN = float("nan")
+DAMAGED = [
+    ("probe.json", put(format=9), "not of format 1"),
+    ("probe.json", without("layer"), "lacks layer"),
+    ("probe.json", put(model={}), "does not say which model"),
+    ("probe.json", put(model=[]), "model is no object"),
+    ("probe.json", put(layer=-1), "no layer -1"),
+    ("probe.json", put(layer=3), "no layer 3"),
+    ("probe.json", put(layer=True), "layer is no whole number"),
+    ("probe.json", put(layer="1"), "layer is no whole number"),
+    ("probe.json", put(iteration=0), "iteration 0 is not one of 1 to 4"),
+    ("probe.json", put(iteration=99), "iteration 99 is not one of 1 to 4"),
+    ("probe.json", put(shallowest=5), "depths 5 and 4 are not in order"),
+    ("probe.json", put(shallowest=0), "depths 0 and 4 are not in order"),
+    ("probe.json", put(deepest=10**6), "depths 1 and 1000000 are not in order"),
+    ("probe.json", put(threshold=NAN), "threshold is nan"),
+    ("probe.json", put(threshold=None), "threshold is no number"),
+    ("probe.json", put(log_odds=float("inf")), "log_odds is inf"),
+    ("probe.json", put(halts=1), "halts is no true or false"),
+    ("probe.json", put(model={"model_hash": "abc", "d_model": "24"}), "d_model is no whole number"),
+    ("probe.safetensors", without("mean"), "its weights are"),
+    ("probe.safetensors", without("dims"), "lacks dims"),
+    ("probe.safetensors", put(more=torch.zeros(1)), "its weights are"),
+    ("probe.safetensors", put(dims=torch.tensor([0, 1, 24])), "no dimension 24"),
+    ("probe.safetensors", put(dims=torch.tensor([0.0, 1.0, 2.0])), "no list of whole numbers"),
+    ("probe.safetensors", put(scale=torch.ones(2)), "scale is .* of shape"),
+    ("probe.safetensors", put(u=torch.tensor(1.0)), "of shape"),
+    ("probe.safetensors", put(c=torch.tensor(NAN)), "c is not finite"),
+    ("probe.safetensors", put(mean=torch.ones(3, dtype=torch.complex64)), "mean is torch.complex64"),
+]
+
+
+@pytest.mark.parametrize(("file", "change", "words"), DAMAGED, ids=[words for _, _, words in DAMAGED])
+def test_damaged_probes_are_said_to_be(file, change, words, saved):
+    """A wrong type, number or shape is an error of one line that names the probe."""
+    config = json.loads((saved / "probe.json").read_text())
+    tensors = load_file(saved / "probe.safetensors")
+    assert len(tensors["dims"]) == 3
+    change(config if file == "probe.json" else tensors)
+    (saved / "probe.json").write_text(json.dumps(config))
+    save_file(tensors, saved / "probe.safetensors")
+    with pytest.raises(SSTError, match=words) as error:
+        load_probe(saved)
+    assert str(saved) in error.value.message
+    assert "\n" not in error.value.message
+    assert error.value.hint
+
+
+@pytest.fixture
+def saved(tmp_path):
+    features, labels = states(strength=1.5, seed=4)
+    probe = train_probe(RUN, features, labels, Design(dims=(3,), blocks=3))
+    return probe.save(tmp_path / "probe")
+
+
+@pytest.mark.parametrize("file", ["probe.json", "probe.safetensors"])
+@pytest.mark.parametrize("contents", [b"{", b"no", b"[]", b"", None])
+def test_files_that_are_no_probe_are_named(file, contents, saved):
+    (saved / file).unlink()
+    if contents is not None:
+        (saved / file).write_bytes(contents)
+    with pytest.raises(SSTError, match=file):
+        load_probe(saved)
+
+
+def test_a_probe_made_by_hand_is_held_to_the_same():
     _, _, probe = trained()
-    folder = probe.save(tmp_path / "probe")
-    config = json.loads((folder / "probe.json").read_text())
-    for change, words in (
-        ({"format": 9}, "not of format 1"),
-        ({"layer": None}, "lacks layer"),
-    ):
-        broken = {k: v for k, v in (config | change).items() if v is not None}
-        (folder / "probe.json").write_text(json.dumps(broken))
-        with pytest.raises(SSTError, match=words):
-            load_probe(folder)
-    (folder / "probe.json").write_text("{")
-    with pytest.raises(SSTError, match="cannot be read"):
-        load_probe(folder)
-    (folder / "probe.json").write_text(json.dumps(config))
-    tensors = load_file(folder / "probe.safetensors")
-    save_file({k: v for k, v in tensors.items() if k != "mean"}, folder / "probe.safetensors")
-    with pytest.raises(SSTError, match="holds"):
-        load_probe(folder)
-    (folder / "probe.safetensors").write_bytes(b"no")
-    with pytest.raises(SSTError, match="cannot be read"):
-        load_probe(folder)
-    with pytest.raises(SSTError, match="cannot be read"):
-        load_probe(tmp_path / "nowhere")
+    for changes in ({"layer": -1}, {"threshold": NAN}, {"iteration": 5}, {"deepest": 0}):
+        with pytest.raises(SSTError, match="cannot be used"):
+            replace(probe, **changes)
 
 
 @pytest.mark.parametrize("iteration", [1, 2])

@@ -6,18 +6,21 @@ import torch
 from scipy.stats import kstest, norm
 from synthetic_states import states
 
-from sst_interp.analyses.parts.probe_scores import aucs, pairs_in_order, pairs_scored
 from sst_interp.analyses.statistics.along_texts import p_value
-from sst_interp.probe.design import Design
-from sst_interp.probe.fitting import Inputs
-from sst_interp.probe.permutation import permutation_scores, permuted
-from sst_interp.probe.selection import blocks_of, choose, random_keys
-from sst_interp.probe.validation import (
+from sst_interp.experiments.probe.fit import Design, Inputs
+from sst_interp.experiments.probe.scores import aucs, pairs_in_order, pairs_scored
+from sst_interp.experiments.probe.validate import (
+    _losses,
     _score,
+    blocks_of,
+    choose,
     folds,
     leave_one_out,
     leave_pair_out,
+    permutation_scores,
+    permuted,
     plain_leave_one_out,
+    random_keys,
     rebalanced_partner,
     score,
 )
@@ -113,6 +116,22 @@ def test_what_is_chosen_without_a_block_knows_nothing_of_its_labels():
         after = choose(design, inputs, torch.from_numpy(other), blocks, excluded)
         for a, b in zip(after, before, strict=True):
             assert a[0, case] == b[0, case]
+
+
+def test_the_best_candidate_of_each_coordinate_is_chosen_and_judged_alone_as_together():
+    features, _ = states(questions=24, layers=3, d_model=8, positive=9)
+    axes = np.arange(3), np.array([1, 2, 4]), np.array([0.003, 0.1, 1.0])
+    design = Design(dims=(1, 2, 4), penalties=tuple(axes[2]), blocks=4)
+    inputs, y, excluded = Inputs(features.states), labels(2, 24, 9), (frozenset({0}), frozenset({1, 2}))
+    data = design, inputs, torch.from_numpy(y), blocks_of(y, 4, random_keys(24, 0)), excluded
+    current = [np.full((2, 2), axis[1]) for axis in axes]
+    for place, chosen in enumerate(choose(*data)):
+        tried = [[*current[:place], np.full((2, 2), v), *current[place + 1 :]] for v in axes[place]]
+        losses = np.stack([_losses(*data, [one])[0] for one in tried])
+        assert np.allclose(_losses(*data, tried), losses, atol=1e-5)
+        current[place] = axes[place][losses.argmin(0)]
+        assert np.array_equal(chosen, current[place])
+    assert any(len(np.unique(chosen)) > 1 for chosen in current)
 
 
 def test_a_labelling_among_many_is_that_labelling_alone():

@@ -9,9 +9,9 @@ import pytest
 import torch
 from synthetic_outputs import questions_table
 
-from sst_interp.analyses.parts.position_traces import RULES, traces
-from sst_interp.analyses.parts.routed_policies import ORACLE, PROBE
-from sst_interp.analyses.routing import routing
+from sst_interp.errors import Untestable
+from sst_interp.experiments.probe.data import THRESHOLDS, traces
+from sst_interp.experiments.probe.routing import ORACLE, PROBE, routing
 from sst_interp.halting import Convergence
 
 
@@ -28,7 +28,7 @@ def probe(scores, label="must-halt", action="halt", questions=None):
     """What routing needs of a halting result."""
     index = np.arange(len(scores)) if questions is None else questions
     table = pd.DataFrame({"question": index, "score": scores})
-    return SimpleNamespace(scores=table, not_testable=None, label=label, action=action, iteration=1)
+    return SimpleNamespace(scores=table, label=label, action=action, iteration=1)
 
 
 def found(scores=None, right=None, **options):
@@ -67,7 +67,7 @@ def test_a_probe_that_knows_breaks_nothing_and_mends_all():
     assert row["conservative"] == 0
     assert row["beyond"] > 0.2
     assert row["beyond_low"] > 0
-    assert "no more than chance" not in result.verdict.split("The best")[0]
+    assert result.verdict.startswith("The must-halt probe beats depths dealt at random. 120 questions. ")
 
 
 def test_a_probe_that_knows_nothing_has_nothing_over_dealing_depths_at_random():
@@ -146,7 +146,7 @@ def test_traces_are_the_numbers_a_policy_computes():
         for t in (steps_of(entropy), changes(kl, "kl"), pairs)
     ]
     seen = traces(order, 4, *tables)
-    assert list(seen) == list(RULES)
+    assert list(seen) == list(THRESHOLDS)
     assert np.allclose(seen["entropy"], entropy)
     assert np.allclose(seen["KL between iterations"], kl)
     assert np.allclose(seen["convergence of the state"], change)
@@ -169,21 +169,20 @@ def test_what_cannot_be_routed_is_said():
     partial = routing(questions_table(pattern, (1, 4)), probe=probe(np.ones(5)), resamples=50)
     assert "about some questions only" in partial.no_probe
     assert PROBE not in partial.policies["name"].to_numpy()
-    failed = SimpleNamespace(not_testable="labels are all equal", label="must-halt")
-    assert (
-        "labels are all equal"
-        in routing(questions_table(pattern, (1, 4)), probe=failed, resamples=50).verdict
-    )
-    one = routing(questions_table(pattern[:, :1], (1,)))
-    empty = routing(pd.DataFrame())
-    nobody = routing(questions_table(pattern[:2], (1, 4))[1:3])
-    for result in (one, empty, nobody):
-        assert result.verdict.startswith("not testable: ")
+    assert partial.verdict.endswith(f"No probe: {partial.no_probe}.")
+    for table, words in (
+        (questions_table(pattern[:, :1], (1,)), "the run has one depth, 1"),
+        (pd.DataFrame(), "empty"),
+        (questions_table(pattern[:2], (1, 4))[1:3], "no question has a row at every depth"),
+    ):
+        with pytest.raises(Untestable, match=words) as error:
+            routing(table)
+        assert error.value.hint
     alone = routing(questions_table(pattern[:1], (1, 4)), probe=probe(np.ones(1)), resamples=50)
     assert "no interval: one question" in alone.verdict
     gap = routing(questions_table(pattern, (1, 4)).drop(index=[0]), probe=probe(np.ones(120)), resamples=50)
     assert (gap.n_excluded, gap.n_questions) == (1, 119)
-    for result in (one, empty, nobody, alone, gap, partial, found()):
+    for result in (alone, gap, partial, found()):
         json.dumps(result.to_dict(), allow_nan=False)
         result.figures()
         assert "<h3>" in result._repr_html_()

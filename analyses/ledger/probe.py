@@ -1,7 +1,7 @@
 """The rows of the claims ledger that the halting probe fills: what it tells (C12), what it breaks (C13).
 
-found = probe_run("gpqa")
-claims(run, more=probe_rows(found.halting, found.routing))
+probed = probe_run("gpqa")
+claims(run, more=probe_rows(probed.halting, probed.routing))
 """
 
 from __future__ import annotations
@@ -12,48 +12,54 @@ import numpy as np
 
 from sst_interp.analyses.ledger import rules
 from sst_interp.analyses.ledger.rules import EVERYWHERE, LEAST, Finding, Row, judged, untestable
-from sst_interp.analyses.parts.plain_probes import constants
-from sst_interp.analyses.parts.routed_policies import PROBE
 from sst_interp.analyses.statistics.bootstrap import Interval, percent_text, points_text, questions_words
+from sst_interp.errors import Untestable
+from sst_interp.experiments.probe.plain import constants
+from sst_interp.experiments.probe.routing import PROBE
 
 if TYPE_CHECKING:
-    from sst_interp.analyses.halting import Halting
-    from sst_interp.analyses.routing import Routing
+    from collections.abc import Callable
+
+    from sst_interp.experiments.probe.finding import Halting
+    from sst_interp.experiments.probe.routing import Routing
 
 PAPER_LABEL, LEVEL = "must-halt", 0.05
 
 
-def probe_rows(halting: Halting, routing: Routing) -> list[Row]:
+def probe_rows(halting: Halting | Untestable, routing: Routing | Untestable) -> list[Row]:
     """C12 and C13, for `claims(run, more=...)`.
 
     Args:
-        halting: the probe of a run. The claims are about `must-halt`; one of another label says what was
-            measured, and is not testable.
-        routing: of the same run, by that probe.
+        halting: the probe of a run, or what was raised. The claims are about `must-halt`; a probe of another
+            label says what was measured, and is not testable.
+        routing: of the same run, by that probe, or what was raised.
     """
-    found = (rules.C12, probe_tells(halting)), (rules.C13, routed_breaks(halting, routing))
-    return [Row(claim, EVERYWHERE, finding) for claim, finding in found]
+    tells, breaks = _judged(probe_tells, halting), _judged(routed_breaks, halting, routing)
+    return [Row(rules.C12, EVERYWHERE, tells), Row(rules.C13, EVERYWHERE, breaks)]
+
+
+def _judged(judge: Callable[..., Finding], *results: Halting | Routing | Untestable) -> Finding:
+    """What a rule says of results, or why one of them does not exist."""
+    why = next((result.message for result in results if isinstance(result, Untestable)), None)
+    return judge(*results) if why is None else untestable(why)
 
 
 def probe_tells(found: Halting) -> Finding:
     """C12: hits, AUC and permutation p-value; beside them specificity, a binomial reading and the rest."""
-    if found.not_testable:
-        return untestable(found.not_testable)
     dims = found.dims
     here = f"{found.hits} of {found.n_positive} {found.label} questions, AUC {found.auc.text()}"
     here += f", p = {found.p_auc:.2g}" if found.permutations else ", not tested"
-    here += f"; {dims.count:.0f} dimensions ({percent_text(dims.share)} of a layer)" if dims else ""
+    here += f"; {dims.count:.0f} dimensions ({percent_text(dims.share)} of a layer)"
     return Finding(here, judged(_tells(found), found.auc, why=_why(found)), found.sensitivity, _beside(found))
 
 
 def routed_breaks(probe: Halting, found: Routing) -> Finding:
     """C13: what routing breaks and the errors it makes by halting; beside it flat depths and dealt depths."""
-    why = found.not_testable or found.no_probe
-    if why:
-        return untestable(why)
+    if found.no_probe:
+        return untestable(found.no_probe)
     row, flat = found.row(PROBE), found.policies[found.policies["kind"] == "flat"]
     interval = Interval(row["broken_share"], row["broken_share_low"], row["broken_share_high"], found.right)
-    beyond = Interval(row["beyond"], row["beyond_low"], row["beyond_high"], found.n_questions)
+    beyond = found.interval(row, "beyond")
     here = f"{row['broken']} of {found.right} right answers broken, {row['conservative']} conservative errors"
     control = f"{row['mended']} mended; accuracy {percent_text(row['accuracy'])}, over the same depths dealt "
     control += f"at random {points_text(beyond)}"

@@ -13,10 +13,10 @@ import sst_interp
 from sst_interp.commands import findings, kinds, runs, training
 from sst_interp.commands.common import takes_run
 from sst_interp.errors import SSTError
+from sst_interp.experiments.probe.commands import probe
 from sst_interp.experiments.studies.commands import app as study_app
 from sst_interp.patching.commands import patch
 from sst_interp.printing import plain, say
-from sst_interp.probe.commands import probe
 
 app = typer.Typer(
     name="sst-interp",

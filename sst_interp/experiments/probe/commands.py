@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sst_interp.probe.labels import RULES
+from sst_interp.experiments.probe.data import RULES
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from sst_interp.probe.named import Probed
+    from sst_interp.experiments.probe.saved import Probed
 
 LABELS = "; ".join(f"{name}: {rule.definition}" for name, rule in RULES.items())
 PROBE_COLUMNS = ("auc", "sensitivity", "specificity", "balanced", "brier", "probe_minus")
@@ -37,7 +36,7 @@ def probe(
     ] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="Of folds, initial weights and permutations.")] = 0,
     save: Annotated[
-        Path | None, typer.Option(help="Folder to keep the probe in (probe.json, probe.safetensors).")
+        str | None, typer.Option(help="Folder to keep the probe in (probe.json, probe.safetensors).")
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print everything as JSON instead of tables and verdicts.")
@@ -64,15 +63,14 @@ def probe(
     from tqdm import tqdm
 
     from sst_interp.analyses.ledger.probe import PAPER_LABEL, probe_rows
-    from sst_interp.guarded import check_place
+    from sst_interp.experiments.probe import saved
+    from sst_interp.experiments.probe.fit import Design
     from sst_interp.kept_findings import keep_findings
-    from sst_interp.probe.design import Design
-    from sst_interp.probe.named import probe_run
     from sst_interp.runs import open_run
 
     opened: Any = open_run(run)
     if save is not None:
-        check_place(save, "give another --save")
+        saved.check_save(save)
     if not opened.complete:
         captured = opened.questions["question"].nunique()
         print(f"note: {opened.name} is not complete: {captured} questions so far", file=sys.stderr)
@@ -81,22 +79,19 @@ def probe(
         def show(what: str, done: int, of: int) -> None:
             bar.update(done - bar.n)
 
-        found = probe_run(opened, label, layer, permutations, Design(seed=seed), progress=show)
-    if as_json:
-        print(json.dumps(as_dict(found), indent=2))
-    else:
-        print(as_text(found))
+        probed = saved.probe_run(opened, label, layer, permutations, Design(seed=seed), progress=show)
+    print(json.dumps(as_dict(probed), indent=2) if as_json else as_text(probed))
     if label == PAPER_LABEL:
         made = {"label": label, "layer": layer, "permutations": permutations, "seed": seed}
-        rows = probe_rows(found.halting, found.routing)
-        results = {"halting": found.halting, "routing": found.routing}
+        rows = probe_rows(probed.halting, probed.routing)
+        results = {"halting": probed.halting, "routing": probed.routing}
         kept = keep_findings(opened, "probe", rows, made, results)
         print(f"claims C12 and C13: {kept}", file=sys.stderr)
     if save is not None:
-        print(f"probe: {found.probe.save(save)}", file=sys.stderr)
+        print(f"probe: {probed.probe.save(save)}", file=sys.stderr)
 
 
-def as_dict(found: Probed) -> dict[str, Any]:
+def as_dict(probed: Probed) -> dict[str, Any]:
     """JSON-ready: both results, the rows of the claims ledger, and what was trained on every question."""
     from sst_interp.analyses.ledger.probe import probe_rows
 
@@ -110,28 +105,30 @@ def as_dict(found: Probed) -> dict[str, Any]:
             "verdict": row.finding.verdict,
             "control": row.finding.control,
         }
-        for row in probe_rows(found.halting, found.routing)
+        for row in probe_rows(probed.halting, probed.routing)
     ]
-    trained = {"layer": found.probe.layer, "dims": found.probe.dims.tolist()}
+    trained = {"layer": probed.probe.layer, "dims": probed.probe.dims.tolist()}
     return {
-        "halting": found.halting.to_dict(),
-        "routing": found.routing.to_dict(),
+        "halting": probed.halting.to_dict(),
+        "routing": probed.routing.to_dict(),
         "claims": rows,
         "probe": trained,
     }
 
 
-def as_text(found: Probed) -> str:
+def as_text(probed: Probed) -> str:
     """Tables, verdicts and the rows of the claims ledger."""
     from sst_interp.analyses.ledger.probe import probe_rows
 
     parts = [
-        _table(found.halting.table, ("name",), PROBE_COLUMNS),
-        found.halting.verdict,
-        _table(found.routing.table, ("name",), POLICY_COLUMNS, COUNTS),
-        found.routing.verdict,
+        _table(probed.halting.table, ("name",), PROBE_COLUMNS),
+        _table(probed.halting.checks, ("name",), ("value",), ("p", "knowing_nothing")),
+        _table(probed.halting.readings, ("whose", "found", "of", "against"), (), ("rate", "p")),
+        probed.halting.verdict,
+        _table(probed.routing.table, ("name",), POLICY_COLUMNS, COUNTS),
+        probed.routing.verdict,
     ]
-    for row in probe_rows(found.halting, found.routing):
+    for row in probe_rows(probed.halting, probed.routing):
         parts.append(f"{row.claim.id} ({row.claim.words}): {row.finding.verdict}. {row.finding.here}")
     return "\n\n".join(parts)
 
@@ -151,4 +148,5 @@ def _table(
     for name in intervals:
         ends = zip(table[name], table[f"{name}_low"], table[f"{name}_high"], strict=True)
         shown[name.replace("_", " ")] = [words(*row) for row in ends]
-    return pd.DataFrame(shown | {name: table[name] for name in plain}).to_string(index=False)
+    shown |= {name.replace("_", " "): table[name] for name in plain}
+    return pd.DataFrame(shown).to_string(index=False, na_rep="", float_format="{:.3g}".format)

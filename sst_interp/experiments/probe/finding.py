@@ -1,0 +1,479 @@
+"""The halting probe (claim C12): can it be told from position 0 whether thinking longer helps or breaks?
+
+Every number is out of fold, with layer, dimensions and penalty chosen inside each fold; every p-value
+permutes the labels through all of it. Beside the probe stand what a sceptic asks for: the two policies that
+need no probe, plain probes, what selection outside the fold would have shown, and how well random labels
+can be memorised.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+from sklearn.metrics import roc_curve
+
+from sst_interp.analyses.figures.outputs import bars
+from sst_interp.analyses.parts.answers import Answers, answers_of, mean_of
+from sst_interp.analyses.plots import BLUE, GREEN, GREY, ORANGE, VERMILLION, Dot, canvas, dots, empty_figure
+from sst_interp.analyses.result import Result
+from sst_interp.analyses.statistics.along_texts import p_value
+from sst_interp.analyses.statistics.bootstrap import RESAMPLES, Interval, percent_text, questions_words
+from sst_interp.errors import Untestable
+from sst_interp.experiments.probe.data import (
+    RULES,
+    Features,
+    Labels,
+    halting_labels,
+    position0,
+    usable_layers,
+)
+from sst_interp.experiments.probe.fit import Design, Inputs
+from sst_interp.experiments.probe.plain import comparison, constants
+from sst_interp.experiments.probe.scores import (
+    DimsRead,
+    Hits,
+    auc,
+    auc_difference,
+    binomial_readings,
+    brier,
+    calibration,
+    decisions,
+    dims_read,
+    pairs_in_order,
+    probabilities,
+)
+from sst_interp.experiments.probe.validate import (
+    Progress,
+    in_folds,
+    null_scores,
+    pair_auc,
+    score,
+)
+
+if TYPE_CHECKING:
+    from sst_interp.run import Run
+
+LEVEL = 0.05
+FEW = 10
+"""Questions of the smaller class below which a verdict says so."""
+PERMUTATIONS = 1000
+REPEATS = 10
+
+
+@dataclass(frozen=True, eq=False)
+class Halting(Result):
+    """What the probe tells, and what it is worth. Intervals resample questions, with the probes as they
+    are.
+    """
+
+    label: str
+    definition: str
+    """Which questions are positive, and which negative."""
+    action: str
+    """What is done with a question called positive: `halt` or `iterate`."""
+    kind: str
+    """Of probe."""
+    iteration: int
+    """After which iteration of position 0 the states were read."""
+    n_questions: int
+    n_positive: int
+    n_excluded: int
+    """Questions that are neither positive nor negative, or lack a depth."""
+    scores: pd.DataFrame
+    """A row per question: question, id, positive, score (out of fold; above 0: called positive), probability,
+    called, and the layer, dims and penalty that were chosen without it."""
+    auc: Interval
+    """Leave-one-out, rebalanced: the headline. This and the next three are the same probe."""
+    pair_auc: Interval
+    """Leave-pair-out."""
+    fold_auc: Interval
+    """Repeated stratified k-fold, pairs of one fold."""
+    pooled_auc: Interval
+    """Leave-one-out without rebalancing, pooled over questions: biased, for comparison with the
+    literature."""
+    sensitivity: Interval
+    specificity: Interval
+    balanced: Interval
+    hits: int
+    """Positive questions called positive, of n_positive."""
+    called: int
+    """Questions called positive, of n_questions."""
+    brier: Interval
+    base_brier: float
+    """Of predicting the share of positive questions for every one."""
+    calibration: pd.DataFrame
+    permutations: int
+    p_auc: float
+    """Permutation p-value of the leave-one-out AUC; this and the next three are one-sided."""
+    p_fold_auc: float
+    """Of the AUC of the first division into folds."""
+    p_balanced: float
+    p_hits: float
+    null: pd.DataFrame
+    """A row per permutation: auc, fold_auc, balanced, hits, called, fitted."""
+    readings: pd.DataFrame
+    """Hits as a binomial figure against every rate, the paper's too (`binomial_readings`)."""
+    fitted: float
+    """Balanced accuracy on the questions learnt from, mean over folds ..."""
+    fitted_random: float
+    """... and with permuted labels: what the probe can memorise. The difference is its selectivity."""
+    leaky_auc: Interval
+    """Leave-one-out AUC with the selection made on all questions, the held-out one included."""
+    leak: Interval
+    """What that adds."""
+    dims: DimsRead
+    """Dimensions read by the leave-one-out probes."""
+    fold_dims: DimsRead
+    """By those of the folds, which share fewer questions: their agreement means more."""
+    comparison: pd.DataFrame
+    """A row per probe and policy (`plain.comparison`)."""
+    at_chance: str | None = None
+    """Why the labels are noise (they are about right and wrong, and the model guesses); None if they are
+    not."""
+
+    @property
+    def title(self) -> str:
+        """What was asked."""
+        return f"Halting probe: {self.label}"
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """A row per probe and policy."""
+        return self.comparison
+
+    @property
+    def selectivity(self) -> float:
+        """How much better it fits the real labels than random ones, in balanced accuracy where it learns."""
+        return self.fitted - self.fitted_random
+
+    @property
+    def checks(self) -> pd.DataFrame:
+        """The same probe in every validation: a row each with name, value (with `_low` and `_high`), p
+        (permutation) and `knowing_nothing`, the value that knowing nothing has.
+        """
+        known = Interval(self.fitted, math.nan, math.nan, self.n_questions)
+        rows = [
+            ("AUC, leave-one-out, rebalanced", self.auc, self.p_auc, 0.5),
+            ("AUC, leave-pair-out", self.pair_auc, math.nan, 0.5),
+            ("AUC, stratified folds", self.fold_auc, self.p_fold_auc, 0.5),
+            ("AUC, pooled, not rebalanced (biased)", self.pooled_auc, math.nan, 0.5),
+            ("AUC, selection outside the fold (wrong)", self.leaky_auc, math.nan, 0.5),
+            ("balanced accuracy", self.balanced, self.p_balanced, 0.5),
+            ("balanced accuracy where it learns", known, math.nan, self.fitted_random),
+            ("Brier score", self.brier, math.nan, self.base_brier),
+        ]
+        return pd.DataFrame(
+            [(name, of.estimate, of.low, of.high, p, nothing) for name, of, p, nothing in rows],
+            columns=["name", "value", "value_low", "value_high", "p", "knowing_nothing"],
+        )
+
+    @property
+    def verdict(self) -> str:
+        """Whether the probe tells more than permuted labels do; of how many questions; and how well."""
+        tells = f"The probe tells {self.label} questions from the others."
+        if not self.permutations:
+            tells = "Not tested: no labels were permuted."
+        elif not self.p_auc <= LEVEL:
+            tells = "The probe tells no more than permuted labels do."
+        p = f" (permutation p = {self.p_auc:.2g})" if self.permutations else ""
+        words = f"{tells} {self.n_positive} of {questions_words(self.n_questions)} positive. "
+        words += f"Out of fold: AUC {self.auc.text()}{p}; sensitivity {self.sensitivity.text(percent=True)}, "
+        words += f"specificity {self.specificity.text(percent=True)}."
+        if self.at_chance:
+            words += f" {self.at_chance[0].upper()}{self.at_chance[1:]}: this label says little."
+        few = min(self.n_positive, self.n_questions - self.n_positive)
+        care = f" The smaller class has {questions_words(few)}: read with care."
+        return words + (care if few < FEW else "")
+
+    def figure(self) -> go.Figure:
+        """AUC of the probe and the alternatives."""
+        return self.figures()["auc"]
+
+    def figures(self) -> dict[str, go.Figure]:
+        """auc, decisions, permutation, calibration and dims. Always and never are wherever they can be."""
+        words = f"{self.label}: {self.n_positive} of {questions_words(self.n_questions)} positive; "
+        words += "leave-one-out"
+        draw = {"auc": _auc, "decisions": _decisions, "permutation": _permutation}
+        draw |= {"calibration": _calibration, "dims": _dims}
+        return {name: each(self, words) for name, each in draw.items()}
+
+
+def halting(
+    run: Run,
+    label: str = "must-halt",
+    layer: int | None = None,
+    design: Design | None = None,
+    iteration: int = 1,
+    permutations: int = PERMUTATIONS,
+    repeats: int = REPEATS,
+    resamples: int = RESAMPLES,
+    progress: Progress | None = None,
+) -> Halting:
+    """The halting probe of a captured run.
+
+    Args:
+        run: captured with `keep = "position0"` (the default) or more.
+        label: what is to be told (`data.RULES`).
+        layer: which layer's output is read; None chooses among all of them, inside each fold.
+        design: the kind of probe and its candidates; its `layers` are set by `layer`.
+        iteration: after which iteration of position 0.
+        permutations: B; 0 tests nothing.
+        repeats: divisions into folds.
+        resamples: question resamples.
+        progress: called with (what, done, of).
+
+    Raises:
+        Untestable: no questions, labels all equal, a class of fewer than two questions, an iteration that the
+            run does not have, constant features.
+        SSTError: an unknown label, a layer or states that were not captured.
+    """
+    if not len(run.questions):
+        raise Untestable(f"run {run.name} has no questions", f"`sst-interp capture --run {run.name}`")
+    answers = answers_of(run.questions)
+    labels = halting_labels(answers, label)
+    features = position0(run, labels.questions, iteration)
+    halting = halting_of(features, labels, layer, design, permutations, repeats, resamples, progress)
+    return replace(halting, at_chance=at_chance(answers, label, resamples))
+
+
+def halting_of(
+    features: Features,
+    labels: Labels,
+    layer: int | None = None,
+    design: Design | None = None,
+    permutations: int = PERMUTATIONS,
+    repeats: int = REPEATS,
+    resamples: int = RESAMPLES,
+    progress: Progress | None = None,
+) -> Halting:
+    """The same from features and labels in memory; arguments as for `halting`."""
+    design = replace(design or Design(), layers=usable_layers(features, layer))
+    inputs, positive = Inputs(features.states), labels.positive
+    y = torch.from_numpy(positive[None].astype(np.float32))
+    options = resamples, design.seed
+    every = ("leave_one_out", "plain_leave_one_out", "folds")
+    own = score(design, inputs, y, every, keep=True)
+    loo, logits = own["leave_one_out"], own["leave_one_out"].logits[0]
+    told, in_order = logits > 0, pairs_in_order(logits, positive)
+    leaky = score(replace(design, leak=True), inputs, y)["leave_one_out"].logits[0]
+    leaky_pairs = pairs_in_order(leaky, positive)
+    first, folded = in_folds(own["folds"], design, inputs, y, repeats)
+    told_right = decisions(positive, told, *options)
+    chance = probabilities(logits, positive)
+
+    null = null_scores(design, inputs, positive, permutations, progress)
+    hits, called = int((positive & told).sum()), int(told.sum())
+    observed = {
+        "auc": in_order.share,
+        "fold_auc": first,
+        "balanced": told_right.balanced.estimate,
+        "hits": hits,
+    }
+    p = {name: p_value(null[name].to_numpy(), value, 1) if len(null) else math.nan
+         for name, value in observed.items()}  # fmt: skip
+    permuted = {f"labels permuted {permutations:,} times": p["hits"]} if permutations else {}
+    width, action = (inputs.d_model, len(design.layers)), "halt" if labels.halts else "iterate"
+    scores = pd.DataFrame(
+        {
+            "question": labels.questions,
+            "id": labels.ids,
+            "positive": positive,
+            "score": logits,
+            "probability": chance,
+            "called": told,
+            "layer": loo.layer[0],
+            "dims": loo.dims[0],
+            "penalty": loo.penalty[0],
+        }
+    )
+    theirs = comparison(features, scores, in_order, labels, design, resamples, p["auc"])
+    return Halting(
+        label=labels.name,
+        definition=labels.definition,
+        action=action,
+        kind=design.kind,
+        iteration=features.iteration,
+        n_questions=len(positive),
+        n_positive=labels.n_positive,
+        n_excluded=labels.n_excluded,
+        scores=scores,
+        auc=auc(in_order, *options),
+        pair_auc=pair_auc(design, inputs, y, resamples),
+        fold_auc=auc(folded, *options),
+        pooled_auc=auc(pairs_in_order(own["plain_leave_one_out"].logits[0], positive), *options),
+        sensitivity=told_right.sensitivity,
+        specificity=told_right.specificity,
+        balanced=told_right.balanced,
+        hits=hits,
+        called=called,
+        brier=brier(chance, positive, *options),
+        base_brier=labels.n_positive * labels.n_negative / len(positive) ** 2,
+        calibration=calibration(chance, positive, resamples=resamples, seed=design.seed),
+        permutations=permutations,
+        p_auc=p["auc"],
+        p_fold_auc=p["fold_auc"],
+        p_balanced=p["balanced"],
+        p_hits=p["hits"],
+        null=null,
+        readings=binomial_readings(
+            Hits(hits, labels.n_positive), called, len(positive), permuted, action=action
+        ),
+        fitted=float(loo.fitted.mean()),
+        fitted_random=float(null["fitted"].mean()) if len(null) else math.nan,
+        leaky_auc=auc(leaky_pairs, *options),
+        leak=auc_difference(leaky_pairs, in_order, *options),
+        dims=dims_read(loo.read, loo.layer[0], *width),
+        fold_dims=dims_read(own["folds"].read, own["folds"].layer[0], *width),
+        comparison=theirs,
+        at_chance=None,
+    )
+
+
+def at_chance(answers: Answers, label: str, resamples: int = RESAMPLES) -> str | None:
+    """Why a label tells noise from noise: it is about right and wrong, and the answers are guesses; or None.
+
+    Guesses: lettered answers whose accuracy is above blind guessing (lower end of its interval) at no depth.
+    """
+    if RULES[label].needs_answers or not answers.choices or not len(answers.questions):
+        return None
+    guess = 1 / answers.choices
+    accuracies = [mean_of(right, resamples=resamples) for right in answers.correct.T]
+    if any(accuracy.known and accuracy.low > guess for accuracy in accuracies):
+        return None
+    return (
+        f"accuracy is above blind guessing ({percent_text(guess)}) at no depth, so right and wrong are noise"
+    )
+
+
+def _auc(probe: Halting, subtitle: str) -> go.Figure:
+    rows = []
+    for place, row in enumerate(probe.comparison.to_dict("records")):
+        constant = row["name"] in constants(probe.action)
+        series = "no probe" if constant else "the probe" if place == 0 else "plain alternative"
+        rows.append(Dot(row["name"], series, row["auc"], row["auc_low"], row["auc_high"]))
+    for row in probe.checks.iloc[1:5].to_dict("records"):
+        ends = row["value"], row["value_low"], row["value_high"]
+        rows.append(Dot(row["name"][5:], "the same probe, otherwise validated", *ends))
+    return dots("Area under the curve", subtitle, "AUC (one half is chance)", rows, reference=0.5)
+
+
+def _decisions(probe: Halting, subtitle: str) -> go.Figure:
+    """The curve of the probe, and what each alternative does at its own threshold."""
+    figure = canvas(
+        "What it finds and what it lets go",
+        subtitle,
+        "1 - specificity: negative questions called positive (share)",
+        "sensitivity: positive questions called positive (share)",
+    )
+    positive, scores = probe.scores["positive"].to_numpy(dtype=bool), probe.scores["score"].to_numpy()
+    along, up, _ = roc_curve(positive, scores, drop_intermediate=False)
+    figure.add_scatter(
+        x=along, y=up, mode="lines", name="the probe, every threshold",
+        line={"color": BLUE, "width": 2, "shape": "hv"}, hoverinfo="skip",
+    )  # fmt: skip
+    figure.add_scatter(
+        x=[0, 1], y=[0, 1], mode="lines", name="chance", line={"color": GREY, "dash": "dot"}, hoverinfo="skip"
+    )
+    table = probe.comparison
+    for rows, name, colour, symbol in (
+        (table.iloc[:1], "the probe's decisions", BLUE, "circle"),
+        (table.iloc[1:-2], "plain alternatives", ORANGE, "diamond"),
+        (table.iloc[-2:], " and ".join(constants(probe.action)), VERMILLION, "square"),
+    ):
+        x, y = 1 - rows["specificity"].to_numpy(), rows["sensitivity"].to_numpy()
+        low, high = 1 - rows["specificity_high"].to_numpy(), 1 - rows["specificity_low"].to_numpy()
+        figure.add_scatter(
+            x=x, y=y, mode="markers", name=name, text=rows["name"],
+            marker={"color": colour, "size": 10, "symbol": symbol},
+            error_x=bars(x, low, high, colour),
+            error_y=bars(y, rows["sensitivity_low"].to_numpy(), rows["sensitivity_high"].to_numpy(), colour),
+            hovertemplate="%{text}: sensitivity %{y:.1%}, 1 - specificity %{x:.1%}<extra></extra>",
+        )  # fmt: skip
+    figure.update_xaxes(tickformat=".0%", range=[-0.03, 1.03])
+    figure.update_yaxes(tickformat=".0%", range=[-0.03, 1.03])
+    figure.update_layout(height=480)
+    return figure
+
+
+def _permutation(probe: Halting, subtitle: str) -> go.Figure:
+    title = "Permuted labels, put through everything"
+    if not probe.permutations:
+        return empty_figure(title, "not testable: no permutations were made")
+    words = f"{subtitle}; {probe.permutations:,} permutations, p = {probe.p_auc:.2g}"
+    figure = canvas(title, words, "AUC, leave-one-out rebalanced", "permutations")
+    figure.add_histogram(
+        x=probe.null["auc"], xbins={"start": 0, "end": 1, "size": 0.025}, name="permuted labels",
+        marker={"color": GREY, "line": {"width": 0}},
+        hovertemplate="AUC %{x}: %{y} permutations<extra></extra>",
+    )  # fmt: skip
+    lines = [(probe.auc.estimate, "the real labels", BLUE)]
+    lines += [(probe.leaky_auc.estimate, "real labels, selection outside the fold", VERMILLION)]
+    lines += [(0.5, " and ".join(constants(probe.action)), GREEN)]
+    for value, name, colour in lines:
+        figure.add_vline(x=value, line={"color": colour, "width": 2})
+        figure.add_scatter(
+            x=[None], y=[None], mode="lines", name=f"{name} {value:.2f}", line={"color": colour, "width": 2}
+        )
+    figure.update_xaxes(range=[0, 1])
+    return figure
+
+
+def _calibration(probe: Halting, subtitle: str) -> go.Figure:
+    figure = canvas(
+        "Predicted and observed", subtitle, "predicted probability of positive", "share positive (observed)"
+    )
+    t = probe.calibration
+    observed = t["observed"].to_numpy()
+    figure.add_scatter(
+        x=t["predicted"], y=observed, mode="markers+lines", name="the probe", customdata=t["questions"],
+        error_y=bars(observed, t["observed_low"].to_numpy(), t["observed_high"].to_numpy(), BLUE),
+        line={"color": BLUE}, marker={"size": 9},
+        hovertemplate="predicted %{x:.2f}: %{y:.1%} of %{customdata} questions<extra></extra>",
+    )  # fmt: skip
+    figure.add_scatter(
+        x=[0, 1],
+        y=[0, 1],
+        mode="lines",
+        name="perfect",
+        line={"color": GREY, "dash": "dot"},
+        hoverinfo="skip",
+    )
+    rate = probe.n_positive / probe.n_questions
+    figure.add_scatter(
+        x=[1, 0], y=[rate, rate], mode="markers", name=" and ".join(constants(probe.action)),
+        text=list(constants(probe.action)),
+        marker={"color": VERMILLION, "size": 10, "symbol": "square"},
+        hovertemplate="%{text}: %{y:.1%} observed<extra></extra>",
+    )  # fmt: skip
+    figure.update_yaxes(tickformat=".0%", range=[-0.03, 1.03])
+    figure.update_xaxes(range=[-0.03, 1.03])
+    return figure
+
+
+def _dims(probe: Halting, subtitle: str) -> go.Figure:
+    title, dims = "Dimensions the probes read", probe.dims
+    if dims.table.empty:
+        return empty_figure(title, "the probes read no dimension")
+    words = f"{subtitle}; {dims.count:.0f} per probe"
+    if math.isfinite(dims.stability):
+        words += f"; stability {dims.stability:.2f}"
+        if math.isfinite(probe.fold_dims.stability):
+            words += f", between folds {probe.fold_dims.stability:.2f}"
+    figure = canvas(title, words, "dimension (0-based)", "share of probes that read it")
+    for (layer, rows), colour in zip(
+        sorted(dims.table.groupby("layer"), key=lambda g: -len(g[1])), (BLUE, ORANGE, GREEN), strict=False
+    ):
+        figure.add_bar(
+            x=rows["dim"], y=rows["share"], name=f"layer {layer}", marker={"color": colour},
+            width=max(1.0, dims.table["dim"].max() / 400),
+            hovertemplate=f"layer {layer}, dimension %{{x}}: %{{y:.0%}}<extra></extra>",
+        )  # fmt: skip
+    figure.update_yaxes(tickformat=".0%", range=[0, 1.03])
+    figure.update_layout(barmode="overlay")
+    return figure

@@ -1,0 +1,377 @@
+"""Routing (claim C13): accuracy against the passes it costs, for every way of choosing a depth per question.
+
+A policy looks at position 0 and picks one depth for the question. What it got right is in the run: each
+question's answer at every captured depth. Three things keep the comparison fair:
+
+- a policy with two depths can always be had by tossing a coin. `beyond` is its accuracy less what the same
+  depths, dealt to questions at random, would have got: what it *knows* about questions;
+- a threshold is chosen on other questions than those it is applied to;
+- the oracle, which needs the right answer to choose, stands in the figure and is not a policy.
+
+A pass is one run of the layer stack for one generated token, or one look at position 0. Prompts cost every
+policy the same and are not counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+
+from sst_interp.analyses.figures.outputs import bars
+from sst_interp.analyses.parts.answers import Answers, answers_of, mean_of
+from sst_interp.analyses.plots import BLUE, GREY, ORANGE, VERMILLION, canvas
+from sst_interp.analyses.result import Result
+from sst_interp.analyses.statistics.along_texts import over_questions
+from sst_interp.analyses.statistics.bootstrap import (
+    RESAMPLES,
+    Interval,
+    as_columns,
+    cluster_bootstrap,
+    points_text,
+    questions_words,
+    share_of_questions,
+)
+from sst_interp.errors import Untestable
+from sst_interp.experiments.probe.data import THRESHOLDS, traces
+from sst_interp.experiments.probe.validate import random_keys
+
+if TYPE_CHECKING:
+    from sst_interp.experiments.probe.finding import Halting
+    from sst_interp.run import Run
+
+FOLDS = 6
+LEVELS = 20
+"""Candidate thresholds of a rule: quantiles of its numbers, never and always."""
+ORACLE = "oracle over depths (not a policy)"
+PROBE = "probe"
+SERIES = (
+    ("flat", "flat depths", GREY, "circle", "lines+markers+text"),
+    ("policy", "policies, out of fold", BLUE, "diamond", "markers+text"),
+    ("oracle", "oracle over depths (not a policy)", VERMILLION, "x", "markers"),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Routing(Result):
+    """Every policy on the same questions. All intervals resample questions."""
+
+    policies: pd.DataFrame
+    """A row per policy: name, kind (flat, policy, oracle); accuracy, passes (per question), `beyond`
+    (accuracy less that of the same depths dealt at random), saved (share of the passes of the deepest flat
+    depth) and broken_share (of the answers right at the shallowest depth), each with `_low` and `_high`;
+    mean_depth; broken (right at the shallowest depth, wrong as routed), mended (the reverse) and
+    conservative (wrong as routed, right at a deeper depth), in questions."""
+    curve: pd.DataFrame
+    """Columns threshold, accuracy, passes: the probe at every threshold. The best of them, picked afterwards,
+    is not a policy."""
+    of_question: pd.DataFrame
+    """Columns question, id, and the depth that each policy gives."""
+    label: str
+    """What the probe tells."""
+    base: int
+    deepest: int
+    right: int
+    """Questions right at the shallowest depth."""
+    n_questions: int
+    n_excluded: int
+    """Questions left out: a depth is missing."""
+    no_probe: str | None
+    """Why there is no probe among the policies."""
+    missing: tuple[str, ...]
+    """Rules the tables have no numbers for."""
+
+    @property
+    def title(self) -> str:
+        """What was asked."""
+        return "Routing: accuracy against passes"
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """A row per policy."""
+        return self.policies
+
+    @property
+    def verdict(self) -> str:
+        """Whether the probe, or else the best rule, beats the same depths dealt at random."""
+        rules = self.policies[(self.policies["kind"] == "policy") & (self.policies["name"] != PROBE)]
+        routed = [(f"The {self.label} probe", self.row(PROBE))] if self.no_probe is None else []
+        if len(rules):
+            best = rules.iloc[int(np.argmax(rules["accuracy"].to_numpy()))]
+            routed.append((f"The best rule ({best['name']})", best))
+        words = f"{questions_words(self.n_questions)}."
+        for place, (who, row) in enumerate(routed):
+            over = self.interval(row, "beyond")
+            knows = "beats" if over.low > 0 else "is worse than" if over.high < 0 else "does not beat"
+            if place == 0:
+                accuracy = self.interval(row, "accuracy").text(percent=True)
+                words = f"{who} {knows} depths dealt at random. {words} "
+                words += f"Accuracy {accuracy}, {points_text(over)} over them."
+            else:
+                words += f" {who}: {points_text(over)}."
+        return words if self.no_probe is None else f"{words} No probe: {self.no_probe}."
+
+    def interval(self, row: pd.Series, name: str) -> Interval:
+        """A number of a policy with its interval."""
+        exact, low, high = (float(row[name + end]) for end in ("", "_low", "_high"))
+        return Interval(exact, low, high, self.n_questions, reason="one question")
+
+    def figure(self) -> go.Figure:
+        """Accuracy against passes per question. A coin reaches the line between two flat depths."""
+        figure = canvas(
+            "Accuracy against passes",
+            f"{questions_words(self.n_questions)}; 95% intervals, questions resampled",
+            "passes through the layer stack per question",
+            "share of questions right",
+        )
+        if len(self.curve):
+            curve = self.curve.sort_values("passes")
+            figure.add_scatter(
+                x=curve["passes"], y=curve["accuracy"], mode="lines", hoverinfo="skip",
+                name="the probe at every threshold (the best of them is no policy)",
+                line={"color": ORANGE, "width": 1, "dash": "dot"},
+            )  # fmt: skip
+        for kind, name, colour, symbol, mode in SERIES:
+            rows = self.policies[self.policies["kind"] == kind]
+            x, y = rows["passes"].to_numpy(), rows["accuracy"].to_numpy()
+            figure.add_scatter(
+                x=x, y=y, mode=mode, name=name, text=rows["name"], textposition="top center",
+                textfont={"size": 11}, marker={"color": colour, "size": 10, "symbol": symbol},
+                line={"color": colour, "dash": "dot"},
+                error_x=bars(x, rows["passes_low"].to_numpy(), rows["passes_high"].to_numpy(), colour),
+                error_y=bars(y, rows["accuracy_low"].to_numpy(), rows["accuracy_high"].to_numpy(), colour),
+                customdata=rows[["broken", "mended", "conservative", "saved"]],
+                hovertemplate="%{text}: %{y:.1%} at %{x:.1f} passes<br>%{customdata[0]} broken, "
+                "%{customdata[1]} mended, %{customdata[2]} conservative errors, "
+                "%{customdata[3]:.0%} of passes saved<extra></extra>",
+            )  # fmt: skip
+        figure.update_yaxes(tickformat=".0%")
+        figure.update_layout(height=480)
+        return figure
+
+    def row(self, name: str) -> pd.Series:
+        """One policy."""
+        return self.policies[(self.policies["name"] == name).to_numpy(dtype=bool)].iloc[0]
+
+
+def routing(
+    questions: pd.DataFrame,
+    steps: pd.DataFrame | None = None,
+    outputs: pd.DataFrame | None = None,
+    pairs: pd.DataFrame | None = None,
+    probe: Halting | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Routing:
+    """Route every question by every policy.
+
+    Args:
+        questions: the run's `questions` table.
+        steps: its `steps` table ...
+        outputs: ... `outputs` and ...
+        pairs: ... `pairs` (the `within` rows at position 0 are used), for the rules; those without their
+            table are left out.
+        probe: the halting probe of the same run, for its out-of-fold scores.
+        resamples: question resamples.
+        seed: of the resampling and of the folds.
+
+    Raises:
+        Untestable: one depth, or no questions.
+    """
+    if not len(questions):
+        raise Untestable("the table questions of this run is empty", "capture the run first")
+    answers = answers_of(questions)
+    if not len(answers.questions):
+        raise Untestable("no question has a row at every depth", "capture the rest of the run")
+    depths = [int(depth) for depth in answers.depths]
+    if len(depths) < 2:
+        raise Untestable(
+            f"the run has one depth, {depths[0]}: there is nothing to choose",
+            "capture it with depths = [1, 4], for example",
+        )
+    costs = costs_of(questions, answers)
+    routed = [*flat(costs), *rules(costs, _traces(answers, steps, outputs, pairs), seed)]
+    no_probe, line = _no_probe(probe, answers), pd.DataFrame(columns=["threshold", "accuracy", "passes"])
+    if probe is not None and no_probe is None:
+        own = probe.scores.set_index("question")["score"].loc[answers.questions].to_numpy(dtype=float)
+        routed.append(by_score(costs, probe, own))
+        line = curve(costs, probe, own)
+    routed.append(oracle(costs))
+    named = {r.name: costs.depths[r.place] for r in routed if r.kind != "flat"}
+    return Routing(
+        policies=pd.DataFrame([scored(r, costs, resamples, seed) for r in routed]),
+        curve=line,
+        of_question=pd.DataFrame({"question": answers.questions, "id": answers.ids} | named),
+        label=probe.label if probe is not None else "",
+        base=depths[0],
+        deepest=depths[-1],
+        right=int(answers.correct[:, 0].sum()),
+        n_questions=len(answers.questions),
+        n_excluded=answers.n_excluded,
+        no_probe=no_probe,
+        missing=tuple(name for name in THRESHOLDS if name not in {r.name for r in routed}),
+    )
+
+
+def routing_of(run: Run, probe: Halting | None = None, resamples: int = RESAMPLES) -> Routing:
+    """The same of a captured run: reads the parts of its tables that are needed."""
+    changes = ["question", "comparison", "position", "a", "b"]
+    steps = run.table("steps", ["question", "text", "depth", "position", "iteration", "entropy"])
+    outputs = run.table("outputs", [*changes, "kl"], "within")
+    pairs = run.table("pairs", [*changes, "layer", "relative_l2"], "within")
+    return routing(run.questions, steps, outputs, pairs, probe, resamples)
+
+
+def _traces(
+    answers: Answers,
+    steps: pd.DataFrame | None,
+    outputs: pd.DataFrame | None,
+    pairs: pd.DataFrame | None,
+) -> dict[str, np.ndarray]:
+    own, change = ["text", "depth", "iteration", "entropy"], ["comparison", "a", "b", "kl", "relative_l2"]
+    nothing = pd.DataFrame(columns=["question", "position", *own, *change])
+    tables = (nothing if table is None else table for table in (steps, outputs, pairs))
+    return traces(answers.questions, int(answers.depths[-1]), *tables)
+
+
+def _no_probe(probe: Halting | None, answers: Answers) -> str | None:
+    if probe is None:
+        return "none was given"
+    if not np.isin(answers.questions, probe.scores["question"]).all():
+        return f"label {probe.label!r} is about some questions only, and which is not known beforehand"
+    return None
+
+
+class Routed(NamedTuple):
+    """What one policy does with every question."""
+
+    name: str
+    kind: str
+    """`flat`, `policy` or `oracle`."""
+    place: np.ndarray
+    """Which of the captured depths each question gets [question]."""
+    looks: int = 0
+    """Passes spent at position 0 on looking."""
+
+
+class Costs(NamedTuple):
+    """What the depths got right and what they cost; of the questions in `answers`."""
+
+    answers: Answers
+    tokens: np.ndarray
+    """Generated tokens [question, depth]."""
+
+    @property
+    def depths(self) -> np.ndarray:
+        """Captured depths, ascending."""
+        return np.asarray(self.answers.depths, dtype=int)
+
+    def right(self, place: np.ndarray) -> np.ndarray:
+        """Whether each question is right at its depth: place [..., question] -> the same."""
+        return self.answers.correct[np.arange(len(self.tokens)), place]
+
+    def passes(self, place: np.ndarray, looks: int = 0) -> np.ndarray:
+        """Passes through the stack that each question takes, likewise."""
+        return looks + self.depths[place] * self.tokens[np.arange(len(self.tokens)), place]
+
+
+def costs_of(questions: pd.DataFrame, answers: Answers) -> Costs:
+    """From a run's `questions` table; a token each where it does not say."""
+    if "tokens" not in questions.columns:
+        return Costs(answers, np.ones(answers.correct.shape))
+    table = questions.pivot(index="question", columns="depth", values="tokens")
+    return Costs(answers, table.loc[answers.questions, answers.depths].to_numpy(dtype=float))
+
+
+def flat(costs: Costs) -> list[Routed]:
+    """Every question at the same depth, for each depth."""
+    depths, n = costs.depths, len(costs.tokens)
+    names = {0: " (always-halt)", len(depths) - 1: " (never-halt)"}
+    return [
+        Routed(f"flat depth {depth}{names.get(k, '')}", "flat", np.full(n, k))
+        for k, depth in enumerate(depths.tolist())
+    ]
+
+
+def oracle(costs: Costs) -> Routed:
+    """The shallowest depth that is right, or the shallowest."""
+    correct = costs.answers.correct
+    return Routed(ORACLE, "oracle", np.where(correct.any(axis=1), correct.argmax(axis=1), 0))
+
+
+def rules(costs: Costs, seen: dict[str, np.ndarray], seed: int = 0) -> list[Routed]:
+    """Every rule with its threshold chosen on the other folds: most right, then fewest passes.
+
+    Args:
+        costs: of every depth.
+        seen: the numbers of each rule, [iteration, question] (`data.traces`).
+        seed: of the folds.
+    """
+    depths, n = costs.depths, len(costs.tokens)
+    fold = np.argsort(np.argsort(random_keys(n, seed))) % min(FOLDS, n)
+    routed = []
+    for name, numbers in seen.items():
+        levels = np.unique(np.quantile(numbers, np.linspace(0, 1, LEVELS)))
+        tensor, deepest = torch.from_numpy(numbers), int(depths[-1])
+        each = [THRESHOLDS[name](float(level), deepest) for level in [-np.inf, *levels, np.inf]]
+        chosen = np.stack([rule.first_below(tensor).numpy() for rule in each])
+        places = np.searchsorted(depths, chosen)  # a depth that was not captured: the next deeper one
+        right, passes = costs.right(places), costs.passes(places)
+        own = np.empty(n, dtype=int)
+        for k in np.unique(fold):
+            others = fold != k
+            own[fold == k] = (right[:, others].sum(1) - 1e-9 * passes[:, others].sum(1)).argmax()
+        routed.append(Routed(name, "policy", places[own, np.arange(n)], looks=deepest))
+    return routed
+
+
+def by_score(costs: Costs, probe: Halting, scores: np.ndarray, threshold: float = 0.0) -> Routed:
+    """The probe: shallowest or deepest, by whether a score [question] is above the threshold."""
+    halt = (scores > threshold) == (probe.action == "halt")
+    return Routed(PROBE, "policy", np.where(halt, 0, len(costs.depths) - 1), looks=probe.iteration)
+
+
+def curve(costs: Costs, probe: Halting, scores: np.ndarray) -> pd.DataFrame:
+    """Columns threshold, accuracy, passes: the probe at every threshold."""
+    records = []
+    for threshold in [-np.inf, *np.unique(scores)]:
+        routed = by_score(costs, probe, scores, threshold)
+        passes = costs.passes(routed.place, routed.looks)
+        records.append((threshold, costs.right(routed.place).mean(), passes.mean()))
+    return pd.DataFrame(records, columns=["threshold", "accuracy", "passes"])
+
+
+def scored(routed: Routed, costs: Costs, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, object]:
+    """A policy as a row of `Routing.policies`."""
+    correct, place = costs.answers.correct, routed.place
+    right, base, depth = costs.right(place), correct[:, 0], costs.depths[place]
+    passes, most = costs.passes(place, routed.looks), costs.depths[-1] * costs.tokens[:, -1]
+    dealt = np.eye(correct.shape[1])[place]
+    deeper = np.arange(correct.shape[1])[None] > place[:, None]
+
+    def beyond(weights: np.ndarray) -> np.ndarray:
+        total = weights.sum(axis=-1)
+        shares, accuracies = weights @ dealt / total[:, None], weights @ correct / total[:, None]
+        return weights @ right / total - (shares * accuracies).sum(axis=-1)
+
+    def saved(totals: np.ndarray) -> np.ndarray:
+        return 1 - totals[..., 0] / totals[..., 1]
+
+    options = resamples, seed
+    columns = as_columns(
+        accuracy=mean_of(right, None, *options),
+        passes=mean_of(passes, None, *options),
+        beyond=over_questions(len(place), beyond, *options),
+        saved=cluster_bootstrap(np.stack([passes, most], 1), saved, resamples, seed=seed),
+        broken_share=share_of_questions(np.where(base, ~right, np.nan), *options),
+    )
+    return {"name": routed.name, "kind": routed.kind, **columns} | {
+        "mean_depth": float(depth.mean()),
+        "broken": int((base & ~right).sum()),
+        "mended": int((~base & right).sum()),
+        "conservative": int((~right & (correct & deeper).any(axis=1)).sum()),
+    }

@@ -1,0 +1,328 @@
+"""What out-of-fold scores are worth: rank order, decisions and probabilities, with questions as the unit.
+
+A score above 0 says "positive". The area under the curve (AUC) is the chance that a positive question scores
+higher than a negative one, over the pairs whose scores may be compared: all of them if every score comes from
+a probe trained on the same shares of both classes, those of the same fold, or those scored by one probe.
+
+The intervals resample questions with the probes as they are. They do not say how another sample of questions
+to train on would have turned out, which varies more: a permutation of the labels does (`validate`).
+
+Hits as a binomial figure (claim C12), at every rate they may be held against. The paper: 29 of 48 must-halt
+questions found in leave-one-out, p = 0.0009. A binomial p-value is about a rate of hits without the probe,
+and the paper does not state the one it used. Three things are the matter with any:
+
+- the answer is the rate: 29 of 48 is rare against 0.37, more so against the base rate (48 of 198), and
+  ordinary against one half;
+- hits are recall. A probe that always says "halt" has 48 of 48. What it says to the other questions decides,
+  and that is in the *rate at which it says halt*: Fisher's exact test takes both margins as they are;
+- leave-one-out probes share nearly all of their training questions, so hits are not independent tosses, and a
+  choice of dimensions makes them less so. Only permuting the labels through everything has that in it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy.optimize import root_scalar
+from scipy.stats import binom, hypergeom, kstest, rankdata
+
+from sst_interp.analyses.statistics.along_texts import over_questions, pair_mean
+from sst_interp.analyses.statistics.bootstrap import (
+    RESAMPLES,
+    Interval,
+    as_columns,
+    cluster_bootstrap,
+    mean_over_questions,
+    share_of_questions,
+)
+
+PAPER_QUESTIONS = 198
+"""GPQA-Diamond: 48 of them must halt."""
+PAPER_P = 0.0009
+"""The paper's p-value, as printed."""
+BINS = 5
+"""Bins of predicted probability in a calibration table, with about as many questions each."""
+
+
+class Pairs(NamedTuple):
+    """Which pairs of a positive and a negative question are in order; both [question, question]."""
+
+    higher: np.ndarray
+    """How often the positive question (row) scored higher than the negative one (column); ties are half."""
+    compared: np.ndarray
+    """How often the two were compared."""
+
+    @property
+    def share(self) -> float:
+        """The AUC; NaN without pairs."""
+        total = self.compared.sum()
+        return float(self.higher.sum() / total) if total else math.nan
+
+
+def pairs_in_order(scores: np.ndarray, positive: np.ndarray, fold: np.ndarray | None = None) -> Pairs:
+    """Pairs of questions by their scores [question]; with `fold` [question], only those of one fold."""
+    compared = positive[:, None] & ~positive[None]
+    if fold is not None:
+        compared = compared & (fold[:, None] == fold[None])
+    gap = scores[:, None] - scores[None]
+    return Pairs(np.where(compared, (gap > 0) + 0.5 * (gap == 0), 0.0), compared.astype(float))
+
+
+def pairs_scored(scores: np.ndarray, positive: np.ndarray) -> Pairs:
+    """Pairs that were each scored by one probe, [pair, 2] with the positive question first, in the order of
+    `np.flatnonzero`: the negatives of the first positive, of the second ...
+    """
+    ones, zeros = np.flatnonzero(positive), np.flatnonzero(~positive)
+    higher = np.zeros((len(positive), len(positive)))
+    compared = higher.copy()
+    gap = scores[:, 0] - scores[:, 1]
+    where = np.ix_(ones, zeros)
+    higher[where] = ((gap > 0) + 0.5 * (gap == 0)).reshape(len(ones), len(zeros))
+    compared[where] = 1
+    return Pairs(higher, compared)
+
+
+def auc(pairs: Pairs, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+    """The AUC, with the probes as they are and questions resampled."""
+    return over_questions(len(pairs.higher), lambda w: pair_mean(w, *pairs), resamples, seed)
+
+
+def auc_difference(one: Pairs, other: Pairs, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+    """One AUC minus another of the same questions, resampled together."""
+    return over_questions(
+        len(one.higher), lambda w: pair_mean(w, *one) - pair_mean(w, *other), resamples, seed
+    )
+
+
+def aucs(scores: np.ndarray, positive: np.ndarray, fold: np.ndarray | None = None) -> np.ndarray:
+    """AUCs of many labellings at once: scores and labels [row, question] -> [row]; with `fold` likewise, the
+    pairs of one fold.
+    """
+    fold = np.zeros(scores.shape, dtype=int) if fold is None else fold
+    higher, compared = np.zeros(len(scores)), np.zeros(len(scores))
+    for k in np.unique(fold):
+        own = fold == k
+        n1, n0 = (own & positive).sum(axis=1), (own & ~positive).sum(axis=1)
+        ranks = rankdata(np.where(own, scores, -np.inf), axis=1)  # those of other folds are below all
+        below = (~own).sum(axis=1)
+        higher += np.where(own & positive, ranks, 0).sum(axis=1) - n1 * (below + (n1 + 1) / 2)
+        compared += n1 * n0
+    with np.errstate(invalid="ignore"):
+        return higher / compared
+
+
+class Decisions(NamedTuple):
+    """What saying "positive" above a score of 0 gets right."""
+
+    sensitivity: Interval
+    """Of the positive questions, those called positive (recall) ..."""
+    specificity: Interval
+    """... and of the negative ones, those not."""
+    balanced: Interval
+    """Mean of the two; one half for always and for never."""
+    called: float
+    """Share of all questions called positive."""
+
+
+def decisions(
+    positive: np.ndarray, called: np.ndarray, resamples: int = RESAMPLES, seed: int = 0
+) -> Decisions:
+    """Sensitivity, specificity and their mean: labels and calls [question], bool."""
+
+    def share(right: np.ndarray, of: np.ndarray) -> Interval:
+        return share_of_questions(np.where(of, right, np.nan), resamples, seed)
+
+    def balanced(totals: np.ndarray) -> np.ndarray:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return (totals[..., 0] / totals[..., 1] + totals[..., 2] / totals[..., 3]) / 2
+
+    sums = np.stack([positive & called, positive, ~positive & ~called, ~positive], axis=1)
+    return Decisions(
+        share(called, positive),
+        share(~called, ~positive),
+        cluster_bootstrap(sums, balanced, resamples, seed=seed),
+        float(called.mean()),
+    )
+
+
+def balanced_accuracies(positive: np.ndarray, called: np.ndarray) -> np.ndarray:
+    """Of many labellings at once: [row, question] -> [row]."""
+    n1 = positive.sum(axis=1)
+    hits, rejected = (positive & called).sum(axis=1), (~positive & ~called).sum(axis=1)
+    return (hits / n1 + rejected / (positive.shape[1] - n1)) / 2
+
+
+def probabilities(scores: np.ndarray, positive: np.ndarray) -> np.ndarray:
+    """Scores of rebalanced leave-one-out as probabilities [question]: a score of 0 stands for the share of
+    positive questions in training, which is the same for every question.
+    """
+    share = (positive.sum() - 1) / (len(positive) - 2)
+    return 1 / (1 + np.exp(-np.clip(scores + np.log(share / (1 - share)), -700, 700)))
+
+
+def brier(chance: np.ndarray, positive: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+    """Mean squared distance of probability and outcome, 0 to 1; lower is better."""
+    return mean_over_questions((chance - positive) ** 2, resamples, seed)
+
+
+def calibration(
+    chance: np.ndarray, positive: np.ndarray, bins: int = BINS, resamples: int = RESAMPLES, seed: int = 0
+) -> pd.DataFrame:
+    """Predicted against observed, in bins of about as many questions; equal predictions share a bin.
+
+    Returns:
+        Columns predicted (mean), observed with `_low` and `_high` (share positive), questions.
+    """
+    edges = np.unique(np.quantile(chance, np.linspace(0, 1, bins + 1)[1:-1], method="lower"))
+    place, records = np.searchsorted(edges, chance, side="left"), []
+    for k in np.unique(place):
+        own = place == k
+        observed = share_of_questions(positive[own].astype(float), resamples, seed)
+        record = {"predicted": chance[own].mean()} | as_columns(observed=observed)
+        records.append(record | {"questions": int(own.sum())})
+    return pd.DataFrame(records)
+
+
+class DimsRead(NamedTuple):
+    """What the probes of one cross-validation read."""
+
+    table: pd.DataFrame
+    """A row per (layer, dimension) that is read at all: layer, dim, probes (how many read it), share."""
+    count: float
+    """Dimensions a probe reads, mean."""
+    share: float
+    """Of the dimensions of its layer."""
+    layers: dict[int, int]
+    """Layer -> probes that read it."""
+    stability: float
+    """Of the set that is read, corrected for chance: 1, always the same; 0, as random sets of that size would
+    agree (Nogueira, Sechidis & Brown 2018). NaN for one probe, or if all dimensions are read."""
+    spread: float
+    """Largest distance of the dimensions' distribution over the index range from an even one, 0 to 1
+    (Kolmogorov-Smirnov), each weighing as often as it is read."""
+    core: int
+    """Dimensions that at least half of the probes read."""
+    core_p: float
+    """P-value of those lying evenly over the index range; NaN if there are none."""
+
+
+def dims_read(read: Sequence[np.ndarray], layers: np.ndarray, d_model: int, n_layers: int) -> DimsRead:
+    """Summarise.
+
+    Args:
+        read: per probe, the dimensions it reads.
+        layers: per probe, the layer [probe].
+        d_model: width of a layer.
+        n_layers: layers there were to choose from.
+    """
+    probes = len(read)
+    dims = np.concatenate([np.asarray(r, dtype=int) for r in read]) if probes else np.zeros(0, int)
+    of = np.repeat(np.asarray(layers, dtype=int), [len(r) for r in read])
+    code, times = np.unique(of * d_model + dims, return_counts=True)
+    table = pd.DataFrame(
+        {"layer": code // d_model, "dim": code % d_model, "probes": times, "share": times / max(probes, 1)}
+    )
+    count = len(dims) / probes if probes else math.nan
+    core = table.loc[table["share"] >= 0.5, "dim"].to_numpy()
+    values, counts = np.unique(np.asarray(layers, dtype=int), return_counts=True)
+    return DimsRead(
+        table,
+        count,
+        count / d_model,
+        dict(zip(values.tolist(), counts.tolist(), strict=True)),
+        stability([len(r) for r in read], times, probes, d_model * n_layers),
+        float(kstest((dims + 0.5) / d_model, "uniform", method="asymp").statistic) if len(dims) else math.nan,
+        len(core),
+        float(kstest((core + 0.5) / d_model, "uniform").pvalue) if len(core) else math.nan,
+    )
+
+
+def stability(sizes: Sequence[int], times: np.ndarray, probes: int, candidates: int) -> float:
+    """Agreement of sets beyond chance: 1 - mean variance of "is read" over that of random sets of their size.
+
+    Args:
+        sizes: how many each set holds.
+        times: how often each candidate that is in any set is in one.
+        probes: sets.
+        candidates: how many there are to choose from.
+    """
+    mean = float(np.mean(sizes)) / candidates if probes else math.nan
+    if probes < 2 or not 0 < mean < 1:
+        return math.nan
+    share = np.asarray(times) / probes
+    variance = (share * (1 - share)).sum() * probes / (probes - 1) / candidates
+    return float(1 - variance / (mean * (1 - mean)))
+
+
+class Hits(NamedTuple):
+    """A count of positive questions found."""
+
+    found: int
+    of: int
+
+
+PAPER = Hits(29, 48)
+
+
+def binomial_p(hits: Hits, rate: float) -> float:
+    """Chance of at least as many hits if each is found with this chance, independently."""
+    return float(binom.sf(hits.found - 1, hits.of, rate))
+
+
+def implied_rate(hits: Hits, p: float) -> float:
+    """The rate without the probe that a binomial p-value of these hits implies (0.37 for the paper's)."""
+    return float(root_scalar(lambda rate: binomial_p(hits, rate) - p, bracket=(1e-9, 1 - 1e-9)).root)
+
+
+def fisher_p(hits: Hits, called: int, questions: int) -> float:
+    """Chance of at least as many hits if the same number of calls had fallen on any of the questions."""
+    return float(hypergeom.sf(hits.found - 1, questions, hits.of, called))
+
+
+def binomial_readings(
+    hits: Hits,
+    called: int,
+    questions: int,
+    others: Mapping[str, float] | None = None,
+    action: str = "halt",
+) -> pd.DataFrame:
+    """The paper's hits and a run's own, read against every rate.
+
+    Args:
+        hits: of the run.
+        called: how many of all its questions were called positive.
+        questions: how many there are.
+        others: further p-values of the run's hits by name (permutation).
+        action: what is done with a positive question, for the name of the policy that always does it.
+
+    Returns:
+        A row per reading: whose, found, of, against (in words), rate (NaN where it is not one number), p.
+    """
+    implied, rows = implied_rate(PAPER, PAPER_P), []
+
+    def add(whose: str, of: Hits, against: str, rate: float, p: float) -> None:
+        rows.append((whose, *of, against, rate, p))
+
+    add("paper", PAPER, "the rate its p = 0.0009 implies", implied, binomial_p(PAPER, implied))
+    add("paper", PAPER, "one half", 0.5, binomial_p(PAPER, 0.5))
+    share = PAPER.of / PAPER_QUESTIONS
+    add("paper", PAPER, "share of positive questions", share, binomial_p(PAPER, share))
+    for against, rate in (
+        ("the rate the paper's p implies", implied),
+        ("one half", 0.5),
+        ("share of positive questions", hits.of / questions),
+        ("share of questions it calls positive", called / questions),
+    ):
+        add("this run", hits, against, rate, binomial_p(hits, rate))
+    exact = "as many calls on any questions (Fisher, exact)"
+    add("this run", hits, exact, np.nan, fisher_p(hits, called, questions))
+    for against, p in (others or {}).items():
+        add("this run", hits, against, np.nan, p)
+    everything = Hits(hits.of, hits.of)
+    add(f"always-{action}", everything, "one half", 0.5, binomial_p(everything, 0.5))
+    add(f"always-{action}", everything, exact, np.nan, fisher_p(everything, questions, questions))
+    return pd.DataFrame(rows, columns=["whose", "found", "of", "against", "rate", "p"])

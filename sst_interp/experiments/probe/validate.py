@@ -1,0 +1,410 @@
+"""Out-of-fold scores: every question scored by probes that were chosen and trained without it.
+
+**Choosing.** Questions are divided into blocks, both classes evenly. To choose for a question in block a,
+probes are trained without blocks a and b and judged by how well they tell the questions of b, for every other
+b in turn. No label of block a takes part, neither its questions' own nor their neighbours'; and the probe
+without a and b serves a and b alike, so that nesting costs B (B - 1) / 2 fits per candidate and not one per
+question and block. The judge is the cross-entropy with both classes weighing the same: it sees a score that
+is sure and wrong, which the area under a curve does not. Candidates are tried one coordinate after the other:
+first the layer (with the middle number of dimensions and the middle penalty), then the number, then the
+penalty.
+
+**Scoring.** A *split* says which questions are scored, which may be learnt from, and which blocks the
+candidates are chosen without.
+
+- `plain_leave_one_out`: each question in turn. Taking out a question changes the classes' shares in what is
+  left, always against it, so scores pooled over questions are biased: a probe that knows only the base rate
+  has an AUC of 0.
+- `leave_one_out`: rebalanced. One question of the other class is left out, too (Austin, Pe'er & Korem 2025),
+  so that every split has the same shares. (Both classes weigh the same in every loss here, which takes most
+  of that bias away by itself; this takes the rest.)
+- `folds`: stratified; scores are to be compared within a fold.
+- `leave_pair_out`: each pair of a question of either class, scored by the same probe (Airola et al. 2011).
+
+**Permuting.** Labels permuted over questions, each labelling put through everything:
+
+    p = (b + 1) / (B + 1),    b: labellings of B that score at least as high as the real one
+
+The inputs stay with their questions and the classes keep their sizes, so under the null that labels have
+nothing to do with the states every labelling is as likely as the real one. Nothing is chosen beforehand with
+the real labels, so whatever the choosing gains is in the null, too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sst_interp.analyses.statistics.bootstrap import Interval
+from sst_interp.experiments.probe.fit import Design, Inputs, Problems, fit
+from sst_interp.experiments.probe.scores import (
+    Pairs,
+    auc,
+    aucs,
+    balanced_accuracies,
+    pairs_in_order,
+    pairs_scored,
+)
+
+AT_ONCE = 12_000
+"""Splits handled together: bounds memory, whatever the number of labellings."""
+MOST_PAIRS = 30_000
+"""Leave-pair-out trains a probe per pair: beyond this many it is left out."""
+NULL = ("auc", "fold_auc", "balanced", "hits", "called", "fitted")
+Progress = Callable[[str, int, int], Any]
+Excluded = tuple[frozenset[int], ...]
+"""Sets of blocks, each of which something is chosen without."""
+
+
+class Choice(NamedTuple):
+    """What was chosen, [row, excluded]: by label row and set of blocks that it was chosen without."""
+
+    layer: np.ndarray
+    dims: np.ndarray
+    penalty: np.ndarray
+
+
+class Splits(NamedTuple):
+    """What is left out, for each label row."""
+
+    test: np.ndarray
+    """Questions scored by a split, [row, split, question] bool."""
+    use: np.ndarray
+    """Questions learnt from, likewise."""
+    excluded: Excluded
+    """Sets of blocks that candidates are chosen without."""
+    which: np.ndarray
+    """[row, split]: index into `excluded`."""
+    pairs: bool = False
+    """Whether a split scores a question of each class."""
+
+
+class Scores(NamedTuple):
+    """Out-of-fold scores by label row."""
+
+    logits: np.ndarray
+    """[row, question]; of pairs: [row, split, 2], the question of class 1 first."""
+    layer: np.ndarray
+    """[row, split]: what was chosen."""
+    dims: np.ndarray
+    penalty: np.ndarray
+    fitted: np.ndarray
+    """[row, split]: balanced accuracy on the questions learnt from: how well labels can be memorised."""
+    read: list[np.ndarray]
+    """Dimensions read by each split of the first row; empty unless asked for."""
+
+
+def random_keys(n_questions: int, seed: int, repeat: int = 0) -> np.ndarray:
+    """One random number per question, the same for every labelling; others for another `repeat`."""
+    return np.random.default_rng([seed, 0, repeat]).random(n_questions)
+
+
+def blocks_of(labels: np.ndarray, blocks: int, keys: np.ndarray) -> np.ndarray:
+    """Which block each question is in, [row, question]: each class dealt out in turn, in the order of `keys`.
+
+    It is a function of the labels, so a permuted labelling gets blocks as even as the real one's.
+    """
+    order = np.argsort(keys, kind="stable")
+    ones = labels[:, order] > 0.5
+    before = np.where(ones, np.cumsum(ones, 1) - 1, np.cumsum(~ones, 1) - 1)
+    # The second class goes on where the first left off, so that block sizes differ by one at most.
+    dealt = (before + np.where(ones, 0, ones.sum(1, keepdims=True))) % blocks
+    of_question = np.empty_like(dealt)
+    of_question[:, order] = dealt
+    return of_question
+
+
+def choose(
+    design: Design,
+    inputs: Inputs,
+    labels: Float[Tensor, "row question"],
+    blocks: np.ndarray,
+    excluded: Excluded,
+) -> Choice:
+    """The best candidate for every label row and every set of excluded blocks.
+
+    Args:
+        design: the candidates.
+        inputs: what probes read.
+        labels: 0 or 1.
+        blocks: [row, question].
+        excluded: sets of blocks; the empty set chooses for a probe that is trained on everything.
+    """
+    axes = (
+        design.candidate_layers(inputs.n_layers),
+        design.candidate_dims(inputs.d_model),
+        design.candidate_penalties,
+    )
+    shape = len(labels), len(excluded)
+    current = [np.full(shape, axis[len(axis) // 2]) for axis in axes]
+    best: np.ndarray | None = None
+    for place, axis in enumerate(axes):
+        if len(axis) == 1:
+            continue
+        # The middle is what the earlier coordinates were chosen with: it is judged once, the first time.
+        values = [value for value in axis if value != axis[len(axis) // 2]]
+        tried = [[*current[:place], np.full(shape, value), *current[place + 1 :]] for value in values]
+        losses = _losses(
+            design, inputs, labels, blocks, excluded, [current, *tried] if best is None else tried
+        )
+        best, losses = (losses[0], losses[1:]) if best is None else (best, losses)
+        chosen = current[place].copy()
+        for value, loss in zip(values, losses, strict=True):
+            better = loss < best
+            chosen, best = np.where(better, value, chosen), np.where(better, loss, best)
+        current[place] = chosen
+    return Choice(*current)
+
+
+def _losses(
+    design: Design,
+    inputs: Inputs,
+    labels: Tensor,
+    blocks: np.ndarray,
+    excluded: Excluded,
+    tried: Sequence[Sequence[np.ndarray]],
+) -> list[np.ndarray]:
+    """Mean cross-entropy [row, excluded] on the other blocks, each told by a probe without it, too: of every
+    (layer, dims, penalty) that is tried, each [row, excluded].
+    """
+    cases = [(e, b) for e, out in enumerate(excluded) for b in range(design.blocks) if b not in out]
+    unions = np.array([sum(1 << block for block in {*excluded[e], b}) for e, b in cases])
+    of = np.array([e for e, _ in cases])
+    rows = np.arange(len(labels))[:, None]
+    parts, backs, n = [], [], 0
+    for layer, dims, penalty in tried:
+        # Two sets may need the same probe: it is fitted once. Sorted as rows of these columns would be.
+        which = np.unique(penalty, return_inverse=True)[1].reshape(penalty.shape)
+        columns = np.broadcast_arrays(rows, unions, layer[:, of], dims[:, of], which[:, of])
+        key = np.zeros(columns[0].shape, dtype=np.int64)
+        for column in columns:
+            key = key * (int(column.max()) + 1) + column
+        _, first, back = np.unique(key, return_index=True, return_inverse=True)
+        row, case = np.divmod(first, len(cases))
+        use = ((unions[case, None] >> blocks[row]) & 1) == 0
+        parts.append(Problems(row, use, *(c[row, of[case]] for c in (layer, dims, penalty))))
+        backs.append(back.reshape(key.shape) + n)
+        n += len(first)
+    problems = Problems(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    logits = fit(design, inputs, labels, problems).logits.numpy()
+    # From probes to cases: the loss of the questions of block b, by class.
+    y = labels.numpy() > 0.5
+    wrong = np.logaddexp(0, np.where(y, -1, 1)[problems.row] * logits)
+    back = np.stack(backs)
+    shape = len(labels), len(excluded)
+    loss, counts = np.zeros((2, len(tried), *shape)), np.zeros((2, *shape))
+    for case, (e, b) in enumerate(cases):
+        own = wrong[back[:, :, case]]
+        for side, counted in enumerate((y & (blocks == b), ~y & (blocks == b))):
+            loss[side, :, :, e] += np.where(counted, own, 0).sum(-1)
+            counts[side, :, e] += counted.sum(1)
+    return list((loss / np.maximum(counts, 1)[:, None]).sum(0))
+
+
+def rebalanced_partner(labels: np.ndarray, seed: int) -> np.ndarray:
+    """A question of the other class for every question, [row, question]; one draw for all labellings."""
+    n = labels.shape[1]
+    draw = np.random.default_rng([seed, 1]).random((n, n), dtype=np.float32)
+    ones = labels > 0.5
+    other = ones[:, :, None] != ones[:, None, :]
+    return np.where(other, draw, -1).argmax(axis=-1)
+
+
+def leave_one_out(labels: np.ndarray, blocks: np.ndarray, seed: int) -> Splits:
+    """A split per question, rebalanced; it is chosen for without the question's block."""
+    plain = plain_leave_one_out(labels, blocks, seed)
+    np.put_along_axis(plain.use, rebalanced_partner(labels, seed)[..., None], False, axis=2)
+    return plain
+
+
+def plain_leave_one_out(labels: np.ndarray, blocks: np.ndarray, seed: int) -> Splits:
+    """A split per question."""
+    rows, n = labels.shape
+    test = np.broadcast_to(np.eye(n, dtype=bool), (rows, n, n))
+    return Splits(test, ~test, tuple(frozenset({b}) for b in range(blocks.max() + 1)), blocks)
+
+
+def folds(labels: np.ndarray, blocks: np.ndarray, seed: int) -> Splits:
+    """A split per block."""
+    n_blocks = blocks.max() + 1
+    test = blocks[:, None, :] == np.arange(n_blocks)[:, None]
+    which = np.broadcast_to(np.arange(n_blocks), (len(labels), n_blocks))
+    return Splits(test, ~test, tuple(frozenset({b}) for b in range(n_blocks)), which)
+
+
+def leave_pair_out(labels: np.ndarray, blocks: np.ndarray, seed: int) -> Splits:
+    """A split per pair of a question of class 1 and one of class 0, for one label row."""
+    ones, zeros = np.flatnonzero(labels[0] > 0.5), np.flatnonzero(labels[0] < 0.5)
+    i, j = (g.ravel() for g in np.meshgrid(ones, zeros, indexing="ij"))
+    test = np.zeros((1, len(i), labels.shape[1]), dtype=bool)
+    test[0, np.arange(len(i)), i] = test[0, np.arange(len(i)), j] = True
+    pairs = [frozenset(pair) for pair in zip(blocks[0, i].tolist(), blocks[0, j].tolist(), strict=True)]
+    excluded = tuple(sorted(set(pairs), key=sorted))
+    which = np.array([[excluded.index(pair) for pair in pairs]])
+    return Splits(test, ~test, excluded, which, pairs=True)
+
+
+SCHEMES: dict[str, Callable[[np.ndarray, np.ndarray, int], Splits]] = {
+    "leave_one_out": leave_one_out,
+    "plain_leave_one_out": plain_leave_one_out,
+    "folds": folds,
+    "leave_pair_out": leave_pair_out,
+}
+
+
+def score(
+    design: Design,
+    inputs: Inputs,
+    labels: Float[Tensor, "row question"],
+    schemes: Sequence[str] = ("leave_one_out",),
+    repeat: int = 0,
+    keep: bool = False,
+    progress: Callable[[int], Any] | None = None,
+) -> dict[str, Scores]:
+    """Choose, train and score every split of every label row.
+
+    Args:
+        design: what kind of probe, and the candidates.
+        inputs: what it reads.
+        labels: 0 or 1. Each row is put through everything, alone: a permuted labelling is one more row.
+        schemes: names of `SCHEMES`; what can be chosen once for several of them is. `leave_pair_out` takes
+        one
+            label row.
+        repeat: another number divides the questions into other blocks.
+        keep: return which dimensions were read.
+        progress: called with the number of label rows done.
+    """
+    keys = random_keys(inputs.n_questions, design.seed, repeat)
+    parts: dict[str, list[Scores]] = {scheme: [] for scheme in schemes}
+    size = max(1, AT_ONCE // inputs.n_questions)
+    for start in range(0, len(labels), size):
+        rows = labels[start : start + size]
+        blocks = blocks_of(rows.numpy(), design.blocks, keys)
+        chosen: dict[Excluded, Choice] = {}
+        for scheme in schemes:
+            splits = SCHEMES[scheme](rows.numpy(), blocks, design.seed)
+            if design.leak:
+                splits = splits._replace(excluded=(frozenset(),), which=np.zeros_like(splits.which))
+            if splits.excluded not in chosen:
+                chosen[splits.excluded] = choose(design, inputs, rows, blocks, splits.excluded)
+            choice = chosen[splits.excluded]
+            parts[scheme].append(_score(design, inputs, rows, splits, choice, keep and start == 0))
+        if progress is not None:
+            progress(start + len(rows))
+    return {scheme: _joined(found) for scheme, found in parts.items()}
+
+
+def _joined(parts: list[Scores]) -> Scores:
+    arrays = Scores._fields[:-1]
+    whole = {name: np.concatenate([getattr(part, name) for part in parts]) for name in arrays}
+    return Scores(**whole, read=parts[0].read)
+
+
+def _score(
+    design: Design, inputs: Inputs, labels: Tensor, splits: Splits, choice: Choice, keep: bool
+) -> Scores:
+    n_rows, n_splits = splits.which.shape
+    row = np.repeat(np.arange(n_rows), n_splits)
+    config = [c[row, splits.which.ravel()] for c in choice]
+    use, test = (mask.reshape(n_rows * n_splits, -1) for mask in (splits.use, splits.test))
+    fits = fit(design, inputs, labels, Problems(row, use, *config), keep)
+    logits, y = fits.logits.numpy(), labels.numpy()[row] > 0.5
+    if splits.pairs:
+        sides = [np.where(test & side, logits, 0).sum(1) for side in (y, ~y)]
+        found = np.stack(sides, -1).reshape(n_rows, n_splits, 2)
+    else:  # each question is scored by one split
+        found = np.where(test, logits, 0).reshape(n_rows, n_splits, -1).sum(1)
+    fitted = _balanced_accuracy(logits > 0, y, use)
+    read = [np.sort(dims.numpy()) for dims in fits.read[:n_splits]]
+    layer, dims, penalty, fitted = (v.reshape(n_rows, n_splits) for v in (*config, fitted))
+    return Scores(found, layer, dims, penalty, fitted, read)
+
+
+def _balanced_accuracy(positive: np.ndarray, y: np.ndarray, use: np.ndarray) -> np.ndarray:
+    def share(right: np.ndarray, of: np.ndarray) -> np.ndarray:
+        return (right & of).sum(1) / np.maximum(of.sum(1), 1)
+
+    return (share(positive, use & y) + share(~positive, use & ~y)) / 2
+
+
+def permuted(labels: np.ndarray, permutations: int, seed: int = 0) -> Float[Tensor, "row question"]:
+    """The labels [question] in random orders, one per row. The same seed gives the same orders."""
+    rng = np.random.default_rng([seed, 2])
+    rows = np.tile(np.asarray(labels, dtype=np.float32), (permutations, 1))
+    return torch.from_numpy(rng.permuted(rows, axis=1))
+
+
+def permutation_scores(
+    design: Design,
+    inputs: Inputs,
+    labels: np.ndarray,
+    permutations: int = 1000,
+    schemes: tuple[str, ...] = ("leave_one_out", "folds"),
+    seed: int = 0,
+    progress: Callable[[int], Any] | None = None,
+) -> tuple[np.ndarray, dict[str, Scores]]:
+    """Out-of-fold scores of permuted labels: (labels [permutation, question] bool, scores by scheme)."""
+    rows = permuted(labels, permutations, seed)
+    return rows.numpy() > 0.5, score(design, inputs, rows, schemes, progress=progress)
+
+
+def pair_auc(design: Design, inputs: Inputs, y: Float[Tensor, "row question"], resamples: int) -> Interval:
+    """The leave-pair-out AUC of one labelling; none where there are more than `MOST_PAIRS` pairs."""
+    positive = y[0].numpy() > 0.5
+    n = int(positive.sum() * (~positive).sum())
+    if n > MOST_PAIRS:
+        reason = f"{n:,} pairs to leave out; at most {MOST_PAIRS:,} are"
+        return Interval(math.nan, math.nan, math.nan, len(positive), reason=reason)
+    scores = score(design, inputs, y, ("leave_pair_out",))["leave_pair_out"].logits[0]
+    return auc(pairs_scored(scores, positive), resamples, design.seed)
+
+
+def in_folds(
+    own: Scores, design: Design, inputs: Inputs, y: Float[Tensor, "row question"], repeats: int
+) -> tuple[float, Pairs]:
+    """The AUC within folds: of the first division alone, and the pairs of all divisions."""
+    positive = y[0].numpy() > 0.5
+    higher = compared = np.zeros((len(positive), len(positive)))
+    first = math.nan
+    for repeat in range(max(repeats, 1)):
+        found = own if repeat == 0 else score(design, inputs, y, ("folds",), repeat)["folds"]
+        fold = blocks_of(y.numpy(), design.blocks, random_keys(len(positive), design.seed, repeat))[0]
+        pairs = pairs_in_order(found.logits[0], positive, fold)
+        first = pairs.share if repeat == 0 else first
+        higher, compared = higher + pairs.higher, compared + pairs.compared
+    return first, Pairs(higher, compared)
+
+
+def null_scores(
+    design: Design,
+    inputs: Inputs,
+    positive: np.ndarray,
+    permutations: int,
+    progress: Progress | None,
+) -> pd.DataFrame:
+    """What permuted labels score, a row per permutation."""
+    if permutations < 1:
+        return pd.DataFrame(columns=list(NULL), dtype=float)
+    each = None if progress is None else lambda done: progress("permutations", done, permutations)
+    labels, scored = permutation_scores(
+        design, inputs, positive, permutations, seed=design.seed, progress=each
+    )
+    loo, folds = scored["leave_one_out"], scored["folds"]
+    blocks = blocks_of(labels.astype(np.float32), design.blocks, random_keys(len(positive), design.seed))
+    called = loo.logits > 0
+    values = (
+        aucs(loo.logits, labels),
+        aucs(folds.logits, labels, blocks),
+        balanced_accuracies(labels, called),
+        (labels & called).sum(axis=1),
+        called.sum(axis=1),
+        loo.fitted.mean(axis=1),
+    )
+    return pd.DataFrame(dict(zip(NULL, values, strict=True)))
