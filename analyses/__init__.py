@@ -1,5 +1,11 @@
 """One module per question asked of a run: pure functions on its tables that return a typed result."""
 
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+from sst_interp.analyses.answers import Overthinking, overthinking
 from sst_interp.analyses.approximation import ApproximationError, approximation_error
 from sst_interp.analyses.basin_shifts import (
     PAPER_THRESHOLD,
@@ -20,8 +26,7 @@ from sst_interp.analyses.kinds import Kinds, kinds
 from sst_interp.analyses.kinds_answers import KindsAnswers, kinds_answers
 from sst_interp.analyses.kinds_contraction import KindsContraction, kinds_contraction
 from sst_interp.analyses.layer_profile import LayerProfile, layer_profile
-from sst_interp.analyses.ledger.claims import BlendWeights, Claim, Finding, Ledger, Row, blend_weights, claims
-from sst_interp.analyses.ledger.probe import probe_rows
+from sst_interp.analyses.output_change import TokenReplacement, token_replacement
 from sst_interp.analyses.overlap import (
     OverlapDistribution,
     deepest_pair,
@@ -29,10 +34,9 @@ from sst_interp.analyses.overlap import (
     overlap_of,
     pair_words,
 )
-from sst_interp.analyses.overthinking import Overthinking, overthinking
 from sst_interp.analyses.position_zero import PositionZero, position_zero
 from sst_interp.analyses.precedence import Precedence, precedence
-from sst_interp.analyses.result import Result, json_ready, table_html
+from sst_interp.analyses.result import ANALYSES, Analysis, Result, analysis, json_ready, table_html
 from sst_interp.analyses.routing import Routing, routing, routing_of
 from sst_interp.analyses.settling import Settling, settling
 from sst_interp.analyses.shifts_per_question import ShiftsPerQuestion, shifts_per_question
@@ -45,29 +49,26 @@ from sst_interp.analyses.statistics.bootstrap import (
 )
 from sst_interp.analyses.statistics.modes import Modes, find_modes
 from sst_interp.analyses.statistics.permutation import label_permutation, sign_flip
-from sst_interp.analyses.token_replacement import TokenReplacement, token_replacement
 from sst_interp.analyses.training_curves import TrainingCurves, training_curves
 
 __all__ = [
+    "ANALYSES",
     "PAPER_THRESHOLD",
+    "Analysis",
     "ApproximationError",
     "BasinShifts",
     "Bf16Noise",
     "Bimodality",
-    "BlendWeights",
-    "Claim",
     "Content",
     "DepthScores",
     "Divergence",
     "Dwell",
-    "Finding",
     "Halting",
     "Interval",
     "Kinds",
     "KindsAnswers",
     "KindsContraction",
     "LayerProfile",
-    "Ledger",
     "Modes",
     "OverlapDistribution",
     "Overthinking",
@@ -76,20 +77,18 @@ __all__ = [
     "QuestionMap",
     "Result",
     "Routing",
-    "Row",
     "Settling",
     "ShiftsPerQuestion",
     "StateSettling",
     "TokenReplacement",
     "TrainingCurves",
     "all_comparisons",
+    "analysis",
     "approximation_error",
     "basin_shifts",
     "bf16_noise",
     "bimodality",
-    "blend_weights",
     "bootstrap_ends",
-    "claims",
     "cluster_bootstrap",
     "content",
     "deepest_pair",
@@ -105,13 +104,13 @@ __all__ = [
     "kinds_contraction",
     "label_permutation",
     "layer_profile",
+    "load",
     "overlap_distribution",
     "overlap_of",
     "overthinking",
     "pair_words",
     "position_zero",
     "precedence",
-    "probe_rows",
     "question_map",
     "resample_weights",
     "routing",
@@ -124,3 +123,10 @@ __all__ = [
     "token_replacement",
     "training_curves",
 ]
+
+
+def load() -> dict[str, Analysis]:
+    """Import every module here, so that its analyses are registered; returns the registry."""
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
+    return ANALYSES

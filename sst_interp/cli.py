@@ -19,6 +19,7 @@ from sst_interp.commands import findings, kinds, runs, training
 from sst_interp.errors import SSTError
 from sst_interp.latent.commands import app as latent_app
 from sst_interp.patching.commands import patch
+from sst_interp.plugins import load_plugins
 from sst_interp.pretraining.commands import app as pretraining_app
 from sst_interp.probe.commands import probe
 
@@ -40,6 +41,7 @@ def top(
     if version:
         print(f"sst-interp {sst_interp.__version__}")
         raise typer.Exit
+    load_plugins()
 
 
 COMMANDS = (

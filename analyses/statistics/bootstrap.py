@@ -77,6 +77,11 @@ class Interval:
         return asdict(self)
 
 
+def nothing(reason: str, n_questions: int = 0) -> Interval:
+    """No number, and why there is none."""
+    return Interval(math.nan, math.nan, math.nan, n_questions, reason=reason)
+
+
 def questions_words(n: int) -> str:
     """`1 question`, `24 questions`."""
     return f"{n:,} question" + ("" if n == 1 else "s")
@@ -141,9 +146,9 @@ def bootstrap_ends(
     """
     sums = np.asarray(sums, dtype=float)
     estimate = statistic(sums.sum(axis=0, keepdims=True))[0]
-    nothing = np.full(np.shape(estimate), np.nan)
     if len(sums) < 2:
-        return estimate, nothing, nothing
+        none = np.full(np.shape(estimate), np.nan)
+        return estimate, none, none
     values = statistic(resampled(sums, resamples, seed))
     defined = np.isfinite(values).any(axis=0)
     tail = (1 - level) / 2
