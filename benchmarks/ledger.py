@@ -60,8 +60,8 @@ def _synthetic(pairs: float):
 
 
 def _measure(run, by_name: bool) -> None:
-    from sst_interp.analyses.ledger.claims import claims
-    from sst_interp.ledger import ledger_of
+    from sst_interp.findings.ledger import claims
+    from sst_interp.findings.of_run import ledger_of
 
     tables = [run.pairs, run.outputs, run.steps, run.questions]
     held = sum(table.memory_usage(deep=True).sum() for table in tables) / 1e9

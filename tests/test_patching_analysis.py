@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sst_interp.analyses.ledger.rules import FAILS, HOLDS
 from sst_interp.analyses.patching import patching, patching_rows, size_regression
 from sst_interp.errors import SSTError
+from sst_interp.findings.claims import FAILS, HOLDS
 
 LAYERS = (3, 9, 15, 19)
 

@@ -15,10 +15,11 @@ import pytest
 from synthetic import synthetic_run
 from synthetic_outputs import outputs_table, steps_table
 
-from sst_interp.analyses import Result, claims
+from sst_interp.analyses import Result
 from sst_interp.analyses.plots import empty_figure
 from sst_interp.choices import COMPARISONS, Choices
 from sst_interp.errors import SSTError
+from sst_interp.findings.ledger import claims
 from sst_interp.report import render_report, write_report
 from sst_interp.report.escaping import script_json, visible
 from sst_interp.report.explorer import Threshold, explorer_data

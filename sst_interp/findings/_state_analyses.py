@@ -38,13 +38,12 @@ def tested(call: Callable[[], Any]) -> Any:
     return result
 
 
-def ids_of(c: Contrast, role: str | None = None) -> pd.DataFrame | None:
-    tables = c.tables if role is None else c.beside.get(role)
-    return None if tables is None else tables.get("questions")
-
-
-def pairs_of(c: Contrast, role: str) -> pd.DataFrame | None:
-    return None if role not in c.beside else c.beside[role].get("pairs", c.comparison)
+def beside(c: Contrast, role: str) -> tuple[pd.DataFrame | None, pd.DataFrame | None, pd.DataFrame | None]:
+    """Pairs of a companion, and the questions of both runs."""
+    pairs = c.beside[role].get("pairs", c.comparison) if role in c.beside else None
+    if pairs is None:
+        return None, None, None
+    return pairs, c.tables.get("questions"), c.beside[role].get("questions")
 
 
 def how(c: Contrast) -> dict[str, int]:
@@ -70,13 +69,13 @@ def _bf16_noise(c: Contrast) -> Result:
 def _position_zero(c: Contrast) -> Result:
     fixed = c.choices.threshold
     level = PAPER_THRESHOLD if fixed == "antimode" else float(fixed)
-    control = pairs_of(c, "blend_off"), ids_of(c), ids_of(c, "blend_off")
+    control = beside(c, "blend_off")
     call = partial(position_zero, c.all_rows, c.comparison, c.choices, level, *control, *c.resampling)
     return tested(call)
 
 
 def _content(c: Contrast) -> Result:
-    second = pairs_of(c, "reshuffled"), ids_of(c), ids_of(c, "reshuffled")
+    second = beside(c, "reshuffled")
     steps = c.tables.get("steps")
     return tested(
         partial(
