@@ -202,15 +202,17 @@ def _draw(section: Section, panel: Panel, figures: dict[str, Any]) -> None:
 
 def _story(shown: list[Section]) -> list[dict[str, Any]]:
     """The figures of the first screen, per comparison; each refers to its figure in the section."""
-    found = []
+    story = []
     for analysis, kind, asks in STORY:
-        panels = [p for s in shown if s.name == analysis for p in s.panels]
-        by_comparison = {
-            p.comparison: next((f for f in p.figures if f["kind"] == kind), None) for p in panels
-        }
-        section = next((s.id for s in shown if s.name == analysis), "")
-        found.append({"asks": asks, "figures": by_comparison, "section": section})
-    return found
+        figures: dict[str, Any] = {}
+        of = [section for section in shown if section.name == analysis]
+        for section in of:
+            figures |= {
+                p.comparison: next((f for f in p.figures if f["kind"] == kind), None) for p in section.panels
+            }
+            figures |= dict.fromkeys(section.missing)
+        story.append({"asks": asks, "figures": figures, "section": of[0].id if of else ""})
+    return story
 
 
 def _csv(name: str, table: pd.DataFrame) -> dict[str, str]:
