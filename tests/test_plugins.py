@@ -1,7 +1,10 @@
 """An analysis and a claim from outside stand in the ledger and the report; a broken file is one line."""
 
 import json
+import re
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import tiny_run
@@ -14,36 +17,9 @@ from sst_interp.plugins import VARIABLE, load_plugins
 from sst_interp.report import render_report
 from sst_interp.runs import open_run
 
-PLUGIN = """
-from dataclasses import dataclass
-import pandas as pd
-import plotly.graph_objects as go
-from sst_interp.analyses.contrast import Contrast
-from sst_interp.analyses.result import Result, analysis
-from sst_interp.analyses.statistics.bootstrap import Interval, share
-from sst_interp.findings.claims import Evidence, Finding, claim, judged
-
-@dataclass(frozen=True, eq=False)
-class Halves(Result):
-    first: Interval
-
-    table = property(lambda self: pd.DataFrame([self.first.to_dict()]))
-    verdict = property(lambda self: f"Some of it is the first half. {self.first.text(percent=True)}.")
-
-    def figure(self):
-        return go.Figure(go.Bar(x=["first"], y=[self.first.estimate]))
-
-@analysis("Two halves", "Which half of the text shifts?", claims=("X7",), order=15,
-          captions={"figure": "Half is no effect."})
-def halves(c: Contrast) -> Halves:
-    rows = c.rows[c.overlap < c.threshold]
-    return Halves(share(rows["question"].to_numpy(), rows["position"].to_numpy() < 2, *c.resampling))
-
-@claim("X7", "the first half shifts as often", "not in the paper", "the interval reaches one half", 0.5)
-def as_often(e: Evidence) -> Finding:
-    first = e("halves").first
-    return Finding(first.text(percent=True), judged(first.low <= 0.5 <= first.high, first), first, "none")
-"""
+PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
+PLUGIN = re.search(r"```python\n(.*?)```", PAGE, re.DOTALL)[1]  # type: ignore[index]
+"""The example of the documentation."""
 
 
 @pytest.fixture
@@ -68,30 +44,39 @@ def run_command(monkeypatch, *words):
     return stopped.value.code
 
 
-def test_a_plugin_stands_in_the_ledger_and_in_the_report(plugin, runs, monkeypatch, capsys):
-    assert not run_command(monkeypatch, "claims", "--run", "tiny", "--resamples", "50", "--json")
-    told = json.loads(capsys.readouterr().out)
-    rows = [row for row in told["table"] if row["claim"] == "X7"]
-    assert [row["comparison"] for row in rows] == ["replayed", "within", "free"]
-    assert all(row["verdict"] in ("holds", "does not hold") for row in rows)
-    assert "halves.within" in told["analyses"]
+def test_a_plugin_stands_in_the_report(plugin, runs, monkeypatch, capsys):
     run = open_run("tiny")
-    ledger = ledger_of(run, resamples=50)
-    page = render_report(run, ledger)
-    for words in ("Two halves", "Which half of the text shifts?", "Half is no effect.", "X7"):
+    ledger = ledger_of(run, resamples=20)
+    assert "halves.within" in ledger.results
+    brief = {key: r for key, r in ledger.results.items() if key.startswith(("halves", "basin", "bimodality"))}
+    page = render_report(run, replace(ledger, results=brief, missing={}))
+    for words in ("Two halves", "Which half of the text shifts?", "One half is no effect.", "X1"):
         assert words in page
     headings = [page.index(f">{h}</bdi></h2>") for h in ("Basin shifts", "Two halves", "Two modes or one")]
     assert headings == sorted(headings), "where its order says"
+    crashed = replace(ledger, results={}, failed={"halves.free": "KeyError: 'x' (halves.py, line 1)"})
+    page = render_report(run, crashed)
+    assert "<strong>1</strong> failed in the analysis" in page
+    monkeypatch.setattr("sst_interp.commands.findings.ledger_with_bar", lambda run, *how: crashed)
+    monkeypatch.setattr("sst_interp.report.write_report", lambda run, path, ledger: path)
+    for command in ("report", "claims"):
+        assert run_command(monkeypatch, command, "--run", "tiny") == 3
+        assert "failed: halves.free: KeyError: 'x' (halves.py, line 1)" in capsys.readouterr().err
 
 
-def test_a_crash_is_told_on_stderr_and_by_the_exit_code(plugin, runs, monkeypatch, capsys):
-    plugin.write_text(PLUGIN.replace("rows = c.rows[", "rows = c.no_such_rows["))
-    for words in (["claims", "--run", "tiny", "--resamples", "20"], ["report", "--run", "tiny"]):
-        assert run_command(monkeypatch, *words) == 3
-        err = capsys.readouterr().err
-        assert "failed: halves.free: AttributeError: " in err
-        assert "please report these lines, with `sst-interp claims --run tiny`" in err
-    assert "failed in the analysis" in (open_run("tiny").folder / "report.html").read_text()
+def test_the_command_shows_a_plugin_and_tells_a_crash_by_its_exit_code(plugin, runs, monkeypatch, capsys):
+    once = 'if c.comparison == "free": c.nothing_of_the_kind\n    rows = c.rows['
+    plugin.write_text(PLUGIN.replace("rows = c.rows[", once))
+    assert run_command(monkeypatch, "claims", "--run", "tiny", "--resamples", "20", "--json") == 3
+    out, err = capsys.readouterr()
+    told = json.loads(out)
+    verdicts = {row["comparison"]: row["verdict"] for row in told["table"] if row["claim"] == "X1"}
+    assert verdicts.pop("free") == "not testable: the analysis failed"
+    assert set(verdicts) == {"replayed", "within"}
+    assert set(verdicts.values()) <= {"holds", "does not hold"}
+    assert "failed: halves.free: AttributeError: " in err
+    assert f"({plugin.name}, line " in err
+    assert "please report these lines, with `sst-interp claims --run tiny`" in err
 
 
 def test_a_plugin_is_imported_once(plugin):
