@@ -127,7 +127,8 @@ class Divergence(Result):
         if not np.isfinite(self.after.estimate):
             words = f"Texts part, but nothing shifts (below {self.threshold:.4g}): nothing to explain."
         elif explained and self.explained.low > 0:
-            words = "Some of the shifts come from the texts, not from the depth."
+            explains = percent_text(self.explained.estimate)
+            words = f"{explains} of the shifts come from the texts, not from the depth."
         elif explained:
             words = "The shifts do not come from the texts."
         else:

@@ -44,7 +44,7 @@ def matched_perturbations(c: Contrast, shifted: pd.DataFrame) -> tuple[pd.DataFr
         Untestable: if the run has no perturbations of this comparison at its positions.
     """
     if c.comparison == "free":
-        raise Untestable("each depth reads its own text, and a perturbation is not another text")
+        raise Untestable("each depth reads its own text")
     rows = c.tables.get("nudges", c.comparison)
     if rows is None:
         words = comparison_words(c.comparison)

@@ -127,7 +127,7 @@ class TokenReplacement(Result):
                 f"The most likely token never changes; at most {bound} of such questions have a change (95%)."
             )
         else:
-            words += f"{self.n_winners:,} new winners come from as deep as rank {self.deepest_rank}; "
+            words += f"{self.n_winners:,} new winners come from as deep as rank {self.deepest_rank:,}; "
             beyond = self.beyond.text(percent=True)
             if not self.beyond.estimate:
                 bound = percent_text(none_seen_bound(self.beyond.n_questions))

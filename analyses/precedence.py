@@ -19,7 +19,6 @@ more (or less) often than random changes of the same size make it.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, NamedTuple
@@ -37,6 +36,7 @@ from sst_interp.analyses.statistics.bootstrap import (
     Resampling,
     by,
     cluster_bootstrap,
+    points_text,
     questions_words,
     ratio,
     share,
@@ -168,11 +168,11 @@ class Precedence(Result):
             return " No perturbed position shifts, so none was moved by the size of a shift."
         true, random = self.at_shifts["true"], self.at_shifts["random"]
         low, high = random["difference_low"], random["difference_high"]
-        ends = f" [{low:+.1%}, {high:+.1%}]" if math.isfinite(low) else ""
+        gap = Interval(random["difference"], low, high, int(random["questions"]), reason="one question")
         often = "more often" if low > 0 else "less often" if high < 0 else "as often, within the interval"
         words = f" At {true['positions']:,} shifts the true change flips the argmax {often}"
         words += f"{' than' if low > 0 or high < 0 else ' as'} a random change of the same size: "
-        return words + f"{true['changed']:.1%} against {random['changed']:.1%}{ends}."
+        return words + f"{true['changed']:.1%} against {random['changed']:.1%} ({points_text(gap)})."
 
     def figure(self) -> go.Figure:
         """When the state shifted, of the positions whose argmax changes: the run, shuffled, and perturbed."""

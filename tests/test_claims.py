@@ -1,5 +1,7 @@
+import gc
 import json
 import math
+import weakref
 
 import numpy as np
 import pandas as pd
@@ -7,6 +9,7 @@ import pytest
 from synthetic import PAIR_TYPES, Planted, SyntheticRecipe, SyntheticRun, contrast, pairs_table
 from synthetic_outputs import outputs_table, questions_table, steps_table
 
+from sst_interp.analyses import contrast as contrast_module
 from sst_interp.analyses import load
 from sst_interp.analyses.approximation import ApproximationError
 from sst_interp.analyses.result import analysis
@@ -319,6 +322,23 @@ def test_a_name_belongs_to_one_module(registries):
         claim("C1", "another", "", "")(lambda e: Finding("", HOLDS))
     with pytest.raises(SSTError, match="two analyses are called 'precedence'"):
         analysis("Another", "", name="precedence")(lambda c: None)
+
+
+def test_one_comparison_is_held_at_a_time_and_its_modes_are_found_once(registries, monkeypatch):
+    held, alive, found = [], [], []
+    find_modes = contrast_module.find_modes
+    monkeypatch.setattr(contrast_module, "find_modes", lambda *a, **b: found.append(1) or find_modes(*a, **b))
+
+    @analysis("Held", "Is the one before still there?", order=0)
+    def keeps(c):
+        gc.collect()
+        alive.extend(one() is not None for one in held)
+        held.append(weakref.ref(c))
+        raise Untestable("it only looks")
+
+    claims(run_of(small()), resamples=20)
+    assert alive == [False] * 3
+    assert len(found) == len(COMPARISONS)
 
 
 def test_rows_in_any_order_and_a_second_time_give_the_same_ledger():

@@ -48,7 +48,8 @@ def test_planted_positions_are_found():
     assert result.position.estimate == first.median()
     assert result.by_position["parted"].iloc[-1] == result.parted.estimate
     assert (np.diff(result.by_position["parted"]) >= 0).all()
-    assert result.verdict.startswith("Some of the shifts come from the texts, not from the depth. ")
+    share = f"{result.explained.estimate:.1%}"
+    assert result.verdict.startswith(f"{share} of the shifts come from the texts, not from the depth. ")
     for words in ("Free-running, depth 1 against depth 4", "60 questions", "median"):
         assert words in result.verdict
 

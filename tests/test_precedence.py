@@ -392,7 +392,7 @@ def test_without_perturbations_that_part_is_not_known():
         assert np.isfinite(found.before.estimate), "the rest is there"
         found.figures()
     free = found_in(*tables(*random_events(seed=1), "free"), "free", nudges=table)
-    assert "is not known: each depth reads its own text" in free.verdict
+    assert "is not known: each depth reads its own text." in free.verdict
     jaccard = found_in(
         pairs.assign(lens_jaccard=pairs["cosine"]),
         outputs,

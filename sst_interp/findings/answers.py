@@ -66,14 +66,15 @@ def deepest_winner(e: Evidence) -> Finding:
     """The deepest rank of a new winner; beside it how deep random changes of the same size reach."""
     found: TokenReplacement = e("token_replacement")
     n = found.beyond.n_questions
-    control = _deepest_at_random(e)
     if e.comparison == "free":
         deepest = np.nanmax([*found.same_tokens("deepest_rank"), 0.0])
-        control += f"; while both have read the same tokens rank {deepest:.0f}"
+        control = f"while both have read the same tokens rank {deepest:.0f}"
+    else:
+        control = _deepest_at_random(e)
     if found.deepest_rank is None:
         return untestable("the most likely token never changes", control=control)
     figure = Interval(found.deepest_rank, math.nan, math.nan, n, reason="a maximum has no interval")
-    here = f"rank {found.deepest_rank:,} of {found.n_winners:,} new winners; beyond {PAPER_RANK} "
+    here = f"rank {found.deepest_rank:,}, deepest of {found.n_winners:,} new winners; beyond {PAPER_RANK} "
     here += found.beyond.text(percent=True)
     return Finding(here, judged(found.deepest_rank >= PAPER_RANK, why=too_few(n)), figure, control)
 
@@ -217,4 +218,6 @@ def _deepest_at_random(e: Evidence) -> str:
     if rows.empty:
         return "random changes not measured"
     rank = rows.loc[(rows["b"] == rows["b"].max()).to_numpy(dtype=bool), "winner_rank"]
-    return f"random changes of that size: rank {int(rank.max()):,} of {int((rank > 0).sum()):,}"
+    return (
+        f"random changes of that size reach rank {int(rank.max()):,} ({int((rank > 0).sum()):,} new winners)"
+    )

@@ -280,10 +280,9 @@ def claims(
         suite.ask(lead, "run")  # first: rows of a comparison may rest on them
         rows = suite.judge(lead, "run")
         for comparison in order:
-            contrast = lead.to(comparison)
+            contrast = lead.to(comparison)  # the one before goes, with what it has read
             suite.ask(contrast, "comparison")
             rows += suite.judge(contrast, "comparison")
-            del contrast  # and what it has read, before the next is read
     except MemoryError:
         raise SSTError(
             f"not enough memory for {suite.asked} with {resamples:,} resamples",

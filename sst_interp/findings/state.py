@@ -72,7 +72,7 @@ def two_modes(e: Evidence) -> Finding:
     between = modes.between_layers
     if between is not None and math.isfinite(between.estimate):
         control += f"; {percent_text(between.estimate)} of the spread lies between layers"
-    here = f"{modes.layers_two} of {of} layers have two modes"
+    here = f"layers with two modes: {modes.layers_two} of {of}"
     return Finding(here, judged(share_two > 0.5, why=why or too_few(modes.n_questions)), figure, control)
 
 
