@@ -10,9 +10,8 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from sst_interp.analyses import PAPER_THRESHOLD, QuestionMap, deepest_pair, pair_words
+from sst_interp.analyses.contrast import PAPER_THRESHOLD, Contrast, QuestionMap
 from sst_interp.analyses.figures.overlap import question_figure
-from sst_interp.analyses.parts.question_map import question_map
 from sst_interp.choices import COMPARISONS
 from sst_interp.durable import replace_bytes
 from sst_interp.errors import SSTError, unknown_name
@@ -51,26 +50,24 @@ class QuestionView:
 
         Raises SSTError if the question has no pair in it.
         """
-        choices = self.run.recipe.choices
-        chosen: str = comparison or choices.comparison
-        return question_map(self.run.pairs, self.question, chosen, kind=choices.overlap)
+        return Contrast.of(self.run, comparison).question_map(self.question)
 
     def figure(self, comparison: str | None = None) -> go.Figure:
         """The overlap by position and layer, at 1 and the deepest."""
-        chosen: str = comparison or self.run.recipe.choices.comparison
-        words = pair_words(chosen, *deepest_pair(self.run.pairs, chosen))
-        return question_figure(self.map(chosen).overlap, "overlap", f"question {self.question}; {words}")
+        c = Contrast.of(self.run, comparison)
+        overlap = c.question_map(self.question).overlap
+        return question_figure(overlap, "overlap", f"question {self.question}; {c.words}")
 
     @property
     def html(self) -> str:
         """The explorer of this question as a page of its own."""
-        pairs, thresholds = self.run.pairs, {}
+        thresholds = {}
         for comparison in COMPARISONS:
+            c = Contrast.of(self.run, comparison)
             try:
-                a, b = deepest_pair(pairs, comparison)
+                thresholds[comparison] = Threshold(self.threshold, self.provenance, c.a, c.b)
             except SSTError:
                 continue
-            thresholds[comparison] = Threshold(self.threshold, self.provenance, a, b)
         tokenizer = self.tokenizer or tokenizer_of(self.run)
         data = explorer_data(self.run, thresholds, tokenizer, questions=[self.question])
         return page(
