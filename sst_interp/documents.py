@@ -13,6 +13,7 @@ from typing import Any
 
 from sst_interp.durable import replace_bytes
 from sst_interp.errors import SSTError
+from sst_interp.guarded import check_output, read_whole
 
 NOT_YET = "Not measured yet."
 
@@ -29,11 +30,8 @@ def fill(document: str | Path, blocks: Mapping[str, str], others: bool = False) 
         SSTError: it cannot be read, or names a block that there is none of.
     """
     document = Path(document)
-    try:
-        text = document.read_text(encoding="utf-8")
-    except OSError as error:
-        raise SSTError(f"cannot read {document}: {error.strerror}", "name a Markdown file") from None
-    names = [name for name in re.findall(r"<!-- end of (.+?) -->", text) if name in blocks or not others]
+    text = _text(document)
+    names = [name for name in places(document) if name in blocks or not others]
     for name in names:
         if name not in blocks:
             raise SSTError(f"{document} asks for a table {name!r}", f"there are {', '.join(blocks)}")
@@ -42,6 +40,34 @@ def fill(document: str | Path, blocks: Mapping[str, str], others: bool = False) 
         text = re.sub(place, lambda m, b=block: f"{m[1]}\n{b}\n\n{m[2]}", text, flags=re.DOTALL)
     replace_bytes(document, text.encode())
     return names
+
+
+def places(document: str | Path) -> list[str]:
+    """The names that a document has a place for.
+
+    Raises:
+        SSTError: it cannot be read.
+    """
+    return re.findall(r"<!-- end of (.+?) -->", _text(Path(document)))
+
+
+def check_document(document: Path) -> None:
+    """Try whether a document can be filled.
+
+    Raises:
+        SSTError: it cannot be read, is not UTF-8, or cannot be written.
+    """
+    _text(document)
+    check_output(document, "name a Markdown file")
+
+
+def _text(document: Path) -> str:
+    try:
+        return read_whole(document).decode("utf-8")
+    except OSError as error:
+        raise SSTError(f"cannot read {document}: {error.strerror}", "name a Markdown file") from None
+    except UnicodeDecodeError as error:
+        raise SSTError(f"{document} is not UTF-8 (byte {error.start})", "name a Markdown file") from None
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

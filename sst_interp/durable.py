@@ -1,15 +1,17 @@
 """Files that are either the old one or the new one, whatever happens in between.
 
 `stage` writes and flushes a hidden temporary file next to its destination, `publish` renames it into
-place and flushes the folder entry. Nothing here knows what a run is.
+place and flushes the folder entry. No link is followed on the way: one that was put where the temporary
+file goes, or in the destination's place, is replaced, and what it points to stays. Nothing here knows what a
+run is.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,22 +29,33 @@ def temporary(path: Path) -> Path:
 def stage(path: Path, fill: Callable[[Path], object]) -> Path:
     """Let `fill` write the temporary file of `path`, flush it to the disk, and return where it is.
 
-    Raises OSError (a full disk is `errno.ENOSPC`, also where safetensors reports it in its own way); the
-    temporary file is then gone.
+    Raises OSError, also for what the system told safetensors, which reports it in its own way; the temporary
+    file is then gone.
     """
     staged = temporary(path)
+    staged.unlink(missing_ok=True)
+    create(staged)
     try:
         fill(staged)
         sync(staged)
     except SafetensorError as error:
         staged.unlink(missing_ok=True)
-        if f"os error {errno.ENOSPC}" in str(error):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
-        raise
+        code = re.search(r"os error (\d+)|code: (\d+)", str(error))
+        if code is None:
+            raise
+        number = int(code[1] or code[2])
+        raise OSError(number, os.strerror(number), str(path)) from error
     except BaseException:
         staged.unlink(missing_ok=True)
         raise
     return staged
+
+
+def create(path: Path, data: bytes = b"") -> None:
+    """Write a file that is not there yet. Raises FileExistsError if anything is there, a link too."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    with open(os.open(path, flags, 0o666), "wb") as file:
+        file.write(data)
 
 
 def publish(path: Path) -> None:

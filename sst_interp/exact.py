@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from sst_interp.certificate import Certificate, Solution
+from sst_interp.certificate import Certificate, Solution, check_tolerance
 from sst_interp.layerwise import solve_layerwise
 from sst_interp.sequential import advance
 from sst_interp.stream import Recurrence, Stream
@@ -37,16 +37,23 @@ def solve_exactly(
     keep: bool = True,
     check: list[int] | None = None,
 ) -> Solution:
-    """States of `tokens` to the dtype's tolerance; the arguments are those of both solvers."""
+    """States of `tokens` to the dtype's tolerance; the arguments are those of both solvers.
+
+    Raises:
+        SSTError: a tolerance that is no number from 0 and below 1, or states that overflow.
+    """
+    tolerance = check_tolerance(tolerance)
     if model.kind.layer_by_layer:
-        return solve_layerwise(
-            model, stream, tokens, iterations=iterations, tolerance=tolerance, keep=keep, check=check
-        )
+        with model.backbone.naming_weights():
+            return solve_layerwise(
+                model, stream, tokens, iterations=iterations, tolerance=tolerance, keep=keep, check=check
+            )
     trial = stream.repeat(1)
-    solution = solve_by_sweeps(
-        model, trial, tokens, iterations=iterations, tolerance=tolerance,
-        most=max(FEW, tokens.shape[1] // SHARE), keep=keep, check=check,
-    )  # fmt: skip
+    with model.backbone.naming_weights():
+        solution = solve_by_sweeps(
+            model, trial, tokens, iterations=iterations, tolerance=tolerance,
+            most=max(FEW, tokens.shape[1] // SHARE), keep=keep, check=check,
+        )  # fmt: skip
     if not solution.certificate.converged:
         return solve_sequentially(model, stream, tokens, iterations, keep, check)
     for field in fields(Stream):

@@ -6,7 +6,7 @@ the capture (`sst_interp.capture`) drives it with several depths and texts side 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sst_interp.certificate import Certificate
+from sst_interp.choices import MAX_DEPTH, shown, whole
 from sst_interp.errors import SSTError
 from sst_interp.halting import HaltingPolicy, in_order, look_ahead
 from sst_interp.hooks import Edit, Hook, Visit, editing, refuse_unused
@@ -69,14 +70,18 @@ def check_room(model: Recurrence, prompt_tokens: int, max_new_tokens: int) -> No
         )
 
 
-def check_iterations(depths: Sequence[int]) -> None:
-    """Raise for a depth that is not a whole number from 1 up."""
-    for depth in depths:
-        if not isinstance(depth, int) or depth < 1:
-            raise SSTError(
-                f"iterations = {depth} is below 1 or not a whole number",
-                "1 is a plain pass with the blend on",
-            )
+def check_iterations(depths: Iterable[Any], name: str = "iterations") -> list[int]:
+    """Depths as ints.
+
+    Raises:
+        SSTError: there are none, or one is not a whole number from 1 to 127.
+    """
+    if isinstance(depths, str) or not isinstance(depths, Iterable):
+        raise SSTError(f"{name} = {shown(depths)} is not a list of depths", f"for example {name} = [1, 2]")
+    found = [whole(name, depth, 1, MAX_DEPTH) for depth in depths]
+    if not found:
+        raise SSTError(f"{name} names no depth", f"for example {name} = [1, 2]")
+    return found
 
 
 @torch.no_grad()
@@ -124,15 +129,19 @@ def generate(
     """
     if not isinstance(depths, HaltingPolicy) and len(depths) != len(pad):
         raise SSTError(f"{len(depths)} depths for {len(pad)} prompts", "give one number, or one per prompt")
-    if max_new_tokens < 1:
-        raise SSTError(f"max_new_tokens = {max_new_tokens} is below 1", "give it room for one token at least")
+    max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
+    for name, given in (("observe", observe), ("progress", progress), ("edit", edit)):
+        if given is not None and not callable(given):
+            raise SSTError(
+                f"{name} = {shown(given)} cannot be called", f"give a function, or leave {name} out"
+            )
     check_room(model, tokens.shape[1], max_new_tokens)
     read: tuple[Stream, Certificate] | None = None
     if isinstance(depths, HaltingPolicy):
         policy, stream = depths, model.new_stream(pad, tokens.shape[1] + max_new_tokens - 1)
         read = stream, prefill(model, stream, tokens[:, :-1])
         depths = policy.depths(look_ahead(model, stream, tokens[:, -1], policy.looks)).tolist()
-    check_iterations(depths)
+    depths = check_iterations(depths)
     order = torch.tensor(sorted(range(len(pad)), key=lambda r: -depths[r]), device=tokens.device)
     per_row = torch.tensor(depths)[order.cpu()]
     tokens, pad = tokens[order], pad[order]
@@ -153,7 +162,7 @@ def generate(
         tokens=[new[r] for r in back],
         texts=None,
         stopped=[stopped[r] for r in back],
-        iterations=list(depths),
+        iterations=depths,
         certificate=certificate,
     )
 
@@ -177,7 +186,8 @@ def generate_at_depths(
     Returns:
         Depth -> what `generate` gives at that depth (but for rounding: the batch has another shape).
     """
-    check_iterations(depths)
+    depths = check_iterations(depths, "depths")
+    max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
     check_room(model, tokens.shape[1], max_new_tokens)
     ordered, rows = sorted(set(depths), reverse=True), len(pad)
     stream = model.new_stream(pad, tokens.shape[1] + max_new_tokens - 1)
@@ -221,6 +231,7 @@ def _write(
         passes, logits, final = decode(model, stream, current, per_row, at)
         if observe is not None:
             observe(Step(position, passes, logits, order, alive))
+        model.backbone.refuse_nonfinite(final.amax(-1))  # one that is not a number is the largest
         current = final.argmax(-1)
         emitted.append(current)
         lived.append(alive)

@@ -15,12 +15,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sst_interp.choices import MAX_DEPTH, shown, whole
 from sst_interp.errors import SSTError
 from sst_interp.keyvalues import KeyValues
 from sst_interp.measures import read_out, relative_l2, wide
@@ -57,8 +59,7 @@ class HaltingPolicy(ABC):
         """Raise SSTError if the policy does not belong to this model."""
 
     def _check_deepest(self) -> None:
-        if not isinstance(self.deepest, int) or self.deepest < 1:
-            raise SSTError(f"a deepest depth of {self.deepest} is not a whole number from 1", "for example 4")
+        object.__setattr__(self, "deepest", whole("deepest", self.deepest, 1, MAX_DEPTH))
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,10 @@ class Threshold(HaltingPolicy):
 
     def __post_init__(self) -> None:
         self._check_deepest()
-        if self.threshold != self.threshold:
-            raise SSTError("the threshold of a halting policy is NaN", "for example 0.05")
+        threshold = self.threshold
+        if not isinstance(threshold, Real) or isinstance(threshold, bool) or threshold != threshold:
+            hint = "for example 0.05"
+            raise SSTError(f"threshold = {shown(threshold)} is not a number", hint)
 
     @property
     def looks(self) -> int:

@@ -25,13 +25,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from numbers import Integral
 from typing import Any, Literal, Protocol, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sst_interp.choices import whole
 from sst_interp.errors import SSTError, unknown_name
 
 Site = Literal["resid_pre", "attn_out", "resid_mid", "stream_state", "resid_blended", "mlp_out", "resid_post"]
@@ -166,8 +166,8 @@ def at(
         for one in where[name]:
             if name == "site" and one not in SITES:
                 raise unknown_name("site", str(one), SITES)
-            if name != "site" and (not isinstance(one, Integral) or one < first):
-                raise SSTError(f"{name} = {one} does not exist", f"{name}s are counted from {first}")
+        if name != "site":
+            where[name] = frozenset(whole(name, one, first) for one in where[name])
         if not where[name]:
             raise SSTError(f"no {name} is named", "leave it out to mean all of them")
     return At(edit, where)

@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from sst_interp import places
 from sst_interp.assets import smollm2_folder
-from sst_interp.backbone import content_hash
+from sst_interp.backbone import content_hash, first_line
 from sst_interp.checkpoint import is_checkpoint, read_checkpoint, refuse_kind
-from sst_interp.choices import TRAINED, Choices
+from sst_interp.choices import TRAINED, Choices, check_choices, shown
 from sst_interp.errors import SSTError, unknown_name
 from sst_interp.kind import NAMES, KindName
 from sst_interp.looped import Looped, attach_looped
@@ -36,7 +35,7 @@ ASSET_MODELS = {"smollm2-135m": smollm2_folder}
 """Backbones that come from a package registry by name and sha256, for machines without a model hub."""
 
 PAPER_ALPHA = 0.027
-"""Mean of the learned blend weights in arXiv 2605.00206; the default for a backbone without trained ones."""
+"""Mean of the learned blend weights in arXiv 2605.00206."""
 
 
 def load(
@@ -52,20 +51,27 @@ def load(
 
     Args:
         name: an asset (`smollm2-135m`), a hub id, a local model folder, or a checkpoint (name or folder).
-        alpha: blend weights; None takes the checkpoint's, or 0.027 (the paper's mean) where there are none.
+        alpha: blend weights; None takes the checkpoint's. A backbone without a checkpoint has none and is
+            loaded as it is, without a blend: name one to try it (the paper's mean is 0.027).
         choices: what the paper leaves open; those a checkpoint was trained with are always its own.
         dtype: of the weights: `bfloat16`, `float32` or `float64`.
         device: where to put the model.
         trust_remote_code: run Python code from the model's hub repository.
         kind: `sst`, `lrt` or `looped` refuses a checkpoint of another kind; None takes any. A backbone
-            without a checkpoint gets an SST; with `looped` it is iterated with no stream (`sst.attach_lrt`
-            attaches the other to a model in memory).
+            without a checkpoint is an SST whose blend is off; with `looped` it is iterated with no stream
+            (`sst.attach_lrt` attaches the other to a model in memory).
 
     Raises:
         SSTError: unknown name, no access, unsupported family, a checkpoint trained on other weights, or
             choices that a checkpoint was not trained with.
     """
-    dtype = _dtype(dtype)
+    if not isinstance(name, str | Path):
+        raise SSTError(
+            f"{shown(name)} is not a model's name", "a model in memory: sst.attach(model, tokenizer)"
+        )
+    dtype, choices = _dtype(dtype), None if choices is None else check_choices(choices)
+    if kind is not None and kind not in NAMES:
+        raise unknown_name("kind", str(kind), NAMES)
     folder = checkpoint_folder(name) or fetch_from_hub(name)
     if folder is None:
         if kind == "lrt":
@@ -74,10 +80,8 @@ def load(
             raise SSTError(f"a {NAMES[kind]} has no alpha", "leave alpha out")
         model, tokenizer = _backbone(str(name), dtype, trust_remote_code)
         if kind == "looped":
-            return attach_looped(model.to(device), tokenizer, choices, str(name))
-        return attach(
-            model.to(device), tokenizer, PAPER_ALPHA if alpha is None else alpha, choices, str(name)
-        )
+            return attach_looped(_placed(model, device), tokenizer, choices, str(name))
+        return attach(_placed(model, device), tokenizer, 0.0 if alpha is None else alpha, choices, str(name))
     config, trained, theirs = read_checkpoint(folder, kind)
     if alpha is not None:
         refuse_kind(name, trained.name, "sst")
@@ -100,11 +104,11 @@ def load(
     choices = replace(choices or theirs, **{field: getattr(theirs, field) for field in TRAINED})
     model = merge_adapters(model, folder)
     if isinstance(trained, Memory):
-        return attach_memory(model.to(device), trained, tokenizer, choices, str(name))
+        return attach_memory(_placed(model, device), trained, tokenizer, choices, str(name))
     if isinstance(trained, Looped):
-        return attach_looped(model.to(device), tokenizer, choices, str(name))
+        return attach_looped(_placed(model, device), tokenizer, choices, str(name))
     weights = trained.weights()["alpha"] if alpha is None else alpha
-    return attach(model.to(device), tokenizer, weights, choices, str(name))
+    return attach(_placed(model, device), tokenizer, weights, choices, str(name))
 
 
 def load_tokenizer(name: str | Path, trust_remote_code: bool = False) -> Any:
@@ -155,6 +159,13 @@ def _backbone(name: str, dtype: torch.dtype, trust_remote_code: bool) -> tuple[A
             f"model {name!r} lacks {len(missing)} of its weights, {missing[0]} first",
             "fetch it again: a part of it is missing",
         )
+    if landed["unexpected_keys"]:  # transformers would have dropped them
+        surplus = sorted(landed["unexpected_keys"])
+        raise SSTError(
+            f"model {name!r} holds {len(surplus)} weights that its config.json has no place for: "
+            f"{', '.join(surplus[:3])}{' ...' if len(surplus) > 3 else ''}",
+            "fetch its config.json again: the model was cut short or is of another kind",
+        )
     return model, tokenizer
 
 
@@ -175,12 +186,25 @@ def _readable(name: str):
     """What Hugging Face says about a model that it cannot read, as something to act on."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0]
+    except SSTError:
+        raise
+    except Exception as error:  # transformers raises whatever a config makes it stumble over
+        kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
         raise SSTError(
-            f"model {name!r} cannot be loaded: {first}",
+            f"model {name!r} cannot be loaded: {kind}{first_line(error)}",
             "check the name and the network; `hf auth login` if the model is gated; "
             "models that need their own code: trust_remote_code=True",
+        ) from error
+
+
+def _placed(model: Any, device: str | torch.device) -> Any:
+    """The model on that device."""
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise SSTError(
+            f"the model cannot be put on device {shown(device)}: {first_line(error)}",
+            'for example device="cpu"',
         ) from error
 
 
@@ -189,19 +213,22 @@ def _dtype(name: str | torch.dtype) -> torch.dtype:
         return name
     known = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
     if name not in known:
-        raise unknown_name("dtype", name, known)
+        raise unknown_name("dtype", str(name), known)
     return known[name]
 
 
 @contextmanager
 def _quiet_transformers():
-    """No loading bars from inside a library: ours are the ones with a meaning."""
+    """No loading bars and reports from inside a library: what they say of weights is an error of ours."""
     from transformers.utils import logging
 
     enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(before)
         if enabled:
             logging.enable_progress_bar()

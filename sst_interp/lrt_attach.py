@@ -18,7 +18,7 @@ from sst_interp.choices import Choices
 from sst_interp.errors import SSTError
 from sst_interp.lrt import Memory
 from sst_interp.lrt_design import MemoryDesign, Pathway, Projections
-from sst_interp.model import StateStreamModel
+from sst_interp.model import StateStreamModel, as_weights
 
 
 def build_memory(design: MemoryDesign, backbone: Backbone) -> Memory:
@@ -78,10 +78,10 @@ def attach_lrt(
         SSTError: unsupported family or pathway, unknown source layer, gamma of the wrong shape.
     """
     backbone = Backbone(model)
-    start = float(gamma) if isinstance(gamma, int | float) else 0.0
+    start = gamma if isinstance(gamma, int | float) else 0.0
     kind = build_memory(MemoryDesign(source, pathway, start, projections), backbone)
     if not isinstance(gamma, int | float):
-        given = torch.as_tensor(gamma).detach()
+        given = as_weights("gamma", gamma, torch.float64, backbone.device)
         if kind.gamma is None or given.shape != kind.gamma.shape or not bool(torch.isfinite(given).all()):
             raise SSTError(
                 f"gamma has shape {list(given.shape)}: it must be a finite number for each of "

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
+from sst_interp.choices import shown
 from sst_interp.errors import SSTError, unknown_name
 
 Pathway = Literal["residual", "kv", "both"]
@@ -38,11 +39,12 @@ class MemoryDesign:
         for key, allowed in (("pathway", Pathway), ("projections", Projections)):
             if getattr(self, key) not in get_args(allowed):
                 raise SSTError(
-                    f"{key} = {getattr(self, key)!r} is not one of {', '.join(get_args(allowed))}",
+                    f"{key} = {shown(getattr(self, key))} is not one of {', '.join(get_args(allowed))}",
                     f"for example {key} = {get_args(allowed)[0]!r}",
                 )
-        if not isinstance(self.gamma, int | float) or not abs(self.gamma) < float("inf"):
-            raise SSTError(f"gamma = {self.gamma!r} is not a finite number", "for example gamma = 0.1")
+        number = isinstance(self.gamma, int | float) and not isinstance(self.gamma, bool)
+        if not number or not abs(self.gamma) < float("inf"):
+            raise SSTError(f"gamma = {shown(self.gamma)} is not a finite number", "for example gamma = 0.1")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MemoryDesign:

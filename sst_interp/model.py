@@ -7,19 +7,23 @@ model.generate(["Why is the sky blue?"], iterations=4).texts
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import ctypes
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from numbers import Number
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from sst_interp.backbone import Backbone
+from sst_interp.backbone import Backbone, first_line
 from sst_interp.bridges import Bridges
 from sst_interp.certificate import Certificate
-from sst_interp.choices import Choices
+from sst_interp.choices import MAX_DEPTH, Choices, check_choices, shown, whole
 from sst_interp.errors import SSTError
-from sst_interp.generation import Generation, Observe, generate, generate_at_depths
+from sst_interp.generation import Generation, Observe, check_iterations, generate, generate_at_depths
 from sst_interp.halting import Flat, HaltingPolicy
 from sst_interp.hooks import Edit
 from sst_interp.kind import Kind
@@ -28,6 +32,11 @@ from sst_interp.replay import Replay, replay
 from sst_interp.stream import LayerBlend, Recurrence, Stream
 
 Prompt = str | Sequence[int]
+Prompts = Prompt | Sequence[Prompt] | Tensor | np.ndarray
+"""One prompt or several: texts, or token ids as a list, tuple, tensor or array; also ids [row, position]."""
+
+TEMPLATE_SECONDS = 10.0
+"""A chat template that takes longer is stopped."""
 
 
 class StateStreamModel(Recurrence, Bridges):
@@ -42,7 +51,7 @@ class StateStreamModel(Recurrence, Bridges):
         kind: another kind of stream, instead of `alpha` (`sst_interp.lrt`).
 
     Raises:
-        SSTError: alpha of the wrong shape, not finite, or outside [0, 1].
+        SSTError: alpha of the wrong type or shape, not finite, or outside [0, 1]; choices of another type.
     """
 
     def __init__(
@@ -56,7 +65,7 @@ class StateStreamModel(Recurrence, Bridges):
     ) -> None:
         self.backbone = backbone
         self.tokenizer = tokenizer
-        self.choices = choices or Choices()
+        self.choices = check_choices(choices)
         self.name = name
         self.kind = LayerBlend(expand_alpha(alpha, backbone)) if kind is None else kind
         self.kind.check(self.choices)
@@ -71,7 +80,7 @@ class StateStreamModel(Recurrence, Bridges):
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt: text as it is (special tokens as the tokenizer adds them), or ids."""
         if not isinstance(prompt, str):
-            return list(prompt)
+            return _ids(prompt)
         if self.tokenizer is None:
             raise SSTError("this model has no tokenizer", "pass token ids, or attach(..., tokenizer)")
         return list(self.tokenizer(prompt)["input_ids"])
@@ -85,24 +94,28 @@ class StateStreamModel(Recurrence, Bridges):
     def chat(self, message: str, system: str | None = None, reply_prefix: str = "") -> list[int]:
         """Token ids of a user message in the tokenizer's chat template, ready to be answered, and of what
         the reply begins with. A tokenizer without a template gets the message as plain text.
+
+        Raises:
+            SSTError: the template raises an error, or takes more than 10 s.
         """
         begun = self.encode_plain(reply_prefix) if reply_prefix else []
         if self.tokenizer is None or not getattr(self.tokenizer, "chat_template", None):
             return [*self.encode(message), *begun]
         turns = [{"role": "system", "content": system}] if system is not None else []
         turns.append({"role": "user", "content": message})
-        text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        text = _in_time(
+            lambda: self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True),
+            f"the chat template of {self.name}",
+        )
         return [*self.encode_plain(text), *begun]
 
-    def batch(self, prompts: Sequence[Prompt] | Tensor) -> tuple[Tensor, Tensor]:
-        """Left-padded token ids [row, column] and the padding per row.
+    def batch(self, prompts: Prompts) -> tuple[Tensor, Tensor]:
+        """Left-padded token ids [row, column] and the padding per row. One prompt alone is a batch of one.
 
         Raises:
-            SSTError: no prompts, an empty prompt, or an id outside the vocabulary.
+            SSTError: no prompts, an empty prompt, or ids that are not whole numbers of the vocabulary.
         """
-        if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int)):
-            raise SSTError("one prompt was given where a list of prompts is needed", "put it in [ ]")
-        rows = [self.encode(p) for p in (prompts.tolist() if isinstance(prompts, Tensor) else prompts)]
+        rows = [self.encode(prompt) for prompt in listed(prompts)]
         if not rows or not all(rows):
             raise SSTError("there is an empty prompt", "every prompt needs at least one token")
         width = max(map(len, rows))
@@ -125,7 +138,7 @@ class StateStreamModel(Recurrence, Bridges):
 
     def replay(
         self,
-        token_ids: Sequence[Prompt] | Tensor,
+        token_ids: Prompts,
         iterations: int = 1,
         method: Literal["parallel", "sequential"] = "parallel",
         *,
@@ -139,7 +152,8 @@ class StateStreamModel(Recurrence, Bridges):
         """Run given tokens through the model and record every layer output.
 
         Args:
-            token_ids: [question, position], or a list of token lists or texts of different length.
+            token_ids: one prompt or several: ids [position] or [question, position] (tensor, array or
+                lists, then of any lengths), or texts.
             iterations: depth of every position from `start` on.
             method: `sequential` is the definition; `parallel` solves all positions at once for the same
                 states: layer by layer, or by sweeps over the whole stack if `groups` or `sweeps` is given.
@@ -163,7 +177,7 @@ class StateStreamModel(Recurrence, Bridges):
 
     def generate(
         self,
-        prompts: Sequence[Prompt] | Tensor,
+        prompts: Prompts,
         iterations: int | Sequence[int] = 1,
         max_new_tokens: int = 64,
         stop_tokens: Sequence[int] | None = None,
@@ -175,7 +189,7 @@ class StateStreamModel(Recurrence, Bridges):
         """Generate greedily from prompts of different lengths.
 
         Args:
-            prompts: texts (read as they are; `model.chat(text)` gives a chat turn) or token ids.
+            prompts: one or several: texts (read as they are; `model.chat(text)` gives a chat turn) or ids.
             iterations: depth of every generated position; one number, or one per prompt.
             max_new_tokens: token budget per prompt.
             stop_tokens: ids that end a text (kept as its last token); None takes the model's own.
@@ -193,15 +207,17 @@ class StateStreamModel(Recurrence, Bridges):
                 places that never came.
         """
         tokens, pad = self.batch(prompts)
-        depths: Sequence[int] | HaltingPolicy = (
-            [iterations] * len(pad) if isinstance(iterations, int | float) else list(iterations)
-        )
+        depths: Sequence[int] | HaltingPolicy
+        if isinstance(iterations, Sequence | Tensor | np.ndarray) and np.ndim(iterations):
+            depths = check_iterations(iterations)
+        else:
+            depths = [whole("iterations", iterations, 1, MAX_DEPTH)] * len(pad)
         if depth is not None:
-            if iterations != 1:
+            if isinstance(iterations, Sequence) or iterations != 1:
                 raise SSTError("both iterations and depth were given", "leave one of them out")
-            depths = Flat(depth) if isinstance(depth, int) else depth
+            depths = depth if isinstance(depth, HaltingPolicy) else Flat(whole("depth", depth, 1, MAX_DEPTH))
             depths.check(self)
-        stop = self.stop_tokens if stop_tokens is None else stop_tokens
+        stop = self.stop_tokens if stop_tokens is None else check_stop(stop_tokens)
         out = generate(self, tokens, pad, depths, max_new_tokens, stop, observe, progress, edit)
         if self.tokenizer is not None:
             out.texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in out.tokens]
@@ -209,7 +225,7 @@ class StateStreamModel(Recurrence, Bridges):
 
     def generate_at_depths(
         self,
-        prompts: Sequence[Prompt] | Tensor,
+        prompts: Prompts,
         depths: Sequence[int],
         max_new_tokens: int = 64,
         progress: Callable[[int], Any] | None = None,
@@ -223,7 +239,7 @@ class StateStreamModel(Recurrence, Bridges):
             progress: called with the number of positions done.
 
         Raises:
-            SSTError: as `generate`.
+            SSTError: as `generate`; no depths.
         """
         tokens, pad = self.batch(prompts)
         found = generate_at_depths(self, tokens, pad, depths, max_new_tokens, self.stop_tokens, progress)
@@ -246,10 +262,116 @@ class StateStreamModel(Recurrence, Bridges):
         return sorted(found)
 
 
+def listed(prompts: Any) -> list[Prompt]:
+    """Prompts as a list of them, whatever they came in; one prompt alone becomes a list of one.
+
+    Raises:
+        SSTError: they are neither texts nor ids [position] or [row, position].
+    """
+    if isinstance(prompts, str):
+        return [prompts]
+    if isinstance(prompts, Tensor | np.ndarray):
+        if prompts.ndim not in (1, 2):
+            raise SSTError(
+                f"token ids have shape {list(prompts.shape)}", "give [position] or [row, position]"
+            )
+        return [_ids(row) for row in (prompts if prompts.ndim == 2 else prompts[None])]
+    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
+        raise SSTError(
+            f"prompts are a {type(prompts).__name__}, not texts or token ids",
+            'for example ["Why is the sky blue?"] or [[12, 7, 9]]',
+        )
+    flat = bool(prompts) and all(isinstance(p, Number) or getattr(p, "ndim", None) == 0 for p in prompts)
+    return [_ids(prompts)] if flat else [p if isinstance(p, str) else _ids(p) for p in prompts]
+
+
+def _ids(row: Any) -> list[int]:
+    """One prompt's token ids as ints. (An error shows no text: that of a prompt may be restricted.)
+
+    Raises:
+        SSTError: it is no sequence of whole numbers from 0.
+    """
+    hint = "token ids are whole numbers from 0, as a tokenizer gives them"
+    if isinstance(row, Tensor | np.ndarray):
+        dtype = str(row.dtype).removeprefix("torch.")
+        if row.ndim != 1 or "int" not in dtype or getattr(row, "is_meta", False):
+            raise SSTError(f"a prompt is of {dtype} and shape {list(row.shape)}, not ids [position]", hint)
+        return row.tolist()
+    if not isinstance(row, Sequence) or isinstance(row, str | bytes):
+        raise SSTError(f"a prompt is a {type(row).__name__}, neither text nor token ids", hint)
+    for token in row:
+        if not isinstance(token, Number | Tensor | np.ndarray):
+            raise SSTError(f"a prompt has a {type(token).__name__} among its token ids", hint)
+    return [token if type(token) is int else whole("a token id", token, 0) for token in row]
+
+
+def check_stop(stop_tokens: Any) -> list[int]:
+    """The ids that end a text, as ints.
+
+    Raises:
+        SSTError: they are no list of whole numbers.
+    """
+    if isinstance(stop_tokens, str) or not isinstance(stop_tokens, Iterable):
+        raise SSTError(f"stop_tokens = {shown(stop_tokens)} is no list of token ids", "for example [2]")
+    return [whole("a stop token", token, 0) for token in stop_tokens]
+
+
+class _TooLong(BaseException):
+    """Raised inside a thread that has taken too long."""
+
+
+def _in_time(work: Callable[[], Any], what: str, seconds: float | None = None) -> Any:
+    """What `work` returns. It is Python code that somebody else wrote, so it has an end.
+
+    Raises:
+        SSTError: it raises anything, or takes longer than `TEMPLATE_SECONDS`.
+    """
+    seconds = TEMPLATE_SECONDS if seconds is None else seconds
+    done: list[tuple[Any, BaseException | None]] = []
+
+    def run() -> None:
+        try:
+            done.append((work(), None))
+        except BaseException as error:  # handed to the caller
+            done.append((None, error))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    hint = "mend `chat_template` of the tokenizer, or set it to None to send messages as plain text"
+    if thread.is_alive():
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(
+            ctypes.c_ulong(thread.ident or 0), ctypes.py_object(_TooLong)
+        )
+        raise SSTError(f"{what} has not ended after {seconds:g} s", hint)
+    value, error = done[0]
+    if error is not None:
+        raise SSTError(f"{what} fails: {type(error).__name__}: {first_line(error)}", hint) from error
+    return value
+
+
+def as_weights(name: str, value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers that a person gave as weights, as a tensor.
+
+    Raises:
+        SSTError: they are no real numbers in memory.
+    """
+    try:
+        seen = torch.as_tensor(value)
+        if seen.is_complex() or seen.is_meta or seen.dtype == torch.bool:
+            raise TypeError(str(seen.dtype))
+        return torch.as_tensor(value, dtype=dtype, device=device).detach()
+    except (TypeError, ValueError, RuntimeError):
+        raise SSTError(
+            f"{name} = {shown(value)} is neither a number nor a list or tensor of real numbers",
+            f"for example {name}=0.1",
+        ) from None
+
+
 def expand_alpha(alpha: float | Tensor | Sequence[float], backbone: Backbone) -> Tensor:
     """Blend weights as [layer, d_model] in fp32 (fp64 for a float64 backbone), checked."""
     dtype = torch.promote_types(backbone.dtype, torch.float32)
-    given = torch.as_tensor(alpha, dtype=dtype, device=backbone.device).detach()
+    given = as_weights("alpha", alpha, dtype, backbone.device)
     if given.dim() == 1:
         given = given[:, None]
     shape = (backbone.n_layers, backbone.d_model)
@@ -287,7 +409,8 @@ def attach(
         name: how listings and errors call it; None takes the family's.
 
     Raises:
-        SSTError: unsupported family (with the missing point), non-finite weights, alpha outside [0, 1].
+        SSTError: something else than a causal LM; unsupported family (with the missing point), non-finite
+            weights, alpha outside [0, 1].
     """
     backbone = Backbone(model)
     return StateStreamModel(backbone, tokenizer, alpha, choices, name or backbone.family)

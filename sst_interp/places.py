@@ -8,6 +8,26 @@ from pathlib import Path
 
 import platformdirs
 
+from sst_interp.errors import SSTError
+
+
+def user_path(text: str) -> Path:
+    """A path as a person types it, with `~` for their folder.
+
+    Raises:
+        SSTError: no file can have that name.
+    """
+    try:
+        path = Path(text).expanduser()
+        if "\0" in text:
+            raise ValueError("it holds a NUL")
+        if len(text) > 4000 or any(len(os.fsencode(part)) > 255 for part in path.parts):
+            raise ValueError("it is too long")
+    except (RuntimeError, ValueError) as error:
+        shown = text if len(text) <= 80 else text[:77] + "..."
+        raise SSTError(f"{shown!r} is no file's name: {error}", "give the path of a file") from None
+    return path
+
 
 def cache_dir() -> Path:
     """Downloads and converted weights: `$SST_INTERP_CACHE`, else the platform's cache folder."""

@@ -8,22 +8,23 @@ import math
 import os
 import re
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from sst_interp import places
-from sst_interp.choices import ANALYSIS, Choices
+from sst_interp.choices import ANALYSIS, MAX_DEPTH, Choices
 from sst_interp.errors import SSTError, unknown_name
+from sst_interp.guarded import read_whole
 from sst_interp.kind import NAMES, KindName
 
 DType = Literal["bfloat16", "float32", "float64"]
 Keep = Literal["none", "position0", "shifts", "all"]
 LensTokens = Literal["none", "position0", "all"]
 NAME = r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}"
-MAX_DEPTH = 127
-"""Depths and iterations are int8 in the tables."""
+LARGEST = 1 << 20
+"""Bytes of a recipe's file at most."""
 MAX_POSITIONS = 32767
 """Positions are int16 in the tables."""
 
@@ -55,10 +56,10 @@ class Recipe:
 
     kind: KindName | None = None
     """`looped` iterates a plain backbone with no stream (docs/kinds.md). Left out: what the checkpoint says
-    it is, or an SST on a plain backbone. A checkpoint of another kind than the one named is refused."""
+    it is, or a plain backbone with the blend `alpha`. A checkpoint of another kind is refused."""
 
     alpha: float | None = None
-    """A fixed blend in [0, 1] for a backbone without a trained one; left out, the checkpoint's own."""
+    """A fixed blend in [0, 1]; left out, the checkpoint's own, and of a backbone without one, none."""
 
     batch_size: int = 8
     """Questions per batch: the unit that is committed and resumed. It changes bf16 rounding, so it is part
@@ -118,7 +119,7 @@ class Recipe:
         """Read a TOML file. `name` goes before the file's own `name`, and that before the file's stem."""
         path = Path(path)
         try:
-            text = path.read_bytes().decode("utf-8-sig")
+            text = read_whole(path, LARGEST).decode("utf-8-sig")
         except OSError as error:
             hint = "`sst-interp runs` lists what there is"
             raise SSTError(f"cannot read recipe {path}: {error.strerror}", hint) from None
@@ -173,6 +174,33 @@ class Recipe:
         for table, entries in tables.items():
             lines += ["", f"[{table}]", *(f"{key} = {_toml(value)}" for key, value in entries.items())]
         return "\n".join(lines) + "\n"
+
+    def with_settings(self, settings: Sequence[str]) -> Recipe:
+        """The recipe with keys set as a command line sets them, and checked like a file's.
+
+        Args:
+            settings: `KEY=VALUE` each: `questions=8`, `depths=1,2`, `choices.kv=first`. A value is read as
+                TOML where it is TOML, and as text where it is not.
+
+        Raises:
+            SSTError: not of that form, an unknown key, or a value that does not fit.
+        """
+        values = self.to_dict()
+        for setting in settings:
+            key, equals, text = setting.partition("=")
+            key, text = key.strip(), text.strip()
+            if not equals or not key:
+                raise SSTError(f"--set {setting!r} sets nothing", "for example --set questions=8")
+            value = [*_setting(text)] if key == "depths" and not text.startswith("[") else _setting(text)[0]
+            choices, _, choice = key.partition(".")
+            if choice and choices == "choices":
+                values["choices"] = values["choices"] | {choice: value}
+            else:
+                values[key] = value
+        try:
+            return Recipe.from_dict(values)
+        except SSTError as error:
+            raise SSTError(f"--set: {error.message}", error.hint) from None
 
     def fingerprint(self) -> str:
         """sha256 of everything that decides the run's contents: not the name, nor choices of analysis."""
@@ -242,6 +270,14 @@ def _toml(value: str | bool | int | float | list[Any]) -> str:
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
+def _setting(text: str) -> list[Any]:
+    """The values of `1,2` or of one TOML value; what is not TOML is one text."""
+    try:
+        return tomllib.loads(f"value = [{text}]")["value"] or [text]
+    except (ValueError, RecursionError):
+        return [text]
+
+
 def _number(value: Any, low: float, high: float) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
 
@@ -253,6 +289,11 @@ def _whole(value: Any, low: int, high: float = math.inf) -> bool:
 def _text(value: Any) -> bool:
     """Text that a file can hold (undecodable bytes of a command line are not)."""
     return isinstance(value, str) and value == value.encode(errors="replace").decode()
+
+
+def _named(value: Any) -> bool:
+    """Text that can be the name of a file."""
+    return _text(value) and value.strip() != "" and "\0" not in value
 
 
 def _depths(value: Any) -> bool:
@@ -267,8 +308,8 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str, str]] = {
         "a plain folder name (letters, digits, '-', '_' and '.', at most 100, no '.' in front)",
         '"demo"',
     ),
-    "checkpoint": (lambda v: _text(v) and v.strip() != "", "the name of a model", '"smollm2-135m"'),
-    "dataset": (lambda v: _text(v) and v.strip() != "", "the name of a dataset", '"arc-challenge"'),
+    "checkpoint": (_named, "the name of a model", '"smollm2-135m"'),
+    "dataset": (_named, "the name of a dataset", '"arc-challenge"'),
     "questions": (lambda v: v is None or _whole(v, 1), "a whole number from 1 (left out: all)", "24"),
     "depths": (
         _depths,
@@ -280,7 +321,11 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str, str]] = {
         f"a whole number from 1 to {MAX_POSITIONS}",
         "48",
     ),
-    "kind": (lambda v: v is None or v in NAMES, f"one of {', '.join(NAMES)}", '"looped"'),
+    "kind": (
+        lambda v: v is None or (isinstance(v, str) and v in NAMES),
+        f"one of {', '.join(NAMES)}",
+        '"looped"',
+    ),
     "alpha": (lambda v: v is None or _number(v, 0, 1), "a number from 0 to 1", "0.027"),
     "batch_size": (lambda v: _whole(v, 1), "a whole number from 1", "8"),
     "dtype": (lambda v: v in get_args(DType), f"one of {', '.join(get_args(DType))}", '"bfloat16"'),

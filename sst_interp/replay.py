@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sst_interp.certificate import Certificate, picks, spot_check
+from sst_interp.certificate import Certificate, check_tolerance, picks, spot_check
+from sst_interp.choices import MAX_DEPTH, shown, whole
 from sst_interp.errors import SSTError
 from sst_interp.exact import solve_exactly, solve_sequentially
 from sst_interp.generation import check_iterations
@@ -47,13 +48,16 @@ def replay(
     check: int,
 ) -> Replay:
     """Replay a left-padded batch; the arguments are those of `StateStreamModel.replay`."""
-    check_iterations([iterations])
+    (iterations,) = check_iterations([iterations])
+    tolerance = check_tolerance(tolerance)
+    start, check = whole("start", start, 0), whole("check", check, 0)
+    most = max(tokens.shape[1], MAX_DEPTH)  # as many sweeps as positions make every position exact
+    groups = groups if groups is None else whole("groups", groups, 1)
+    sweeps = sweeps if sweeps is None else whole("sweeps", sweeps, 1, most)
     if method not in ("parallel", "sequential"):
-        raise SSTError(f"unknown method {method!r}", "use 'parallel' or 'sequential'")
-    if not 0 <= start < tokens.shape[1]:
+        raise SSTError(f"unknown method {shown(method)}", "use 'parallel' or 'sequential'")
+    if start >= tokens.shape[1]:
         raise SSTError(f"start = {start} is not a position of {tokens.shape[1]} tokens", "count from 0")
-    if (sweeps is not None and sweeps < 1) or (groups is not None and groups < 1):
-        raise SSTError(f"sweeps = {sweeps}, groups = {groups}: both must be at least 1", "or leave them out")
     if start and bool(pad.any()):
         raise SSTError("start needs questions of equal length", "replay them one by one")
     stream = model.new_stream(pad, tokens.shape[1])
@@ -69,8 +73,10 @@ def replay(
         if groups is None and sweeps is None:
             solution = solve_exactly(model, stream, tokens, **how)
         else:
-            solution = solve_by_sweeps(model, stream, tokens, groups=groups or 1, sweeps=sweeps, **how)
+            with model.backbone.naming_weights():
+                solution = solve_by_sweeps(model, stream, tokens, groups=groups or 1, sweeps=sweeps, **how)
         certificate = spot_check(model, stream, tokens, solution, iterations)
+    model.backbone.refuse_nonfinite(solution.last)
     resid_post = solution.resid_post
     assert resid_post is not None
     # [layer, question, column, iteration, d] -> [question, position, layer, iteration, d], left-aligned

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from sst_interp import manifest
 from sst_interp.choices import COMPARISONS
 from sst_interp.errors import SSTError, unknown_name
+from sst_interp.guarded import unreadable
 from sst_interp.recipe import Recipe
 from sst_interp.run_kind import RunKind, run_kind
 from sst_interp.schema import CATEGORIES, KEYS, MAY_BE_EMPTY, OPTIONAL, TABLES, to_frame
@@ -98,14 +99,23 @@ class Run:
         """
         if name not in TABLES:
             raise unknown_name("table", name, TABLES)
-        shards = [str(self._checked(file)) for file in self._listed(name).values()]
+        shards = [str(self._checked(file)) for file in self._whole(name).values()]
         nothing_to_compare = name in ("outputs", "pairs") and len(self.recipe.depths) == 1
         if not shards and (nothing_to_compare or name in MAY_BE_EMPTY):
             wanted = columns if columns is not None else [c for c in TABLES[name].names if c not in OPTIONAL]
             return to_frame(TABLES[name].empty_table().select(list(wanted)))
         if not shards:
             raise SSTError(f"run {self.name} has no table {name}", self._again)
-        dataset = ds.dataset(shards, format="parquet")
+        try:
+            dataset = ds.dataset(shards, format="parquet")
+            rows = dataset.count_rows()
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise unreadable(self.folder / name, error, self._again) from None
+        said = sum(entry["rows"] for entry in self._entries(name))
+        if rows != said or any(c not in dataset.schema.names for c in KEYS[name]):
+            raise SSTError(
+                f"run {self.name}: table {name} is not the one that its manifest lists", self._again
+            )
         present, where = dataset.schema.names, None
         for column in columns or ():
             if column not in present:
@@ -126,14 +136,36 @@ class Run:
         shards = [str(self._checked(file)) for file in self._listed(name).values()]
         return ds.dataset(shards, format="parquet").schema.names if shards else []
 
+    @property
+    def kept_iterations(self) -> tuple[int, ...]:
+        """The iterations (1-based) whose states at position 0 are kept: all, but in a published copy."""
+        if self.recipe.keep == "none":
+            return ()
+        published = self.manifest.get("published")
+        whole = range(1, max(self.recipe.depths) + 1)
+        return tuple(whole) if published is None else tuple(published["iterations"])
+
+    def state(self, question: int, iteration: int) -> torch.Tensor:
+        """The hidden states [layer, d_model] of one iteration (1-based) at position 0, in the run's dtype.
+
+        Raises SSTError for an iteration that was not captured, or that a published copy left out.
+        """
+        if iteration not in (kept := self.kept_iterations):
+            has = ", ".join(map(str, kept)) or "none"
+            raise SSTError(
+                f"run {self.name} keeps no states of iteration {iteration}", f"at position 0 it has {has}"
+            )
+        return self.states(question)[:, iteration - 1]
+
     def states(
         self, question: int, position: int | None = 0, depth: int | None = None, text: str = "own"
     ) -> torch.Tensor:
-        """Kept hidden states [layer, iteration, d_model], in the run's dtype.
+        """Kept hidden states [layer, iteration, d_model], in the run's dtype: index i is iteration i + 1.
 
         `position=None` gives every position, [position, layer, iteration, d_model], if the run kept them.
         `depth` is the deepest when left out; `text` is whose tokens were read (`own` or `depth1`). Only
-        what is asked for is read from the file. Raises SSTError for what was not kept.
+        what is asked for is read from the file. Iterations that a published copy left out are NaN, and the
+        axis ends with the last one kept. Raises SSTError for what was not kept.
         """
         keep, deepest = self.recipe.keep, max(self.recipe.depths)
         depth = deepest if depth is None else depth
@@ -158,7 +190,7 @@ class Run:
                 kept = [k for k in tensors.keys() if k.startswith(f"q{question}.")]  # noqa: SIM118
                 raise unknown_name(f"states in run {self.name}", key, kept)
             if keep != "all" or position is None:
-                return tensors.get_tensor(key)
+                return self._by_number(tensors.get_tensor(key), file)
             part = tensors.get_slice(key)
             length = part.get_shape()[0]
             if not 0 <= position < length:
@@ -187,6 +219,8 @@ class Run:
         for batch in manifest.batches(self.manifest):
             for file in self.manifest["shards"][str(batch)]:
                 self._checked(file)
+        for name in TABLES:
+            self._whole(name)
 
     def question(self, question: int | str, threshold: float | None = None) -> QuestionView:
         """The explorer of one question, by index or record id: shown in a notebook, with `.table`,
@@ -238,6 +272,34 @@ class Run:
         shards = self.manifest["shards"]
         files = {batch: manifest.shard(table, batch) for batch in manifest.batches(self.manifest)}
         return {batch: file for batch, file in files.items() if file in shards[str(batch)]}
+
+    def _entries(self, table: str) -> list[dict[str, Any]]:
+        """What the manifest says of each shard of a table."""
+        return [self.manifest["shards"][str(batch)][file] for batch, file in self._listed(table).items()]
+
+    def _whole(self, table: str) -> dict[int, str]:
+        """`_listed`, if every batch has the table or none. Raises SSTError otherwise."""
+        listed = self._listed(table)
+        if listed and table not in MAY_BE_EMPTY:
+            for batch in manifest.batches(self.manifest):
+                if batch not in listed:
+                    raise SSTError(f"run {self.name}: batch {batch} has no {table}", self._again)
+        return listed
+
+    def _by_number(self, kept: torch.Tensor, file: str) -> torch.Tensor:
+        """States with every iteration at the place of its own number, where a copy keeps only some."""
+        published = self.manifest.get("published")
+        if published is None or kept.dim() != 3:
+            return kept
+        numbers = published["iterations"]
+        if kept.shape[1] != len(numbers):
+            raise SSTError(f"run {self.name}: {file} has {kept.shape[1]} iterations, not {len(numbers)}")
+        if numbers == list(range(1, len(numbers) + 1)):
+            return kept
+        whole = kept.new_full((kept.shape[0], max(numbers), kept.shape[2]), float("nan"))
+        for place, number in enumerate(numbers):
+            whole[:, number - 1] = kept[:, place]
+        return whole
 
     def _checked(self, file: str) -> Path:
         if self.verify and file not in self._verified:

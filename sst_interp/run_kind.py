@@ -45,7 +45,7 @@ def _of_checkpoint(name: str) -> RunKind | None:
     from sst_interp.loading import ASSET_MODELS, checkpoint_folder
 
     if name in ASSET_MODELS:
-        return "sst"  # with the paper's mean alpha
+        return "backbone"  # a blend is asked for by `alpha`
     folder = checkpoint_folder(name)
     if folder is None:
         return None

@@ -9,9 +9,9 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import shutil
+import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,14 @@ from safetensors.torch import save_file
 
 from sst_interp import durable, manifest
 from sst_interp.errors import SSTError
+from sst_interp.printing import plain
 from sst_interp.recipe import Recipe
 from sst_interp.schema import TABLES, to_table, write_parquet
 
 log = logging.getLogger(__name__)
 
+SHARD = re.compile(r"\d{4,}\.(parquet|safetensors)|\.\d{4,}\.(parquet|safetensors)\.tmp")
+"""The names that a run gives its shards, and their temporary files."""
 OWNER = ".writer"
 """Holds the process id of whoever has the lock, for the message to the one who has not."""
 
@@ -64,12 +67,14 @@ class RunWriter:
             n_batches: how many batches make the run complete, if known already.
             fresh: erase the run that is there, under the lock.
 
-        Raises SSTError, and changes nothing, if another process writes the run or it was begun differently.
-        Batches with a damaged or missing file are dropped from the manifest (`drop_corrupt`).
+        Raises SSTError, and changes nothing, if another process writes the run, it was begun differently, or
+        one of its folders is a link to somewhere else. Batches with a damaged or missing file are dropped
+        from the manifest (`drop_corrupt`).
         """
         folder = Path(folder)
         with _disk(folder):
             folder.mkdir(parents=True, exist_ok=True)
+            _refuse_links(folder)
             lock = _lock(folder)
         try:
             with _disk(folder):
@@ -149,7 +154,8 @@ class RunWriter:
         self._save(state="complete", n_batches=count)
 
     def drop_corrupt(self) -> list[int]:
-        """Check every listed shard's size and sha256, and drop the batches with a bad one from the manifest.
+        """Check every listed shard's size and sha256, and drop from the manifest the batches with a bad one,
+        or without one that every batch has.
 
         Returns the dropped batches, ascending, which are then captured again; each is logged as a warning.
         """
@@ -157,11 +163,14 @@ class RunWriter:
         for batch in manifest.batches(self.manifest):
             for file, entry in self.manifest["shards"][str(batch)].items():
                 if problem := manifest.damage(self.folder, file, entry):
-                    log.warning("run %s: %s is damaged (%s)", self.folder.name, file, problem)
+                    log.warning("run %s: %s is damaged (%s)", plain(self.folder.name), file, problem)
                     dropped.append(batch)
+            if table := manifest.lacking(self.manifest, batch):
+                log.warning("run %s: batch %d has no %s", plain(self.folder.name), batch, table)
+                dropped.append(batch)
         for batch in set(dropped):
             del kept[str(batch)]
-            log.warning("run %s: batch %d will be captured again", self.folder.name, batch)
+            log.warning("run %s: batch %d will be captured again", plain(self.folder.name), batch)
         if dropped:
             self._save(shards=kept, state="capturing")
         return sorted(set(dropped))
@@ -203,8 +212,22 @@ def _lock(folder: Path) -> FileLock:
             f"run {folder.name} is being written by another process{owner}",
             "wait until it has finished, or capture under another --run name",
         ) from None
-    (folder / OWNER).write_text(str(os.getpid()))
+    try:
+        (folder / OWNER).unlink(missing_ok=True)
+        durable.create(folder / OWNER, str(os.getpid()).encode())
+    except BaseException:
+        lock.release()
+        raise
     return lock
+
+
+def _refuse_links(folder: Path) -> None:
+    """A link in the place of a run's own folder or lock would have another place written."""
+    for name in (*TABLES, "states", ".lock"):
+        if (folder / name).is_symlink():
+            raise SSTError(
+                f"{folder / name} is a link to somewhere else: nothing is written there", "remove the link"
+            )
 
 
 def _unlock(folder: Path, lock: FileLock) -> None:
@@ -217,7 +240,11 @@ def _erase(folder: Path, recipe: Recipe) -> None:
     """Remove a run's files, the manifest first, and nothing else; a run.toml that says `recipe` stays."""
     (folder / manifest.FILE).unlink(missing_ok=True)
     for table in (*TABLES, "states"):
-        shutil.rmtree(folder / table, ignore_errors=True)
+        for path in (folder / table).glob("*"):
+            if SHARD.fullmatch(path.name) and (path.is_symlink() or not path.is_dir()):
+                path.unlink()
+        with suppress(OSError):  # not there, or somebody's own files are in it
+            (folder / table).rmdir()
     try:
         stays = not recipe.differences(Recipe.load(folder / "run.toml", recipe.name))
     except SSTError:
@@ -237,4 +264,11 @@ def _disk(folder: Path) -> Iterator[None]:
                 f"the disk is full: cannot write run {folder.name} in {folder}",
                 f"make room; `sst-interp capture --run {folder.name}` then goes on: committed batches stay",
             ) from error
-        raise SSTError(f"cannot write run {folder.name} in {folder}: {error.strerror or error}") from error
+        name = error.filename2 or error.filename
+        where = (
+            f"{os.path.relpath(os.fsdecode(name), folder)}: " if isinstance(name, str | bytes | Path) else ""
+        )
+        raise SSTError(
+            f"cannot write run {folder.name} in {folder}: {where}{error.strerror or error}",
+            "put that right, or capture under another --run name",
+        ) from error

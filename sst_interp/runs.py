@@ -67,6 +67,8 @@ def _load(folder: Path, verify: bool) -> Run | None:
     found = manifest.read_manifest(folder)
     if found is None:
         return None
+    if str(folder) != str(folder).encode(errors="replace").decode():
+        raise SSTError(f"{folder}: the folder's name is not UTF-8: no table is read there", "rename it")
     name, recipe = _name(folder), Recipe.from_dict(found["recipe"])
     if (folder / "run.toml").exists():
         now = Recipe.load(folder / "run.toml", recipe.name)
@@ -81,4 +83,5 @@ def _name(folder: str | Path) -> str:
 
 def _unreadable(name: str, where: Path, error: SSTError) -> dict[str, Any]:
     blank = dict.fromkeys(("kind", "checkpoint", "dataset", "questions", "depths"))
-    return {"name": name, "state": f"unreadable: {error.message}", **blank, "bytes": 0, "where": str(where)}
+    state = f"unreadable: {error.message}" + (f"; {error.hint}" if error.hint else "")
+    return {"name": name, "state": state, **blank, "bytes": 0, "where": str(where)}

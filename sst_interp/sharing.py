@@ -2,7 +2,7 @@
 
     model.push_to_hub("user/my-sst")
     sst.load("user/my-sst")
-    sst.open_run("hf://datasets/user/runs/gpqa")      # s3://, https://, zip://... : whatever fsspec reads
+    sst.open_run("hf://datasets/user/runs/gpqa")      # or https://, s3://, zip://... (`PROTOCOLS`)
 
 A checkpoint on the hub is the same folder as on disk: the stream and, if it was trained, its adapters, never
 the backbone's weights. What comes from elsewhere is data: safetensors, JSON and Parquet, nothing that runs.
@@ -14,6 +14,7 @@ import json
 import re
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sst_interp import checkpoint, manifest, places
-from sst_interp.choices import TRAINED
+from sst_interp.choices import TRAINED, shown
 from sst_interp.durable import publish, replace_bytes, stage
 from sst_interp.errors import SSTError
 from sst_interp.training import adapters
@@ -36,8 +37,9 @@ ADAPTERS = (adapters.CONFIG, adapters.WEIGHTS)
 ABOUT = ("README.md", "training.png", "training.json", "training.jsonl")
 """Uploaded if they are there; not needed to load."""
 
+PROTOCOLS = ("file", "hf", "http", "https", "s3", "gs", "zip", "memory")
+"""Where a run is fetched from: fsspec knows many more, and some of them run or ask for something else."""
 HUB_NAME = r"[\w.-]+/[\w.-]+"
-SHARD = r"[a-z0-9_]+/\d{4,}\.(parquet|safetensors)"
 
 
 def push_to_hub(
@@ -67,8 +69,8 @@ def push_to_hub(
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    if not re.fullmatch(HUB_NAME, repo_id):
-        raise SSTError(f"{repo_id!r} is not a repository's name", 'for example "user/my-sst"')
+    if not isinstance(repo_id, str) or not re.fullmatch(HUB_NAME, repo_id):
+        raise SSTError(f"{shown(repo_id)} is not a repository's name", 'for example "user/my-sst"')
     api = api or HfApi()
     with tempfile.TemporaryDirectory() as scratch:
         folder = checkpoint_of(model, Path(scratch), backbone, api)
@@ -167,10 +169,16 @@ def fetch_run(url: str) -> Path:
     """
     from fsspec.core import url_to_fs
 
+    for link in url.split("::"):
+        if (protocol := link.partition("://")[0] if "://" in link else link) not in PROTOCOLS:
+            raise SSTError(
+                f"there is no run at {url}: {protocol!r} is not read", f"there are {', '.join(PROTOCOLS)}"
+            )
     try:
         files, root = url_to_fs(url)
-        listed = files.cat_file(f"{root.rstrip('/')}/{manifest.FILE}")
-    except (OSError, ValueError, ImportError) as error:
+        with files.open(f"{root.rstrip('/')}/{manifest.FILE}", "rb") as file:
+            listed = file.read(manifest.LARGEST + 1)
+    except (OSError, ValueError, ImportError, KeyError, zipfile.BadZipFile) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         hint = "give the folder that has its manifest.json"
         raise SSTError(f"there is no run at {url}: {reason}", hint) from error
@@ -181,7 +189,11 @@ def fetch_run(url: str) -> Path:
     for shards in found["shards"].values():
         for file, entry in shards.items():
             if manifest.damage(folder, file, entry) is not None:
-                _fetch(files, f"{root.rstrip('/')}/{file}", folder / file)
+                there = f"{root.rstrip('/')}/{file}"
+                if (size := files.size(there)) not in (None, entry["bytes"]):
+                    said = f"{size} bytes, was {entry['bytes']}"
+                    raise SSTError(f"{file} of the run at {url} is damaged: {said}", "fetch it again later")
+                _fetch(files, there, folder / file)
             if problem := manifest.damage(folder, file, entry):
                 raise SSTError(f"{file} of the run at {url} is damaged: {problem}", "fetch it again later")
     if files.exists(recipe := f"{root.rstrip('/')}/run.toml"):
@@ -194,19 +206,11 @@ def fetch_run(url: str) -> Path:
 
 def _read_listed(listed: bytes, url: str) -> dict[str, Any]:
     """A manifest from elsewhere, checked as one of our own, that names only files of a run's folder."""
-    with tempfile.TemporaryDirectory() as scratch:
-        (Path(scratch) / manifest.FILE).write_bytes(listed)
-        try:
-            found = manifest.read_manifest(Path(scratch))
-        except SSTError:
-            found = None
-    if found is None:
-        raise SSTError(f"what is at {url} is no run that this version reads", "check the URL, or upgrade")
-    for shards in found["shards"].values():
-        for file in shards:
-            if not re.fullmatch(SHARD, file):
-                raise SSTError(f"the run at {url} lists a file {file!r}", "no run of ours has such a file")
-    return found
+    try:
+        return manifest.parse_manifest(listed, manifest.FILE, "check the URL, or upgrade")
+    except SSTError as error:
+        said = f"what is at {url} is no run that this version reads: {error.message}"
+        raise SSTError(said, "check the URL, or upgrade") from None
 
 
 def _fetch(files: Any, there: str, here: Path) -> None:

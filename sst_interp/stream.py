@@ -51,8 +51,13 @@ class Recurrence:
         self.kind = LayerBlend(alpha)
 
     def new_stream(self, pad: Int[Tensor, " row"], columns: int) -> Stream:
-        """An empty stream with room for `columns` tokens per row, `pad` of them padding on the left."""
+        """An empty stream with room for `columns` tokens per row, `pad` of them padding on the left.
+
+        Raises:
+            SSTError: the model was put into training mode and has dropout.
+        """
         b = self.backbone
+        b.refuse_dropout()
         state = torch.zeros(self.kind.slots(b), len(pad), b.d_model, dtype=b.dtype, device=b.device)
         return Stream(KeyValues(b.n_layers, columns), state, pad, pad.clone())
 
@@ -128,6 +133,8 @@ class LayerBlend(Kind):
         return torch.stack(ffn) if choices.carry == "ffn_output" else resid_post
 
     def __str__(self) -> str:
+        if self.off:
+            return "no blend: the plain backbone"
         return f"alpha {self.alpha.min():.4g} to {self.alpha.max():.4g}"
 
     @property

@@ -1,6 +1,7 @@
 """Keep tests off the network's model hub, and off each other's threads."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -10,6 +11,14 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(autouse=True)
+def _ctrl_c():
+    """The command ignores Ctrl-C when it ends; the tests go on."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True)

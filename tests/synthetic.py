@@ -69,6 +69,14 @@ def latent(rng: np.random.Generator, questions: int, positions: int, layers: int
     return 0.8 * own + sum(weight * rng.normal(size=shape) for shape, weight in parts)
 
 
+def smooth(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    """Profiles that change slowly along the text, as real ones do."""
+    x = rng.normal(size=shape)
+    for i in range(1, shape[-1]):
+        x[..., i] = 0.7 * x[..., i - 1] + np.sqrt(1 - 0.49) * x[..., i]
+    return x
+
+
 def distances(
     rng: np.random.Generator, shape: tuple[int, int, int], planted: Planted
 ) -> tuple[np.ndarray, ...]:

@@ -1,49 +1,55 @@
-import json
+"""Modes within layers, and the distribution of overlaps. How modes are counted: test_modes.py."""
+
+import time
 
 import numpy as np
 import pandas as pd
 import pytest
-from synthetic import Planted, pairs_table
+from synthetic import Planted, contrast, pairs_table
 
-from sst_interp.analyses.bimodality import bimodality
-from sst_interp.analyses.overlap import overlap_distribution
+from sst_interp.analyses.modes import bimodality, overlap_distribution
 from sst_interp.analyses.statistics import dip
-from sst_interp.errors import SSTError
+from sst_interp.choices import Choices
+from sst_interp.errors import Untestable
 
 PLACES = (2e-4, 2e-4, 2e-4, 2e-4, 0.3, 0.3, 0.3, 0.3)
 """Layers that each have one mode, at two places."""
 
 
-def found_in(table, comparison="replayed", resamples=200, **options):
-    return bimodality(table, comparison, resamples=resamples, **options)
+def modes_in(table, comparison="replayed", every_pair=False, **options):
+    return bimodality(contrast(table, comparison, **{"resamples": 200} | options), every_pair)
+
+
+def spread_of(table, comparison="replayed", **options):
+    return overlap_distribution(contrast(table, comparison, **{"resamples": 200} | options))
 
 
 def test_pooling_layers_makes_two_modes_that_no_layer_has():
     table = pairs_table(planted=Planted(share=0, layer_places=PLACES), seed=1)
-    assert overlap_distribution(table, "replayed", resamples=200).modes.two  # the pool has two, and means it
-    found = found_in(table)
+    assert spread_of(table).modes.two  # the pool has two, and means it
+    found = modes_in(table)
     assert found.pooled_two
     assert found.layers_tested == 8
     assert found.layers_two == 0
     assert found.made_by_pooling
     assert found.between_layers.estimate > 0.9
-    assert (found.by_layer["components"] == 1).all()
-    assert "two modes are in 0 of 8 layers: it is pooling layers that makes the two modes" in found.verdict
+    assert found.verdict.startswith("Pooling layers makes two modes; no layer has two.")
+    assert "two modes in 0 of 8 layers" in found.verdict
 
 
 def test_two_modes_within_every_layer_are_two_modes_within_every_layer():
-    found = found_in(pairs_table(planted=Planted(share=0.2), seed=1, questions=40))
+    found = modes_in(pairs_table(planted=Planted(share=0.2), seed=1, questions=40))
     assert found.pooled_two
     assert found.layers_two == 8
     assert not found.made_by_pooling
     assert found.between_layers.high < 0.1
-    assert (found.by_layer["components"] == 2).all()
-    assert "two modes are in 8 of 8 layers" in found.verdict
+    assert found.verdict.startswith("Two modes, within layers too.")
+    assert "two modes in 8 of 8 layers" in found.verdict
     assert (found.by_layer["depth_low"] > 0.5).all()
 
 
 def test_only_the_layers_that_have_two_are_counted():
-    found = found_in(pairs_table(planted=Planted(share=0.25, stable_layers=5), seed=2, questions=40))
+    found = modes_in(pairs_table(planted=Planted(share=0.25, stable_layers=5), seed=2, questions=40))
     two = (found.by_layer["modes"] == "two").to_numpy()
     assert two.tolist() == [False] * 5 + [True] * 3
     assert found.layers_two == 3
@@ -52,25 +58,25 @@ def test_only_the_layers_that_have_two_are_counted():
 def test_layers_with_one_mode_are_rarely_called_two_moded():
     """Noise below one mode, in eight layers: 0% to 5% of simulated runs had any layer with two modes."""
     tables = (pairs_table(16, 10, 8, planted=Planted(share=0.2, uniform=True), seed=s) for s in range(12))
-    assert sum(found_in(t, resamples=200).layers_two > 0 for t in tables) <= 2
+    assert sum(modes_in(t, resamples=200).layers_two > 0 for t in tables) <= 2
 
 
 def test_pooling_pairs_of_depths_makes_modes_too():
     near = pairs_table(planted=Planted(share=0, stable=2e-4), depths=(2,), seed=1)
     far = pairs_table(planted=Planted(share=0, stable=0.3), depths=(4,), seed=2)
-    found = found_in(pd.concat([near, far]))
+    found = modes_in(pd.concat([near, far]))
     rows = found.scopes.set_index("scope")["modes"]
     assert rows["pooled"] == "two"
     assert set(rows["pair"]) == {"one"}
     assert (found.a, found.b) == (1, 4)
-    assert "Of its 2 pairs 0 have two modes over all layers; all pairs pooled have two" in found.verdict
+    assert found.verdict.startswith("One mode.")
 
 
 def test_every_row_is_that_part_of_the_table():
     some = Planted(identical=0.1)
     table = pairs_table(layers=3, depths=(2, 4), comparisons=("replayed", "free"), planted=some, seed=3)
     table = pd.concat([table, table[table["b"] == 4].assign(a=3)])
-    found = found_in(table, every_pair=True)
+    found = modes_in(table, every_pair=True)
     rows = table[table["comparison"] == "replayed"]
     assert found.scopes["scope"].value_counts().to_dict() == {"layer": 9, "pair": 3, "pooled": 1}
     for row in found.scopes.itertuples():
@@ -81,33 +87,23 @@ def test_every_row_is_that_part_of_the_table():
         assert row.pairs == len(part)
         assert row.questions == 24
         assert row.identical == pytest.approx((part["relative_l2"] == 0).mean())
-    alone = overlap_distribution(table, "replayed", resamples=200).modes
+    alone = spread_of(table).modes
     headline = found.scopes[(found.scopes["scope"] == "pair") & (found.scopes["b"] == 4)]
     headline = headline[headline["a"] == 1].iloc[0]
     assert (headline["p"], headline["depth"]) == (alone.p_value, alone.depth)
-    fewer = found_in(table)
+    fewer = modes_in(table)
     assert len(fewer.scopes) == 1 + 3 + 3
     pd.testing.assert_frame_equal(
         fewer.by_layer.reset_index(drop=True), found.by_layer.reset_index(drop=True)
     )
 
 
-def test_identical_pairs_are_counted_and_no_component():
+def test_identical_pairs_are_counted():
     table = pairs_table(planted=Planted(share=0, stable=0.05, identical=0.3), seed=1)
-    found = found_in(table)
+    found = modes_in(table)
     assert found.identical.estimate == pytest.approx((table["relative_l2"] == 0).mean())
     assert found.identical.low < 0.3 < found.identical.high
     assert found.scopes["at_one"].to_numpy() == pytest.approx(found.scopes["identical"].to_numpy(), abs=0.01)
-    assert (found.scopes["components"] == 1).all()
-
-
-def test_the_order_of_rows_and_the_numbers_of_questions_change_nothing():
-    table = pairs_table(layers=3, depths=(2, 4), planted=Planted(share=0.2), seed=1)
-    mixed = table.sample(frac=1, random_state=0).reset_index(drop=True)
-    mixed["comparison"] = pd.Categorical(mixed["comparison"])
-    found, again = found_in(table), found_in(mixed.assign(question=mixed["question"] * 3 + 7))
-    pd.testing.assert_frame_equal(found.scopes, again.scopes)
-    assert found.verdict == again.verdict
 
 
 def test_without_diptest_everything_else_is_there(monkeypatch):
@@ -115,50 +111,72 @@ def test_without_diptest_everything_else_is_there(monkeypatch):
         raise ImportError(name)
 
     monkeypatch.setattr(dip.importlib, "import_module", missing)
-    found = found_in(pairs_table(planted=Planted(share=0.2), seed=1))
+    found = modes_in(pairs_table(planted=Planted(share=0.2), seed=1))
     assert found.dip_reason == "not installed: pip install diptest"
-    assert "dip test not installed: pip install diptest" in found.verdict
+    assert "dip" not in found.verdict
     assert found.scopes["dip"].isna().all()
     assert found.layers_two > 0
 
 
 def test_one_question_missing_layers_all_nan_and_nothing():
-    one = found_in(pairs_table(questions=1))
-    assert "not testable: too few questions to test for two modes" in one.verdict
+    one = modes_in(pairs_table(questions=1))
+    assert one.verdict.startswith("Too few questions to test for two modes.")
     assert one.pooled_two is None
-    empty = found_in(pairs_table(comparisons=()))
-    assert empty.verdict == "not testable: no pairs of comparison 'replayed' in this run."
-    nan = found_in(pairs_table().assign(cosine=np.nan))
-    assert nan.verdict.startswith("not testable: all 3,072 overlaps")
+    for table, words in (
+        (pairs_table(comparisons=()), "no pairs"),
+        (pairs_table().assign(cosine=np.nan), "NaN"),
+    ):
+        with pytest.raises(Untestable, match=words):
+            modes_in(table)
     holes = pairs_table(planted=Planted(share=0.2), seed=1)
     holes.loc[holes["layer"] == 2, "cosine"] = np.nan
     holes.loc[(holes["layer"] == 3) & (holes["question"] > 3), "cosine"] = np.nan
-    some = found_in(holes)
+    some = modes_in(holes)
     assert some.by_layer["layer"].tolist() == [0, 1, 3, 4, 5, 6, 7]
     assert some.by_layer["modes"].tolist()[2] == "not tested"
     assert some.layers_tested == 6
-    calm = found_in(pairs_table().assign(cosine=np.float32(1), relative_l2=np.float32(0)))
-    assert calm.identical.estimate == 1
-    assert "too few to choose" in calm.verdict
-    for found in (one, empty, nan, some, calm):
-        json.dumps(found.to_dict(), allow_nan=False)
-        assert all(figure.to_dict() for figure in found.figures().values())
-        assert "<table>" in found._repr_html_()
-    with pytest.raises(SSTError, match="unknown comparison"):
-        found_in(pairs_table(), "fre")
-    with pytest.raises(SSTError, match="lens_jaccard"):
-        found_in(pairs_table(), kind="lens_jaccard")
+    assert (
+        modes_in(pairs_table(layers=2, seed=1), choices=Choices(overlap="relative_l2")).pooled_two is not None
+    )
 
 
-def test_other_overlaps_have_no_angle():
-    found = found_in(pairs_table(layers=2, seed=1), kind="relative_l2")
-    assert found.scopes["components_angle"].isna().all()
-    assert found.pooled_two is not None
+# The distribution of overlaps
 
 
-def test_figures_name_the_comparison_and_the_sample():
-    found = found_in(pairs_table(layers=2, comparisons=("free",)), "free")
-    assert set(found.figures()) == {"by_layer", "depth"}
-    for figure in found.figures().values():
-        text = str(figure.to_dict()["layout"])
-        assert "free, each depth on its own text, depth 1 against depth 4; 24 questions" in text
+def test_identical_states_are_one_mode_at_one():
+    found = spread_of(pairs_table().assign(cosine=np.float32(1), relative_l2=np.float32(0)))
+    assert found.modes.antimode is None
+    assert found.modes.at[0] == pytest.approx(1, abs=1e-3)
+    assert found.identical == 1
+    assert "100.0% of 3,072 pairs from 24 questions are bit-identical" in found.verdict
+
+
+def test_steps_of_the_jaccard_index_are_not_modes():
+    kept = np.random.default_rng(0).binomial(100, 0.93, size=(24, 128))
+    table = pairs_table().assign(lens_jaccard=(kept / (200 - kept)).ravel().astype("float32"))
+    assert not spread_of(table, choices=Choices(overlap="lens_jaccard"), resamples=400).modes.two
+
+
+def test_comparisons_and_pairs_are_never_pooled():
+    table = pairs_table(depths=(2, 4), comparisons=("replayed", "free"))
+    found = spread_of(table)
+    assert (found.a, found.b, found.n_pairs) == (1, 4, 24 * 16 * 8)
+    alone = table[(table["comparison"] == "replayed") & (table["b"] == 4)]
+    assert found.quantiles.equals(spread_of(alone).quantiles)
+
+
+def test_missing_overlaps_are_counted_and_left_out():
+    table = pairs_table()
+    table.loc[:9, "cosine"] = np.nan
+    found = spread_of(table)
+    assert (found.n_excluded, found.n_pairs) == (10, len(table) - 10)
+    assert "10 pairs without an overlap are left out" in found.verdict
+
+
+def test_a_million_pairs_take_about_a_second():
+    table = pairs_table(questions=200, positions=170, layers=30)
+    start = time.perf_counter()
+    found = spread_of(table, resamples=2000)
+    assert time.perf_counter() - start < 3  # 0.2 s on an idle machine
+    assert found.n_pairs > 1_000_000
+    assert found.histograms.sum() == found.n_pairs

@@ -11,11 +11,11 @@ from synthetic_outputs import outputs_table, questions_table, steps_table
 
 from sst_interp.analyses import contrast as contrast_module
 from sst_interp.analyses import load
-from sst_interp.analyses.approximation import ApproximationError
 from sst_interp.analyses.result import analysis
 from sst_interp.analyses.statistics.bootstrap import Interval
 from sst_interp.choices import COMPARISONS, Choices
 from sst_interp.errors import SSTError, Untestable
+from sst_interp.experiments.studies.errors import ApproximationError
 from sst_interp.findings.answers import blend_weights, learned_blend, two_pass_error
 from sst_interp.findings.claims import (
     CLAIMS,
@@ -403,7 +403,9 @@ def test_learned_weights():
 def approximation(low, high, n=20):
     row = {"model": "m", "layers": "all", "n_layers": 30, "alpha": 0.027, "groups": 1, "sweeps": 1}
     row |= {"argmax": 0.4, "loss_change": 0.1}
-    return ApproximationError(pd.DataFrame([row]), headline={"m": Interval((low + high) / 2, low, high, n)})
+    return ApproximationError(
+        pd.DataFrame([row]), pd.DataFrame(), headline={"m": Interval((low + high) / 2, low, high, n)}
+    )
 
 
 def test_the_two_pass_error_is_set_against_the_papers():
@@ -415,9 +417,8 @@ def test_the_two_pass_error_is_set_against_the_papers():
         assert found.verdict.split(":")[0] == state
         assert "m, alpha 0.027 in 30 layers" in found.here
     assert judge(0.2, 0.3, n=2)[0].verdict.startswith(UNTESTED)
-    for nothing in (None, ApproximationError(not_testable="the table of errors is empty")):
-        with pytest.raises(Untestable):
-            two_pass_error(beside(approximation=nothing))
+    with pytest.raises(Untestable, match="no measurement"):
+        two_pass_error(beside())
 
 
 def test_rules_decide_by_intervals():

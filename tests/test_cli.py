@@ -409,13 +409,11 @@ def test_output_places_are_tried_first(run_cli, training, place):
     assert (place / "file").read_text() == "mine"
 
 
-@pytest.mark.parametrize("table", ["errors", "small-losses"])
-def test_a_damaged_study_is_named(run_cli, place, table):
+@pytest.mark.parametrize(("name", "table"), [("two-pass", "errors"), ("small", "small-losses")])
+def test_a_damaged_study_is_named(run_cli, place, name, table):
     (place / "studies").mkdir()
     (place / "studies" / f"{table}.parquet").write_bytes(b"PAR1 nothing more PAR1")
-    hint = two_lines(
-        run_cli("approximation", "show", "--studies", "studies"), f"{table}.parquet is damaged: "
-    )
+    hint = two_lines(run_cli("study", "show", name, "--studies", "studies"), f"{table}.parquet is damaged: ")
     assert "delete it" in hint
 
 
@@ -516,6 +514,7 @@ def test_train_from_a_file_to_a_checkpoint_that_loads(run_cli, training, place):
     assert {p.name for p in folder.iterdir()} >= {"adapter_model.safetensors", "stream.json", "README.md"}
     html = (folder / "training.html").read_text()
     assert 'src="http' not in html
+    assert "Content-Security-Policy" in html
     assert load("tiny-sst", dtype="float32").name == "tiny-sst"
     assert "--fresh" in two_lines(run_cli("train", training), "trained already")
 
@@ -564,7 +563,7 @@ def test_ctrl_c_in_a_training_saves_its_state(run_cli, training, place, monkeypa
     [
         (["nothing"], "unknown model"),
         (["smollm2-135m", "--depths", "deep"], "not a list of whole numbers"),
-        (["smollm2-135m", "--depths", "0"], "not whole numbers from 1"),
+        (["smollm2-135m", "--depths", "0"], "depths = 0 is not a whole number from 1 to 127"),
         (["smollm2-135m", "--tasks", "gsm9k"], "unknown task"),
         (["smollm2-135m", "--held-out"], "is not a checkpoint"),
     ],

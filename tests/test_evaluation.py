@@ -1,21 +1,29 @@
 """Losses and accuracies by depth: what a replay gives, kept as they finish, compared by question."""
 
 import json
+import shutil
+from dataclasses import replace
 from string import ascii_uppercase
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import save_file
 from test_capture import tiny_llama, word_tokenizer
+from test_loading import save_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from sst_interp.analyses import depth_scores, training_curves
-from sst_interp.analyses.depth_scores import ORACLE
-from sst_interp.errors import SSTError
+from sst_interp.checkpoint import fingerprint, save_checkpoint
+from sst_interp.errors import SSTError, Untestable
 from sst_interp.evaluation import TASKS, answer_losses, answers, evaluate, letters, read_evaluation, tasks
+from sst_interp.evaluation import named as by_name
+from sst_interp.evaluation.named import evaluate_by_name
 from sst_interp.evaluation.tasks import missing
+from sst_interp.experiments.depth_scores import ORACLE, depth_scores
+from sst_interp.experiments.training_curves import training_curves
+from sst_interp.loading import load
 from sst_interp.model import attach
 from sst_interp.questions.question import Item, Question
 from sst_interp.training.examples import Example
@@ -152,8 +160,8 @@ def test_a_model_without_a_stream_is_measured_once(small_tasks, tmp_path):
 @pytest.mark.parametrize(
     ("depths", "names", "message"),
     [
-        ([], ["gsm8k"], "not whole"),
-        ([0], ["gsm8k"], "not whole"),
+        ([], ["gsm8k"], "depths names no depth"),
+        ([0], ["gsm8k"], "depths = 0 is not a whole number from 1 to 127"),
         ([1], ["gsm9k"], "unknown task"),
     ],
 )
@@ -197,9 +205,12 @@ def test_scores_and_the_oracle():
     drop = found.differences["gsm8k", "2", "sst"]
     assert drop.estimate == pytest.approx(by_depth[2] - baseline["value"].mean())
     assert drop.high < 0
-    assert "gsm8k: sst at depth 2" in found.verdict
+    assert found.verdict.startswith("1 of 2 scores differ from baseline's at depth 1. At most 400 questions")
+    assert "gsm8k, sst at depth 2: -" in found.verdict
     assert "oracle" not in found.verdict
-    assert "sst at depth 1 " not in found.verdict
+    beside = found.table.set_index("depth")["sst minus baseline"]
+    assert beside["2"] == drop.text(percent=True)
+    assert "sst at depth 1:" not in found.verdict
     assert len(found.figure().data) == 2
 
 
@@ -209,8 +220,10 @@ def test_a_loss_is_weighted_by_tokens():
     )
     found = depth_scores({"m": rows})
     assert found.scores["x-loss", "1", "m"].estimate == pytest.approx(12 / 11)
-    assert found.verdict.startswith("not testable")
+    assert "no baseline to compare with" in found.verdict
     json.dumps(found.to_dict())
+    with pytest.raises(Untestable, match="nothing was evaluated"):
+        depth_scores({"m": rows[:0]})
 
 
 def test_pairing_is_by_question_not_by_row():
@@ -232,10 +245,98 @@ def test_curves():
     assert "200/s" in curves.verdict
     assert len(curves.table) == 2
     assert len(curves.figure().data) == 6
-    assert training_curves([{"step": 0}]).verdict.startswith("not testable")
+    with pytest.raises(Untestable, match="no step was taken"):
+        training_curves([{"step": 0, "held_out_exact": 2.0}])
 
 
 def test_gradients_are_not_kept(model):
     model.alpha = model.alpha.requires_grad_()
     assert not answer_losses(model, EXAMPLES)["loss"].isna().any()
     assert torch.is_grad_enabled()
+
+
+@pytest.fixture
+def named(small_tasks, tmp_path, monkeypatch):
+    """Two checkpoints on one tiny backbone, and a count of the models that were loaded."""
+    backbone, loaded = save_model(tmp_path / "tiny", dtype=torch.bfloat16), []
+    monkeypatch.setattr(by_name, "load", lambda name, alpha=None: loaded.append(name) or load(name, alpha))
+    for name, alpha in (("a", 0.05), ("b", 0.4)):
+        save_checkpoint(load(backbone, alpha), tmp_path / name, str(backbone))
+    return tmp_path, loaded
+
+
+def scores(found):
+    return found["value"].tolist()
+
+
+def test_kept_measurements_are_those_of_the_checkpoint_that_is_there_now(named):
+    folder, loaded = named
+    ask = lambda name: evaluate_by_name(str(folder / name), [1], ["gsm8k-loss"], 2)  # noqa: E731
+    first, other = ask("a"), ask("b")
+    assert scores(first) != scores(other)
+    assert scores(ask("a")) == scores(first)
+    assert len(loaded) == 2  # what is kept needs no model
+    for name in ("stream.json", "stream.safetensors"):
+        shutil.copy(folder / "b" / name, folder / "a" / name)
+    with pytest.raises(SSTError, match="another model's measurements"):
+        ask("a")
+    shutil.rmtree(folder / "a" / "evaluation")
+    assert scores(ask("a")) == scores(other)
+
+
+@pytest.mark.parametrize("change", ["choices", "alpha", "backbone"])
+def test_any_change_of_a_checkpoint_is_another_one(named, change):
+    folder, _ = named
+    before = fingerprint(folder / "a")
+    config = json.loads((folder / "a" / "stream.json").read_text())
+    if change == "choices":
+        config["choices"]["kv"] = "first"
+    elif change == "backbone":
+        config["backbone"]["content_hash"] = "0" * 64
+    else:
+        save_file({"alpha": torch.full((3, 32), 0.06)}, folder / "a" / "stream.safetensors")
+    (folder / "a" / "stream.json").write_text(json.dumps(config))
+    assert fingerprint(folder / "a") != before
+    assert fingerprint(shutil.copytree(folder / "b", folder / "c")) == fingerprint(folder / "b")
+
+
+def test_a_folder_of_two_models_is_refused_whoever_asks(model, small_tasks, tmp_path):
+    evaluate(model, tmp_path, [1], ["gsm8k-loss"], questions=2)
+    other = attach(tiny_llama(), word_tokenizer(), alpha=0.3)
+    with pytest.raises(SSTError, match="another model's measurements"):
+        evaluate(other, tmp_path, [1, 2], ["gsm8k-loss"], questions=2)
+    (tmp_path / "model.json").unlink()
+    with pytest.raises(SSTError, match="does not say whose"):
+        evaluate(model, tmp_path, [1], ["gsm8k-loss"], questions=2)
+
+
+def test_other_held_out_examples_are_measured_anew(model, small_tasks, tmp_path):
+    ours = evaluate(model, tmp_path, [1], [], EXAMPLES)
+    assert scores(evaluate(model, tmp_path, [1], [], EXAMPLES)) == scores(ours)
+    others = [Example(e.id, e.tokens[::-1], 1) for e in EXAMPLES]  # the same ids
+    assert scores(evaluate(model, tmp_path, [1], [], others)) != scores(ours)
+
+
+def test_a_task_that_asks_something_else_is_measured_anew(model, small_tasks, tmp_path, monkeypatch):
+    evaluate(model, tmp_path, [1], ["arc-easy"], questions=2)
+    monkeypatch.setitem(TASKS, "arc-easy", replace(TASKS["arc-easy"], split="test"))
+    assert missing(tmp_path, ["arc-easy"], [1], 2) == [("arc-easy", [1], 2)]
+
+
+@pytest.mark.parametrize("questions", [0, -1, 2.5, True, "3"])
+def test_a_number_of_questions_is_whole_and_not_none(model, small_tasks, tmp_path, questions):
+    with pytest.raises(SSTError, match=r"questions = .* is not a whole number from 1"):
+        evaluate(model, tmp_path, [1], small_tasks, questions=questions)
+    with pytest.raises(SSTError, match=r"questions = .* is not a whole number from 1"):
+        evaluate_by_name("smollm2-135m", [1], ["gsm8k"], questions)
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_shipped_measurements_are_found_without_a_model(monkeypatch):
+    """They are those of the shipped checkpoints by their fingerprints, and of the same held-out examples."""
+    monkeypatch.setattr(by_name, "load", lambda *_a, **_k: pytest.fail("loaded"))
+    sst = "smollm2-135m-sst"
+    for name, held_out in ((sst, sst), ("smollm2-135m-baseline", sst), ("smollm2-135m", sst)):
+        found = evaluate_by_name(name, [1, 2, 3, 4], list(TASKS), held_out_of=held_out)
+        assert set(found["task"]) == {*TASKS, "held-out-loss"}
+    evaluate_by_name("smollm2-135m-lrt", [1, 2, 3, 4], ["gsm8k-loss", "arc-challenge"], 32)

@@ -58,7 +58,7 @@ def test_stop_tokens_end_a_text():
 
 def test_generate_refuses_nonsense():
     model = attach(tiny("llama"))
-    with pytest.raises(SSTError, match="below 1"):
+    with pytest.raises(SSTError, match="iterations = 0 is not a whole number from 1 to 127"):
         model.generate([[5]], iterations=0)
     with pytest.raises(SSTError, match="depths for"):
         model.generate([[5]], iterations=[1, 2])

@@ -1,23 +1,27 @@
 """Kinds of models on the same questions: known answers on synthetic tables, and tiny runs of each kind."""
 
 import json
+import os
+import re
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from synthetic import Planted, pairs_table
+from synthetic import Planted, contrast, pairs_table
 from tiny_kinds import WORDS, capture_kinds, models
+from typer.testing import CliRunner
 
 from sst_interp.analyses.basin_shifts import basin_shifts
-from sst_interp.analyses.kinds import kinds
-from sst_interp.analyses.kinds_answers import kinds_answers
-from sst_interp.analyses.kinds_contraction import kinds_contraction
-from sst_interp.analyses.parts.kind_shares import Compared
 from sst_interp.cli import app
-from sst_interp.comparing import compare_runs, contraction_of, open_together
-from sst_interp.contraction import sweep_residuals
-from sst_interp.errors import SSTError
+from sst_interp.errors import SSTError, Untestable
+from sst_interp.experiments import kinds as compare_kinds
+from sst_interp.experiments.contraction import contraction_of, kinds_contraction, sweep_residuals
+from sst_interp.experiments.kinds import Compared, compare_runs, kinds, kinds_answers, open_together
+from sst_interp.report.escaping import script_hash
+from sst_interp.report.result_page import result_page
 
 SHARES = {"few": 0.05, "many": 0.3}
 
@@ -28,8 +32,14 @@ def planted(share, seed=0, **how):
     )
 
 
-def compared(**tables):
-    return [Compared(name, f"kind of {name}", table) for name, table in tables.items()]
+def compared(resamples=100, **tables):
+    """A comparison of tables: run -> pairs."""
+    return kinds(
+        [
+            Compared(name, f"kind of {name}", contrast(table, resamples=resamples))
+            for name, table in tables.items()
+        ]
+    )
 
 
 def rows_of(found):
@@ -37,7 +47,7 @@ def rows_of(found):
 
 
 def test_planted_shares_and_their_difference_lie_in_their_intervals():
-    found = kinds(compared(few=planted(0.05), many=planted(0.3, seed=1)), resamples=300)
+    found = compared(300, few=planted(0.05), many=planted(0.3, seed=1))
     rows = rows_of(found)
     assert set(rows.index) == {(c, run) for c in ("replayed", "free") for run in SHARES}
     for run, share in SHARES.items():
@@ -51,12 +61,12 @@ def test_planted_shares_and_their_difference_lie_in_their_intervals():
     assert apart["difference low"] < 0.25 < apart["difference high"] + 0.05
     assert np.isnan(rows.loc[("replayed", "few"), "difference"])  # the first is the reference
     assert rows.loc[("free", "many"), "shifted"] < rows.loc[("replayed", "many"), "shifted"]  # never pooled
-    assert "not told apart" not in found.verdict.split("free,")[0]
+    assert found.verdict.startswith("In 1 of 1 run the shifted share differs from few's. 40 questions")
 
 
 def test_every_number_is_the_one_that_basin_shifts_has():
     table = planted(0.3)
-    row = rows_of(kinds(compared(a=table, b=table), resamples=100)).loc[("replayed", "b")]
+    row = rows_of(compared(a=table, b=table)).loc[("replayed", "b")]
     alone = basin_shifts(table, "replayed", resamples=100)
     assert alone.distribution is not None
     assert row["modes"] == "two" == alone.distribution.modes.count
@@ -69,10 +79,10 @@ def test_every_number_is_the_one_that_basin_shifts_has():
 
 def test_a_run_beside_itself_differs_by_nothing():
     table = planted(0.3)
-    found = kinds(compared(a=table, b=table), resamples=100)
+    found = compared(a=table, b=table)
     rows = rows_of(found).xs("b", level="run")
     assert (rows[["difference", "difference low", "difference high"]] == 0).all(axis=None)
-    assert found.verdict.count("not told apart from the first") == 2
+    assert found.verdict.startswith("In 0 of 1 run the shifted share differs from a's.")
 
 
 def test_no_difference_is_found_at_the_nominal_rate():
@@ -80,7 +90,7 @@ def test_no_difference_is_found_at_the_nominal_rate():
     apart = 0
     for seed in range(40):
         tables = [planted(0.2, seed=2 * seed + k, questions=30, positions=4, layers=3) for k in (0, 1)]
-        row = rows_of(kinds(compared(a=tables[0], b=tables[1]), resamples=200)).loc[("replayed", "b")]
+        row = rows_of(compared(200, a=tables[0], b=tables[1])).loc[("replayed", "b")]
         apart += not row["difference low"] <= 0 <= row["difference high"]
     assert apart <= 7  # 5% of 40 is 2; more than 7 has a chance of 0.1%
 
@@ -88,15 +98,16 @@ def test_no_difference_is_found_at_the_nominal_rate():
 def test_the_order_of_rows_changes_nothing_and_little_data_is_said():
     table = planted(0.2)
     mixed = table.sample(frac=1, random_state=1)
-    once, again = (kinds(compared(a=table, b=t), resamples=50).table for t in (table, mixed))
+    once, again = (compared(50, a=table, b=t).table for t in (table, mixed))
     pd.testing.assert_frame_equal(once, again)
-    one = kinds(compared(a=table[table["question"] == 0], b=table[table["question"] == 0]), resamples=50)
+    one = compared(50, a=table[table["question"] == 0], b=table[table["question"] == 0])
     assert np.isnan(one.table["low"]).all()
     assert "no interval: one question" in one.verdict
-    nothing = kinds(compared(a=table[:0], b=table[:0]), resamples=50)
-    assert nothing.verdict.startswith("not testable")
-    assert nothing.table.empty
-    nothing.figure()
+    with pytest.raises(Untestable, match="the run has no pairs of comparison 'replayed'"):
+        compared(50, a=table[:0], b=table[:0])
+    half = compared(50, a=table, b=table[table["comparison"] == "free"])
+    assert set(half.missing) == {"replayed, b", "within, a", "within, b"}
+    assert "Not testable: replayed, b (the run has no pairs" in half.verdict
 
 
 def answered(right, n=40):
@@ -117,10 +128,12 @@ def test_answers_are_counted_and_a_change_is_of_the_same_questions():
     assert (same["change"], same["change_low"], same["change_high"]) == (0, 0, 0)
     assert worse["change"] == pytest.approx(-0.4)
     assert worse["change_high"] < 0
-    assert "same from depth 1 to 4 0.0% [0.0%, 0.0%] right, no change told apart" in found.verdict
-    assert "only 10% of the replies have an answer at all" in found.verdict
-    assert kinds_answers({"one": answered({1: 20})}, 50).verdict.startswith("not testable")
-    assert kinds_answers({}).verdict.startswith("not testable")
+    assert found.verdict.startswith("The deepest depth changes accuracy in 1 of 2 runs. 40 questions")
+    assert "same 0.0% [0.0%, 0.0%]" in found.verdict
+    assert "Most replies of worse have no answer" in found.verdict
+    for nothing in ({"one": answered({1: 20})}, {}):
+        with pytest.raises(Untestable):
+            kinds_answers(nothing, 50)
     found.figure()
 
 
@@ -142,8 +155,11 @@ def test_a_planted_factor_lies_in_its_interval():
     assert rows.loc["none", "factor"] == pytest.approx(1, abs=0.02)
     assert (rows.loc[["half", "none"], "settled"] == 0).all()
     assert rows.loc["exact", "at_once"] == rows.loc["exact", "settled"] == 6
-    assert "exact at depth 4: nothing is left after the first" in found.verdict
-    assert kinds_contraction({}).verdict.startswith("not testable")
+    assert found.shown[2]["factor per sweep"] == "nothing is left after the first"
+    assert found.verdict.startswith("A sweep shrinks what is left in 2 of 3 models and depths.")
+    assert "none at depth 4 1" in found.verdict
+    with pytest.raises(Untestable):
+        kinds_contraction({})
     found.figure()
 
 
@@ -206,8 +222,9 @@ def test_what_cannot_be_compared_is_one_clear_line(captured):
         with pytest.raises(SSTError, match=said) as error:
             open_together(names)
         assert "\n" not in error.value.message
-    with pytest.raises(SSTError, match="0 texts are none"):
-        contraction_of(folders(runs), 0)
+    for texts, said in ((0, "0 texts are none"), (99999, "99999 texts are more than the runs' 3 questions")):
+        with pytest.raises(SSTError, match=said):
+            contraction_of(folders(runs), texts)
 
 
 def test_the_command_prints_writes_and_fills(captured, capsys, tmp_path):
@@ -224,8 +241,83 @@ def test_the_command_prints_writes_and_fills(captured, capsys, tmp_path):
     assert "shifted (below 0.99)" in document.read_text()
     assert "<!-- x -->1<" in document.read_text()
     html = page.read_text()
-    assert html.count("Plotly.newPlot(") == 2
+    assert html.count('class="plot"') == 2
     assert 'src="http' not in html
+    policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]+)"', html)[1]
+    scripts = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
+    assert policy.startswith(f"default-src 'none'; script-src {' '.join(map(script_hash, scripts))}; ")
     app(["compare", "--runs", names, "--resamples", "50", "--json"], standalone_mode=False)
     shares = json.loads(capsys.readouterr().out)["shares"]
     assert {row["run"] for row in shares["table"]} == set(WORDS)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--html", ""], "is a folder"),
+        (["--html", "/"], "is a folder"),
+        (["--html", "blocked/page.html"], "cannot be written"),
+        (["--document", "binary.md"], "binary.md is not UTF-8"),
+        (["--document", "none.md"], "cannot read none.md"),
+        (["--contraction", "99999"], "99999 texts are more than the runs' 3 questions"),
+    ],
+)
+def test_what_cannot_be_written_or_measured_is_said_before_the_work(
+    captured, options, said, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "blocked").write_text("a file where a folder should be")
+    (tmp_path / "binary.md").write_bytes(b"\xff\xfe\x00")
+    monkeypatch.setattr(compare_kinds, "kinds", lambda *_: pytest.fail("began to measure"))
+    with pytest.raises(SSTError, match=said) as error:
+        app(["compare", "--runs", ",".join(folders(captured[0])), *options], standalone_mode=False)
+    assert "\n" not in error.value.message
+
+
+def test_a_seed_below_0_is_refused(captured):
+    done = CliRunner().invoke(app, ["compare", "--runs", ",".join(folders(captured[0])), "--seed", "-1"])
+    assert done.exit_code == 2
+    assert "'--seed'" in done.output
+
+
+def test_what_is_not_testable_does_not_hide_the_rest(captured, capsys, monkeypatch):
+    def nothing(*_):
+        raise Untestable("there are answers at one depth only")
+
+    monkeypatch.setattr(compare_kinds, "kinds_answers", nothing)
+    names = ",".join(folders(captured[0]))
+    app(["compare", "--runs", names, "--resamples", "50"], standalone_mode=False)
+    printed = capsys.readouterr().out
+    assert "answers: not testable: there are answers at one depth only." in printed
+    assert "shifted (below 0.99)" in printed
+    app(["compare", "--runs", names, "--resamples", "50", "--json"], standalone_mode=False)
+    assert json.loads(capsys.readouterr().out)["answers"] == {
+        "verdict": "not testable: there are answers at one depth only."
+    }
+
+
+@pytest.mark.browser
+def test_the_page_runs_its_own_scripts_alone_and_fits_a_phone(captured, tmp_path):
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    chromium = os.environ.get("SST_INTERP_CHROMIUM") or shutil.which("chromium")
+    if not chromium:
+        pytest.skip("no Chromium: set SST_INTERP_CHROMIUM to its path, or install chromium")
+    hostile = "</script><script>window.hacked = 1</script>\u202e" + 90 * "long"
+    found = compare_runs(folders(captured[0]), resamples=50)
+    found = replace(found, shares=found.shares.replace({"run": {"looped": hostile}}), floor=hostile)
+    path = tmp_path / "page.html"
+    path.write_text(result_page(hostile, [found]))
+    trouble = []
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 375, "height": 800})
+        page.on("console", lambda message: trouble.append(message.text))
+        page.on("pageerror", lambda error: trouble.append(str(error)))
+        page.goto(path.as_uri())
+        page.wait_for_selector("html[data-ready=yes]", state="attached")
+        assert page.locator(".plot .main-svg").count() > 0
+        assert page.evaluate("document.documentElement.scrollWidth") <= 375
+        assert page.evaluate("window.hacked") is None
+        assert "\\u202e" in page.inner_text("h1")
+        browser.close()
+    assert trouble == []

@@ -49,8 +49,8 @@ def test_a_local_folder_is_loaded_as_it_is(backbone):
         assert torch.equal(weights(model)[name], tensor), name
     assert model.name == str(backbone)
     assert model.alpha.shape == (3, 32)
-    assert (model.alpha == torch.tensor(0.027)).all()
-    assert PAPER_ALPHA == 0.027
+    assert model.kind.off  # no blend that nobody asked for
+    assert "no blend: the plain backbone" in repr(model)
     assert model.choices == Choices()
     assert model.encode("quorvex3 quorvex5") == [11, 13]
     assert load(str(backbone), alpha=0.0, dtype="float32").alpha.max() == 0
@@ -316,3 +316,105 @@ def test_a_damaged_backbone_is_an_error_to_act_on(tmp_path, backbone, damage):
     with pytest.raises(SSTError) as error:
         load(folder, dtype="float32")
     assert error.value.hint
+
+
+def test_a_backbone_has_a_blend_only_if_one_is_named(backbone):
+    plain, blended = load(backbone, dtype="float32"), load(backbone, PAPER_ALPHA, dtype="float32")
+    tokens = [[5, 9, 100, 42, 77]]
+    own = tiny_llama(torch.float32)(torch.tensor(tokens)).logits
+    torch.testing.assert_close(plain.replay(tokens, 3).logits[:, :, 2], own, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(blended.replay(tokens, 3).logits[:, :, 2], own, atol=1e-3)
+    assert "no blend: the plain backbone" in repr(plain)
+    assert "alpha 0.027 to 0.027" in repr(blended)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "ImportError"),
+        ({"num_hidden_layers": 2}, "9 weights that its config.json has no place for: model.layers.2."),
+        ({"rope_scaling": {"rope_type": "unheard-of", "factor": 2.0}}, ""),
+        ({"hidden_act": "unheard-of"}, "KeyError"),
+        ({"vocab_size": "many"}, ""),
+        ({"model_type": "unheard-of"}, ""),
+        ({"layer_types": ["unheard-of"] * 3}, ""),
+    ],
+    ids=str,
+)
+def test_a_config_that_does_not_fit_is_one_line(tmp_path, backbone, config, message, capfd):
+    """Whatever transformers raises; and layers that would be cut off are named."""
+    folder = shutil.copytree(backbone, tmp_path / "changed")
+    said = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(said | config))
+    with pytest.raises(SSTError, match=message) as error:
+        load(folder, dtype="float32")
+    assert "\n" not in error.value.message
+    assert "UNEXPECTED" not in "".join(capfd.readouterr())
+
+
+def test_a_surplus_weight_is_refused(tmp_path, backbone):
+    folder = shutil.copytree(backbone, tmp_path / "surplus")
+    tensors = load_file(folder / "model.safetensors") | {"model.layers.0.extra.weight": torch.ones(2)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SSTError, match=r"1 weights .* no place for: model\.layers\.0\.extra\.weight"):
+        load(folder, dtype="float32")
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"name": 5},
+        {"dtype": 5},
+        {"device": "nowhere"},
+        {"kind": "ssst"},
+        {"choices": {}},
+        {"alpha": "x"},
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_one_line(backbone, how):
+    with pytest.raises(SSTError) as error:
+        load(**{"name": backbone, "dtype": "float32"} | how)
+    assert "\n" not in error.value.message
+    assert error.value.hint
+
+
+def another_format(folder):
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | {"format": 99}))
+
+
+def kind_of_no_kind(folder):
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | {"kind": ["sst"]}))
+
+
+def deeply_nested(folder):
+    (folder / CONFIG).write_text("[" * 100_000)
+
+
+def complex_alpha(folder):
+    save_file({"alpha": torch.full((3, 32), 0.1, dtype=torch.complex64)}, folder / WEIGHTS)
+
+
+def anothers_adapters(folder):
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_model.safetensors").write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [another_format, kind_of_no_kind, deeply_nested, complex_alpha, anothers_adapters],
+    ids=lambda f: f.__name__,
+)
+def test_a_checkpoint_that_says_something_else_is_one_line(checkpoint, damage):
+    damage(checkpoint)
+    with pytest.raises(SSTError) as error:
+        load(checkpoint, dtype="float32")
+    assert "\n" not in error.value.message
+
+
+def test_a_checkpoint_without_adapters_that_is_saved_over_one_with_them_has_none(checkpoint, backbone):
+    anothers_adapters(checkpoint)
+    save_checkpoint(load(backbone, 0.1, dtype="float32"), checkpoint, str(backbone))
+    assert load(checkpoint, dtype="float32").alpha.unique().tolist() == pytest.approx([0.1])

@@ -10,17 +10,26 @@ import torch
 from test_capture import recipe_for, tiny_llama, word_tokenizer, write_questions
 from typer.testing import CliRunner
 
-from sst_interp.analyses.patching import patching
 from sst_interp.capture import capture
 from sst_interp.choices import Choices
+from sst_interp.cli import app
 from sst_interp.errors import SSTError
+from sst_interp.experiments import origin
+from sst_interp.experiments.patching import run as study
+from sst_interp.experiments.patching.effects import (
+    DEEP,
+    SHALLOW,
+    Patches,
+    interventions,
+    read_text,
+    spread,
+    vectors,
+    write,
+)
+from sst_interp.experiments.patching.finding import patching
+from sst_interp.experiments.patching.run import Plan, patch_run, positions_of, read_patching
 from sst_interp.hooks import at
 from sst_interp.model import attach
-from sst_interp.patching import study
-from sst_interp.patching.effects import Patches, write
-from sst_interp.patching.interventions import interventions, spread, vectors
-from sst_interp.patching.reading import DEEP, SHALLOW, read_text
-from sst_interp.patching.study import Plan, patch_run, positions_of, read_patching
 
 PLAN = Plan(layers=3, windows=2, new_tokens=3)
 PROMPT, TEXT = [5, 9, 40, 42, 77], [30, 31, 32, 33, 34]
@@ -50,8 +59,8 @@ def test_a_reading_is_the_replay(model):
         tokens = [PROMPT + TEXT[:-1]]
         whole = model.replay(tokens, depth, "sequential", start=len(PROMPT) - 1).resid_post
         assert torch.allclose(reading.resid_post[:, lane], whole[0, :, :, -1], atol=1e-9)
-    assert torch.equal(reading.handed[:, SHALLOW], reading.resid_post[:, SHALLOW])
-    assert torch.equal(reading.before[1:], reading.handed[:-1])
+    assert torch.equal(reading.next_state[:, SHALLOW], reading.resid_post[:, SHALLOW])
+    assert torch.equal(reading.before[1:], reading.next_state[:-1])
     assert torch.equal(reading.blended[:, SHALLOW], reading.before[:, SHALLOW])
 
 
@@ -210,9 +219,7 @@ def test_vectors_are_what_they_are_called():
 
 
 def test_the_command_patches_and_prints(run, model, rows, tmp_path, monkeypatch):
-    from sst_interp.cli import app
-
-    monkeypatch.setattr(study, "load", lambda *_a, **_k: model)
+    monkeypatch.setattr(origin, "load", lambda *_a, **_k: model)
     command = ["patch", "--run", str(run.folder), "--questions", "2", "--out", str(tmp_path / "rows")]
     command += ["--layers", "3", "--tokens", "3"]
     done = CliRunner().invoke(app, [*command, "--json"])
@@ -236,3 +243,48 @@ def test_what_ships_is_taken_over_and_only_of_the_same_plan(run, model, rows, tm
     with pytest.raises(AttributeError):  # the stand-in above returns no rows: it was asked to patch
         patch_run(run, tmp_path / "other", 2, other, model)
     assert began
+
+
+CHANGES = {
+    "budget": {"max_new_tokens": 5},
+    "choices": {"choices": Choices(kv="first", prompt="blend_off")},
+    "questions": {"seed": 1},
+    "threshold": {"choices": Choices(threshold=0.5)},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_patches_of_another_capture_of_that_name_are_refused(run, model, tmp_path, change):
+    """Whatever the rows depend on: another capture in the same place does not get them (nor its claim)."""
+    patch_run(run, tmp_path / "rows", 2, PLAN, model)
+    recipe = dataclasses.replace(run.recipe, **CHANGES[change])
+    other = attach(model.backbone.model, word_tokenizer(), 0.3, recipe.choices, name="tiny")
+    again = capture(recipe, other, tmp_path / run.name, progress=False)
+    assert again.name == run.name
+    with pytest.raises(SSTError, match=r"another plan or run: .* differ") as told:
+        patch_run(again, tmp_path / "rows", 2, PLAN, other, lambda *_: pytest.fail("began to patch"))
+    assert "give another --out" in str(told.value.hint)
+    assert len(patch_run(again, tmp_path / "new", 2, PLAN, other))
+
+
+def test_rows_without_their_plan_are_refused(run, model, tmp_path):
+    """Nobody knows what they are of."""
+    patch_run(run, tmp_path, 2, PLAN, model)
+    (tmp_path / "plan.json").unlink()
+    with pytest.raises(SSTError, match=r"plan\.json is missing"):
+        patch_run(run, tmp_path, 2, PLAN, model)
+
+
+def test_the_same_capture_made_again_goes_on(run, model, rows, tmp_path):
+    """A fingerprint is of what rows depend on, and of nothing else: not of when or where it was captured."""
+    first = patch_run(run, tmp_path / "rows", 2, PLAN, model)
+    again = capture(run.recipe, model, tmp_path / run.name, progress=False)
+    pd.testing.assert_frame_equal(patch_run(again, tmp_path / "rows", 2, PLAN), first)
+
+
+def test_an_empty_name_is_no_folder(run, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["patch", "--run", str(run.folder), "--out", ""])
+    assert done.exit_code == 2
+    assert "'--out'" in done.output
+    assert not list(tmp_path.iterdir())

@@ -6,9 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sst_interp.analyses.patching import patching, patching_rows, size_regression
-from sst_interp.errors import SSTError
+from sst_interp.errors import SSTError, Untestable
+from sst_interp.experiments.patching.finding import patching, size_regression
 from sst_interp.findings.claims import FAILS, HOLDS
+from sst_interp.findings.experiments import patching_rows
 
 LAYERS = (3, 9, 15, 19)
 
@@ -80,20 +81,19 @@ def test_a_planted_cause_is_recovered_and_beyond_its_controls():
     assert (c16b.claim.id, c16b.state) == ("C16b", FAILS)  # a shift's effect is what its size says
     assert found.beyond_size.low < 0 < found.beyond_size.high
     assert found.size_slope.estimate == pytest.approx(1, abs=0.1)
-    for words in (
-        "30 questions",
-        "depth 4",
-        "its size is all that matters",
-        "the answer turns into the donor's",
-    ):
+    assert found.verdict.startswith("A shifted state carries its depth's output, in both directions.")
+    for words in ("30 questions", "depth 4", f"{found.recovered['back'].text(percent=True)} by depth 1's"):
         assert words in found.verdict
+    assert "At equal size a shifted state does about as much as a stable one" in found.verdict
 
 
 @pytest.mark.parametrize(
     "nothing", [{"causal": 0.0}, {"causal": 0.4, "other": 0.4}, {"causal": 0.3, "random": 0.3}]
 )
 def test_no_cause_is_found_where_a_control_does_as_much(nothing):
-    assert patching_rows(patching(rows_of(**nothing)))[0].state == FAILS
+    found = patching(rows_of(**nothing))
+    assert patching_rows(found)[0].state == FAILS
+    assert found.verdict.startswith("It is not shown that")
 
 
 def test_the_last_layer_counts_for_nothing():
@@ -108,8 +108,10 @@ def test_a_shift_that_matters_more_than_its_size_is_found():
     found = patching(rows_of(special=0.5))
     assert found.beyond_size.low <= 0.5 <= found.beyond_size.high
     assert patching_rows(found)[1].state == HOLDS
-    assert "a shift matters more than its size says" in found.verdict
-    assert patching_rows(patching(rows_of(special=-0.5)))[1].state == FAILS
+    assert "At equal size a shifted state does more than a stable one" in found.verdict
+    less = patching(rows_of(special=-0.5))
+    assert patching_rows(less)[1].state == FAILS
+    assert "does less than a stable one" in less.verdict
 
 
 def test_planted_coefficients_are_inside_their_intervals_as_often_as_stated():
@@ -117,7 +119,7 @@ def test_planted_coefficients_are_inside_their_intervals_as_often_as_stated():
     for seed in range(30):
         rows = rows_of(questions=20, special=0.3, seed=seed)
         rows = rows[(rows["what"] == "state") & (rows["last"] < LAYERS[-1])]
-        _, extra, _ = size_regression(rows, resamples=300)
+        _, extra = size_regression(rows, resamples=300)
         inside += extra.low <= 0.3 <= extra.high
     assert inside >= 24  # 95% nominal, 30 trials
 
@@ -134,11 +136,16 @@ def test_few_questions_decide_nothing():
     assert all(row.state == "not testable" for row in patching_rows(patching(rows_of(questions=3))))
 
 
-def test_nothing_patched_is_said_so():
-    found = patching(pd.DataFrame())
-    assert found.verdict == "not testable: nothing was patched."
+def test_without_a_shifted_pair_there_is_no_claim():
+    found = patching(rows_of(questions=8, shifted=0.0))
+    assert found.verdict.startswith("No patched pair has shifted. 8 questions")
     assert [row.state for row in patching_rows(found)] == ["not testable", "not testable"]
     assert all(figure.layout.title.text for figure in found.figures().values())
+
+
+def test_nothing_patched_is_said_so():
+    with pytest.raises(Untestable, match="nothing was patched"):
+        patching(pd.DataFrame())
     with pytest.raises(SSTError, match="no column"):
         patching(pd.DataFrame({"question": [1]}))
 

@@ -2,9 +2,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import kstest, rankdata
+from scipy.stats import binomtest, kstest, wilcoxon
 
-from sst_interp.analyses.statistics.permutation import holm, label_permutation, sign_flip
+from sst_interp.analyses.statistics.permutation import (
+    benjamini_hochberg,
+    holm,
+    paired_tests,
+    rank_biserial,
+    sign_flip,
+    sign_test,
+)
 from sst_interp.errors import SSTError
 
 
@@ -16,20 +23,14 @@ def correlated(rng, questions=30, members=12, strength=0.9):
     return values
 
 
-def labels(rng, questions=30):
-    return rng.permutation(np.arange(questions) < questions // 3)
-
-
 @pytest.mark.parametrize(
     "p_of",
     [
-        lambda rng, s: label_permutation(rng.exponential(size=30), labels(rng), 199, s).p_value,
-        lambda rng, s: label_permutation(correlated(rng), labels(rng), 199, s).p_family.min(),
         lambda rng, s: sign_flip(rng.standard_t(3, size=30), 199, s).p_value,
         lambda rng, s: sign_flip(correlated(rng), 199, s).p_family.min(),
         lambda rng, s: sign_flip(rng.normal(size=30), 199, s, "greater").p_value,
     ],
-    ids=["label", "labels of a family", "sign", "signs of a family", "one side"],
+    ids=["sign", "signs of a family", "one side"],
 )
 def test_without_an_effect_p_values_are_uniform(p_of):
     p = np.array([float(p_of(np.random.default_rng(seed), seed)) for seed in range(400)])
@@ -39,13 +40,12 @@ def test_without_an_effect_p_values_are_uniform(p_of):
 
 
 def test_pairs_as_units_would_not_be_uniform():
-    """Why whole questions are relabelled: 20 pairs of a question share its level."""
+    """Why signs are flipped by question: 20 pairs of a question share its level."""
     p = []
     for seed in range(60):
         rng = np.random.default_rng(seed)
         pairs = rng.normal(size=(12, 1)) + 0.3 * rng.normal(size=(12, 20))
-        label = np.repeat(labels(rng, 12), 20)
-        p.append(float(label_permutation(pairs.ravel(), label, 199, seed).p_value))
+        p.append(float(sign_flip(pairs.ravel(), 199, seed).p_value))
     assert np.mean(np.array(p) <= 0.05) > 0.5
 
 
@@ -58,15 +58,6 @@ def test_a_planted_effect_is_found_where_it_is_and_its_size_is_the_estimate():
     assert (np.delete(found.p_family, 7) > 0.05).all()
     assert np.allclose(found.estimate, values.mean(axis=0))
     assert found.n_questions == 60
-
-    label = labels(rng, 60)
-    goes_with = rng.normal(size=(60, 3)) + label[:, None] * np.array([0.0, 2.0, 0.0])
-    by_label = label_permutation(goes_with, label, 999)
-    assert by_label.p_family[1] == pytest.approx(1 / 1000)
-    assert by_label.p_family[0] > 0.05
-    assert by_label.estimate[1] == pytest.approx(np.corrcoef(goes_with[:, 1], label)[0, 1])
-    ranked = label_permutation(rankdata(goes_with, axis=0), label, 999)
-    assert ranked.p_value[1] == pytest.approx(1 / 1000)
 
 
 def test_an_alternative_looks_at_one_side():
@@ -103,12 +94,6 @@ def test_what_cannot_be_tested_says_so():
     assert "fewer than two" in sign_flip(np.zeros((0, 3))).reason
     assert "fewer than two" in sign_flip(np.ones((1, 3))).reason
     assert np.isnan(sign_flip(np.zeros((9, 3))).p_value).all()  # no difference at all
-    assert np.isnan(label_permutation(np.zeros((0, 2)), np.zeros(0)).p_family).all()
-    assert "no spread" in label_permutation(np.random.default_rng(0).normal(size=9), np.ones(9)).reason
-    with pytest.raises(SSTError, match="NaN"):
-        label_permutation(np.array([1.0, np.nan, 2.0]), np.array([0, 1, 1]))
-    with pytest.raises(SSTError, match="labels of shape"):
-        label_permutation(np.ones(3), np.ones(4))
     with pytest.raises(SSTError, match="question axis"):
         sign_flip(np.float64(1))
 
@@ -138,3 +123,102 @@ def test_holm_is_the_step_down_rule():
     assert np.allclose(found, [0.04, 0.09, np.nan, 0.09, 0.9], equal_nan=True)
     assert holm(np.array([])).size == 0
     assert holm(np.array([0.5, 0.6])).max() <= 1
+    assert np.isnan(holm(np.array([np.nan]))).all()
+
+
+# Each column against a reference
+
+
+def draws(shift=0.0, questions=24, columns=40, seed=0):
+    return shift + np.random.default_rng(seed).normal(size=(questions, columns))
+
+
+def test_each_column_is_scipys_test_of_that_column():
+    values = draws(0.3, columns=5)
+    values[:4, 1] = np.nan
+    found = paired_tests(values, 0.1)
+    for i in range(5):
+        own = values[np.isfinite(values[:, i]), i] - 0.1
+        assert found["wilcoxon_p"][i] == pytest.approx(wilcoxon(own).pvalue)
+        assert found["sign_p"][i] == pytest.approx(binomtest(int((own > 0).sum()), len(own)).pvalue)
+        assert found["above"][i] == pytest.approx((own > 0).mean())
+        assert found["questions"][i] == len(own)
+
+
+def test_the_sign_test_is_exact_and_has_nothing_to_say_about_nothing():
+    for above in range(9):
+        assert sign_test(above, 8 - above) == pytest.approx(binomtest(above, 8).pvalue)
+    assert np.isnan(sign_test(0, 0))
+
+
+def test_without_an_effect_five_percent_are_below_five_percent():
+    found = paired_tests(draws(columns=2000))
+    assert 0.035 < (found["wilcoxon_p"] < 0.05).mean() < 0.065
+    assert (found["sign_p"] < 0.05).mean() < 0.05  # discrete, so conservative
+
+
+def test_with_control_a_family_without_an_effect_rarely_has_a_finding():
+    alarms = [
+        [
+            (paired_tests(draws(columns=30, seed=s))[f"wilcoxon_{name}"] < 0.05).any()
+            for name in ("holm", "bh")
+        ]
+        for s in range(100)
+    ]
+    assert (np.mean(alarms, axis=0) < 0.12).all()  # 5% nominal, 100 families
+    uncontrolled = [(paired_tests(draws(columns=30, seed=s))["wilcoxon_p"] < 0.05).any() for s in range(20)]
+    assert np.mean(uncontrolled) > 0.4
+
+
+def test_a_planted_effect_is_in_its_columns_only():
+    values = draws(questions=60)
+    values[:, :5] += 2
+    found = paired_tests(values)
+    assert (found["wilcoxon_holm"][:5] < 1e-6).all()
+    assert (found["effect"][:5] > 0.9).all()
+    assert (found["wilcoxon_holm"][5:] > 0.05).all()
+
+
+def test_the_effect_size_is_1_if_all_are_above_and_changes_its_sign_with_the_data():
+    values = draws(0.2)
+    assert np.allclose(rank_biserial(-values), -rank_biserial(values))
+    assert (rank_biserial(np.abs(values)) == 1).all()
+    assert rank_biserial(np.array([[1.0], [-1.0], [2.0], [-2.0]]))[0] == 0
+    assert np.isnan(rank_biserial(np.zeros((4, 1)))[0])
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.one_of(st.floats(0, 1), st.just(float("nan"))), max_size=12))
+def test_adjusted_p_values_are_between_the_p_value_and_holms(p_values):
+    p = np.array(p_values)
+    strict, lenient = holm(p), benjamini_hochberg(p)
+    tested = np.isfinite(p)
+    assert np.array_equal(np.isfinite(lenient), tested)
+    assert (p[tested] <= lenient[tested] + 1e-12).all()
+    assert (lenient[tested] <= strict[tested] + 1e-12).all()
+    assert (np.diff(lenient[tested][np.argsort(p[tested])]) >= -1e-12).all()
+
+
+def test_benjamini_and_hochberg_by_hand():
+    assert benjamini_hochberg(np.array([0.01, np.nan, 0.04, 0.03])) == pytest.approx(
+        [0.03, np.nan, 0.04, 0.04], nan_ok=True
+    )
+
+
+def test_the_order_of_questions_does_not_matter():
+    values = draws(0.1, columns=3)
+    assert paired_tests(values[::-1]).equals(paired_tests(values))
+
+
+def test_one_question_ties_nothing_and_no_question_do_not_crash():
+    one = paired_tests(draws(questions=1, columns=2))
+    assert (one["wilcoxon_p"] == 1).all()
+    assert (one["sign_p"] == 1).all()
+    values = draws(columns=3)
+    values[:, 1], values[:, 2] = 0, np.nan
+    found = paired_tests(values)
+    assert found["wilcoxon_p"].notna().tolist() == [True, False, False]
+    assert found["above"].tolist()[1:] == pytest.approx([0.5, np.nan], nan_ok=True)
+    assert found["wilcoxon_holm"][0] == found["wilcoxon_p"][0]
+    assert len(paired_tests(np.zeros((0, 2)))) == 2
+    assert paired_tests(np.zeros((5, 0))).empty

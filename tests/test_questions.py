@@ -90,7 +90,7 @@ def test_numbers_and_the_first_n_in_order(tmp_path):
         ("q.csv", "question,answer\nx,1,2\n", "more cells than the header"),
         ("q.csv", 'question,answer\n"x,1\n', "is not CSV"),
         ("q.csv", "question,answer\nx,some\n", "not a number"),
-        ("q.csv", "id,question,answer\n1,x,1\n1,y,2\n", "two questions with the id '1'"),
+        ("q.csv", "id,question,answer\n1,x,1\n1,y,2\n", "two questions with one id: numbers 1 and 2"),
         ("q.csv", "question,answer,A,B\nx,C,u,v\n", "line 2: the answer is not one of its choices"),
         ("q.csv", "question,answer,A,B\nx,u,u,u\n", "names more than one"),
         ("q.csv", "question,answer,A,B\nx,A,u,\n", "single choice"),

@@ -22,7 +22,7 @@ choices = st.builds(
     overlap=st.sampled_from(["cosine", "relative_l2", "lens_jaccard"]),
     threshold=st.just("antimode") | st.floats(0, 1, exclude_min=True) | st.just(1),
 )
-words = st.text(min_size=1).filter(lambda s: s.strip() != "")
+words = st.text(min_size=1).filter(lambda s: s.strip() != "" and "\0" not in s)
 recipes = st.builds(
     Recipe,
     name=st.from_regex(r"\A[a-zA-Z0-9_-][a-zA-Z0-9._-]{0,30}\Z"),

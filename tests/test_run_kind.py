@@ -56,7 +56,8 @@ def test_a_memory_that_is_off_is_recorded_as_none():
 
 def test_a_recipe_without_data_says_what_it_can(tmp_path):
     recipe = tiny_run.tiny_recipe(checkpoint="smollm2-135m")
-    assert run_kind(recipe, {}) == "sst"
+    assert run_kind(recipe, {}) == "backbone"  # a blend is asked for by its alpha
+    assert run_kind(replace(recipe, alpha=0.03), {}) == "sst"
     assert run_kind(replace(recipe, alpha=0), {}) == "backbone"
     assert run_kind(replace(recipe, kind="looped"), {}) == "looped"
     backbone = save_model(tmp_path / "tiny")

@@ -258,7 +258,7 @@ def test_scan_handoff_is_the_moving_average():
 
 def test_replay_refuses_nonsense():
     model = attach(tiny("llama"))
-    with pytest.raises(SSTError, match="below 1"):
+    with pytest.raises(SSTError, match="iterations = 0 is not a whole number from 1 to 127"):
         model.replay([[5, 6]], iterations=0)
     with pytest.raises(SSTError, match="empty"):
         model.replay([[]])

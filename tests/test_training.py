@@ -378,3 +378,119 @@ def test_the_learning_rate_warms_up_and_decays():
     assert rates[:10] == pytest.approx([(n + 1) / 10 for n in range(10)])
     assert rates[9:] == sorted(rates[9:], reverse=True)
     assert rates[-1] == pytest.approx(0.1, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    "lost", [(CONFIG,), (WEIGHTS,), (CONFIG, WEIGHTS), (CONFIG, WEIGHTS, "training.json")], ids=str
+)
+@pytest.mark.parametrize("says", [True, False], ids=["stream.json says so", "as version 0.1 wrote it"])
+def test_a_checkpoint_without_its_adapters_is_refused(trained, tmp_path, lost, says):
+    copy = shutil.copytree(trained.folder, tmp_path / "copy")
+    for name in lost:
+        (copy / name).unlink()
+    config = json.loads((copy / "stream.json").read_text())
+    assert config["adapters"] is True
+    if not says:
+        if len(lost) == 3:
+            pytest.skip("nothing in the folder says that there were any")
+        del config["adapters"]
+        (copy / "stream.json").write_text(json.dumps(config))
+    with pytest.raises(SSTError, match=f"lacks {lost[0]}"):
+        load(copy, dtype="float32")
+
+
+HOSTILE = {
+    "prompt tuning": {
+        "peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4, "prompt_tuning_init": "TEXT",
+        "prompt_tuning_init_text": "x", "tokenizer_name_or_path": "et",
+    },
+    "another type": {"peft_type": "ADALORA"},
+    "no type": {"peft_type": None},
+    "a type in a list": {"peft_type": ["LORA"]},
+    "megatron": {"megatron_config": {"a": 1}},
+    "a module to import": {"megatron_core": "evil"},
+    "classes to import": {"auto_mapping": {"base_model_class": "X", "parent_library": "evil"}},
+    "other layers": {"layer_replication": [[0, 2], [1, 3]]},
+    "a regular expression": {"target_modules": "(a+)+$"},
+    "regular expressions": {"target_modules": ["(a+)+$"]},
+    "ranks by regular expression": {"rank_pattern": {"(a+)+$": 2}},
+    "whole modules": {"modules_to_save": ["lm_head"]},
+    "DoRA": {"use_dora": True},
+    "a start of its own": {"init_lora_weights": "pissa"},
+    "no rank": {"r": 0},
+    "a rank in words": {"r": "two"},
+    "a scale that is none": {"lora_alpha": float("nan")},
+    "an unknown setting": {"next_years_setting": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("said", HOSTILE.values(), ids=HOSTILE.keys())
+def test_adapters_are_plain_lora_and_peft_never_sees_others(trained, tmp_path, monkeypatch, said):
+    copy = shutil.copytree(trained.folder, tmp_path / "copy")
+    config = json.loads((copy / CONFIG).read_text())
+    (copy / CONFIG).write_text(json.dumps(config | said))
+    monkeypatch.setattr("peft.get_peft_model", lambda *_: pytest.fail("PEFT was asked"))
+    monkeypatch.setattr("peft.LoraConfig.from_pretrained", lambda *_: pytest.fail("PEFT read the file"))
+    with pytest.raises(SSTError, match=CONFIG) as told:
+        load(copy, dtype="float32")
+    assert "\n" not in told.value.message
+
+
+def test_adapters_nested_too_deeply_are_refused(trained, tmp_path):
+    copy = shutil.copytree(trained.folder, tmp_path / "copy")
+    (copy / CONFIG).write_text("[" * 100_000)
+    with pytest.raises(SSTError, match="nested too deeply"):
+        load(copy, dtype="float32")
+
+
+@pytest.mark.parametrize("where", ["write_card", "finish"])
+def test_a_training_killed_between_its_last_step_and_its_card_is_finished(
+    trained, recipe, tmp_path, monkeypatch, where
+):
+    class Killed(BaseException):
+        pass
+
+    def die(_folder):
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        if where == "write_card":
+            patched.setattr(f"sst_interp.training.trainer.{where}", die)
+        with pytest.raises(Killed):
+            Training(recipe, tmp_path / "again").run(finish=die)
+    assert read_about(tmp_path / "again")["state"] == "complete"
+    assert (tmp_path / "again" / STATE).is_file()
+    training = Training(recipe, tmp_path / "again")
+    monkeypatch.setattr(training, "step", lambda: pytest.fail("trained on"))
+    training.run()
+    names = {path.name for path in trained.folder.iterdir()}
+    assert {path.name for path in training.folder.iterdir()} == names >= {"README.md"}
+    assert same(training.folder, trained.folder)
+    assert without_time(training) == without_time(trained)
+    with pytest.raises(SSTError, match="trained already"):
+        Training(recipe, tmp_path / "again")
+
+
+def test_a_training_killed_while_its_first_file_was_written_begins_anew(recipe, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".training.json.tmp").write_text("{")
+    assert Training(recipe, tmp_path / "out").done == 0
+
+
+def test_fresh_erases_the_earlier_checkpoint_and_what_was_measured_of_it(trained, recipe):
+    (trained.folder / "evaluation").mkdir()
+    for name in ("gsm8k-d1.parquet", "model.json", "notes.txt"):
+        (trained.folder / "evaluation" / name).write_text("x")
+    (trained.folder / "mine.txt").write_text("x")
+    Training(replace(recipe, seed=5), trained.folder, fresh=True)
+    left = {str(path.relative_to(trained.folder)) for path in trained.folder.rglob("*")}
+    assert left == {"training.json", "mine.txt", "evaluation", "evaluation/notes.txt"}
+
+
+def test_a_training_that_is_begun_again_without_a_state_leaves_no_earlier_evaluation(recipe, tmp_path):
+    """Killed between the new `training.json` and the erasing of the old files."""
+    Training(recipe, tmp_path / "out")
+    (tmp_path / "out" / "evaluation").mkdir()
+    (tmp_path / "out" / "evaluation" / "gsm8k-d1.parquet").write_text("x")
+    Training(recipe, tmp_path / "out")
+    assert not (tmp_path / "out" / "evaluation").exists()

@@ -147,9 +147,10 @@ def capture(folder: Path, recipe: Recipe | None = None, batches: list[list[int]]
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """Everything a run consists of, by file; of the manifest, all but the sessions."""
+    """Everything a run consists of, by file; of the manifest, all but the sessions and what covers them."""
     files = [p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")]
     found: dict[str, Any] = {str(p.relative_to(folder)): p.read_bytes() for p in files}
     manifest = json.loads(found["manifest.json"])
     assert manifest.pop("sessions")
+    assert manifest.pop("sha256")
     return found | {"manifest.json": manifest}

@@ -1,1 +1,1 @@
-"""Statistics on plain arrays, with questions as the unit: `resampling` and `permutation` first of all."""
+"""Statistics on plain arrays, with questions as the unit: `bootstrap` and `permutation` first of all."""

@@ -29,9 +29,7 @@ def over_questions(n: int, statistic: Statistic, resamples: int = RESAMPLES, see
 
 def ranks(values: np.ndarray) -> np.ndarray:
     """Ranks along the last axis, from 1, ties sharing their mean rank; NaN keeps its place and has none."""
-    there = np.isfinite(values)
-    found = rankdata(np.where(there, values, np.inf), axis=-1)
-    return np.where(there, found, np.nan)
+    return rankdata(values, axis=-1, nan_policy="omit")
 
 
 def standardised(values: np.ndarray) -> np.ndarray:
@@ -100,8 +98,7 @@ def correlations(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         vx, vy = x**2 @ my.T - sx**2 / n, mx @ (y**2).T - sy**2 / n
         top = x @ y.T - sx * sy / n
         flat = (vx <= 1e-12 * (x**2 @ my.T)) | (vy <= 1e-12 * (mx @ (y**2).T))
-        found = top / np.sqrt(vx * vy)
-    return np.where(flat | (n < MIN_POSITIONS), np.nan, found)
+        return np.where(flat | (n < MIN_POSITIONS), np.nan, top / np.sqrt(vx * vy))
 
 
 def circular_products(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -210,14 +207,14 @@ def association(x: np.ndarray, y: np.ndarray, resamples: int = RESAMPLES, seed: 
     there = np.isfinite(x) & np.isfinite(y)
     there &= there.sum(axis=1, keepdims=True) >= MIN_POSITIONS
     x, y = (ranks(np.where(there, v, np.nan)) for v in (x, y))
-    found = matched(x, y, resamples, seed)
-    if not found.matched.n_questions:
-        return found
+    tie = matched(x, y, resamples, seed)
+    if not tie.matched.n_questions:
+        return tie
     zx, zy = standardised(x), standardised(y)
     use = np.isfinite(zx).any(axis=1) & np.isfinite(zy).any(axis=1)
     sums, lengths = circular_products(zx[use], zy[use][:, None])
     draws, _ = circular_draws(sums / lengths[:, None, None], lengths, resamples, seed)
-    return found._replace(p_circular=p_value(draws[:, 0] / use.sum(), found.matched.estimate))
+    return tie._replace(p_circular=p_value(draws[:, 0] / use.sum(), tie.matched.estimate))
 
 
 WORK = 1e7
@@ -291,9 +288,9 @@ def position_share(values: np.ndarray, resamples: int = RESAMPLES, seed: int = 0
         return LabelShare(_nothing(len(y)), np.nan, np.nan, np.nan)
     there = np.isfinite(y)
     sums, counts = np.where(there, y, 0), there.astype(float)
-    found = _share(y, sums, counts, resamples, seed)
+    share = _share(y, sums, counts, resamples, seed)
     if len(y) < 2:
-        return LabelShare(found, np.nan, np.nan, np.nan)
+        return LabelShare(share, np.nan, np.nan, np.nan)
     order = np.argsort(~there, axis=1, kind="stable")
     packed = np.take_along_axis(sums, order, axis=1)  # gaps move to the end
     rank, length = np.cumsum(there, axis=1) - 1, there.sum(axis=1, keepdims=True)
@@ -304,7 +301,7 @@ def position_share(values: np.ndarray, resamples: int = RESAMPLES, seed: int = 0
         start = (rng.random((len(y), 1)) * length).astype(int)
         moved = np.where(there, np.take_along_axis(packed, (rank + start) % length, axis=1), 0)
         draws[i] = explained(moved.sum(axis=0), (moved**2).sum(axis=0), n, n, variance)
-    return LabelShare(found, np.nan, p_value(draws, found.estimate, sided=1), np.nan)
+    return LabelShare(share, np.nan, p_value(draws, share.estimate, sided=1), np.nan)
 
 
 def class_share(
@@ -329,9 +326,9 @@ def class_share(
     filled = np.where(there, y, 0)
     labels = np.stack([there & (codes == k) for k in range(classes)], axis=1).astype(float)
     sums, counts = np.einsum("qp,qkp->qk", filled, labels), labels.sum(axis=2)
-    found = _share(y, sums, counts, resamples, seed)
+    share = _share(y, sums, counts, resamples, seed)
     if n < 2:
-        return LabelShare(found, np.nan, np.nan, np.nan)
+        return LabelShare(share, np.nan, np.nan, np.nan)
     square = (filled**2).sum(), there.sum()
     products, lengths = circular_products(y, np.where(there[:, None], labels, np.nan))
     totals, squares = circular_draws(products, lengths, resamples, seed)
@@ -344,7 +341,7 @@ def class_share(
     )
     swapped = _other_questions(filled, there, labels, resamples, seed)
     return LabelShare(
-        found, float(swapped.mean()), p_value(draws, found.estimate, 1), p_value(swapped, found.estimate, 1)
+        share, float(swapped.mean()), p_value(draws, share.estimate, 1), p_value(swapped, share.estimate, 1)
     )
 
 

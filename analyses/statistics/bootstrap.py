@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from sst_interp.errors import SSTError
 
 RESAMPLES = 2000
 LEVEL = 0.95
+ONE_QUESTION = "one question: no spread between questions to measure"
 
 Statistic = Callable[[np.ndarray], np.ndarray]
 
@@ -226,13 +227,13 @@ def cluster_bootstrap(
         )
     n = len(sums)
     if n == 0:
-        return Interval(math.nan, math.nan, math.nan, 0, level, "no questions")
+        return nothing("no questions")
     estimate, low, high = (float(v) for v in bootstrap_ends(sums, statistic, resamples, level, seed))
     reason = None
     if not math.isfinite(estimate):
         reason = "no such pairs"
     elif n == 1:
-        reason = "one question: no spread between questions to measure"
+        reason = ONE_QUESTION
     return Interval(estimate, low, high, n, level, reason)
 
 
@@ -250,6 +251,27 @@ def histogram_quantile(counts: np.ndarray, edges: np.ndarray, q: float) -> np.nd
     fraction = np.divide(target - before, inside, out=np.zeros_like(target, dtype=float), where=inside > 0)
     value = edges[index] + fraction * np.diff(edges)[index]
     return np.where(total > 0, value, np.nan)[..., 0]
+
+
+def mean_over_questions(values: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+    """Mean of one number per question, resampling questions; NaN questions are left out."""
+    values = np.asarray(values, dtype=float)
+    values = values[np.isfinite(values)]
+    return cluster_bootstrap(np.stack([values, np.ones(len(values))], 1), resamples=resamples, seed=seed)
+
+
+def share_of_questions(flags: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+    """Share of questions for which something holds: flags [question], 0, 1, or NaN where it is not known.
+
+    Where it holds for all or for none a bootstrap gives an interval without width; its other end is then
+    the one-sided exact bound (`none_seen_bound`).
+    """
+    share = mean_over_questions(flags, resamples, seed)
+    if share.n_questions < 2 or share.estimate not in (0.0, 1.0):
+        return share
+    bound = none_seen_bound(share.n_questions)
+    low, high = (0.0, bound) if share.estimate == 0 else (1 - bound, 1.0)
+    return replace(share, low=low, high=high)
 
 
 def none_seen_bound(n_questions: int, level: float = LEVEL) -> float:
@@ -323,11 +345,11 @@ def grouped_medians(
     values = np.asarray(values, dtype=float)
     there = np.isfinite(values)
     groups = [np.asarray(group, dtype=bool)[there] for group in groups]
-    codes, names = pd.factorize(np.asarray(question)[there])
+    codes, names = pd.factorize(np.asarray(question)[there], sort=True)
     of_row, of_level = to_levels(values[there])
     n, k = len(names), len(of_level)
     if not n:
-        return [_interval(math.nan, math.nan, math.nan, 0)] * (len(groups) + len(contrasts))
+        return [nothing("no such positions")] * (len(groups) + len(contrasts))
     counts = np.stack(
         [np.bincount(codes[g] * k + of_row[g], minlength=n * k).reshape(n, k) for g in groups], axis=1
     )
@@ -365,75 +387,19 @@ def points_text(interval: Interval) -> str:
 
 def _interval(exact: float, low: float, high: float, n_questions: int) -> Interval:
     if not math.isfinite(exact):
-        return Interval(math.nan, math.nan, math.nan, n_questions, LEVEL, "no such positions")
+        return nothing("no such positions", n_questions)
     if n_questions < 2:
-        reason = "one question: no spread between questions to measure"
-        return Interval(exact, math.nan, math.nan, n_questions, LEVEL, reason)
+        return Interval(exact, math.nan, math.nan, n_questions, reason=ONE_QUESTION)
     return Interval(exact, min(float(low), exact), max(float(high), exact), n_questions)
-
-
-LOG_RATIO_EDGES = np.linspace(-np.log(64), np.log(64), 2001)
-"""Bins for medians of norm ratios: 0.4% wide, from 1/64 to 64."""
 
 
 def share(question: np.ndarray, shifted: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
     """Share of pairs that are shifted, resampling questions."""
-    codes, names = pd.factorize(question)
+    codes, names = pd.factorize(question, sort=True)
     sums = np.stack(
         [np.bincount(codes, weights, len(names)) for weights in (shifted, np.ones(len(codes)))], 1
     )
     return cluster_bootstrap(sums, ratio, resamples, seed=seed)
-
-
-def per_pair(
-    rows: pd.DataFrame,
-    overlaps: np.ndarray,
-    threshold: float,
-    paper: float,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """A row per (a, b) of one comparison: pairs, questions, shifted shares at both thresholds, medians, and
-    the share of pairs that are bit-identical.
-    """
-    columns = ["a", "b", "questions", "pairs", "shifted", "low", "high"]
-    columns += [f"{c} at {paper}" for c in ("shifted", "low", "high")]
-    columns += ["median overlap", "lowest overlap", "identical"]
-    records = []
-    question, a, b = (rows[c].to_numpy() for c in ("question", "a", "b"))
-    there = np.isfinite(overlaps)
-    identical = rows["relative_l2"].to_numpy() == 0
-    for one, other in pairs_there(a[there], b[there]):
-        here = there & (a == one) & (b == other)
-        values, of = overlaps[here], question[here]
-        own = share(of, values < threshold, resamples, seed)
-        theirs = share(of, values < paper, resamples, seed)
-        records.append(
-            (
-                *(one, other, own.n_questions, len(values), own.estimate, own.low, own.high),
-                *(theirs.estimate, theirs.low, theirs.high, np.median(values), values.min()),
-                identical[here].mean(),
-            )
-        )
-    return pd.DataFrame(records, columns=columns)
-
-
-def pairs_there(a: np.ndarray, b: np.ndarray) -> list[tuple[int, int]]:
-    """The pairs (a, b) that occur, in order."""
-    codes = np.unique(256 * a.astype(np.int16) + b)
-    return [(int(code) // 256, int(code) % 256) for code in codes]
-
-
-def counts_by(
-    group: np.ndarray, question: np.ndarray, shifted: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Shifted pairs and all pairs, [question, group, 2], with the groups and the questions they are of."""
-    codes, names = pd.factorize(question, sort=True)
-    groups, values = pd.factorize(group, sort=True)
-    n, k = len(names), len(values)
-    flat = codes * k + groups
-    counts = [np.bincount(flat, w, n * k).reshape(n, k) for w in (shifted, np.ones(len(flat)))]
-    return np.stack(counts, axis=-1), values, names
 
 
 def by(
@@ -446,12 +412,24 @@ def by(
 ) -> pd.DataFrame:
     """Shift rate per position or layer, with question-level intervals.
 
+    Args:
+        name: of the first column.
+        group: [pair], which position or layer.
+        question: [pair].
+        shifted: bool [pair].
+        resamples: question resamples.
+        seed: of the resampling.
+
     Returns:
         Columns `name`, share, low, high, pairs, questions (that have such pairs), questions_shifted (the
         share of those with at least one shift there), band_low, band_high (`simultaneous_shares`: holds for
         all positions or layers at once).
     """
-    counts, values, _ = counts_by(group, question, shifted)
+    codes, names = pd.factorize(question, sort=True)
+    groups, values = pd.factorize(group, sort=True)
+    n, k = len(names), len(values)
+    each = (np.bincount(codes * k + groups, w, n * k) for w in (shifted, np.ones(len(codes))))
+    counts = np.stack([count.reshape(n, k) for count in each], axis=-1)  # [question, group, 2]
     estimate, low, high = bootstrap_ends(counts, ratio, resamples, seed=seed)
     _, band_low, band_high = simultaneous_shares(counts, resamples, seed=seed)
     questions = (counts[..., 1] > 0).sum(axis=0)
@@ -468,49 +446,3 @@ def by(
             "band_high": band_high,
         }
     )
-
-
-def rate_matrix(position: np.ndarray, layer: np.ndarray, shifted: np.ndarray) -> pd.DataFrame:
-    """Shift rate over questions, positions down, layers across; NaN where there is no pair."""
-    rows, positions = pd.factorize(position, sort=True)
-    columns, layers = pd.factorize(layer, sort=True)
-    shape = len(positions), len(layers)
-    flat = rows * shape[1] + columns
-    top, bottom = (np.bincount(flat, w, shape[0] * shape[1]) for w in (shifted, np.ones(len(flat))))
-    rates = ratio(np.stack([top, bottom], axis=-1)).reshape(shape)
-    return pd.DataFrame(
-        rates, index=pd.Index(positions, name="position"), columns=pd.Index(layers, name="layer")
-    )
-
-
-def median_ratio(
-    question: np.ndarray, ratios: np.ndarray, resamples: int = RESAMPLES, seed: int = 0
-) -> Interval:
-    """Median of positive ratios over pairs; the interval's ends are read off histograms 0.4% wide."""
-    usable = np.isfinite(ratios) & (ratios > 0)
-    codes, names = pd.factorize(question[usable])
-    logs = np.log(ratios[usable])
-    bins = len(LOG_RATIO_EDGES) - 1
-    index = np.clip(np.searchsorted(LOG_RATIO_EDGES, logs, side="right") - 1, 0, bins - 1)
-    counts = np.bincount(codes * bins + index, minlength=len(names) * bins).reshape(len(names), bins)
-
-    def median(totals: np.ndarray) -> np.ndarray:
-        return np.exp(histogram_quantile(totals, LOG_RATIO_EDGES, 0.5))
-
-    found = cluster_bootstrap(counts, median, resamples, seed=seed)
-    if not len(logs):
-        return found
-    exact = float(np.exp(np.median(logs)))
-    low, high = min(found.low, exact), max(found.high, exact)  # NaN ends stay NaN
-    return Interval(exact, low, high, found.n_questions, found.level, found.reason)
-
-
-def eta_squared(group: np.ndarray, shifted: np.ndarray) -> float:
-    """Share of the variance of `shifted` that lies between the groups; NaN if nothing varies."""
-    codes, names = pd.factorize(group)
-    total = np.var(shifted)
-    if not total:
-        return float("nan")
-    counts = np.bincount(codes, minlength=len(names))
-    rates = np.bincount(codes, shifted, len(names)) / counts
-    return float(np.average((rates - shifted.mean()) ** 2, weights=counts) / total)

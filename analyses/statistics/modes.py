@@ -13,7 +13,7 @@ itself, so modes are counted in the density *per unit of overlap*, f(overlap) = 
 (a transformation kernel estimate: Wand, Marron & Ruppert 1991). The density of v itself would be the
 wrong one: a stable mode with 14% uniform noise below it has no second mode, but in v the uniform part
 rises exponentially and ends at a cliff, which looks like one. A dip per unit of overlap is the stricter
-claim. `sensitivity` reports both, at half, one and two times the bandwidth.
+claim.
 
 **The statistic.** What is missing in the largest valley of the density (`valleys`), as a share of the pairs;
 the antimode is its lowest place, and the antimode depth says how far that lies below the lower peak.
@@ -50,7 +50,6 @@ from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import numpy as np
-import pandas as pd
 from scipy.optimize import isotonic_regression
 
 from sst_interp.analyses.statistics.bootstrap import LEVEL, RESAMPLES, Interval, resample_weights
@@ -215,7 +214,7 @@ def find_modes(
         histograms: [question, BINS] on `grid(resolution)`.
         resolution: r.
         bandwidth: h, in units of v.
-        coordinate: density per unit of "overlap" (the decision), or of v ("log", a sensitivity check).
+        coordinate: density per unit of "overlap" (the decision), or of v ("log", for comparison).
         resamples: question resamples.
         seed: of the resampling.
     """
@@ -261,22 +260,3 @@ def find_modes(
     at = tuple(float(to_overlap(centres[i], resolution)) for i in peaks)
     reason = f"two modes (dip {depth:.0%} below the lower one, p = {p:.2g})"
     return Modes(True, antimode, at, depth, p, share, reason, interval, missing)
-
-
-def sensitivity(histograms: np.ndarray, resolution: float, resamples: int = 500) -> pd.DataFrame:
-    """The count of modes for both coordinates at half, one and two times the bandwidth: 6 rows."""
-    rows = []
-    for coordinate in ("overlap", "log"):
-        for factor in (0.5, 1, 2):
-            modes = find_modes(histograms, resolution, factor * BANDWIDTH, coordinate, resamples)
-            rows.append(
-                {
-                    "density per unit of": "overlap" if coordinate == "overlap" else "log(1 - overlap)",
-                    "bandwidth": factor * BANDWIDTH,
-                    "modes": 2 if modes.two else 1,
-                    "antimode": modes.antimode.estimate if modes.antimode else float("nan"),
-                    "depth": modes.depth,
-                    "p": modes.p_value,
-                }
-            )
-    return pd.DataFrame(rows)

@@ -47,7 +47,7 @@ class PermutationTest:
     """An effect per member of a family, and how rarely a relabelling gives one as large."""
 
     estimate: np.ndarray
-    """The effect, [...] as the family: a mean difference, or a correlation. NaN where there is none."""
+    """The mean difference, [...] as the family; NaN where there is none."""
     p_value: np.ndarray
     """Per member, as if it were the only one; NaN where not testable."""
     p_family: np.ndarray
@@ -83,7 +83,13 @@ def sign_flip(
     Raises:
         SSTError: if `alternative` is unknown or there is no question axis.
     """
-    data, shape = _flat(differences, alternative)
+    if alternative not in _SIDES:
+        raise unknown_name("alternative", alternative, _SIDES)
+    differences = np.asarray(differences, dtype=float)
+    if not differences.ndim:
+        raise SSTError("a permutation test needs a question axis", "give one row per question")
+    shape = differences.shape[1:]
+    data = differences.reshape(len(differences), math.prod(shape))
     there = np.isfinite(data)
     values, n = np.where(there, data, 0.0), there.sum(axis=0)
     squares = (values**2).sum(axis=0)
@@ -99,103 +105,35 @@ def sign_flip(
 
     estimate = np.divide(values.sum(axis=0), n, out=np.full(n.shape, np.nan), where=n > 0)
     observed, drawn = standardised(values.sum(axis=0)), standardised(signs @ values)
-    reason = None if testable.any() else "fewer than two questions with a difference other than 0"
-    return _counted(estimate, observed, drawn, testable, there, shape, alternative, reason)
-
-
-def label_permutation(
-    values: np.ndarray,
-    labels: np.ndarray,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-    alternative: Alternative = "two-sided",
-) -> PermutationTest:
-    """Whether values go with a label of the question: labels are permuted over questions.
-
-    The statistic, and the estimate, is the correlation of value and label. For a label that is true or false
-    that is the test of a difference of two means. Give ranks for a rank correlation.
-
-    Args:
-        values: [question, ...], without NaN.
-        labels: [question], bool or numbers.
-        resamples: B.
-        seed: of the permutations.
-        alternative: as in `sign_flip`.
-
-    Returns:
-        Not testable: fewer than 3 questions, labels that are all the same, or a member without spread.
-
-    Raises:
-        SSTError: if `alternative` is unknown, the sizes differ, or something is NaN.
-    """
-    data, shape = _flat(values, alternative)
-    label = np.asarray(labels, dtype=float)
-    if label.shape != (len(data),):
-        raise SSTError(f"{len(data)} questions and labels of shape {label.shape}", "give one per question")
-    if not (np.isfinite(data).all() and np.isfinite(label).all()):
-        raise SSTError("a value or label is NaN", "leave such questions out, values and label alike")
-    n = len(label)
-    if n:
-        data, label = data - data.mean(axis=0), label - label.mean()
-    size, spread = np.sqrt((data**2).sum(axis=0)), math.sqrt(float((label**2).sum()))
-    testable = (size > 0) & (spread > 0) & (n >= 3)
-    data = np.divide(data, size, out=np.zeros_like(data), where=size > 0)
-    label = label / spread if spread else label
-    rng = np.random.default_rng(seed)
-    permuted = rng.permuted(np.tile(label, (resamples, 1)), axis=1)
-    observed = np.where(testable, label @ data, np.nan)
-    drawn = np.where(testable, permuted @ data, -np.inf)
-    reason = None
-    if not testable.any():
-        reason = "fewer than three questions, or no spread in the labels or the values"
-    there = np.ones_like(data, dtype=bool)
-    return _counted(observed, observed, drawn, testable, there, shape, alternative, reason)
-
-
-def holm(p_values: np.ndarray) -> np.ndarray:
-    """P-values adjusted for their number by Holm's step-down rule; NaN (not tested) stays NaN, uncounted."""
-    p = np.asarray(p_values, dtype=float)
-    tested = np.flatnonzero(np.isfinite(p))
-    order = tested[np.argsort(p[tested], kind="stable")]
-    adjusted = np.full(p.shape, np.nan)
-    steps = p[order] * np.arange(len(order), 0, -1)
-    adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1)
-    return adjusted
-
-
-def _flat(values: np.ndarray, alternative: str) -> tuple[np.ndarray, tuple[int, ...]]:
-    values = np.asarray(values, dtype=float)
-    if alternative not in _SIDES:
-        raise unknown_name("alternative", alternative, _SIDES)
-    if not values.ndim:
-        raise SSTError("a permutation test needs a question axis", "give one row per question")
-    return values.reshape(len(values), math.prod(values.shape[1:])), values.shape[1:]
-
-
-def _counted(
-    estimate: np.ndarray,
-    observed: np.ndarray,
-    drawn: np.ndarray,
-    testable: np.ndarray,
-    there: np.ndarray,
-    shape: tuple[int, ...],
-    alternative: str,
-    reason: str | None,
-) -> PermutationTest:
-    """P-values from the statistic of the data [member] and of every relabelling [resample, member]."""
-    resamples = len(drawn)
     alone = together = np.full(estimate.shape, np.nan)
+    reason = "fewer than two questions with a difference other than 0"
     if testable.any():
-        side = _SIDES[alternative]
+        side, reason = _SIDES[alternative], None
         seen = np.where(testable, side(observed), 0.0)
         seen = seen - _TIE * np.maximum(np.abs(seen), 1)
         each = np.where(testable, side(drawn), -np.inf)
         count = (each >= seen).sum(axis=0), (each.max(axis=1)[:, None] >= seen).sum(axis=0)
         alone, together = (np.where(testable, (c + 1) / (resamples + 1), np.nan) for c in count)
-    n = int(there.any(axis=1).sum())
+    n_questions = int(there.any(axis=1).sum())
     return PermutationTest(
-        estimate.reshape(shape), alone.reshape(shape), together.reshape(shape), n, resamples, reason
+        estimate.reshape(shape), alone.reshape(shape), together.reshape(shape), n_questions, resamples, reason
     )
+
+
+def holm(p_values: np.ndarray) -> np.ndarray:
+    """P-values adjusted for their number by Holm's step-down rule; NaN (not tested) stays NaN, uncounted.
+
+    statsmodels' `multipletests` gives the same numbers and collects garbage at every call: half a second
+    where a run's tables are in memory.
+    """
+    return _of_tested(p_values, _holm)
+
+
+def _holm(p: np.ndarray) -> np.ndarray:
+    order = np.argsort(p, kind="stable")
+    adjusted = np.empty(len(p))
+    adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1)
+    return adjusted
 
 
 def benjamini_hochberg(p_values: np.ndarray) -> np.ndarray:
@@ -203,18 +141,22 @@ def benjamini_hochberg(p_values: np.ndarray) -> np.ndarray:
 
     NaN (not tested) stays NaN and does not count as a test. Never above Holm's.
     """
+    return _of_tested(p_values, false_discovery_control)
+
+
+def _of_tested(p_values: np.ndarray, adjust: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     p = np.asarray(p_values, dtype=float)
-    out = np.full(p.shape, np.nan)
-    tested = np.isfinite(p)
+    adjusted, tested = np.full(p.shape, np.nan), np.isfinite(p)
     if tested.any():
-        out[tested] = false_discovery_control(p[tested])
-    return out
+        adjusted[tested] = adjust(p[tested])
+    return adjusted
 
 
 def sign_test(above: np.ndarray, below: np.ndarray) -> np.ndarray:
     """Exact two-sided sign test: counts [...] of questions above and below the reference -> p-values [...].
 
-    Ties are left out beforehand. NaN where no question is left.
+    Ties are left out beforehand. NaN where no question is left. Of answers that are broken and mended it is
+    McNemar's exact test.
     """
     above, below = np.asarray(above), np.asarray(below)
     n = above + below
@@ -254,8 +196,7 @@ def paired_tests(values: np.ndarray, reference: float = 0.0) -> pd.DataFrame:
     wilcoxon_p = np.full(len(n), np.nan)
     if testable.any():
         some = np.where(gaps[:, testable] == 0, np.nan, gaps[:, testable])
-        found = wilcoxon(some, axis=0, nan_policy="omit")  # pyright: ignore[reportCallIssue]
-        wilcoxon_p[testable] = found.pvalue
+        wilcoxon_p[testable] = wilcoxon(some, axis=0, nan_policy="omit").pvalue  # pyright: ignore
     p = {"sign": sign_test(above, below), "wilcoxon": wilcoxon_p}
     columns = {
         "questions": n,
@@ -312,7 +253,7 @@ def concordance(
 def _within(
     question: np.ndarray, event: np.ndarray, score: np.ndarray, resamples: int, seed: int
 ) -> tuple[Interval, float]:
-    codes, names = pd.factorize(question)
+    codes, names = pd.factorize(question, sort=True)
     length = np.bincount(codes, minlength=len(names))
     usable = (np.bincount(codes, event, len(names)) == 1) & (length > 1)
     keep = usable[codes]
@@ -321,14 +262,14 @@ def _within(
         return _too_few(int(usable.sum())), math.nan
     # What the AUC of a question would be if the event were in this row.
     above = (pd.Series(score).groupby(codes).rank().to_numpy() - 1) / (length[codes] - 1)
-    found = above[event]
-    interval = cluster_bootstrap(np.stack([found, np.ones(len(found))], 1), resamples=resamples, seed=seed)
+    auc = above[event]
+    interval = cluster_bootstrap(np.stack([auc, np.ones(len(auc))], 1), resamples=resamples, seed=seed)
     order = np.argsort(codes, kind="stable")
     above, length = above[order], length[usable]
     start = np.cumsum(length) - length
     rng = np.random.default_rng(seed)
     drawn = above[start + (rng.random((resamples, len(start))) * length).astype(int)].mean(axis=1)
-    far = np.abs(drawn - 0.5) >= abs(found.mean() - 0.5) - 1e-12
+    far = np.abs(drawn - 0.5) >= abs(auc.mean() - 0.5) - 1e-12
     return interval, float((far.sum() + 1) / (resamples + 1))
 
 
@@ -341,7 +282,7 @@ def _across(
     seed: int,
 ) -> Interval:
     """Linear in memory: one position at a time, [resample, question] for those still there."""
-    codes, names = pd.factorize(question)
+    codes, names = pd.factorize(question, sort=True)
     if not len(names):
         return _too_few(0)
     weights = resample_weights(len(names), resamples, seed)

@@ -53,6 +53,7 @@ class Bridges:
         iterations: int = 1,
         names_filter: NamesFilter = None,
         method: Method = "parallel",
+        **others: Any,
     ) -> tuple[list[Tensor], list[ActivationCache]]:
         """Read given tokens and keep what every hook point sees, iteration by iteration.
 
@@ -61,13 +62,16 @@ class Bridges:
             iterations: depth of every position.
             names_filter: TransformerLens names, as `blocks.3.hook_resid_mid`.
             method: `sequential` is the definition; `parallel` is as `replay` solves it.
+            others: TransformerLens' options, none of which a recurrence has (`incl_bwd`: no gradients are
+                recorded).
 
         Returns:
             (logits, caches), one of each per iteration: [row, position, vocab] and an `ActivationCache`.
 
         Raises:
-            SSTError: a filter that matches nothing; transformer-lens is not installed.
+            SSTError: a filter that matches nothing; an option in `others`; transformer-lens is not installed.
         """
+        refuse_options(others)
         return self.bridge().run_with_caches(prompts, iterations, names_filter, method=method)
 
     def nnsight(self, iterations: int = 1) -> StateStreamNNsight:
@@ -90,6 +94,20 @@ class Bridges:
         from sst_interp.sharing import push_to_hub
 
         return push_to_hub(cast("StateStreamModel", self), repo_id, **how)
+
+
+def refuse_options(others: dict[str, Any]) -> None:
+    """Raise for an option of TransformerLens that would be ignored."""
+    given = sorted(name for name, value in others.items() if value is not None)
+    if others.get("incl_bwd") is False:
+        given.remove("incl_bwd")
+    if "incl_bwd" in given:
+        raise SSTError(
+            "incl_bwd=True does not work with a state stream: the pass records no gradients",
+            "leave incl_bwd out, or boot a TransformerBridge on a copy of `model.backbone.model`",
+        )
+    if given:
+        raise SSTError(f"{', '.join(given)}: not with a state stream", "leave it out")
 
 
 def _not_installed(package: str, error: ImportError) -> SSTError:

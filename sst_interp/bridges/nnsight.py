@@ -29,9 +29,7 @@ from sst_interp.bridges.forward import read_sequentially
 from sst_interp.errors import SSTError
 from sst_interp.generation import Generation, check_iterations, generate
 from sst_interp.hooks import SITES, Site, Visit, alike
-from sst_interp.model import Prompt, StateStreamModel
-
-Prompts = Prompt | Sequence[Prompt] | Tensor
+from sst_interp.model import Prompt, Prompts, StateStreamModel, check_stop, listed
 
 
 class Sites(nn.Module):
@@ -69,7 +67,7 @@ class Iterations(nn.Module):
         """Greedy generation from prompts of any length."""
         model = self.model
         tokens, pad = model.batch(prompts)
-        stop = model.stop_tokens if stop_tokens is None else stop_tokens
+        stop = model.stop_tokens if stop_tokens is None else check_stop(stop_tokens)
         depths = [len(self.iteration)] * len(pad)
         out = generate(model, tokens, pad, depths, max_new_tokens, stop, hook=self.hook)
         if model.tokenizer is not None:
@@ -102,7 +100,7 @@ class StateStreamNNsight(NNsight):
     """
 
     def __init__(self, model: StateStreamModel, iterations: int = 1) -> None:
-        check_iterations([iterations])
+        (iterations,) = check_iterations([iterations])
         super().__init__(Iterations(model, iterations))
 
     @traceable
@@ -118,10 +116,3 @@ class StateStreamNNsight(NNsight):
     def _batch(self, invokes: list[tuple[Any, dict[str, Any]]], fn: Any) -> tuple[tuple[Any], dict[str, Any]]:
         prompts = [prompt for inputs, _ in invokes for prompt in listed(inputs[0])]
         return (prompts,), {name: value for _, kwargs in invokes for name, value in kwargs.items()}
-
-
-def listed(prompts: Prompts) -> list[Prompt]:
-    """One prompt or several, as a list of them."""
-    several: Any = prompts.tolist() if isinstance(prompts, Tensor) else prompts
-    one = isinstance(several, str) or (len(several) and isinstance(several[0], int))
-    return [several] if one else list(several)

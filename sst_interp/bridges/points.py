@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
+from sst_interp.choices import whole
 from sst_interp.errors import SSTError
 from sst_interp.hooks import Hook, alike
 from sst_interp.stream import Recurrence, stack_pass
@@ -46,10 +47,10 @@ class Placed:
     """How often it has been called."""
 
     def __post_init__(self) -> None:
-        if self.iteration is not None and self.iteration < 1:
-            raise SSTError(f"iteration = {self.iteration} does not exist", "iterations are counted from 1")
-        if self.position is not None and self.position < 0:
-            raise SSTError(f"position = {self.position} does not exist", "positions are counted from 0")
+        if self.iteration is not None:
+            self.iteration = whole("iteration", self.iteration, 1)
+        if self.position is not None:
+            self.position = whole("position", self.position, 0)
 
     def __call__(self, tensor: Tensor, hook: Any) -> Tensor | None:
         """What TransformerLens calls."""

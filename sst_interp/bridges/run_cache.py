@@ -8,14 +8,13 @@ run's by their hashes, so that a cache is never of something else.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sst_interp.bridges import NamesFilter
-from sst_interp.capture import provenance
+from sst_interp.choices import whole
 from sst_interp.errors import SSTError
-from sst_interp.loading import load
+from sst_interp.experiments.origin import origin_of, written_tokens
 from sst_interp.model import StateStreamModel
-from sst_interp.questions import load_questions
 from sst_interp.run import Run
 
 if TYPE_CHECKING:
@@ -44,55 +43,19 @@ def run_caches(
             model or dataset that is not the run's; a filter that matches nothing.
     """
     recipe = run.recipe
-    depth = max(recipe.depths) if depth is None else depth
+    question = whole("question", question, 0)
+    depth = max(recipe.depths) if depth is None else whole("depth", depth, 1)
     tokens = written_tokens(run, question, 1 if text == "depth1" else depth, text)
-    asked = load_questions(
-        recipe.dataset, recipe.questions, recipe.seed, recipe.split, instruction=recipe.instruction
-    )
-    if model is None:
-        model = load(recipe.checkpoint, recipe.alpha, recipe.choices, recipe.dtype, kind=recipe.kind)
-    refuse_another(run, provenance(model, asked))
+    model, asked = origin_of(run, model)
     bridge = model.bridge()
-    prompt = model.chat(asked.questions[question].prompt, reply_prefix=recipe.reply_prefix or "")
+    prompt = model.chat(asked[question].prompt, reply_prefix=recipe.reply_prefix or "")
     return bridge.read_with_caches(prompt, tokens, depth, names_filter)[1]
 
 
 def run_cache(run: Run, question: int, iteration: int = 1, **how: object) -> ActivationCache:
     """The cache of one iteration; see `run_caches`."""
+    iteration = whole("iteration", iteration, 1)
     caches = run_caches(run, question, **how)  # pyright: ignore[reportArgumentType]
-    if not 1 <= iteration <= len(caches):
+    if iteration > len(caches):
         raise SSTError(f"there is no iteration {iteration}", f"this depth has 1 to {len(caches)}")
     return caches[iteration - 1]
-
-
-def refuse_another(run: Run, now: dict[str, Any]) -> None:
-    """Raise if a model or questions are not what a run was captured with, by the hashes of `provenance`."""
-    for key, was in run.manifest["provenance"].items():
-        if key.endswith("_hash") and now.get(key, was) != was:
-            raise SSTError(
-                f"run {run.name} was captured with another {key.removesuffix('_hash')}",
-                "give the model and dataset it was captured with",
-            )
-
-
-def written_tokens(run: Run, question: int, depth: int, text: str = "own") -> list[int]:
-    """The tokens that a depth wrote for a question.
-
-    Raises:
-        SSTError: no such question, depth or text, or no tokens are kept.
-    """
-    if text not in ("own", "depth1"):
-        raise SSTError(f"text {text!r} is neither 'own' nor 'depth1'", "own: what the depth wrote itself")
-    if depth not in run.recipe.depths:
-        raise SSTError(f"run {run.name} has no depth {depth}", f"its depths: {list(run.recipe.depths)}")
-    steps = run.table("steps", ["question", "text", "depth", "position", "iteration", "token"])
-    here = (steps["question"] == question) & (steps["text"] == "own") & (steps["depth"] == depth)
-    rows = steps[here & (steps["iteration"] == 1)]
-    if rows.empty:
-        raise SSTError(f"run {run.name} has no question {question}", "they are counted from 0")
-    if rows["token"].isna().any():
-        raise SSTError(
-            f"run {run.name} keeps no tokens: its dataset's text must not be published",
-            "`model.run_with_cache` on a prompt of yours needs no run",
-        )
-    return rows.sort_values("position")["token"].astype(int).tolist()

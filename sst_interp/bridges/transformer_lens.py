@@ -25,7 +25,7 @@ from transformer_lens import ActivationCache
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
-from sst_interp.bridges import Method, NamesFilter
+from sst_interp.bridges import Method, NamesFilter, refuse_options
 from sst_interp.bridges.caches import Collector
 from sst_interp.bridges.forward import read_in_parallel, read_sequentially
 from sst_interp.bridges.points import Now, Placed, firing
@@ -34,10 +34,10 @@ from sst_interp.errors import SSTError
 from sst_interp.generation import Generation, check_iterations, generate
 from sst_interp.hooks import SITES, Site, Visit, alike
 from sst_interp.kind import NAMES
-from sst_interp.model import StateStreamModel
+from sst_interp.model import Prompts, StateStreamModel, check_stop
 from sst_interp.stream import Recurrence
 
-Input = str | Sequence[Any] | Tensor
+Input = Prompts
 """Token ids [row, position] or [position], a text, or several of either."""
 
 
@@ -89,7 +89,7 @@ class StateStreamBridge(TransformerBridge):
         Raises:
             SSTError: TransformerLens' options for parts of a forward pass, which a recurrence does not have.
         """
-        _refuse(others)
+        refuse_options(others)
         tokens = self._tokens(input)
         logits = self._read(tokens, iterations, method)[-1]
         return self._finalize_return(return_type, logits, tokens, loss_per_token=loss_per_token)
@@ -116,7 +116,7 @@ class StateStreamBridge(TransformerBridge):
         **others: Any,
     ) -> tuple[Any, ActivationCache]:
         """As TransformerLens has it: logits and cache of the last iteration. `run_with_caches` has all."""
-        _refuse(others)
+        refuse_options(others)
         logits, caches = self.run_with_caches(input, iterations, names_filter, method)
         return logits[-1], caches[-1].remove_batch_dim() if remove_batch_dim else caches[-1]
 
@@ -155,15 +155,15 @@ class StateStreamBridge(TransformerBridge):
         The prompt is read without hooks. Those of `ln_final` and `unembed` are shown all positions at the end
         and change nothing.
         """
-        _refuse(others)
-        check_iterations([iterations])
+        refuse_options(others)
+        (iterations,) = check_iterations([iterations])
         model, last, hooked = self.state_stream, [], self._hooked()
-        tokens, pad = model.batch(self._listed(input))
+        tokens, pad = model.batch(input)
         hooked.backbone = copy.copy(self._twin)
         hooked.backbone.unembed = model.backbone.unembed
         out = generate(
             hooked, tokens, pad, [iterations] * len(pad), max_new_tokens,
-            model.stop_tokens if stop_tokens is None else stop_tokens,
+            model.stop_tokens if stop_tokens is None else check_stop(stop_tokens),
             observe=lambda step: last.append(torch.stack([it.resid_post[-1] for it in step.iterations], 1)),
             hook=self._hook,
         )  # fmt: skip
@@ -190,7 +190,7 @@ class StateStreamBridge(TransformerBridge):
         """Read what was written after a prompt, position by position: (logits, caches) per iteration.
         Position 0 reads the prompt's last token; the last of `tokens` was emitted and is not read.
         """
-        check_iterations([iterations])
+        (iterations,) = check_iterations([iterations])
         model = self.state_stream
         ids, pad = model.batch([prompt])
         stream = model.new_stream(pad, ids.shape[1] + len(tokens) - 1)
@@ -200,19 +200,14 @@ class StateStreamBridge(TransformerBridge):
             logits = self._logits(read_sequentially(self._hooked(), read, iterations, self._hook, stream))
         return logits, collected.caches()
 
-    def _listed(self, input: Input) -> Sequence[Any] | Tensor:
-        """Always several prompts."""
-        one = isinstance(input, str) or not len(input) or isinstance(input[0], int)
-        return [input] if one else input[None] if isinstance(input, Tensor) and input.dim() == 1 else input
-
     def _tokens(self, input: Input) -> Tensor:
-        tokens, pad = self.state_stream.batch(self._listed(input))
+        tokens, pad = self.state_stream.batch(input)
         if bool(pad.any()):
             raise SSTError("prompts of different length have no common positions", "run them one by one")
         return tokens
 
     def _read(self, tokens: Tensor, iterations: int, method: Method) -> list[Tensor]:
-        check_iterations([iterations])
+        (iterations,) = check_iterations([iterations])
         if method == "parallel":
             last = read_in_parallel(self.state_stream, self._hooked(), tokens, iterations, self._hook)
         elif method == "sequential":
@@ -247,12 +242,6 @@ class StateStreamBridge(TransformerBridge):
                 f"{names[0]} does not fire: attention and FFN run as the backbone runs them",
                 "`bridge.firing` has the names of those that do",
             )
-
-
-def _refuse(others: dict[str, Any]) -> None:
-    """Raise for an option of TransformerLens that would be ignored."""
-    if given := sorted(name for name, value in others.items() if value is not None):
-        raise SSTError(f"{', '.join(given)}: not with a state stream", "leave it out")
 
 
 def _backbone_only(name: str) -> Callable[..., Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +13,15 @@ from typing import Annotated, Any
 import typer
 
 from sst_interp.errors import SSTError
+from sst_interp.printing import say
+
+
+def given_path(text: str) -> Path:
+    """A path as it was typed. Raises SSTError for an empty one."""
+    if not text:
+        raise SSTError("an empty path was given", "name a file or folder, or leave the option out")
+    return Path(text)
+
 
 RunOption = Annotated[
     str,
@@ -18,12 +29,55 @@ RunOption = Annotated[
 ]
 HtmlOption = Annotated[
     Path | None,
-    typer.Option("--html", help="Where the report goes; default: report.html in the run's folder."),
+    typer.Option(
+        "--html",
+        parser=given_path,
+        metavar="FILE",
+        help="Where the report goes; default: report.html in the run's folder.",
+    ),
 ]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Resamples = Annotated[
+    int, typer.Option(min=2, max=100_000, help="Question resamples, shuffles, permutations.")
+]
+Seed = Annotated[int, typer.Option(min=0, help="Of everything that is drawn.")]
 FreshFlag = Annotated[
     bool, typer.Option("--fresh", help="Erase what the run already has and capture it anew.")
 ]
+
+
+def takes_run(command: Callable[..., None]) -> Callable[..., None]:
+    """A command with an option `--run` that also takes the run's name alone: `sst-interp report gpqa`."""
+    signature = inspect.signature(command, eval_str=True)
+    option = signature.parameters["run"]
+    either = option.replace(default=None, annotation=_or_none(option.annotation))
+    alone = inspect.Parameter(
+        "name",
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        default=None,
+        annotation=Annotated[str | None, typer.Argument(metavar="RUN", help="The run; or --run RUN.")],
+    )
+    others = [p for name, p in signature.parameters.items() if name != "run"]
+    typed = command.__name__.replace("_", "-")
+
+    @functools.wraps(command)
+    def wrapped(**given: Any) -> None:
+        name, run = given.pop("name"), given.pop("run")
+        if name is None and run is None:
+            raise SSTError("no run is named", f"for example sst-interp {typed} demo")
+        if name is not None and run is not None and name != run:
+            raise SSTError(f"two runs are named: {name} and {run}", f"for example sst-interp {typed} {run}")
+        command(run=name if run is None else run, **given)
+
+    parameters = [alone, either, *others]
+    wrapped.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
+    return wrapped
+
+
+def _or_none(annotation: Any) -> Any:
+    """`Annotated[str, ...]` as `Annotated[str | None, ...]`."""
+    return Annotated[(str | None, *annotation.__metadata__)]
 
 
 def captured_run(name: str, fresh: bool) -> Any:
@@ -68,9 +122,6 @@ def _note_changed_recipe(run: Any) -> None:
     except SSTError:
         return
     for key, then, now in changed:
-        print(
-            f"note: {run.name} was captured with {key} = {then!r}; its recipe now says {now!r}",
-            file=sys.stderr,
-        )
+        say(f"note: {run.name} was captured with {key} = {then!r}; its recipe now says {now!r}", sys.stderr)
     if changed:
-        print("  --fresh captures it again", file=sys.stderr)
+        say("  --fresh captures it again", sys.stderr)

@@ -12,8 +12,17 @@ import typer
 
 from sst_interp import __version__, places
 from sst_interp.choices import COMPARISONS
-from sst_interp.commands.common import FreshFlag, HtmlOption, RunOption, captured_run
-from sst_interp.printing import print_table, write_text
+from sst_interp.commands.common import (
+    FreshFlag,
+    HtmlOption,
+    Resamples,
+    RunOption,
+    Seed,
+    captured_run,
+    given_path,
+)
+from sst_interp.guarded import check_output
+from sst_interp.printing import bar, print_table, say, write_text
 from sst_interp.run_kind import kind_words
 
 
@@ -21,7 +30,13 @@ def basin_shifts(
     run: RunOption,
     html: HtmlOption = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Also write the results as JSON; `-` prints them instead.")
+        Path | None,
+        typer.Option(
+            "--json",
+            parser=given_path,
+            metavar="FILE",
+            help="Also write the results as JSON; `-` prints them instead.",
+        ),
     ] = None,
     fresh: FreshFlag = False,
 ) -> None:
@@ -31,13 +46,18 @@ def basin_shifts(
     as stable or shifted under each of the three comparisons, prints a summary and writes an HTML report.
 
     Examples:
-        sst-interp basin-shifts --run demo
+        sst-interp basin-shifts demo
 
         sst-interp basin-shifts --run demo --json - | jq .replayed.share
     """
     from sst_interp.report import write_report
 
+    for file in (html, json_file):
+        if file is not None and str(file) != "-":
+            check_output(file)
     captured = captured_run(run, fresh)
+    page = _report_path(captured, html)
+    check_output(page)
     ledger = ledger_with_bar(captured)
     as_json = json.dumps({name: _as_dict(ledger, name) for name in COMPARISONS}, indent=2)
     if str(json_file) == "-":
@@ -45,19 +65,19 @@ def basin_shifts(
     else:
         _print_basin_shifts(captured, ledger)
         print_table(ledger.by_claim)
-        print(f"\n{ledger.verdict}\n`sst-interp claims --run {run}` says more\n")
+        say(f"\n{ledger.verdict}\n`sst-interp claims --run {run}` says more\n")
         if json_file is not None:
             write_text(json_file, as_json + "\n")
-    written = write_report(captured, _report_path(captured, html), ledger)
-    print(f"report: {written}", file=sys.stderr if str(json_file) == "-" else sys.stdout)
+    written = write_report(captured, page, ledger)
+    say(f"report: {written}", sys.stderr if str(json_file) == "-" else sys.stdout)
     _exit_if_failed(ledger, captured)
 
 
 def claims(
     run: RunOption,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole ledger as JSON.")] = False,
-    resamples: Annotated[int, typer.Option(min=2, help="Question resamples, shuffles, permutations.")] = 2000,
-    seed: Annotated[int, typer.Option(min=0, help="Of all three.")] = 0,
+    resamples: Resamples = 2000,
+    seed: Seed = 0,
     document: Annotated[
         Path | None, typer.Option(help="Also fill the places of this run in a Markdown file (docs/found.md).")
     ] = None,
@@ -68,30 +88,32 @@ def claims(
     control), NAME-reshuffled (content), NAME-baseline (matched baseline), NAME-deep (more depths), NAME-lens.
 
     Examples:
-        sst-interp claims --run gpqa
+        sst-interp claims gpqa
 
         sst-interp claims --run gpqa --json | jq '.table[] | {claim, comparison, verdict}'
     """
+    from sst_interp.documents import check_document, fill
+
+    if document is not None:
+        check_document(document)
     captured = captured_run(run, fresh=False)
     ledger = ledger_with_bar(captured, resamples, seed)
     if document is not None:
-        from sst_interp.documents import fill
-
         filled = fill(document, ledger.blocks(), others=True)
-        print(f"{document}: {', '.join(filled) or 'no place for this run'}", file=sys.stderr)
+        say(f"{document}: {', '.join(filled) or 'no place for this run'}", sys.stderr)
     if as_json:
         print(json.dumps(ledger.to_dict(), indent=2))
         _exit_if_failed(ledger, captured)
         return
     for row in ledger.rows:
-        print(f"{row.claim.id} {row.comparison}: {row.claim.words}")
-        print(f"    paper     {row.claim.paper}\n    this run  {row.finding.here or '-'}")
-        print(f"    verdict   {row.finding.verdict} (holds if {row.claim.rule})")
+        say(f"{row.claim.id} {row.comparison}: {row.claim.words}")
+        say(f"    paper     {row.claim.paper}\n    this run  {row.finding.here or '-'}")
+        say(f"    verdict   {row.finding.verdict} (holds if {row.claim.rule})")
         if row.finding.control:
-            print(f"    control   {row.finding.control}")
-    print()
+            say(f"    control   {row.finding.control}")
+    say()
     print_table(ledger.by_claim)
-    print(f"\n{ledger.verdict}")
+    say(f"\n{ledger.verdict}")
     _exit_if_failed(ledger, captured)
 
 
@@ -99,33 +121,35 @@ def report(run: RunOption, html: HtmlOption = None) -> None:
     """Write the HTML report of a captured run: one file that works offline.
 
     Example:
-        sst-interp report --run demo --html demo.html
+        sst-interp report demo --html demo.html
     """
     from sst_interp.report import write_report
     from sst_interp.runs import open_run
 
+    if html is not None:
+        check_output(html)
     captured: Any = open_run(run)
+    page = _report_path(captured, html)
+    check_output(page)
     ledger = ledger_with_bar(captured)
-    print(f"report: {write_report(captured, _report_path(captured, html), ledger)}")
+    say(f"report: {write_report(captured, page, ledger)}")
     _exit_if_failed(ledger, captured)
 
 
 def ledger_with_bar(run: Any, resamples: int = 2000, seed: int = 0) -> Any:
     """The claims ledger of a run, with a bar over its analyses."""
-    from tqdm import tqdm
-
     from sst_interp.findings.of_run import companions, ledger_of
 
     run.check()
     beside = companions(run)
     for note in beside.notes:
-        print(f"note: {note}", file=sys.stderr)
-    with tqdm(desc=f"analysing {run.name}", unit="analysis", total=1) as bar:
+        say(f"note: {note}", sys.stderr)
+    with bar(f"analysing {run.name}", unit="analysis", total=1) as shown:
 
         def show(done: int, of: int, name: str) -> None:
-            bar.total = of
-            bar.set_postfix_str(name)
-            bar.update(done - bar.n)
+            shown.total = of
+            shown.set_postfix_str(name)
+            shown.update(done - shown.n)
 
         return ledger_of(run, resamples, seed, progress=show)
 
@@ -149,7 +173,7 @@ def _as_dict(ledger: Any, comparison: str) -> dict[str, Any]:
 
 def _print_basin_shifts(run: Any, ledger: Any) -> None:
     n = run.questions["question"].nunique()
-    print(f"{run.name}: {kind_words(run.kind)}, {run.recipe.checkpoint}, {n} questions\n")
+    say(f"{run.name}: {kind_words(run.kind)}, {run.recipe.checkpoint}, {n} questions\n")
     rows = []
     for name in COMPARISONS:
         row = {"comparison": name} | dict.fromkeys(
@@ -163,8 +187,8 @@ def _print_basin_shifts(run: Any, ledger: Any) -> None:
         rows.append(row)
     print_table(rows)
     for name in COMPARISONS:
-        print(f"\n{name}: {_as_dict(ledger, name)['verdict']}")
-    print()
+        say(f"\n{name}: {_as_dict(ledger, name)['verdict']}")
+    say()
 
 
 def _exit_if_failed(ledger: Any, run: Any) -> None:
@@ -172,10 +196,7 @@ def _exit_if_failed(ledger: Any, run: Any) -> None:
     if not ledger.failed:
         return
     for name, error in ledger.failed.items():
-        print(f"failed: {name}: {error}", file=sys.stderr)
-    print(
-        f"  a fault of sst-interp {__version__}, not a finding: please report these lines, with "
-        f"`sst-interp claims --run {run.name}`, to its issues",
-        file=sys.stderr,
-    )
+        say(f"failed: {name}: {error}", sys.stderr)
+    words = f"  a fault of sst-interp {__version__}, not a finding: please report these lines, with "
+    say(f"{words}`sst-interp claims --run {run.name}`, to its issues", sys.stderr)
     raise typer.Exit(3)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from sst_interp.commands.common import FreshFlag, JsonFlag, RunOption, stopping
+from sst_interp.commands.common import FreshFlag, JsonFlag, RunOption, given_path, stopping
 from sst_interp.errors import SSTError
-from sst_interp.printing import print_table
+from sst_interp.printing import bar, print_table, say
 
 
 def capture(
@@ -20,6 +19,14 @@ def capture(
         str | None,
         typer.Option(help="Full states to keep: none, position0, shifts or all (overrides the recipe)."),
     ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Set a key of the recipe: questions=8, depths=1,2, choices.kv=first, name=other ...",
+        ),
+    ] = None,
     fresh: FreshFlag = False,
 ) -> None:
     """Capture a run: every question at every depth, measured while it is generated.
@@ -27,24 +34,29 @@ def capture(
     A capture that was interrupted, or a run with a damaged shard, goes on with what is missing.
 
     Examples:
-        sst-interp capture --run demo
+        sst-interp capture demo
 
-        sst-interp capture --run my-recipe.toml --keep all
+        sst-interp capture my-recipe.toml --keep all
+
+        sst-interp capture demo --set questions=8 --set depths=1,2 --set name=demo-8
     """
     from sst_interp.capture import capture as capture_run
     from sst_interp.recipe import find_recipe
 
     recipe = find_recipe(run, captured=not fresh)
-    if keep is not None:
-        recipe = replace(recipe, keep=keep)
+    if settings or keep is not None:
+        recipe = recipe.with_settings([*(settings or []), *([f"keep={keep}"] if keep is not None else [])])
     with stopping():
         captured = capture_run(recipe, fresh=fresh)
-    print(f"captured {len(captured.questions['question'].unique())} questions in {captured.folder}")
+    say(f"captured {len(captured.questions['question'].unique())} questions in {captured.folder}")
 
 
 def publish(
     run: RunOption,
-    out: Annotated[Path, typer.Argument(help="Folder of the copy; it must not exist yet.")],
+    out: Annotated[
+        Path,
+        typer.Argument(parser=given_path, metavar="OUT", help="Folder of the copy; it must not exist yet."),
+    ],
     bits: Annotated[int, typer.Option(min=4, max=24, help="Significant bits of the floats in pairs.")] = 10,
     top: Annotated[
         int | None, typer.Option(min=0, help="Likely tokens to keep of each step's 100; default: all.")
@@ -58,8 +70,6 @@ def publish(
     Example:
         sst-interp publish --run gpqa published/gpqa --iterations 1,4
     """
-    from tqdm import tqdm
-
     from sst_interp.publishing import publish as publish_run
     from sst_interp.runs import open_run
 
@@ -70,14 +80,14 @@ def publish(
             f"--iterations {iterations!r} is not a list of whole numbers", "for example 1,4"
         ) from None
     original = open_run(run)
-    with tqdm(desc=f"publishing {original.name}", unit="batch", total=0) as bar:
+    with bar(f"publishing {original.name}", unit="batch", total=0) as shown:
 
         def show(done: int, of: int) -> None:
-            bar.total = of
-            bar.update(done - bar.n)
+            shown.total = of
+            shown.update(done - shown.n)
 
         copy = publish_run(original, out, bits, top, kept, show)
-    print(f"published: {copy.folder}, {copy.summary()['bytes'] / 1e6:.1f} MB")
+    say(f"published: {copy.folder}, {copy.summary()['bytes'] / 1e6:.1f} MB")
 
 
 def runs(as_json: JsonFlag = False) -> None:

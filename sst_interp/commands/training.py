@@ -9,15 +9,22 @@ from typing import Annotated
 
 import typer
 
-from sst_interp.commands.common import JsonFlag, stopping
+from sst_interp.commands.common import JsonFlag, given_path, stopping
 from sst_interp.errors import SSTError
-from sst_interp.printing import print_table, write_text
+from sst_interp.printing import bar, print_table, say, write_text
 
 
 def train(
     recipe: Annotated[str, typer.Argument(help="A training recipe: a shipped name, or a .toml file.")],
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="The checkpoint's folder; default: checkpoints/NAME.")
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            parser=given_path,
+            metavar="FOLDER",
+            help="The checkpoint's folder; default: checkpoints/NAME.",
+        ),
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Erase what is there and train anew.")] = False,
 ) -> None:
@@ -30,37 +37,42 @@ def train(
 
         sst-interp train my-recipe.toml --out checkpoints/mine
     """
-    from tqdm import tqdm
-
-    from sst_interp.analyses import training_curves
+    from sst_interp.experiments.training_curves import training_curves
+    from sst_interp.report.result_page import result_page
+    from sst_interp.training.card import CURVES
     from sst_interp.training.log import read_log
     from sst_interp.training.recipe import find_training_recipe
     from sst_interp.training.trainer import Training
 
     chosen = find_training_recipe(recipe)
-    print(f"loading {chosen.backbone} and {chosen.data}", file=sys.stderr)
+    say(f"loading {chosen.backbone} and {chosen.data}", sys.stderr)
     training = Training(chosen, out, fresh)
     if training.split.too_long:
-        print(
+        say(
             f"note: {training.split.too_long} examples are longer than max_tokens = {chosen.max_tokens} "
             "and are left out",
-            file=sys.stderr,
+            sys.stderr,
         )
-    bar = tqdm(total=training.steps, initial=training.done, desc=f"training {chosen.name}", unit="step")
+    shown = bar(f"training {chosen.name}", total=training.steps, initial=training.done, unit="step")
 
     def show(now: Training, line: dict[str, float]) -> None:
         recent = [row for row in now.log[-20:] if "loss" in row]
         speed = sum(row["tokens"] for row in recent) / sum(row["seconds"] for row in recent)
-        bar.set_postfix_str(f"loss {sum(r['loss'] for r in recent) / len(recent):.3f}, {speed:.0f} tokens/s")
-        bar.update()
+        shown.set_postfix_str(
+            f"loss {sum(r['loss'] for r in recent) / len(recent):.3f}, {speed:.0f} tokens/s"
+        )
+        shown.update()
         if "held_out_exact" in line:
-            tqdm.write(f"step {now.done}: held out {line['held_out_exact']:.3f}", file=sys.stderr)
+            shown.write(f"step {now.done}: held out {line['held_out_exact']:.3f}", file=sys.stderr)
 
-    with bar, stopping("the state is saved: the same command goes on from there"):
-        folder = training.run(show)
+    def draw(folder: Path) -> None:
+        curves = training_curves(read_log(folder), chosen.name)
+        write_text(folder / CURVES, result_page(f"Training {chosen.name}", [curves]))
+
+    with shown, stopping("the state is saved: the same command goes on from there"):
+        folder = training.run(show, draw)
     curves = training_curves(read_log(folder), chosen.name)
-    write_text(folder / "training.html", curves.figure().to_html(include_plotlyjs=True))
-    print(f"{curves.verdict}\ncheckpoint: {folder}\ncurves: {folder / 'training.html'}")
+    say(f"{curves.verdict}\ncheckpoint: {folder}\ncurves: {folder / CURVES}")
 
 
 def evaluate(
@@ -69,7 +81,7 @@ def evaluate(
     ],
     depths: Annotated[str, typer.Option(help="Iteration depths.")] = "1,2,3,4",
     tasks: Annotated[str, typer.Option(help="Comma-separated; default: all.")] = "",
-    questions: Annotated[int | None, typer.Option(help="At most so many per task.")] = None,
+    questions: Annotated[int | None, typer.Option(min=1, help="At most so many per task.")] = None,
     held_out: Annotated[
         bool,
         typer.Option("--held-out", help="Also the held-out training examples (needs the training data)."),
@@ -79,7 +91,13 @@ def evaluate(
     ] = False,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="Where measurements are kept; default: with the checkpoint."),
+        typer.Option(
+            "--out",
+            "-o",
+            parser=given_path,
+            metavar="FOLDER",
+            help="Where measurements are kept; default: with the checkpoint.",
+        ),
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -93,28 +111,34 @@ def evaluate(
 
         sst-interp evaluate checkpoints/mine --tasks gsm8k --questions 50 --depths 1,4
     """
-    from sst_interp.analyses import depth_scores
     from sst_interp.evaluation import TASKS, evaluate_by_name
+    from sst_interp.experiments.depth_scores import depth_scores
+    from sst_interp.guarded import check_place
     from sst_interp.loading import checkpoint_folder
+    from sst_interp.recipe import MAX_DEPTH
     from sst_interp.training.card import write_card
 
     try:
         at = [int(depth) for depth in depths.split(",")]
     except ValueError:
         raise SSTError(f"--depths {depths!r} is not a list of whole numbers", "for example 1,2,3,4") from None
+    if any(depth > MAX_DEPTH for depth in at):
+        raise SSTError(f"depths go up to {MAX_DEPTH}, not {max(at)}", "for example --depths 1,2,3,4")
+    if out is not None:
+        check_place(out, "give another --out")
     wanted = [task.strip() for task in tasks.split(",")] if tasks else list(TASKS)
     own = models[0] if held_out else None
     twice = lambda name: [Path(m).name for m in models].count(Path(name).name) > 1  # noqa: E731
     with stopping("what was measured is kept: the same command goes on from there"):
-        found = {
+        measured = {
             name if twice(name) else Path(name).name: evaluate_by_name(name, at, wanted, questions, own, out)
             for name in models
         }
-    result = depth_scores(found, next((name for name in found if name.endswith("baseline")), None))
+    scores = depth_scores(measured, next((name for name in measured if name.endswith("baseline")), None))
     if as_json:
-        print(json.dumps(result.to_dict(), indent=2))
+        print(json.dumps(scores.to_dict(), indent=2))
     else:
-        print_table([{str(k): v for k, v in row.items()} for row in result.table.to_dict("records")])
-        print(f"\n{result.verdict}")
+        print_table([{str(k): v for k, v in row.items()} for row in scores.table.to_dict("records")])
+        say(f"\n{scores.verdict}")
     if card and (folder := checkpoint_folder(models[0])) is not None:
-        print(f"card: {write_card(folder, found)}", file=sys.stderr)
+        say(f"card: {write_card(folder, scores)}", sys.stderr)

@@ -9,7 +9,8 @@ from typing import Any
 import pandas as pd
 import torch
 
-from sst_interp.generation import Step
+from sst_interp.choices import whole
+from sst_interp.generation import Step, check_iterations
 from sst_interp.model import StateStreamModel
 from sst_interp.questions import Question, grade
 
@@ -36,6 +37,7 @@ def answers(
         A row per depth and question, in the order given: depth, id, correct, answer (None if none was found),
         tokens.
     """
+    depths, batch_size = check_iterations(depths, "depths"), whole("batch_size", batch_size, 1)
     prompts = [model.chat(question.prompt) for question in questions]
     order = sorted(range(len(questions)), key=lambda i: len(prompts[i]))
     rows: dict[tuple[int, int], dict[str, Any]] = {}
@@ -75,6 +77,7 @@ def letters(
     Returns:
         A row per depth and question, in the order given: depth, id, correct, answer.
     """
+    depths, batch_size = check_iterations(depths, "depths"), whole("batch_size", batch_size, 1)
     codes = {letter: model.encode_plain(f"({letter})") for letter in ascii_uppercase}
     common = next(n for n in range(9) if len({tuple(c[: n + 1]) for c in codes.values()}) > 1)
     prompts = [model.chat(question.prompt) + codes["A"][:common] for question in questions]

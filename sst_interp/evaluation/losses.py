@@ -8,7 +8,9 @@ from typing import Any
 import pandas as pd
 import torch
 
+from sst_interp.choices import whole
 from sst_interp.exact import solve_exactly
+from sst_interp.generation import check_iterations
 from sst_interp.model import StateStreamModel
 from sst_interp.sweeps import solve_by_sweeps
 from sst_interp.training.batches import make_batch
@@ -41,6 +43,8 @@ def answer_losses(
     Returns:
         A row per example in the order given: id, tokens (of the answer), loss (summed, nats).
     """
+    (iterations,) = check_iterations([iterations])
+    batch_size = whole("batch_size", batch_size, 1)
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].tokens))
     rows: dict[int, dict[str, Any]] = {}
     for start in range(0, len(order), batch_size):

@@ -28,7 +28,7 @@ from sst_interp.analyses.statistics.bootstrap import RESAMPLES, questions_words
 from sst_interp.choices import COMPARISONS
 from sst_interp.documents import markdown
 from sst_interp.errors import SSTError
-from sst_interp.findings import _state_analyses, answers, state  # noqa: F401 (they register the claims)
+from sst_interp.findings import answers, state  # noqa: F401 (they register the claims)
 from sst_interp.findings.answers import BlendWeights, blend_weights
 from sst_interp.findings.claims import (
     CLAIMS,

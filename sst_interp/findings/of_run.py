@@ -11,12 +11,12 @@ A run's companions are runs called `NAME-ROLE` beside it, or among the user's an
 The halting probe (C12, C13) and causal patching (C16) take minutes, so their commands keep what they found,
 rows of the ledger and whole results: in the run's own folder under `findings/`, or for a run that ships in
 `findings/NAME` of the working folder. Kept findings are of one capture: after another one they are not shown.
-A damaged file costs its own rows and nothing else: they say which file it is and what to type.
+A damaged file costs its own rows and nothing else: they say which file it is and what to type. Texts of a
+file are data: control and bidi characters in them show and do nothing.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -28,17 +28,19 @@ from typing import Any
 import numpy as np
 
 from sst_interp import places
-from sst_interp.analyses.approximation import ApproximationError, approximation_error
 from sst_interp.analyses.result import KeptResult, Result
 from sst_interp.analyses.statistics.bootstrap import RESAMPLES, Interval
 from sst_interp.durable import replace_json
-from sst_interp.errors import SSTError
+from sst_interp.errors import SSTError, Untestable
+from sst_interp.experiments.studies.errors import ApproximationError, approximation_error
 from sst_interp.findings import experiments  # noqa: F401 (it registers the claims that are kept)
 from sst_interp.findings.answers import BlendWeights
 from sst_interp.findings.claims import CLAIMS, EVERYWHERE, Claim, Finding, Row, untestable
 from sst_interp.findings.ledger import Ledger, Progress, claims
 from sst_interp.guarded import read_json, read_table, unreadable
 from sst_interp.loading import checkpoint_folder
+from sst_interp.manifest import content_hash
+from sst_interp.printing import visible_texts
 from sst_interp.run import Run
 from sst_interp.run_kind import WORDS
 from sst_interp.runs import open_run
@@ -128,7 +130,7 @@ def blend_of(run: Run) -> BlendWeights | None:
 
 
 def approximation_of(run: Run) -> ApproximationError | None:
-    """What few sweeps cost the run's model, if that was measured (`sst-interp approximation errors`).
+    """What few sweeps cost the run's model, if that was measured (`sst-interp study run two-pass MODEL`).
 
     Measured means: under the same name and with the same blend weights; trained anew it is another model.
     """
@@ -139,14 +141,17 @@ def approximation_of(run: Run) -> ApproximationError | None:
     blend = (known["alpha_mean"], *known["alpha_range"])
     for file in (places.studies_dir() / "errors.parquet", places.shipped("studies") / "errors.parquet"):
         if file.is_file():
-            again = f"delete it; `sst-interp approximation errors {model}` measures it again"
+            again = f"delete it; `sst-interp study run two-pass {model}` measures it again"
             table = read_table(file, again, ("model", "layers", "alpha", "alpha_low", "alpha_high"))
             measured = table[["alpha", "alpha_low", "alpha_high"]].to_numpy(dtype=float)
             same = np.isclose(measured, blend, rtol=0, atol=1e-6).all(axis=1)
             named = (table["layers"] == "all") & (table["model"] == model)
             own = table[same & named.to_numpy(dtype=bool)]
             if len(own):
-                return approximation_error(own)
+                try:
+                    return approximation_error(own)
+                except Untestable:  # nothing of it is finite, or no two passes are among it
+                    continue
     return None
 
 
@@ -179,6 +184,8 @@ def keep_findings(
     shipped = run.folder.parent.resolve() == places.shipped("runs").resolve()
     own = not shipped and os.access(run.folder, os.W_OK)
     folder = run.folder / FOLDER if own else Path(FOLDER) / run.name
+    if own and folder.is_symlink():
+        raise SSTError(f"{folder} is a link to somewhere else: nothing is written there", "remove the link")
     folder.mkdir(parents=True, exist_ok=True)
     contents = {
         "of": capture_of(run),
@@ -203,18 +210,15 @@ def kept_findings(run: Run) -> Kept:
 
 
 def capture_of(run: Run) -> str:
-    """sha256 over the checksums of a run's shards: which capture it is."""
-    files = {
-        name: entry["sha256"] for shards in run.manifest["shards"].values() for name, entry in shards.items()
-    }
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    """Which capture a run is: `manifest.content_hash`."""
+    return content_hash(run.manifest)
 
 
 def _kept(file: Path, run: Run) -> Kept:
     """What one file has of this capture; of a damaged one, rows that say so."""
     again = "delete it, or measure again"
     try:
-        contents = read_json(file, again)
+        contents = visible_texts(read_json(file, again))
         try:
             if contents["of"] != capture_of(run):
                 return Kept()

@@ -9,14 +9,18 @@ from typing import Annotated
 
 import typer
 
+from sst_interp.commands.common import JsonFlag, given_path, stopping
+
 
 def patch(
     run: Annotated[str, typer.Option("--run", "-r", help="Name of a captured run, or a path.")],
     questions: Annotated[int, typer.Option(min=1, help="How many; more go on from fewer.")] = 40,
-    out: Annotated[Path | None, typer.Option(help="Folder of the rows; default: patching/RUN.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(parser=given_path, help="Folder of the rows; default: patching/RUN.")
+    ] = None,
     layers: Annotated[int, typer.Option(min=1, help="Layers patched alone, spread evenly.")] = 6,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens written after the patched position.")] = 6,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Put one depth's state in the place of the other's and see whether the output follows.
 
@@ -27,10 +31,10 @@ def patch(
     """
     from tqdm import tqdm
 
-    from sst_interp.analyses.patching import patching, patching_rows
-    from sst_interp.errors import SSTError
-    from sst_interp.kept_findings import keep_findings
-    from sst_interp.patching.study import Plan, patch_run
+    from sst_interp.findings.experiments import patching_rows
+    from sst_interp.experiments.patching.finding import patching
+    from sst_interp.experiments.patching.run import Plan, patch_run
+    from sst_interp.findings.of_run import keep_findings
     from sst_interp.runs import open_run
 
     opened = open_run(run)
@@ -41,19 +45,14 @@ def patch(
         bar.total = total
         bar.update(done - bar.n)
 
-    try:
-        with bar:
-            table = patch_run(
-                opened, folder, questions, Plan(layers=layers, new_tokens=tokens), progress=show
-            )
-    except KeyboardInterrupt:
-        raise SSTError("stopped", "what was patched is kept: the same command goes on from there") from None
-    found = patching(table)
+    with bar, stopping("what was patched is kept: the same command goes on from there"):
+        rows = patch_run(opened, folder, questions, Plan(layers=layers, new_tokens=tokens), progress=show)
+    result = patching(rows)
     made = {"questions": questions, "layers": layers, "tokens": tokens}
     if as_json:
-        print(json.dumps(found.to_dict(), indent=2))
+        print(json.dumps(result.to_dict(), indent=2))
     else:
-        print(found.table.to_string(index=False, float_format=lambda x: f"{x:.3g}"))
-        print(f"\n{found.verdict}\n\nrows: {folder}")
-    kept = keep_findings(opened, "patching", patching_rows(found), made, {"patching": found})
+        print(result.table.to_string(index=False, float_format=lambda x: f"{x:.3g}"))
+        print(f"\n{result.verdict}\n\nrows: {folder}")
+    kept = keep_findings(opened, "patching", patching_rows(result), made, {"patching": result})
     print(f"claim C16: {kept}", file=sys.stderr)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,11 +22,20 @@ from string import ascii_uppercase
 from typing import Any
 
 from sst_interp.errors import SSTError
-from sst_interp.questions.question import Item
+from sst_interp.guarded import from_json, read_whole
+from sst_interp.questions.question import Hidden, HiddenBytes, Item
 
 NEEDED = (
     "it needs `question` and `answer`, and for multiple choice `A`, `B`, ... or `choice_1`, ... or `choices`"
+    "; a CSV names them in its first line"
 )
+USUAL = (
+    r"[a-z]|id|index|question|prompt|text|query|answers?|choices|options|choice_\d+|option_?\d+|opt_?\d+"
+    r"|label|solution|target|gold|key|correct|explanation|subject|category|source|difficulty"
+)
+"""Column names that an error may show: a word of a question would not be among them."""
+LARGEST = 512 << 20
+"""Bytes of a file of questions at most."""
 Columns = Mapping[str, str | list[str]]
 
 
@@ -39,11 +47,12 @@ def read_file(path: Path, columns: Columns | None = None) -> tuple[list[Item], s
         columns: where the file uses other names: `{"question": "Prompt", "choices": ["opt1", "opt2"]}`.
 
     Raises:
-        SSTError: names the file and the row, line or column that is wrong.
+        SSTError: names the file and the row, line or column that is wrong, and never what stands in a cell:
+            it may be a text that must not be shown, and a file without a header has one in its first line.
     """
     try:
-        data = path.read_bytes()
-        text = data.decode("utf-8-sig")
+        data = HiddenBytes(read_whole(path, LARGEST))
+        text = Hidden(data.decode("utf-8-sig"))
     except OSError as error:
         raise SSTError(
             f"cannot read {path}: {error.strerror}", "give the path of a .csv or .jsonl file"
@@ -62,11 +71,14 @@ def _csv(name: str, text: str) -> list[tuple[str, dict[str, Any]]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     rows = []
     try:
+        names = reader.fieldnames or []
+        if len(set(names)) < len(names):
+            raise SSTError(f"{name} line 1 names a column twice", "give each column a name of its own")
         for row in reader:
             where = f"{name} line {reader.line_num}"
             if None in row:
                 raise SSTError(f"{where} has more cells than the header", "put cells with commas in quotes")
-            rows.append((where, row))
+            rows.append((where, _hidden(row)))
     except csv.Error as error:
         raise SSTError(f"{name} line {reader.line_num} is not CSV: {error}") from None
     return rows
@@ -74,17 +86,21 @@ def _csv(name: str, text: str) -> list[tuple[str, dict[str, Any]]]:
 
 def _jsonl(name: str, text: str) -> list[tuple[str, dict[str, Any]]]:
     rows = []
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(map(Hidden, text.split("\n")), 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = from_json(line)
         except ValueError as error:
             raise SSTError(f"{name} line {number} is not JSON: {error}", "one JSON object per line") from None
         if not isinstance(row, dict):
             raise SSTError(f"{name} line {number} is not a JSON object", "one JSON object per line")
-        rows.append((f"{name} line {number}", row))
+        rows.append((f"{name} line {number}", _hidden(row)))
     return rows
+
+
+def _hidden(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: Hidden(cell) if isinstance(cell, str) else cell for name, cell in row.items()}
 
 
 def _item(where: str, row: dict[str, Any], columns: Columns, number: int) -> Item:
@@ -95,11 +111,17 @@ def _item(where: str, row: dict[str, Any], columns: Columns, number: int) -> Ite
 
     def cell(name: str) -> str:
         value = row.get(str(columns.get(name, name)))
+        if isinstance(value, dict | list | bool):
+            raise SSTError(f"{where}: {columns.get(name, name)!r} is not a text", 'for example "Which?"')
         return "" if value is None else str(value).strip()
 
+    if any(map(_broken, row.values())):
+        raise SSTError(
+            f"{where} holds half a character (a lone surrogate)", "write that character as a whole"
+        )
     for name in ("question", "answer"):
         if columns.get(name, name) not in row:
-            raise SSTError(f"{where} has no {columns.get(name, name)!r}; it has {', '.join(row)}", NEEDED)
+            raise SSTError(f"{where} has no {columns.get(name, name)!r}{_shown(row)}", NEEDED)
         if not cell(name):
             raise SSTError(f"{where} has an empty {columns.get(name, name)!r}")
     choices = _choices(where, row, columns)
@@ -131,7 +153,7 @@ def _choices(where: str, row: dict[str, Any], columns: Columns) -> list[tuple[st
         names = [named] if isinstance(named, str) else named
         missing = [name for name in names if name not in row]
         if missing:
-            raise SSTError(f"{where} has no {missing[0]!r}; it has {', '.join(row)}", NEEDED)
+            raise SSTError(f"{where} has no {missing[0]!r}{_shown(row)}", NEEDED)
         texts = [row[name] or "" for name in names]
     else:
         numbered = sorted((n for n in row if re.fullmatch(r"choice_\d+", n)), key=lambda n: int(n[7:]))
@@ -141,9 +163,23 @@ def _choices(where: str, row: dict[str, Any], columns: Columns) -> list[tuple[st
     return [(a, str(t).strip()) for a, t in zip(ascii_uppercase, texts, strict=False) if str(t).strip()]
 
 
+def _shown(row: Mapping[str, Any]) -> str:
+    """The columns of a row, as far as they are names that columns usually have."""
+    usual = [name for name in row if re.fullmatch(USUAL, str(name), re.IGNORECASE)]
+    others = f"{len(row) - len(usual)} other columns" if len(row) > len(usual) else ""
+    return f"; it has {', '.join([*usual, *([others] if others else [])])}" if row else ""
+
+
+def _broken(value: Any) -> bool:
+    """Whether a text, or one in a list, cannot be written as UTF-8."""
+    if isinstance(value, list):
+        return any(map(_broken, value))
+    return isinstance(value, str) and value != value.encode(errors="replace").decode()
+
+
 def _json_list(value: str) -> list[Any] | None:
     try:
-        parsed = json.loads(value)
+        parsed = from_json(value)
     except ValueError:
         return None
     return parsed if isinstance(parsed, list) else None

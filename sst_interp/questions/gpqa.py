@@ -12,12 +12,17 @@ import hashlib
 import io
 import os
 import zipfile
+import zlib
 from pathlib import Path
 
 from sst_interp.errors import SSTError
-from sst_interp.questions.question import Item
+from sst_interp.guarded import read_whole
+from sst_interp.places import user_path
+from sst_interp.questions.question import Hidden, HiddenBytes, Item
 
 PASSWORD = b"deserted-untie-orchid"
+LARGEST = 64 << 20
+"""Bytes of the archive, and of a CSV in it, at most: the largest of the authors' has 4 MB."""
 HUB_NAME = "Idavidrein/gpqa"
 SPLITS = ("diamond", "main", "extended")
 COLUMNS = (
@@ -42,38 +47,52 @@ def read_gpqa(path: str | None = None, split: str = "diamond") -> tuple[list[Ite
     """
     given = path or os.environ.get("SST_INTERP_GPQA")
     if given:
-        file = Path(given).expanduser()
+        file = user_path(given)
         if not file.is_file():
             named_by = "" if path else " (named by SST_INTERP_GPQA)"
             raise SSTError(f"no GPQA file at {file}{named_by}", HOW_TO_GET)
-        data = _from_zip(file, split) if zipfile.is_zipfile(file) else file.read_bytes()
+        data = _from_zip(file, split) if zipfile.is_zipfile(file) else _from_file(file)
         source = f"file {file.name}"
     else:
         data, source = _from_hub(split), f"hub {HUB_NAME}"
     return _parse(data, source), hashlib.sha256(data).hexdigest(), source
 
 
-def _from_zip(path: Path, split: str) -> bytes:
+def _from_file(path: Path) -> HiddenBytes:
+    try:
+        return HiddenBytes(read_whole(path, LARGEST))
+    except OSError as error:
+        raise SSTError(f"cannot read {path}: {error.strerror}", HOW_TO_GET) from None
+
+
+def _from_zip(path: Path, split: str) -> HiddenBytes:
     member = f"dataset/gpqa_{split}.csv"
     try:
+        if path.stat().st_size > LARGEST:
+            raise OSError(f"it is larger than {LARGEST >> 20} MB")
         with zipfile.ZipFile(path) as archive:
-            return archive.read(member, pwd=PASSWORD)
-    except KeyError as error:
-        with zipfile.ZipFile(path) as archive:
-            has = ", ".join(name for name in archive.namelist() if name.endswith(".csv")) or "no CSV"
-        raise SSTError(f"{path.name} has no {member}; it has {has}", HOW_TO_GET) from error
-    except (RuntimeError, NotImplementedError, zipfile.BadZipFile, OSError) as error:
+            names = [name for name in archive.namelist() if name.endswith(".csv")]
+            if member not in names:
+                shown = ", ".join(names[:10]) or "no CSV"
+                raise SSTError(f"{path.name} has no {member}; it has {shown}", HOW_TO_GET)
+            with archive.open(member, pwd=PASSWORD) as packed:
+                data = HiddenBytes(packed.read(LARGEST + 1))
+            if len(data) > LARGEST:
+                raise OSError(f"{member} is larger than {LARGEST >> 20} MB")
+            return data
+    except (RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
         # a wrong password is a RuntimeError, or looks like damage
         raise SSTError(
             f"{path.name} is damaged or is not the authors' archive: {error}", HOW_TO_GET
-        ) from error
+        ) from None
 
 
-def _from_hub(split: str) -> bytes:
+def _from_hub(split: str) -> HiddenBytes:
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(HUB_NAME, f"gpqa_{split}.csv", repo_type="dataset")).read_bytes()
+        file = Path(hf_hub_download(HUB_NAME, f"gpqa_{split}.csv", repo_type="dataset"))
+        return HiddenBytes(read_whole(file, LARGEST))
     except Exception as error:  # gated, no token, offline, proxy, ...: each a class of its own
         response = getattr(error, "response", None)
         code = f" {response.status_code}" if response is not None else ""
@@ -82,20 +101,24 @@ def _from_hub(split: str) -> bytes:
         ) from None
 
 
-def _parse(data: bytes, source: str) -> list[Item]:
+def _parse(data: HiddenBytes, source: str) -> list[Item]:
+    items: list[Item] = []
     try:
-        rows = list(csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True))
+        rows = csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
+        names = [Hidden(name) for name in next(rows, [])]
+        if missing := [column for column in COLUMNS if column not in names]:
+            shown = ", ".join(map(repr, missing))
+            raise SSTError(f"{source} is not GPQA: it has no column {shown}", HOW_TO_GET)
+        places = [names.index(Hidden(column)) for column in COLUMNS]
+        for number, row in enumerate(map(_hidden, filter(None, rows)), 1):
+            if max(places) >= len(row) or not all(row[place] for place in places):
+                raise SSTError(f"{source}: record {number} has an empty question, choice or id")
+            items.append(Item(str(row[places[0]]), row[places[1]], tuple(row[p] for p in places[2:]), 0))
     except (UnicodeDecodeError, csv.Error):
         # not chained: a decoding error carries the text
         raise SSTError(f"{source} is not a UTF-8 CSV file", HOW_TO_GET) from None
-    found = list(rows[0]) if rows else []
-    missing = [column for column in COLUMNS if column not in found]
-    if missing:
-        raise SSTError(f"{source} is not GPQA: it has no column {', '.join(map(repr, missing))}", HOW_TO_GET)
-    items = []
-    for number, row in enumerate(rows, 1):
-        key, text, *choices = ((row[column] or "").strip() for column in COLUMNS)
-        if not (key and text and all(choices)):
-            raise SSTError(f"{source}: record {key or number} has an empty question, choice or id")
-        items.append(Item(key, text, tuple(choices), 0))
     return items
+
+
+def _hidden(row: list[str]) -> list[Hidden]:
+    return [Hidden(cell.strip()) for cell in row]

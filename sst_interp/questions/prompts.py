@@ -14,7 +14,7 @@ from string import ascii_uppercase
 
 from sst_interp.errors import SSTError
 from sst_interp.questions.grading import canonical_number
-from sst_interp.questions.question import Item, Kind, Question
+from sst_interp.questions.question import Hidden, Item, Kind, Question
 
 INSTRUCTIONS: dict[str, str] = {
     "choice": "Start your reply with the letter of the correct answer, then give a short reason.",
@@ -47,18 +47,19 @@ def ask(item: Item, seed: int = 0, instruction: str | None = None, ordered: bool
         gold = canonical_number(str(item.answer))
         if gold is None:
             raise SSTError(
-                f"question {item.id}: the answer is not a number",
+                f"question {item.id[:60]}: the answer is not a number",
                 "give it as digits (18, 1,450, -2.5), or give the question choices",
             )
         return Question(item.id, message(item.text, instruction), gold, "number", 0)
     n = len(item.choices)
     if not 2 <= n <= len(ascii_uppercase):
-        raise SSTError(f"question {item.id} has {n} choices; 2 to 26 can be lettered")
+        raise SSTError(f"question {item.id[:60]} has {n} choices; 2 to 26 can be lettered")
     order = list(range(n))
     if not (ordered and any(_POINTS_AT_OTHERS.search(choice) for choice in item.choices)):
         random.Random(f"{seed}:{item.id}").shuffle(order)
     letters = ascii_uppercase[:n]
-    listed = "\n".join(f"({letter}) {item.choices[i]}" for letter, i in zip(letters, order, strict=True))
+    lines = (f"({letter}) {item.choices[i]}" for letter, i in zip(letters, order, strict=True))
+    listed = Hidden("\n".join(lines))
     instruction = instruction.replace("{letters}", f"{', '.join(letters[:-1])} or {letters[-1]}")
     gold = letters[order.index(int(item.answer))]
     return Question(
@@ -73,4 +74,4 @@ def ask(item: Item, seed: int = 0, instruction: str | None = None, ordered: bool
 
 def message(*parts: str) -> str:
     """The user's message: its parts, those that are not empty, a blank line apart."""
-    return "\n\n".join(part for part in parts if part)
+    return Hidden("\n\n".join(part for part in parts if part))

@@ -1,7 +1,10 @@
 """What a question is: as its dataset has it (`Item`), and as a model is asked it (`Question`).
 
 The texts are never part of a `repr`: a question in a traceback, a log line or a notebook's last line
-shows its id and its gold answer only. For GPQA that is a promise to its authors.
+shows its id and its gold answer only. For GPQA that is a promise to its authors. Where a text or its tokens
+are a value of their own, they are a `Hidden`, `HiddenBytes` or `HiddenTokens`: a traceback with local
+variables (pytest -l, IPython's Verbose) shows their size. What is made from
+them (a part, a join, a tensor) is plain.
 """
 
 from __future__ import annotations
@@ -10,6 +13,33 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Kind = Literal["choice", "number"]
+
+
+class Hidden(str):
+    """Text that shows its length and not itself."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return f"<text of {len(self)} characters>"
+
+
+class HiddenBytes(bytes):
+    """A file's contents that show their length and not themselves."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} bytes>"
+
+
+class HiddenTokens(list[int]):
+    """Token ids that show their number and not themselves: they decode to a text."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} tokens>"
 
 
 @dataclass(frozen=True)
@@ -24,6 +54,11 @@ class Item:
     """Index into `choices`, or the number as the dataset writes it."""
     worked: str = field(default="", repr=False)
     """The worked answer, for a dataset that has one: what a training learns to write."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text", Hidden(self.text))
+        object.__setattr__(self, "choices", tuple(map(Hidden, self.choices)))
+        object.__setattr__(self, "worked", Hidden(self.worked))
 
 
 @dataclass(frozen=True)
@@ -41,6 +76,10 @@ class Question:
     """0 for a number."""
     choices: tuple[str, ...] = field(default=(), repr=False)
     """Their texts in the order asked; for `grading.grade`."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt", Hidden(self.prompt))
+        object.__setattr__(self, "choices", tuple(map(Hidden, self.choices)))
 
 
 @dataclass(frozen=True)

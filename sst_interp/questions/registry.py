@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from sst_interp.assets import ASSETS, wheel
 from sst_interp.errors import SSTError, unknown_name
+from sst_interp.places import user_path
 from sst_interp.questions.files import Columns, read_file
 from sst_interp.questions.gpqa import SPLITS, read_gpqa
 from sst_interp.questions.olmo import read_task
@@ -133,7 +133,7 @@ def _registered(dataset: str, known: Dataset, split: str | None) -> tuple[list[I
 
 
 def _own_file(dataset: str, split: str | None, columns: Columns | None) -> tuple[list[Item], dict[str, Any]]:
-    path = Path(dataset).expanduser()
+    path = user_path(dataset)
     if path.suffix not in (".csv", ".jsonl"):
         if path.exists():
             raise SSTError(f"{dataset} is neither .csv nor .jsonl", "GPQA's archive is given as gpqa:PATH")
@@ -152,10 +152,10 @@ def _own_file(dataset: str, split: str | None, columns: Columns | None) -> tuple
 
 
 def _check_ids(dataset: str, items: list[Item]) -> None:
-    seen: set[str] = set()
-    for item in items:
-        if item.id in seen:
+    seen: dict[str, int] = {}
+    for number, item in enumerate(items, 1):
+        if (first := seen.setdefault(item.id, number)) != number:
             raise SSTError(
-                f"dataset {dataset!r} has two questions with the id {item.id!r}", "make the ids unique"
+                f"dataset {dataset!r} has two questions with one id: numbers {first} and {number}",
+                "make the ids unique",
             )
-        seen.add(item.id)

@@ -20,13 +20,13 @@ import plotly.graph_objects as go
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from sst_interp.analyses import table_html
+from sst_interp.analyses.result import table_html
 from sst_interp.analyses.statistics.bootstrap import LEVEL, RESAMPLES
 from sst_interp.choices import Choices
-from sst_interp.durable import replace_bytes
 from sst_interp.errors import SSTError
 from sst_interp.findings.ledger import Ledger, claims
-from sst_interp.report.escaping import script_hash, script_json, visible
+from sst_interp.guarded import check_output, put_bytes
+from sst_interp.report.escaping import script_hash, script_json, visible, visible_table, visible_texts
 from sst_interp.report.explorer import Threshold, explorer_data
 from sst_interp.report.facts import choices_rows, facts, flat, shown_manifest
 from sst_interp.report.ledger_table import claim_rows
@@ -88,10 +88,10 @@ def write_report(
         SSTError: if the file cannot be written.
     """
     path = Path(path)
+    check_output(path, "choose another path")
     page = render_report(run, ledger, tokenizer)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_bytes(path, page.encode(errors="backslashreplace"))  # a lone surrogate
+        put_bytes(path, page.encode(errors="backslashreplace"))  # a lone surrogate
     except OSError as error:
         raise SSTError(f"cannot write the report {path}: {error.strerror}", "choose another path") from None
     return path
@@ -136,7 +136,7 @@ def render_report(run: ReportableRun, ledger: Ledger | None = None, tokenizer: A
         manifest=shown_manifest(flat(run.manifest)),
         resamples=RESAMPLES,
         level=LEVEL,
-        table_html=lambda table: Markup(table_html(table)),
+        table_html=lambda table: Markup(table_html(visible_table(table))),
     )
 
 
@@ -190,7 +190,7 @@ def _draw(section: Section, panel: Panel, figures: dict[str, Any]) -> None:
     for i, (kind, figure) in enumerate(drawn.items()):
         key = f"{panel.id}-f{i}"
         title, subtitle = _pop_title(figure)
-        figures[key] = json.loads(figure.to_json())  # type: ignore[arg-type]
+        figures[key] = visible_texts(json.loads(figure.to_json()))  # type: ignore[arg-type]
         height = figure.layout.height or figure.layout.template.layout.height or 380
         panel.figures.append(
             {
@@ -216,8 +216,15 @@ def _story(shown: list[Section]) -> list[dict[str, Any]]:
 
 
 def _csv(name: str, table: pd.DataFrame) -> dict[str, str]:
-    """A table as a download, at full precision."""
-    return {"name": re.sub(r"[^a-z0-9_-]+", "-", name.lower()), "text": table.to_csv(index=False)}
+    """A table as a download, at full precision. A text that a spreadsheet takes for a formula gets a `'`."""
+    inert = visible_table(table).map(_no_formula)
+    inert.columns = [_no_formula(name) for name in inert.columns]
+    return {"name": re.sub(r"[^a-z0-9_-]+", "-", name.lower()), "text": inert.to_csv(index=False)}
+
+
+def _no_formula(cell: Any) -> Any:
+    formula = isinstance(cell, str) and cell != "-" and cell.lstrip().startswith(("=", "+", "-", "@"))
+    return f"'{cell}" if formula else cell
 
 
 def _pop_title(figure: go.Figure) -> tuple[str, str]:

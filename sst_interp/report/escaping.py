@@ -9,22 +9,21 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import unicodedata
 from typing import Any
 
-_INVISIBLE = {"Cc", "Cf", "Cs", "Cn", "Co"}
+import pandas as pd
+
+from sst_interp.printing import visible, visible_texts
+
+__all__ = ["script_hash", "script_json", "visible", "visible_table", "visible_texts"]
+
 _IN_SCRIPT = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 
 
-def visible(text: object, lines: bool = False) -> str:
-    r"""Text in which control, bidi and unassigned characters show as `\u202e`; `lines` keeps newlines."""
-
-    def show(c: str) -> str:
-        if (lines and c in "\n\t") or unicodedata.category(c) not in _INVISIBLE:
-            return c
-        return f"\\u{ord(c):04x}"
-
-    return "".join(map(show, str(text)))
+def visible_table(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with every text in it, and its columns' names, `visible`."""
+    shown = table.map(lambda cell: visible(cell, lines=True) if isinstance(cell, str) else cell)
+    return shown.set_axis([visible(name) for name in shown.columns], axis=1)
 
 
 def script_json(value: Any) -> str:

@@ -11,10 +11,10 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from sst_interp.analyses.contrast import PAPER_THRESHOLD, Contrast, QuestionMap
-from sst_interp.analyses.figures.overlap import question_figure
+from sst_interp.analyses.shifts import question_figure
 from sst_interp.choices import COMPARISONS
 from sst_interp.durable import replace_bytes
-from sst_interp.errors import SSTError, unknown_name
+from sst_interp.errors import SSTError, Untestable, unknown_name
 from sst_interp.report import EXPLORER_SCRIPTS, page
 from sst_interp.report.explorer import Threshold, explorer_data
 from sst_interp.token_texts import tokenizer_of
@@ -55,8 +55,8 @@ class QuestionView:
     def figure(self, comparison: str | None = None) -> go.Figure:
         """The overlap by position and layer, at 1 and the deepest."""
         c = Contrast.of(self.run, comparison)
-        overlap = c.question_map(self.question).overlap
-        return question_figure(overlap, "overlap", f"question {self.question}; {c.words}")
+        words = f"question {self.question}; {c.words}"
+        return question_figure(c.question_map(self.question).overlap, "overlap", words)
 
     @property
     def html(self) -> str:
@@ -66,7 +66,7 @@ class QuestionView:
             c = Contrast.of(self.run, comparison)
             try:
                 thresholds[comparison] = Threshold(self.threshold, self.provenance, c.a, c.b)
-            except SSTError:
+            except Untestable:
                 continue
         tokenizer = self.tokenizer or tokenizer_of(self.run)
         data = explorer_data(self.run, thresholds, tokenizer, questions=[self.question])

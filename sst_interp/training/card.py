@@ -5,51 +5,62 @@ Everything in it is read from the checkpoint's own files or measured; nothing is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
+from typing import Protocol
 
 import jinja2
 import pandas as pd
 
 from sst_interp.durable import replace_bytes
-from sst_interp.training.log import read_about, read_log
+from sst_interp.training.log import log_words, looks, read_about, read_log
 
+CURVES = "training.html"
 IMAGE = "training.png"
 """A picture of the curves, shown if it lies in the folder."""
 
 
-def write_card(folder: Path, evaluations: Mapping[str, pd.DataFrame] | None = None) -> Path:
+class Scores(Protocol):
+    """What the card says of an evaluation (`sst_interp.experiments.depth_scores`)."""
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """A row per `task` and depth, a column per model."""
+        ...
+
+    @property
+    def verdict(self) -> str:
+        """The answer in words."""
+        ...
+
+
+def write_card(folder: Path, scores: Scores | None = None) -> Path:
     """Write `README.md` into a trained checkpoint's folder.
 
     Args:
         folder: of a finished training.
-        evaluations: model -> measurements (`evaluation.tasks`), this checkpoint's own first; without them the
-            card says that nothing was evaluated.
+        scores: of this checkpoint and of what it is compared with; without them the card says that nothing
+            was evaluated.
 
     Raises:
         SSTError: the folder holds no training.
     """
-    from sst_interp.analyses import depth_scores, training_curves
-
     about, log = read_about(folder), read_log(folder)
-    curves = training_curves(log, about["recipe"]["name"])
-    found, losses, accuracies = None, "", ""
-    if evaluations:
-        found = depth_scores(evaluations, next((n for n in evaluations if n.endswith("baseline")), None))
-        is_loss = found.table["task"].str.endswith("loss")
-        losses, accuracies = markdown(found.table[is_loss]), markdown(found.table[~is_loss])
+    held_out, losses, accuracies = looks(log), "", ""
+    if scores is not None:
+        is_loss = scores.table["task"].str.endswith("loss")
+        losses, accuracies = markdown(scores.table[is_loss]), markdown(scores.table[~is_loss])
     template = resources.files("sst_interp.training").joinpath("card.md").read_text()
     environment = jinja2.Environment(trim_blocks=True, undefined=jinja2.StrictUndefined, autoescape=False)
     text = environment.from_string(template).render(
         about=about,
         recipe=about["recipe"],
-        curves=curves,
+        course=log_words(log, about["recipe"]["name"]),
         steps=log.dropna(subset=["loss"]),
-        looks=markdown(curves.looks.round(4)) if len(curves.looks) else "",
-        unfinished=still_falling(curves.looks),
+        looks=markdown(held_out.round(4)) if len(held_out) else "",
+        unfinished=still_falling(held_out),
         image=IMAGE if (folder / IMAGE).is_file() else None,
-        found=found,
+        scores=scores,
         losses=losses,
         accuracies=accuracies,
     )
@@ -57,12 +68,12 @@ def write_card(folder: Path, evaluations: Mapping[str, pd.DataFrame] | None = No
     return folder / "README.md"
 
 
-def still_falling(looks: pd.DataFrame) -> str:
+def still_falling(held_out: pd.DataFrame) -> str:
     """The held-out loss at the last two looks, if it fell by more than 1%; else nothing."""
-    losses = looks["held_out_exact"].dropna().tolist() if "held_out_exact" in looks else []
+    losses = held_out["held_out_exact"].dropna().tolist() if "held_out_exact" in held_out else []
     if len(losses) < 2 or losses[-1] > 0.99 * losses[-2]:
         return ""
-    return f"{losses[-2]:.3f} to {losses[-1]:.3f} over the last {looks['step'].diff().iloc[-1]:.0f} steps"
+    return f"{losses[-2]:.3f} to {losses[-1]:.3f} over the last {held_out['step'].diff().iloc[-1]:.0f} steps"
 
 
 def markdown(table: pd.DataFrame) -> str:

@@ -3,6 +3,7 @@
 NAME/                         the checkpoint, as `sst_interp.checkpoint` describes it
 NAME/training.json, .jsonl    the recipe and the log (`training.log`)
 NAME/README.md                the model card
+NAME/training.html            loss and blend weights over the steps
 NAME/training.safetensors     while unfinished: everything the next step depends on
 
 The state is written every few minutes, atomically. A training that is started again goes on from it and takes
@@ -23,17 +24,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from sst_interp import places
-from sst_interp.checkpoint import save_checkpoint
-from sst_interp.durable import publish, replace_bytes, replace_json, stage
+from sst_interp.checkpoint import ADAPTERS, CONFIG, WEIGHTS, save_checkpoint
+from sst_interp.durable import publish, replace_bytes, replace_json, stage, temporary
 from sst_interp.errors import SSTError
 from sst_interp.evaluation.losses import answer_losses
+from sst_interp.evaluation.tasks import EVALUATION, remove_evaluation
 from sst_interp.guarded import check_place, unreadable
 from sst_interp.loading import load
 from sst_interp.lrt_attach import build_memory
 from sst_interp.model import StateStreamModel
 from sst_interp.training.adapters import add_adapters, trainable
 from sst_interp.training.batches import make_batch, refuse_short_batches, schedule
-from sst_interp.training.card import write_card
+from sst_interp.training.card import CURVES, write_card
 from sst_interp.training.examples import Split, load_split
 from sst_interp.training.log import ABOUT, LOG, read_about
 from sst_interp.training.objective import training_loss
@@ -53,7 +55,7 @@ class Training:
     Args:
         recipe: what is trained on what.
         folder: where the checkpoint goes; None for `checkpoints/NAME`.
-        fresh: erase what an earlier training left there.
+        fresh: erase what an earlier training left there, its checkpoint and evaluation included.
 
     Raises:
         SSTError: data or backbone cannot be loaded, or the folder holds another recipe's training.
@@ -65,7 +67,7 @@ class Training:
         begun = (self.folder / ABOUT).is_file()
         if begun and not fresh:
             _refuse_changes(self.folder, recipe)
-        elif not begun and self.folder.is_dir() and any(self.folder.iterdir()):
+        elif not begun and self.folder.is_dir() and _holds_more(self.folder):
             raise SSTError(f"{self.folder} is not a training", "give an empty or a new folder with --out")
         check_place(self.folder, "give another folder with --out")
         self.model: StateStreamModel = load(recipe.backbone, recipe.alpha, recipe.choices, recipe.dtype)
@@ -100,9 +102,10 @@ class Training:
             self._resume()
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for name in (STATE, LOG):
-                (self.folder / name).unlink(missing_ok=True)
+            (self.folder / STATE).unlink(missing_ok=True)  # first: it belongs to the recipe that goes
             self._write_about("training")
+        if not self.done:
+            _erase(self.folder)
         self._use_stream()
 
     @property
@@ -177,11 +180,17 @@ class Training:
             found["held_out_as_trained"] = float(approximate["loss"].sum() / approximate["tokens"].sum())
         return found
 
-    def run(self, each: Callable[[Training, dict[str, float]], object] | None = None) -> Path:
+    def run(
+        self,
+        each: Callable[[Training, dict[str, float]], object] | None = None,
+        finish: Callable[[Path], object] | None = None,
+    ) -> Path:
         """Train to the end; returns the checkpoint's folder.
 
         Args:
             each: called after every step with the training and the step's line of the log.
+            finish: called with the folder once the checkpoint and its card are there; killed before or in
+                it, the same training run again calls it again.
 
         Raises:
             SSTError: see `step`. A state is saved before a KeyboardInterrupt passes.
@@ -206,7 +215,9 @@ class Training:
         self.save()
         self._write_about("complete")
         write_card(self.folder)
-        (self.folder / STATE).unlink(missing_ok=True)
+        if finish is not None:
+            finish(self.folder)
+        (self.folder / STATE).unlink(missing_ok=True)  # last: while it is there, the same command finishes
         return self.folder
 
     def save(self) -> None:
@@ -265,6 +276,20 @@ class Training:
         )
 
 
+def _holds_more(folder: Path) -> bool:
+    """Whether there is anything in a folder but what a training leaves that was killed at its very start."""
+    return any(path != temporary(folder / ABOUT) for path in folder.iterdir())
+
+
+def _erase(folder: Path) -> None:
+    """Remove what an earlier training left beside `training.json`: its checkpoint and its evaluation. What
+    else lies in the folder stays.
+    """
+    for name in (CONFIG, WEIGHTS, *ADAPTERS, LOG, "README.md", CURVES):  # without the first, no checkpoint
+        (folder / name).unlink(missing_ok=True)
+    remove_evaluation(folder / EVALUATION)
+
+
 def _refuse_changes(folder: Path, recipe: TrainingRecipe) -> None:
     about = read_about(folder)
     then = TrainingRecipe.from_dict(about["recipe"])
@@ -273,7 +298,7 @@ def _refuse_changes(folder: Path, recipe: TrainingRecipe) -> None:
             f"{folder} was begun with {key} = {old!r}; the recipe now says {new!r}",
             "undo the change, give another --out, or --fresh to erase it and train anew",
         )
-    if about["state"] == "complete":
+    if about["state"] == "complete" and not (folder / STATE).is_file():
         raise SSTError(f"{folder} is trained already", "--fresh trains it anew")
 
 

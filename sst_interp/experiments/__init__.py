@@ -1,0 +1,1 @@
+"""What needs a model again: kinds side by side, patching, the probe, studies."""

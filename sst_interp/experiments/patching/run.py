@@ -1,0 +1,274 @@
+"""Patching the questions of a run, one after the other, each kept as it is finished.
+
+FOLDER/plan.json            what is patched, and of which run: another plan is refused
+FOLDER/qQUESTION.parquet    the rows of one question (docs/patching.md)
+
+What was patched by the same plan of a shipped run ships, too (`data/patching/RUN`): it is taken over.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from math import nan
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from sst_interp import manifest, places
+from sst_interp.analyses.contrast import Contrast
+from sst_interp.durable import publish, replace_json, stage
+from sst_interp.errors import SSTError
+from sst_interp.experiments.origin import origin_of, written_tokens
+from sst_interp.experiments.patching.effects import TextStates, effects, read_text, spread
+from sst_interp.guarded import check_place, read_json, read_table
+from sst_interp.model import StateStreamModel
+from sst_interp.questions import grade
+from sst_interp.run import Run
+
+ROLES = ("first", "shift", "stable", "random")
+"""Why a position is patched. `first`: it is position 0. `shift`, `stable`: of the question's other positions,
+the one whose mean overlap over layers is the lowest, the highest. `random`: any other of them."""
+PLAN, SHARDS = "plan.json", "q*.parquet"
+PLAN_LOST = "put a copy back, or delete the folder: its questions are then patched again"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is patched."""
+
+    layers: int = 6
+    """How many single layers, spread evenly, the last among them."""
+    windows: int = 5
+    """Into how many windows the layers are cut."""
+    new_tokens: int = 6
+    """Tokens written after the patched position's."""
+    seed: int = 0
+    """Of the order of questions, the random positions and the random directions."""
+
+
+def patch_run(
+    run: Run,
+    folder: str | Path,
+    questions: int = 40,
+    plan: Plan | None = None,
+    model: StateStreamModel | None = None,
+    progress: Callable[[int, int], Any] | None = None,
+) -> pd.DataFrame:
+    """Patch questions of a run; those that the folder has are not patched again.
+
+    Args:
+        run: with its deepest depth above 1 and its tokens kept.
+        folder: where the rows go.
+        questions: how many, in an order of the plan's seed: more of them go on from fewer.
+        plan: what is patched.
+        model: the run's model, if it is loaded already; None loads what the recipe names.
+        progress: called with questions done and questions in all.
+
+    Returns:
+        All rows (docs/patching.md).
+
+    Raises:
+        SSTError: no tokens or one depth only in the run, a model or questions that are not the run's,
+            a folder with another plan, with a damaged file or that cannot be written.
+    """
+    plan, folder = plan or Plan(), Path(folder)
+    _check(plan, questions)
+    check_place(folder, "give another --out")
+    overlaps, threshold = overlaps_of(run)
+    known = sorted(overlaps)
+    order = [known[k] for k in np.random.default_rng(plan.seed).permutation(len(known))]
+    chosen = order[:questions]
+    written_tokens(run, chosen[0], 1)  # a restricted run is refused before anything is loaded
+    _same_plan(folder, run, plan, threshold)
+    if any(folder.glob(SHARDS)):
+        read_patching(folder)  # a damaged file is refused before minutes of patching
+    missing = [q for q in chosen if not _shard(folder, q).is_file()]
+    if missing:
+        study = _Study(run, plan, threshold, overlaps, model)
+        after = dict(zip(order, [*order[1:], order[0]], strict=True))
+        for question in missing:
+            if progress is not None:
+                progress(len(chosen) - len(missing) + missing.index(question), len(chosen))
+            rows = study.patch(question, after[question])
+            stage(_shard(folder, question), rows.to_parquet)
+            publish(_shard(folder, question))
+    if progress is not None:
+        progress(len(chosen), len(chosen))
+    return read_patching(folder)
+
+
+def read_patching(folder: str | Path) -> pd.DataFrame:
+    """Every row that a folder has; `attrs` has its plan.
+
+    Raises:
+        SSTError: it has none, or a file of them is damaged.
+    """
+    shards = sorted(Path(folder).glob(SHARDS))
+    if not shards:
+        raise SSTError(f"{folder} holds no patched questions", "`sst-interp patch --run NAME` makes them")
+    again = "delete it: only that question is patched again"
+    columns = ("question", "position", "role")
+    table = pd.concat([read_table(shard, again, columns) for shard in shards], ignore_index=True)
+    table.attrs = {**read_json(Path(folder) / PLAN, PLAN_LOST)}
+    return table
+
+
+def overlaps_of(run: Run) -> tuple[dict[int, pd.DataFrame], float]:
+    """Question -> overlaps [position, layer] of the deepest teacher-forced pair; and the run's threshold."""
+    c = Contrast.of(run, "replayed")
+    table = c.rows[["question", "position", "layer"]].assign(overlap=c.overlap)
+    wide = table.pivot(index=["question", "position"], columns="layer", values="overlap")
+    by_question: dict[int, Any] = {int(q): wide.xs(q) for q in wide.index.unique(level=0)}
+    return by_question, float(c.threshold)
+
+
+def positions_of(overlaps: pd.DataFrame, last: int, key: Sequence[int]) -> dict[str, int]:
+    """Role -> position, for the roles that a text is long enough for.
+
+    Args:
+        overlaps: [position, layer] of one question.
+        last: the last position that may be patched.
+        key: decides the random position.
+    """
+    mean = overlaps.mean(axis=1)
+    mean = mean[(mean.index <= last) & mean.notna()]
+    later = mean[mean.index > 0].sort_values(kind="stable")
+    roles = {"first": 0} if 0 in mean.index else {}
+    if len(later) >= 1:
+        roles["shift"] = int(later.index[0])
+    if len(later) >= 2:
+        roles["stable"] = int(later.index[-1])
+    if len(later) >= 3:
+        roles["random"] = int(np.random.default_rng(key).choice(sorted(later.index[1:-1])))
+    return roles
+
+
+class _Study:
+    """What all questions share, and the last readings: a question's stranger is the next question."""
+
+    def __init__(
+        self,
+        run: Run,
+        plan: Plan,
+        threshold: float,
+        overlaps: dict[int, pd.DataFrame],
+        model: StateStreamModel | None,
+    ) -> None:
+        self.run, self.plan, self.threshold, self.overlaps = run, plan, threshold, overlaps
+        self.model, self.asked = origin_of(run, model)
+        self.depth = max(run.recipe.depths)
+        self.layers = spread(self.model.backbone.n_layers, plan.layers)
+        self._readings: dict[int, TextStates] = {}
+
+    def patch(self, question: int, stranger: int) -> pd.DataFrame:
+        """Every row of one question."""
+        plan, tokens = self.plan, written_tokens(self.run, question, 1)
+        reading, other = self._reading(question), self._reading(stranger)
+        self._readings = {q: r for q, r in self._readings.items() if q in (question, stranger)}
+        overlaps, rows = self.overlaps[question], []
+        for role, position in positions_of(overlaps, len(tokens) - 1, (plan.seed, question)).items():
+            effect, texts = effects(
+                self.model, reading, other, position, self.layers, plan.windows, plan.new_tokens,
+                (plan.seed, question),
+            )  # fmt: skip
+            own = overlaps.loc[[position]].to_numpy(dtype=float)[0]
+            answers: dict[tuple[int, ...], str | None] = {}
+            for row, written in zip(effect, texts, strict=True):
+                patched, base, donor = (
+                    self._answer(question, tokens[:position], t, answers) for t in written
+                )
+                here = own[row["first"] : row["last"] + 1]
+                rows.append(
+                    {
+                        "question": question,
+                        "position": position,
+                        "role": role,
+                        **row,
+                        "overlap": float(here.mean()),
+                        "shifted": float((here < self.threshold).mean()),
+                        "position_shifted": float((own < self.threshold).mean()),
+                        "answer_changed": float(patched != base) if row["continued"] else nan,
+                        "answer_donors": float(patched == donor) if row["continued"] else nan,
+                        "answers_differ": float(base != donor) if row["continued"] else nan,
+                    }
+                )
+        return pd.DataFrame(rows)
+
+    def _reading(self, question: int) -> TextStates:
+        if question not in self._readings:
+            prefix = self.run.recipe.reply_prefix or ""
+            prompt = self.model.chat(self.asked[question].prompt, reply_prefix=prefix)
+            written = written_tokens(self.run, question, 1)
+            self._readings[question] = read_text(self.model, prompt, written, self.depth)
+        return self._readings[question]
+
+    def _answer(
+        self,
+        question: int,
+        before: Sequence[int],
+        new: Sequence[int],
+        known: dict[tuple[int, ...], str | None],
+    ) -> str | None:
+        """The answer in a text, as far as it was written."""
+        key = tuple(new)
+        if key not in known:
+            stops = [k for k, token in enumerate(new) if token in self.model.stop_tokens]
+            whole = [*before, *new[: stops[0] + 1 if stops else len(new)]]
+            said = self.model.tokenizer.decode(whole, skip_special_tokens=True)
+            asked = self.asked[question]
+            said = (self.run.recipe.reply_prefix or "") + said
+            known[key] = grade(asked.kind, said, asked.n_choices, asked.choices)
+        return known[key]
+
+
+def _check(plan: Plan, questions: int) -> None:
+    numbers = asdict(replace(plan, seed=1)) | {"questions": questions}
+    for name, value in numbers.items():
+        if not isinstance(value, int) or value < 1:
+            raise SSTError(f"{name} = {value} is below 1", "give a whole number from 1")
+
+
+def _same_plan(folder: Path, run: Run, plan: Plan, threshold: float) -> None:
+    """Refuse a folder whose rows depend on anything else than these do; note what they depend on."""
+    hashes = {k: v for k, v in run.manifest["provenance"].items() if k.endswith("_hash")}
+    now = {
+        "run": run.name,
+        "plan": asdict(plan),
+        "recipe": run.manifest["recipe_fingerprint"],
+        "capture": manifest.content_hash(run.manifest),
+        "threshold": threshold,
+        "depth": max(run.recipe.depths),
+        **hashes,
+    }
+    path = folder / PLAN
+    if path.is_file():
+        then = read_json(path, PLAN_LOST)
+        if other := [key for key in now | then if now.get(key) != then.get(key)]:
+            raise SSTError(
+                f"{folder} holds patches of another plan or run: {', '.join(other)} differ",
+                "delete it, or give another --out",
+            )
+    elif any(folder.glob(SHARDS)):
+        raise SSTError(f"{path} is missing", PLAN_LOST)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_json(path, now)
+    done = shipped_patches(run.name)
+    if (done / PLAN).is_file() and read_json(done / PLAN, PLAN_LOST) == now:
+        for shard in done.glob(SHARDS):
+            if not (folder / shard.name).is_file():
+                stage(folder / shard.name, lambda path, source=shard: shutil.copyfile(source, path))
+                publish(folder / shard.name)
+
+
+def shipped_patches(name: str) -> Path:
+    """Where the patches of a shipped run are; may not exist."""
+    return places.shipped("patching") / name
+
+
+def _shard(folder: Path, question: int) -> Path:
+    return folder / f"q{question:05d}.parquet"
