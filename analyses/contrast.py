@@ -115,6 +115,8 @@ class Contrast:
     """Role (`BESIDE`) -> the tables of a run that stands beside this one."""
     token_class: Callable[[Iterable[int]], list[str]] | None = None
     """Token ids -> names of their classes, if the tokens are known."""
+    _deepest_modes: dict[Any, Modes] = field(default_factory=dict, repr=False)
+    """The modes of each comparison's deepest pair, which every contrast of the run shares: found once."""
 
     @classmethod
     def of(
@@ -173,7 +175,7 @@ class Contrast:
         such a run.
         """
         other = self.beside.get(role)
-        return None if other is None else replace(self, tables=other, pair=None, beside={})
+        return None if other is None else replace(self, tables=other, pair=None, beside={}, _deepest_modes={})
 
     # What is compared
 
@@ -243,12 +245,12 @@ class Contrast:
     @cached_property
     def modes(self) -> Modes:
         """One mode or two, with the antimode of two (`statistics.modes`)."""
-        return find_modes(
-            self.histograms,
-            RESOLUTION[self.kind],
-            resamples=self.resampling.resamples,
-            seed=self.resampling.seed,
-        )
+        known = self._deepest_modes if self.pair is None else {}
+        key = self.comparison, self.kind, self.resampling
+        if key not in known:
+            resamples, seed = self.resampling
+            known[key] = find_modes(self.histograms, RESOLUTION[self.kind], resamples=resamples, seed=seed)
+        return known[key]
 
     @cached_property
     def division(self) -> Threshold:

@@ -2,43 +2,54 @@
 
 In `free` each depth writes its own text. As soon as one token differs the two read different tokens, and
 their states differ for that reason alone. This says where that happens, how undecided the output was there,
-which share of the shifts lies after it, what is left of them when the same text is replayed, and whether the
-state at that position (a `replayed` shift, which sees no later token) is one by which it could be told.
+which share of the shifts lies after it, what is left of them on one text (`replayed`), and whether the state
+at that position is one by which it could be told.
+
+The texts part at the position whose output first differs: both depths have read the same tokens up to and
+including it, and from the next position on they have not. Up to it `replayed` and `free` are one and the same
+computation, so a shift there is not yet the text's doing.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from sst_interp.analyses.basin_shifts import PAPER_THRESHOLD, UNKNOWN
-from sst_interp.analyses.figures import outputs as output_figures
-from sst_interp.analyses.overlap import deepest_pair, overlap_of, pair_words, select
-from sst_interp.analyses.parts.parting import (
-    parted_by,
-    parting_positions,
-    predictor_table,
-    predictors_words,
-    reading_table,
-    shift_table,
-    with_parting,
-)
-from sst_interp.analyses.parts.positions import at_positions, depth_pairs, position_overlaps, readings
-from sst_interp.analyses.result import Result
-from sst_interp.analyses.statistics import bootstrap as tallies
+from sst_interp.analyses.contrast import Contrast, at_positions, pair_words
+from sst_interp.analyses.plots import BLUE, GREY, ORANGE, VERMILLION, add_line, canvas, error_bars
+from sst_interp.analyses.result import Result, analysis
 from sst_interp.analyses.statistics.bootstrap import (
-    RESAMPLES,
     Interval,
+    Resampling,
     as_columns,
+    bootstrap_ends,
+    cluster_bootstrap,
     grouped_medians,
     none_seen_bound,
     percent_text,
     questions_words,
+    ratio,
+    share,
 )
-from sst_interp.errors import SSTError
+from sst_interp.analyses.statistics.permutation import concordance, holm
+from sst_interp.errors import Untestable
+
+WHEN = ("before", "at", "after")
+"""Relative to the position where the texts part; all of a question whose texts do not is before."""
+READ = ("margin_a", "margin_b", "entropy_a", "entropy_b", "replaced", "kl")
+SCORES = (
+    "lowest overlap",
+    "overlap of the last layer",
+    "layers shifted",
+    "lowest overlap one position before",
+    "margin of the shallower depth",
+    "entropy of the shallower depth",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,145 +63,179 @@ class Divergence(Result):
     """Overlap below which a pair counts as shifted."""
     kind: str
     """Which overlap."""
-    parted: Interval = UNKNOWN
+    parted: Interval
     """Share of questions whose texts part."""
-    position: Interval = UNKNOWN
+    position: Interval
     """Median position of the first differing token, of those that part."""
-    per_pair: pd.DataFrame = field(default_factory=pd.DataFrame)
-    """A row per (a, b): questions, parted, position, after, explained, each of the last four with `_low` and
-    `_high`."""
-    where: pd.DataFrame = field(default_factory=pd.DataFrame)
+    where: pd.DataFrame
     """A row per (a, b) and question: `position` of the first differing token (NaN: none), and `positions`,
     how many both texts have."""
-    by_position: pd.DataFrame = field(default_factory=pd.DataFrame)
+    by_position: pd.DataFrame
     """Columns position, parted (share of questions by then), parted_low, parted_high."""
-    readings: pd.DataFrame = field(default_factory=pd.DataFrame)
+    readings: pd.DataFrame
     """A row per quantity: median where the texts part, at other positions up to there, and the difference.
     Margins in logits, entropies and KL in nats; `_a` is of depth a."""
-    shifts: pd.DataFrame = field(default_factory=pd.DataFrame)
+    shifts: pd.DataFrame
     """A row for before, at and after the parting: share of pairs, share of the shifts of `free`, shift rate
-    in `free` and in `replayed` at the same positions (`parting.shift_table`)."""
-    after: Interval = UNKNOWN
+    in `free` and on one text at the same positions (`shift_table`)."""
+    after: Interval
     """Share of the shifts of `free` that lie after the first differing token."""
-    explained: Interval = UNKNOWN
-    """Share of the shifts of `free` that are not there when the same text is replayed."""
-    predictors: pd.DataFrame = field(default_factory=pd.DataFrame)
-    """A row per score: AUC for the position where the texts part (`parting.predictor_table`)."""
-    agreement: float = float("nan")
+    explained: Interval
+    """Share of the shifts of `free` that are not there on one text."""
+    predictors: pd.DataFrame
+    """A row per score: AUC for the position where the texts part (`predictor_table`)."""
+    agreement: float
     """Largest difference between lowest overlaps of `replayed` and `free` up to there: 0 but for rounding."""
-    n_questions: int = 0
-    n_excluded: int = 0
+    n_questions: int
+    n_excluded: int
     """Positions left out because an overlap or a value is missing or NaN."""
-    no_replay: str | None = None
+    no_replay: str | None
     """Why nothing is said of `replayed`; None if it is."""
-    not_testable: str | None = None
-    """Why there is no result; None if there is one."""
+    per_pair: pd.DataFrame | None = None
+    """A row per (a, b): questions, parted, position, after, explained, each of the last four with `_low` and
+    `_high`."""
 
     @property
     def title(self) -> str:
         """What was compared."""
-        return f"Divergence: {self.words}"
+        return f"When texts part: {self.words}"
 
     @property
     def words(self) -> str:
         """The comparison and its pair, in words."""
-        return "free" if self.not_testable else pair_words("free", self.a, self.b)
+        return pair_words("free", self.a, self.b)
 
     @property
     def left(self) -> Interval:
-        """Shifts on one replayed text as a share of those of `free`: 1 - explained."""
+        """Shifts on one text as a share of those of `free`: 1 - explained."""
         e = self.explained
         return replace(e, estimate=1 - e.estimate, low=1 - e.high, high=1 - e.low)
 
     @property
     def table(self) -> pd.DataFrame:
         """A row per (a, b)."""
-        return self.per_pair
+        return pd.DataFrame() if self.per_pair is None else self.per_pair
 
     @property
     def verdict(self) -> str:
-        """Where, how much it explains, and whether it can be foretold."""
-        return f"not testable: {self.not_testable}." if self.not_testable else _verdict(self)
+        """Where the texts part, how many of the shifts are left on one text, and whether it can be told."""
+        n = questions_words(self.n_questions)
+        if not self.parted.estimate:
+            bound = percent_text(none_seen_bound(self.n_questions))
+            return f"No two texts part. {self.words.capitalize()}: {n}; at most {bound} of such do (95%)."
+        explained = np.isfinite(self.explained.estimate) and self.no_replay is None
+        if not np.isfinite(self.after.estimate):
+            words = f"Texts part, but nothing shifts (below {self.threshold:.4g}): nothing to explain."
+        elif explained and self.explained.low > 0:
+            explains = percent_text(self.explained.estimate)
+            words = f"{explains} of the shifts come from the texts, not from the depth."
+        elif explained:
+            words = "The shifts do not come from the texts."
+        else:
+            words = "Texts part; how many shifts that makes is not known."
+        words += (
+            f" {self.words.capitalize()}: the texts of {percent_text(self.parted.estimate)} of {n} part, "
+        )
+        words += f"at position {self.position.text()} (median)."
+        if np.isfinite(self.after.estimate):
+            of_pairs = self.shifts.set_index("when")["of_pairs"].to_dict()["after"]
+            words += f" {self.after.text(percent=True)} of the shifts lie after that, as do "
+            words += f"{percent_text(of_pairs)} of all pairs"
+            if explained:
+                words += f"; on one text {self.left.text(percent=True)} of the shifts are left"
+            words += "."
+        if self.n_excluded:
+            words += f" {self.n_excluded:,} positions with a missing overlap or value are left out."
+        if self.no_replay:
+            return f"{words} What is left on one text is not known: {self.no_replay}."
+        return words + predictors_words(self.predictors)
 
     def figure(self) -> go.Figure:
         """Share of questions whose texts have parted, by position."""
-        return output_figures.parted(self)
+        figure = canvas(
+            "Where the texts of two depths part", f"{self.words}; {questions_words(self.n_questions)}",
+            "generated position (0 emits the first token)", "share of questions parted",
+        )  # fmt: skip
+        add_line(figure, self.by_position["position"], self.by_position, "parted", "parted", BLUE)
+        return figure.update_yaxes(tickformat=".0%", rangemode="tozero")
 
     def figures(self) -> dict[str, go.Figure]:
-        """Parted, shifts, predictors; each says so if there is nothing to show."""
-        return {
-            "parted": self.figure(),
-            "shifts": output_figures.shifts_around(self),
-            "predictors": output_figures.predictors(self),
-        }
+        """`parted`, `shifts`, and `predictors` where enough questions part after position 0."""
+        figures = {"parted": self.figure(), "shifts": self._shifts_around()}
+        known = self.predictors.dropna(subset="within")
+        return figures | ({"predictors": self._predictors(known)} if len(known) else {})
+
+    def _shifts_around(self) -> go.Figure:
+        """Shift rate before, at and after the first differing token, in `free` and on one text."""
+        figure = canvas(
+            "Shifts and the first differing token",
+            f"{self.words}; {questions_words(self.n_questions)}; shifted: overlap below {self.threshold:.4g}",
+            "position, relative to the first differing token",
+            "shifted share of pairs",
+        )
+        for column, name, colour in (
+            ("rate", "free-running: each its own text", VERMILLION),
+            ("rate_replayed", "teacher-forced: the same positions on one text", BLUE),
+        ):
+            values = self.shifts[column].to_numpy(dtype=float)
+            low, high = (self.shifts[f"{column}_{end}"].to_numpy() for end in ("low", "high"))
+            figure.add_bar(
+                x=self.shifts["when"], y=values, name=name, marker={"color": colour},
+                error_y=error_bars(values, low, high, GREY), hovertemplate="%{x}: %{y:.1%}<extra></extra>",
+            )  # fmt: skip
+        return figure.update_yaxes(tickformat=".0%", rangemode="tozero")
+
+    def _predictors(self, known: pd.DataFrame) -> go.Figure:
+        """How well each score says where the texts part."""
+        figure = canvas(
+            "Can it be told where the texts part?",
+            f"{self.words}; {known['questions'].max():.0f} questions that part after position 0",
+            "AUC (one half is chance)",
+            "",
+        )
+        for column, name, colour in (
+            ("within", "within a question", BLUE),
+            ("across", "between questions at one position", ORANGE),
+        ):
+            values, low, high = (
+                known[f"{column}{end}"].to_numpy(dtype=float) for end in ("", "_low", "_high")
+            )
+            figure.add_scatter(
+                x=values, y=known["score"], mode="markers", name=name, marker={"size": 10, "color": colour},
+                error_x=error_bars(values, low, high, colour), hovertemplate="%{y}: %{x:.2f}<extra></extra>",
+            )  # fmt: skip
+        figure.add_vline(x=0.5, line={"color": GREY, "dash": "dot"})
+        return figure.update_yaxes(autorange="reversed")
 
 
-def _verdict(found: Divergence) -> str:
-    n = questions_words(found.n_questions)
-    if not found.parted.estimate:
-        bound = percent_text(none_seen_bound(found.n_questions))
-        return f"{found.words}: no two texts part in {n}; at most {bound} of such questions do (95%)."
-    words = f"{found.words}: the texts part in {found.parted.text(percent=True)} of {n}, at position "
-    words += f"{found.position.text()} (median of those)."
-    margin = found.readings.set_index("quantity").to_dict("index")["margin_a"]
-    if np.isfinite(margin["difference"]):
-        words += f" The margin of depth {found.a} there is {margin['parting']:.3g} logits (median), at other"
-        words += f" positions up to there {margin['other']:.3g}."
-    of_pairs = found.shifts.set_index("when")["of_pairs"].to_dict()["after"]
-    if not np.isfinite(found.after.estimate):
-        words += f" No pair fell below {found.threshold:.4g}, so there are no shifts to explain."
-    else:
-        words += f" {found.after.text(percent=True)} of the shifts lie after it, as do "
-        words += f"{percent_text(of_pairs)} of all pairs."
-    if found.n_excluded:
-        words += f" {found.n_excluded:,} positions with a missing overlap or value are left out."
-    if found.no_replay:
-        return f"{words} What is left on one text is not testable: {found.no_replay}."
-    if np.isfinite(found.explained.estimate):
-        words += f" Replaying the same text leaves {found.left.text(percent=True)} of the shifts."
-    return words + predictors_words(found.predictors)
-
-
-def divergence(
-    outputs: pd.DataFrame,
-    pairs: pd.DataFrame,
-    steps: pd.DataFrame | None = None,
-    threshold: float = PAPER_THRESHOLD,
-    kind: str = "cosine",
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> Divergence:
+@analysis(
+    "When texts part",
+    "How much of the free-running shifts is only another text?",
+    needs=("pairs", "outputs"),
+    per="run",
+    order=110,
+)
+def divergence(c: Contrast) -> Divergence:
     """Where the texts of two depths part in `free`, for every pair of depths; the deepest is the headline.
 
-    Args:
-        outputs: the run's `outputs` table.
-        pairs: its `pairs` table, of `free` and `replayed`.
-        steps: its `steps` table, for margins and entropies; without it they are NaN.
-        threshold: overlap below which a (position, layer) pair has shifted. One for both comparisons, since
-            their shifts are subtracted.
-        kind: which overlap (`overlap_of`).
-        resamples: question resamples, and permutations.
-        seed: of both.
-
-    Returns:
-        The result; with no usable rows one whose verdict begins "not testable:".
+    One threshold, that of `free`, for both comparisons, since their shifts are subtracted.
 
     Raises:
-        SSTError: if the chosen overlap is unknown or was not captured.
+        Untestable: if the run has no `free`, or every position of it has a NaN.
     """
-    found = Divergence(1, 1, threshold, kind)
-    for name, table in (("outputs", outputs), ("pairs", pairs)):
-        if not len(table):
-            return replace(found, not_testable=f"the table {name} of this run is empty")
-    overlap_of(pairs.iloc[:0], kind)  # a wrong name is an error
-    outputs = outputs[(outputs["comparison"] == "free").to_numpy(dtype=bool)]
-    each = []
-    try:
-        deepest_pair(outputs, "free")
-        for a, b in sorted(depth_pairs(outputs)):
-            each.append(_pair(outputs, pairs, steps, replace(found, a=a, b=b), resamples, seed))
-    except SSTError as error:
-        return replace(found, not_testable=error.message)
+    free = c.to("free")
+    outputs = free.all_outputs
+    pairs = sorted(set(map(tuple, outputs[["a", "b"]].drop_duplicates().to_numpy().tolist())))
+    # One comparison after the other: only one is held in memory.
+    read = {pair: (free.at(*pair).positions, free.at(*pair).readings) for pair in pairs}
+    own = replace(c.to("replayed"), fixed=free.threshold)
+    replayed: dict[tuple[int, int], pd.DataFrame | str] = {}
+    for pair in pairs:
+        try:
+            replayed[pair] = own.at(*pair).positions
+        except Untestable as error:
+            replayed[pair] = error.message
+    each = [_pair(free.at(*pair), outputs, *read[pair], replayed[pair]) for pair in pairs]
     names = ("parted", "position", "after", "explained")
     records = [
         {"a": e.a, "b": e.b, "questions": e.n_questions} | as_columns(**{n: getattr(e, n) for n in names})
@@ -201,51 +246,211 @@ def divergence(
 
 
 def _pair(
+    c: Contrast,
     outputs: pd.DataFrame,
-    pairs: pd.DataFrame,
-    steps: pd.DataFrame | None,
-    found: Divergence,
-    *resampling: int,
+    free: pd.DataFrame,
+    read: pd.DataFrame,
+    replayed: pd.DataFrame | str,
 ) -> Divergence:
-    a, b = found.a, found.b
-    rows = select(outputs, "free", a, b)[0]
+    """One pair of depths: the outputs of `free`, the positions of both comparisons (or why there are none)
+    and what was read there.
+    """
+    a, b = c.a, c.b
+    rows = outputs[((outputs["a"] == a) & (outputs["b"] == b)).to_numpy(dtype=bool)]
     known = ~rows[["same_prefix", "argmax_changed"]].isna().any(axis=1).to_numpy()
     rows = rows[known]
     if rows.empty:
-        raise SSTError("every position of comparison 'free' has a NaN")
+        raise Untestable("every position of comparison 'free' has a NaN")
     parting = parting_positions(rows)
     parts = np.isfinite(parting["position"].to_numpy())
     question = parting["question"].to_numpy()
     same = with_parting(rows[rows["same_prefix"].to_numpy(dtype=bool)], parting)
-    same = at_positions(same, readings(steps, "free", a, b))
-    free = position_overlaps(pairs, "free", a, b, found.threshold, found.kind)
+    same = at_positions(same, read)
     n_excluded, no_replay = int((~known).sum()), None
-    try:
-        replayed = position_overlaps(pairs, "replayed", a, b, found.threshold, found.kind)
-    except SSTError as error:
-        no_replay, replayed = error.message, free[:0]
-    theirs = {c: f"{c}_replayed" for c in ("shifted", "lowest", "last")}
+    if isinstance(replayed, str):
+        no_replay, replayed = replayed, free[:0]
+    theirs = {name: f"{name}_replayed" for name in ("shifted", "lowest", "last")}
     both = at_positions(free, replayed.drop(columns="layers").rename(columns=theirs))
     there = np.isfinite(both["lowest"].to_numpy())
     if no_replay is None:
         there &= np.isfinite(both["lowest_replayed"].to_numpy(dtype=float))
     both = with_parting(both[there], parting)
-    shifts, after, explained = shift_table(both, *resampling)
+    shifts, after, explained = shift_table(both, c.resampling)
     upto = both[both["when"].to_numpy() < 2]
     upto = at_positions(upto, same[["question", "position", "margin_a", "entropy_a"]])
-    return replace(
-        found,
-        parted=tallies.share(question, parts, *resampling),
-        position=grouped_medians(question, parting["position"].to_numpy(), [parts], (), *resampling)[0],
+    return Divergence(
+        a, b, c.threshold, c.kind,
+        parted=share(question, parts, *c.resampling),
+        position=grouped_medians(question, parting["position"].to_numpy(), [parts], (), *c.resampling)[0],
         where=parting.assign(a=a, b=b)[["a", "b", *parting.columns]],
-        by_position=parted_by(parting, *resampling),
-        readings=reading_table(same, *resampling),
+        by_position=parted_by(parting, c.resampling),
+        readings=reading_table(same, c.resampling),
         shifts=shifts,
         after=after,
         explained=explained,
-        predictors=predictor_table(upto, *resampling),
+        predictors=predictor_table(upto, c.resampling),
         agreement=float((upto["lowest"] - upto["lowest_replayed"]).abs().max()),
         n_questions=len(parting),
         n_excluded=n_excluded + int((~there).sum()),
         no_replay=no_replay,
+    )  # fmt: skip
+
+
+def parting_positions(free: pd.DataFrame) -> pd.DataFrame:
+    """Where the texts of each question part.
+
+    Args:
+        free: rows of `outputs` of comparison `free` and one pair of depths.
+
+    Returns:
+        A row per question, ascending: `question`, `position` (NaN if the texts are the same to the end of
+        the shorter) and `positions`, how many both depths have.
+    """
+    same = free["same_prefix"].to_numpy(dtype=bool)
+    changed = free["argmax_changed"].to_numpy(dtype=bool)
+    position = free["position"].to_numpy(dtype=float)
+    # The flag turns one position later; a text that ends there has no later position.
+    at = np.where(same & changed, position, np.where(same, np.nan, position - 1))
+    by = pd.DataFrame({"question": free["question"].to_numpy(), "position": at}).groupby("question")
+    found = by["position"].min()
+    return pd.DataFrame(
+        {"question": found.index.to_numpy(), "position": found.to_numpy(), "positions": by.size().to_numpy()}
     )
+
+
+def with_parting(table: pd.DataFrame, parting: pd.DataFrame) -> pd.DataFrame:
+    """The rows of questions in `parting`, with `parts_at` and `when` (0, 1, 2: an index into `WHEN`)."""
+    at = parting.set_index("question")["position"]
+    rows = table[table["question"].isin(at.index).to_numpy()]
+    parts_at = rows["question"].map(at).to_numpy(dtype=float)
+    position = rows["position"].to_numpy()
+    return rows.assign(parts_at=parts_at, when=(position >= parts_at).astype(int) + (position > parts_at))
+
+
+def parted_by(parting: pd.DataFrame, resampling: Resampling) -> pd.DataFrame:
+    """Columns position, parted (share of all questions whose texts have parted by then) and its ends."""
+    positions = np.arange(int(parting["positions"].max()))
+    done = parting["position"].to_numpy()[:, None] <= positions
+    estimate, low, high = bootstrap_ends(
+        np.stack([done, np.ones_like(done)], axis=-1), ratio, resampling.resamples, seed=resampling.seed
+    )
+    return pd.DataFrame({"position": positions, "parted": estimate, "parted_low": low, "parted_high": high})
+
+
+def reading_table(rows: pd.DataFrame, resampling: Resampling) -> pd.DataFrame:
+    """Medians where the texts part against the other positions up to there.
+
+    Args:
+        rows: from `with_parting`, at positions where both depths have read the same tokens, with `READ`.
+        resampling: of questions.
+
+    Returns:
+        A row per quantity: `parting`, `other` and `difference`, each with `_low` and `_high`.
+    """
+    question, at = rows["question"].to_numpy(), rows["when"].to_numpy() == 1
+    records = []
+    for name in READ:
+        values = rows[name].to_numpy(dtype=float) if name in rows.columns else np.full(len(rows), np.nan)
+        found = grouped_medians(question, values, [at, ~at], [(0, 1)], *resampling)
+        columns = as_columns(**dict(zip(("parting", "other", "difference"), found, strict=True)))
+        records.append({"quantity": name, **columns})
+    return pd.DataFrame(records)
+
+
+def shift_table(rows: pd.DataFrame, resampling: Resampling) -> tuple[pd.DataFrame, Interval, Interval]:
+    """Shifts before, at and after the position where the texts part, and what the parting explains of them.
+
+    Args:
+        rows: a row per (question, position) with `when`, `layers` (pairs), `shifted` in `free`, and
+            `shifted_replayed` at the same position (NaN if the run has no such comparison).
+        resampling: of questions.
+
+    Returns:
+        The table, a row per `WHEN`: pairs, `of_pairs`, `of_shifts` (share of the shifts of `free`), `rate`
+        and `rate_replayed` (shifted share of the pairs there), the last three with `_low` and `_high`. Then
+        the share of the shifts of `free` that lie after, and the share that is missing on one text.
+    """
+    codes, names = pd.factorize(rows["question"].to_numpy())
+    flat, size = codes * 3 + rows["when"].to_numpy(), len(names) * 3
+    free, replayed, pairs = (
+        np.bincount(flat, rows[c], size).reshape(-1, 3) for c in ("shifted", "shifted_replayed", "layers")
+    )
+    columns: dict[str, object] = {"when": WHEN, "pairs": pairs.sum(axis=0).astype(int)}
+    columns["of_pairs"] = ratio(np.stack(np.broadcast_arrays(pairs.sum(axis=0), pairs.sum()), -1))
+    whole = np.broadcast_to(free.sum(axis=1, keepdims=True), free.shape)
+    for name, top, bottom in (
+        ("of_shifts", free, whole),
+        ("rate", free, pairs),
+        ("rate_replayed", replayed, pairs),
+    ):
+        ends = bootstrap_ends(
+            np.stack([top, bottom], axis=-1), ratio, resampling.resamples, seed=resampling.seed
+        )
+        columns |= dict(zip((name, f"{name}_low", f"{name}_high"), ends, strict=True))
+    of_all = [
+        cluster_bootstrap(
+            np.stack([top, whole[:, 0]], axis=1), ratio, resampling.resamples, seed=resampling.seed
+        )
+        for top in (free[:, 2], (free - replayed).sum(axis=1))
+    ]
+    return pd.DataFrame(columns), of_all[0], of_all[1]
+
+
+def predictor_table(rows: pd.DataFrame, resampling: Resampling) -> pd.DataFrame:
+    """How well each of `SCORES` says where the texts part (`concordance`), from `replayed` alone.
+
+    Args:
+        rows: positions up to the parting, with `when`, the readings, and `lowest_replayed`, `last_replayed`
+            and `shifted_replayed`.
+        resampling: of questions, and of permutations.
+
+    Returns:
+        A row per score: AUC `within` questions, its `p`, `p_holm` (adjusted for the number of scores) and
+        number of `questions`, and AUC `across` questions at the same position, both with `_low` and `_high`;
+        `reason`: why there is none. NaN where not known.
+    """
+    rows = rows.sort_values(["question", "position"], kind="stable")
+    question, position = rows["question"].to_numpy(), rows["position"].to_numpy()
+    before = rows["lowest_replayed"].shift().to_numpy(dtype=float)
+    follows = (question == np.roll(question, 1)) & (position == np.roll(position, 1) + 1)
+    follows[:1] = False
+
+    def column(name: str) -> np.ndarray:
+        return rows[name].to_numpy(dtype=float) if name in rows.columns else np.full(len(rows), np.nan)
+
+    values = (
+        -column("lowest_replayed"),
+        -column("last_replayed"),
+        column("shifted_replayed"),
+        np.where(follows, -before, np.nan),
+        -column("margin_a"),
+        column("entropy_a"),
+    )
+    event, records = rows["when"].to_numpy() == 1, []
+    for name, score in zip(SCORES, values, strict=True):
+        found = concordance(question, position, event, score, *resampling)
+        within = found.within
+        record = {"score": name, **as_columns(within=within), "p": found.p_value}
+        record |= {"questions": within.n_questions, **as_columns(across=found.across)}
+        records.append(record | {"reason": within.reason})
+    table = pd.DataFrame(records)
+    table.insert(list(table.columns).index("p") + 1, "p_holm", holm(table["p"].to_numpy(dtype=float)))
+    return table
+
+
+def predictors_words(table: pd.DataFrame) -> str:
+    """What `predictor_table` says of the overlap, beside the margin, as a sentence."""
+    rows = table.set_index("score").to_dict("index")
+    overlap, margin = rows["lowest overlap"], rows["margin of the shallower depth"]
+    if not np.isfinite(overlap["within"]):
+        return f" Whether the overlap tells where is {overlap['reason']}."
+    chance = overlap["p"] >= 0.05
+    words = f" The lowest overlap on one text {'does not tell' if chance else 'tells'} where "
+    words += f"(AUC {_auc(overlap, 'within')}, p = {overlap['p']:.2g}, {overlap['questions']:.0f} questions)"
+    if np.isfinite(margin["within"]):
+        words += f"; the margin alone has {_auc(margin, 'within')}"
+    return words + "."
+
+
+def _auc(row: Mapping[Hashable, Any], name: str) -> str:
+    return f"{row[name]:.2f} [{row[f'{name}_low']:.2f}, {row[f'{name}_high']:.2f}]"

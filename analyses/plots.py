@@ -148,3 +148,22 @@ def dots(title: str, subtitle: str, x: str, rows: Sequence[Dot], reference: floa
     figure.update_yaxes(categoryorder="array", categoryarray=labels[::-1])
     figure.update_layout(height=max(230, 150 + 34 * len(labels)))
     return figure
+
+
+def add_line(
+    figure: go.Figure, x: pd.Series, table: pd.DataFrame, column: str, name: str, colour: str
+) -> None:
+    """A line with the intervals `column`_low and `column`_high as bars."""
+    values = table[column].to_numpy(dtype=float)
+    low, high = (table[f"{column}_{end}"].to_numpy(dtype=float) for end in ("low", "high"))
+    figure.add_scatter(
+        x=x, y=values, mode="lines+markers", name=name, line={"color": colour}, marker={"size": 7},
+        error_y=error_bars(values, low, high, colour),
+        hovertemplate="%{x}: %{y:.3g}<extra>" + name + "</extra>",
+    )  # fmt: skip
+
+
+def error_bars(values: np.ndarray, low: np.ndarray, high: np.ndarray, colour: str) -> dict[str, object]:
+    """Error bars from the ends of intervals; none where an end is NaN."""
+    up, down = (np.nan_to_num(np.asarray(d, dtype=float)) for d in (high - values, values - low))
+    return {"type": "data", "symmetric": False, "array": up, "arrayminus": down, "color": colour, "width": 4}

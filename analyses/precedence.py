@@ -1,44 +1,63 @@
 """Precedence (claim C6): does the state move before the argmax does, in iterations and in layers?
 
-At every position: the first iteration (`within`) or depth (`replayed`, `free`) at which the state of some
-layer has shifted against iteration or depth 1, and the first at which the most likely token is another one.
+At every position: the first iteration (`within`) or depth at which the state of some layer has shifted
+against iteration or depth 1, and the first at which the most likely token is another one.
 
 Part of "the state moves first, and never after" is true by construction:
 
 - The argmax is read from the last layer's output. It cannot change while that stays bit for bit what it was,
   and changes together with a large move of it whatever the direction. `by_construction` shows how much of the
-  order nudges of the same size have; `beside_nudges`, how often they change the argmax.
+  order random changes of the same size have; `beside_nudges`, how often they change the argmax.
 - Where most positions shift at the first step, whatever else happens there comes together with a shift or
   after one. The column `null` shows what shuffling the shifts over positions gives.
 - Lower layers are computed first, so in layers a shift always comes before the argmax. Only where it begins
   (`by_layer`) is an observation.
 
 Not by construction: a shift at an *earlier* step more often than shuffling gives, and an argmax that changes
-more (or less) often than nudges of the same size make it.
+more (or less) often than random changes of the same size make it.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from sst_interp.analyses.figures import precedence as precedence_figures
-from sst_interp.analyses.overlap import overlap_of
-from sst_interp.analyses.parts.event_order import first_at, order_counts, order_table
-from sst_interp.analyses.parts.same_size import same_size
-from sst_interp.analyses.parts.state_and_argmax import changed_by_state, state_and_argmax
-from sst_interp.analyses.result import Result
-from sst_interp.analyses.statistics import bootstrap as tallies
-from sst_interp.analyses.statistics.bootstrap import RESAMPLES, Interval, questions_words
-from sst_interp.choices import COMPARISONS
-from sst_interp.errors import SSTError, unknown_name
+from sst_interp.analyses.contrast import Contrast, comparison_words, position_key
+from sst_interp.analyses.matched_perturbations import matched_perturbations
+from sst_interp.analyses.plots import BLUE, GREEN, GREY, ORANGE, SKY, Line, canvas, lines
+from sst_interp.analyses.result import Result, analysis
+from sst_interp.analyses.statistics.bootstrap import (
+    Interval,
+    Resampling,
+    by,
+    cluster_bootstrap,
+    points_text,
+    questions_words,
+    ratio,
+    share,
+)
+from sst_interp.analyses.statistics.event_order import first_at, order_counts, order_table
+from sst_interp.errors import Untestable
 
-UNKNOWN = Interval(math.nan, math.nan, math.nan, 0, reason="not testable")
+CHANGES, SHIFTS = "the argmax changes", "the state shifts"
+"""What is `given` in a row of `orders`."""
+WHEN = {"before": "at an earlier step", "together": "at the same step", "after": "later", "alone": "never"}
+PERTURBED = {"random": "same size, random", "elsewhere": "same size, as elsewhere in the text"}
+SITES = {"output": "last layer's output", "stream": "stream states<br>handed in"}
+RUN, SHUFFLED, TRUE = "this run, any layer", "shifts shuffled", "the true change"
+LAST = "the true change, last layer only"
+COLOURS = {
+    RUN: BLUE, SHUFFLED: GREY, TRUE: SKY, LAST: SKY,
+    PERTURBED["random"]: ORANGE, PERTURBED["elsewhere"]: GREEN,
+}  # fmt: skip
+
+Bar = tuple[str, str, float, float, float]
+"""Label, series, share and its ends."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,56 +69,54 @@ class Precedence(Result):
     """Which overlap."""
     threshold: float
     """A position counts as shifted where the overlap of some layer is below this."""
-    steps: tuple[int, ...] = ()
+    steps: tuple[int, ...]
     """The iterations or depths that are compared with the first, ascending."""
-    n_positions: int = 0
-    n_questions: int = 0
-    n_excluded: int = 0
+    n_positions: int
+    n_questions: int
+    n_excluded: int
     """Positions left out: an overlap is NaN, or a depth's own text has ended."""
-    orders: pd.DataFrame = field(default_factory=pd.DataFrame)
+    orders: pd.DataFrame
     """A row per `given` ("the argmax changes", "the state shifts") and order of the other: before, together,
     after, alone; positions, share, low, high, and what shuffling gives: null, null_low, null_high, p."""
-    before: Interval = UNKNOWN
+    before: Interval
     """Of the positions whose argmax changes, share at which the state had shifted at an earlier step."""
-    together: Interval = UNKNOWN
+    together: Interval
     """Share at which it shifted at the same step."""
-    after: Interval = UNKNOWN
+    after: Interval
     """Share at which it shifted later: the claim says never."""
-    alone: Interval = UNKNOWN
+    alone: Interval
     """Share at which it never shifted: against the claim, too."""
-    against: Interval = UNKNOWN
+    against: Interval
     """Share with no shift by then: later or never."""
-    at_first_step: Interval = UNKNOWN
+    at_first_step: Interval
     """Share at which the argmax changed at the first step, where nothing can have come before."""
-    changed: pd.DataFrame = field(default_factory=pd.DataFrame)
+    changed: pd.DataFrame
     """Columns step, where (shifted, stable), positions, questions, changed, low, high: how often the argmax
     differs at a step, given the state there."""
-    difference: Interval = UNKNOWN
+    difference: Interval
     """Of `changed` at the last step: shifted minus stable positions."""
-    by_layer: pd.DataFrame = field(default_factory=pd.DataFrame)
+    by_layer: pd.DataFrame
     """Positions shifted at the last step by the lowest layer that shifted: columns layer, share (of argmaxes
     that changed), low, high, pairs (positions), questions."""
-    beside_nudges: pd.DataFrame = field(default_factory=pd.DataFrame)
-    """True changes against nudges of the same size (`same_size.beside_nudges`); empty without controls."""
-    by_construction: pd.DataFrame = field(default_factory=pd.DataFrame)
-    """Orders of the last layer's state and the argmax under nudges (`same_size.nudged_orders`)."""
-    no_nudges: str | None = None
-    """Why there are no nudges to compare with; None if there are."""
-    not_testable: str | None = None
-    """Why there is no result; None if there is one."""
+    beside_nudges: pd.DataFrame
+    """True changes against perturbations of the same size (`matched_perturbations.beside_perturbations`);
+    empty without controls."""
+    by_construction: pd.DataFrame
+    """Orders of the last layer's state and the argmax under perturbations (`perturbed_orders`)."""
+    no_nudges: str | None
+    """Why there are no perturbations to compare with; None if there are."""
 
     @property
     def title(self) -> str:
         """What was compared."""
-        return f"Precedence: {self.words}"
+        return f"State and argmax: {self.words}"
 
     @property
     def words(self) -> str:
         """The comparison and its steps, in words."""
-        if self.not_testable:
-            return self.comparison
-        what = "iterations" if self.comparison == "within" else "depths"
-        return f"{self.comparison}, {what} 1 to {self.steps[-1]}"
+        if self.comparison == "within":
+            return f"within one pass, iterations 1 to {self.steps[-1]}"
+        return f"{comparison_words(self.comparison)}, depths 1 to {self.steps[-1]}"
 
     @property
     def table(self) -> pd.DataFrame:
@@ -107,124 +124,151 @@ class Precedence(Result):
         return self.orders
 
     @property
+    def given(self) -> pd.DataFrame:
+        """When the state shifted, of the positions whose argmax changes; index: order."""
+        return self.orders[self.orders["given"] == CHANGES].set_index("order")
+
+    @property
+    def at_shifts(self) -> dict[str, Any]:
+        """What the last layer's `true` change and a `random` one of its size do at shifted positions: rows of
+        `beside_nudges` by direction; empty unless both are there.
+        """
+        rows: dict[str, Any] = {
+            row["direction"]: row
+            for row in self.beside_nudges.to_dict("records")
+            if (row["site"], row["where"]) == ("output", "shifted")
+        }
+        return rows if {"true", "random"} <= rows.keys() else {}
+
+    @property
     def verdict(self) -> str:
-        """The order, what shuffling gives, and what a nudge of the same size does."""
-        if self.not_testable:
-            return f"not testable: {self.not_testable}."
-        return _verdict(self)
+        """The order, what shuffling gives, and what a change of the same size does."""
+        first: dict[Any, float] = self.given.loc["before"].to_dict()
+        more, clear = first["share"] > first["null"], first["p"] < 0.05
+        answer = "The state does not move first."
+        if clear and more:
+            answer = "The state moves before the argmax more often than by chance."
+        elif clear:
+            answer = "The state moves before the argmax less often than by chance."
+        step = "iteration" if self.comparison == "within" else "depth"
+        words = f"{answer} {self.words.capitalize()}: the argmax changes at "
+        words += f"{int(self.given['positions'].sum()):,} of {self.n_positions:,} positions of "
+        words += f"{questions_words(self.n_questions)}. Some layer (below {self.threshold:.4g}) had shifted "
+        words += f"at an earlier {step} in {self.before.text(percent=True)}; shuffled shifts give "
+        words += f"{first['null']:.1%} (p = {first['p']:.2g})."
+        if self.comparison == "free":
+            words += " Once two texts have parted, state and argmax differ because the tokens do."
+        if self.no_nudges:
+            return f"{words} What a random change of the same size does is not known: {self.no_nudges}."
+        return words + self._beside_random
+
+    @property
+    def _beside_random(self) -> str:
+        if not self.at_shifts:
+            return " No perturbed position shifts, so none was moved by the size of a shift."
+        true, random = self.at_shifts["true"], self.at_shifts["random"]
+        low, high = random["difference_low"], random["difference_high"]
+        gap = Interval(random["difference"], low, high, int(random["questions"]), reason="one question")
+        often = "more often" if low > 0 else "less often" if high < 0 else "as often, within the interval"
+        words = f" At {true['positions']:,} shifts the true change flips the argmax {often}"
+        words += f"{' than' if low > 0 or high < 0 else ' as'} a random change of the same size: "
+        return words + f"{true['changed']:.1%} against {random['changed']:.1%} ({points_text(gap)})."
 
     def figure(self) -> go.Figure:
-        """When the state shifted, seen from the change of the argmax, beside both nulls."""
-        return self.figures()["order"]
+        """When the state shifted, of the positions whose argmax changes: the run, shuffled, and perturbed."""
+        bars: list[Bar] = []
+        for order, row in self.given.to_dict("index").items():
+            label = WHEN[str(order)]
+            bars.append((label, RUN, row["share"], row["low"], row["high"]))
+            bars.append((label, SHUFFLED, row["null"], row["null_low"], row["null_high"]))
+        for row in _rows(self.by_construction):
+            series = PERTURBED.get(row["direction"], LAST)
+            bars.append((WHEN[row["order"]], series, row["share"], row["low"], row["high"]))
+        return _grouped(
+            "When the state shifted, where the argmax changes", self._subtitle,
+            "when the state shifted, seen from the argmax", "share of changed argmaxes", bars,
+        )  # fmt: skip
 
     def figures(self) -> dict[str, go.Figure]:
-        """order, changed, by_layer; each says so if there is nothing to show."""
-        return precedence_figures.figures_of(self)
+        """`order`, `changed`, and `by_layer` if some position shifts."""
+        figures = {"order": self.figure(), "changed": self._changed()}
+        if len(self.by_layer):
+            table = self.by_layer
+            line = Line("argmax changed", table["layer"], table["share"], table["low"], table["high"])
+            figures["by_layer"] = lines(
+                "Where the shift begins", self._subtitle, "lowest shifted layer (0-based)",
+                "argmax changed, share<br>of positions", [line], True,
+            ).update_traces(showlegend=False)  # fmt: skip
+        return figures
+
+    def _changed(self) -> go.Figure:
+        """How often the argmax changes at the last step: where the state shifted or not, and perturbed."""
+        at_last = self.changed[self.changed["step"] == self.steps[-1]]
+        bars: list[Bar] = [
+            (f"{row['where']}:<br>all positions", RUN, row["changed"], row["low"], row["high"])
+            for row in _rows(at_last)
+            if row["positions"]
+        ]
+        for row in _rows(self.beside_nudges):
+            series = PERTURBED.get(row["direction"], TRUE)
+            ends = row["changed"], row["changed_low"], row["changed_high"]
+            bars.append((f"{row['where']}:<br>{SITES[row['site']]}", series, *ends))
+        return _grouped(
+            "How often the argmax changes", self._subtitle,
+            "where the state shifted or not, and what was changed", "share of positions", bars,
+        )  # fmt: skip
+
+    @property
+    def _subtitle(self) -> str:
+        n = f"{questions_words(self.n_questions)}, {self.n_positions:,} positions"
+        return f"{self.words}; {n}; shifted: overlap of some layer below {self.threshold:.4g}"
 
 
-def _verdict(found: Precedence) -> str:
-    given = found.orders[found.orders["given"] == "the argmax changes"].set_index("order")
-    n = f"{found.n_positions:,} positions from {questions_words(found.n_questions)}"
-    words = f"{found.words}: the argmax changes at {int(given['positions'].sum()):,} of {n}. "
-    words += f"There some layer (overlap below {found.threshold:.4g}) had shifted at an earlier step in "
-    words += f"{found.before.text(percent=True)}, at the same in {found.together.text(percent=True)}, later "
-    words += f"in {found.after.text(percent=True)}, never in {found.alone.text(percent=True)}. "
-    null, p = given["null"], given["p"]
-    words += f"Shifts shuffled over the positions give {null['before']:.1%} earlier (p = {p['before']:.2g}) "
-    words += f"and {null['together']:.1%} together. "
-    if found.at_first_step.estimate > 0:
-        words += f"{found.at_first_step.estimate:.1%} of the changes come at the first step, before which "
-        words += "nothing can. "
-    if found.comparison == "free":
-        words += "Once two texts have parted, state and argmax differ because the tokens do. "
-    if found.no_nudges:
-        return words + f"How much of it any change of the same size gives is not testable: {found.no_nudges}."
-    return words + _nudge_words(found.beside_nudges)
-
-
-def _nudge_words(table: pd.DataFrame) -> str:
-    """Whether the last layer's state does more at shifted positions than a random nudge of the same size."""
-    rows: dict[Any, dict[Any, Any]] = {
-        row["direction"]: row
-        for row in table.to_dict("records")
-        if (row["site"], row["where"]) == ("output", "shifted")
-    }
-    if not {"true", "random"} <= rows.keys():
-        return "No position with controls shifts, so no nudge of a shift's size was made."
-    true, nudge = rows["true"], rows["random"]
-    low, high = nudge["difference_low"], nudge["difference_high"]
-    ends = f" [{low:+.1%}, {high:+.1%}]" if math.isfinite(low) else ", no interval"
-    words = f"At {true['positions']:,} shifted positions with controls the argmax changes in "
-    words += f"{true['changed']:.1%}; if the last layer's state is moved as far in a random direction, in "
-    words += f"{nudge['changed']:.1%} (difference {nudge['difference']:+.1%}{ends})"
-    if low > 0:
-        return words + ": more than its size explains."
-    if high < 0:
-        return words + ": less than any change of that size would do."
-    return words + ": its size alone may explain it." if low <= 0 <= high else words + "."
-
-
-def precedence(
-    pairs: pd.DataFrame,
-    outputs: pd.DataFrame,
-    comparison: str = "within",
-    threshold: float = 0.99,
-    nudges: pd.DataFrame | None = None,
-    kind: str = "cosine",
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> Precedence:
-    """Which came first in one comparison, and beside nudges of the same size where the run has them.
-
-    Args:
-        pairs: the run's `pairs` table.
-        outputs: its `outputs` table.
-        comparison: "within" (in iterations), or "replayed" or "free" (in depths).
-        threshold: overlap below which a (position, layer) pair has shifted; `BasinShifts.threshold`.
-        nudges: the run's `nudges` table, if it has one.
-        kind: which overlap.
-        resamples: question resamples, and shuffles.
-        seed: of both.
+@analysis(
+    "State and argmax",
+    "Does the state move before the argmax does?",
+    claims=("C6",),
+    needs=("pairs", "outputs"),
+    order=80,
+)
+def precedence(c: Contrast) -> Precedence:
+    """Which came first in one comparison, and beside random changes of the same size where the run has them.
 
     Raises:
-        SSTError: if the comparison is unknown, or the overlap was not captured.
+        Untestable: if a pair (1, b) is missing, no position has every overlap, or the argmax never changes.
     """
-    if comparison not in COMPARISONS:
-        raise unknown_name("comparison", comparison, COMPARISONS)
-    overlap_of(pairs.iloc[:1], kind)  # an overlap that was not captured is an error, whatever else is missing
-    try:
-        rows = state_and_argmax(pairs, outputs, comparison, threshold, kind)
-    except SSTError as error:
-        return Precedence(comparison, kind, threshold, not_testable=error.message)
+    rows = state_and_argmax(c)
     question, steps, shifted, changed = rows.question, rows.steps, rows.shifted, rows.changed
     if not len(question):
-        why = f"no position of comparison {comparison!r} has every overlap"
-        return Precedence(comparison, kind, threshold, n_excluded=rows.n_excluded, not_testable=why)
+        raise Untestable(f"no position of comparison {c.comparison!r} has every overlap")
     n_questions = len(np.unique(question))
     if not changed.any():
-        why = f"the argmax never changes, at {len(question):,} positions of {questions_words(n_questions)}"
-        return Precedence(comparison, kind, threshold, n_excluded=rows.n_excluded, not_testable=why)
+        raise Untestable(
+            f"the argmax never changes, at {len(question):,} positions of {questions_words(n_questions)}"
+        )
     x, y = first_at(shifted), first_at(changed)
     counts = order_counts(question, x, y, len(steps))
     orders = [
-        order_table(table, resamples, seed).assign(given=given)
-        for given, table in (("the argmax changes", counts), ("the state shifts", counts.transpose(0, 2, 1)))
+        order_table(table, *c.resampling).assign(given=given)
+        for given, table in ((CHANGES, counts), (SHIFTS, counts.transpose(0, 2, 1)))
     ]
     ever = y < len(steps)
 
     def of_changes(mask: np.ndarray) -> Interval:
-        return tallies.share(question[ever], mask[ever], resamples, seed)
+        return share(question[ever], mask[ever], *c.resampling)
 
     last, at_last = len(steps) - 1, shifted[:, -1]
-    of_run = pd.DataFrame({"question": question, "position": rows.position, "shifted": at_last})
-    beside, constructed, why = same_size(
-        nudges, comparison, of_run, threshold, kind, resamples=resamples, seed=seed
-    )
-    table, difference = changed_by_state(rows, resamples, seed)
+    beside, constructed, why = pd.DataFrame(), pd.DataFrame(), None
+    try:
+        here = pd.DataFrame({"question": question, "position": rows.position, "shifted": at_last})
+        beside, constructed = matched_perturbations(c, here)
+    except Untestable as error:
+        why = error.message
+    table, difference = changed_by_state(rows, c.resampling)
     return Precedence(
-        comparison=comparison,
-        kind=kind,
-        threshold=threshold,
+        comparison=c.comparison,
+        kind=c.kind,
+        threshold=c.threshold,
         steps=steps,
         n_positions=len(question),
         n_questions=n_questions,
@@ -238,10 +282,130 @@ def precedence(
         at_first_step=of_changes(y == 0),
         changed=table,
         difference=difference,
-        by_layer=tallies.by(
-            "layer", rows.lowest_layer[at_last], question[at_last], changed[at_last, -1], resamples, seed
+        by_layer=by(
+            "layer", rows.lowest_layer[at_last], question[at_last], changed[at_last, -1], *c.resampling
         ),
         beside_nudges=beside,
         by_construction=constructed,
         no_nudges=why,
     )
+
+
+class StateAndArgmax(NamedTuple):
+    """Positions of one comparison, sorted. A step is an iteration or depth compared with the first."""
+
+    question: np.ndarray
+    """[position]"""
+    position: np.ndarray
+    """[position]"""
+    steps: tuple[int, ...]
+    shifted: np.ndarray
+    """[position, step]: the overlap of some layer is below the threshold."""
+    changed: np.ndarray
+    """[position, step]: the most likely token is not that of the first iteration or depth."""
+    lowest_layer: np.ndarray
+    """[position]: the lowest layer that has shifted at the last step; -1: none has."""
+    n_excluded: int
+    """Positions left out: an overlap is NaN, or there is no row for some step."""
+
+
+def state_and_argmax(c: Contrast) -> StateAndArgmax:
+    """Shifts and changes of the argmax of one comparison, from the pairs (1, b) for every b."""
+    outputs = c.all_outputs
+    outputs = outputs[(outputs["a"] == 1).to_numpy(dtype=bool)]
+    if outputs.empty:
+        raise Untestable(f"no outputs of comparison {c.comparison!r} in this run")
+    steps = tuple(int(b) for b in np.unique(outputs["b"].to_numpy()))
+    states, tokens = [], []
+    for step in steps:
+        positions = c.at(1, step).positions
+        known = np.isfinite(positions["lowest"].to_numpy())
+        states.append((position_key(positions), known, positions["shifted"].to_numpy() > 0))
+        of_step = outputs[(outputs["b"] == step).to_numpy(dtype=bool)]
+        order = np.argsort(position_key(of_step), kind="stable")
+        tokens.append((position_key(of_step)[order], of_step["argmax_changed"].to_numpy(dtype=bool)[order]))
+    ever = reduce(np.union1d, [keys for keys, *_ in (*states, *tokens)])
+    both = [keys[known] for keys, known, _ in states] + [keys for keys, _ in tokens]
+    whole = reduce(np.intersect1d, both)
+    shifted = [of[np.searchsorted(keys, whole)] for keys, _, of in states]
+    changed = [of[np.searchsorted(keys, whole)] for keys, of in tokens]
+    return StateAndArgmax(
+        whole >> 32,
+        whole & 0xFFFFFFFF,
+        steps,
+        np.stack(shifted, axis=1),
+        np.stack(changed, axis=1),
+        _lowest_layer(c.at(1, steps[-1]), whole),
+        len(ever) - len(whole),
+    )
+
+
+def changed_by_state(rows: StateAndArgmax, resampling: Resampling) -> tuple[pd.DataFrame, Interval]:
+    """How often the argmax has changed at a step, given the state there.
+
+    Returns:
+        Columns step, where (shifted, stable), positions, questions, changed, low, high; and, at the last
+        step, the share at shifted minus the share at stable positions.
+    """
+    records = []
+    for k, step in enumerate(rows.steps):
+        for where, here in (("shifted", rows.shifted[:, k]), ("stable", ~rows.shifted[:, k])):
+            own = share(rows.question[here], rows.changed[here, k], *resampling)
+            ends = own.estimate, own.low, own.high
+            records.append((step, where, int(here.sum()), own.n_questions, *ends))
+    columns = ["step", "where", "positions", "questions", "changed", "low", "high"]
+    codes, names = pd.factorize(rows.question)
+    shifted, changed = rows.shifted[:, -1], rows.changed[:, -1]
+    cells = [
+        np.bincount(codes, weights, len(names))
+        for where in (shifted, ~shifted)
+        for weights in (where & changed, where)
+    ]
+
+    def gap(totals: np.ndarray) -> np.ndarray:
+        shares = ratio(totals.reshape(-1, 2, 2))
+        return shares[:, 0] - shares[:, 1]
+
+    sums = np.stack(cells, axis=1)
+    difference = cluster_bootstrap(sums, gap, resampling.resamples, seed=resampling.seed)
+    return pd.DataFrame(records, columns=columns), difference
+
+
+def _lowest_layer(c: Contrast, whole: np.ndarray) -> np.ndarray:
+    below = c.overlap < c.threshold
+    keys, layer = position_key(c.rows)[below], c.rows["layer"].to_numpy()[below]
+    keep = np.isin(keys, whole)
+    order = np.argsort(-layer[keep], kind="stable")
+    lowest = np.full(len(whole), -1)
+    # The last one written is the lowest.
+    lowest[np.searchsorted(whole, keys[keep][order])] = layer[keep][order]
+    return lowest
+
+
+def _grouped(title: str, subtitle: str, x: str, y: str, bars: list[Bar]) -> go.Figure:
+    """Bars side by side with their 95% intervals; the legend below, where it hides no title."""
+    figure = canvas(title, subtitle, x, y)
+    labels = list(dict.fromkeys(label for label, *_ in bars))
+    for series, colour in COLOURS.items():
+        own = [bar for bar in bars if bar[1] == series]
+        if not own:
+            continue
+        share, low, high = (np.array([bar[i] for bar in own], dtype=float) for i in (2, 3, 4))
+        error = {
+            "type": "data", "symmetric": False, "thickness": 1.5, "color": GREY,
+            "array": np.nan_to_num(high - share), "arrayminus": np.nan_to_num(share - low),
+        }  # fmt: skip
+        figure.add_bar(
+            x=[bar[0] for bar in own], y=share, name=series, error_y=error, marker={"color": colour},
+            customdata=np.stack([low, high], axis=1),
+            hovertemplate="%{x}: %{y:.1%} [%{customdata[0]:.1%}, %{customdata[1]:.1%}]<extra></extra>",
+        )  # fmt: skip
+    figure.update_xaxes(categoryorder="array", categoryarray=labels)
+    figure.update_yaxes(tickformat=".0%", rangemode="tozero")
+    legend = {"yref": "container", "yanchor": "bottom", "y": 0.01, "x": 0}
+    figure.update_layout(barmode="group", height=430, margin={"b": 140}, legend=legend)
+    return figure
+
+
+def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
+    return table.to_dict("records")  # type: ignore[return-value]

@@ -60,8 +60,8 @@ def _synthetic(pairs: float):
 
 
 def _measure(run, by_name: bool) -> None:
-    from sst_interp.analyses.ledger.claims import claims
-    from sst_interp.ledger import ledger_of
+    from sst_interp.findings.ledger import claims
+    from sst_interp.findings.of_run import ledger_of
 
     tables = [run.pairs, run.outputs, run.steps, run.questions]
     held = sum(table.memory_usage(deep=True).sum() for table in tables) / 1e9
@@ -69,8 +69,8 @@ def _measure(run, by_name: bool) -> None:
     ledger = ledger_of(run) if by_name else claims(run)
     seconds, wall = time.process_time() - before, time.perf_counter() - wall
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    if ledger.missing:
-        raise SystemExit(f"not analysed: {ledger.missing}")
+    if ledger.failed:
+        raise SystemExit(f"failed: {ledger.failed}")
     print(
         f"{len(run.pairs):>11,} pairs, {ledger.n_questions} questions: {seconds:7.1f} s of processor "
         f"({1e6 * seconds / len(run.pairs):.2f} us a pair), {wall:.1f} s of wall time; peak {peak:.2f} GB, "

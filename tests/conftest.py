@@ -29,3 +29,16 @@ def _threads(request):
         torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def registries():
+    """The registries of analyses and claims; after the test they are as they were."""
+    from sst_interp.analyses import load
+    from sst_interp.findings.ledger import CLAIMS
+
+    kept = [(registry, dict(registry)) for registry in (load(), CLAIMS)]
+    yield
+    for registry, before in kept:
+        registry.clear()
+        registry.update(before)

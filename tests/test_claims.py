@@ -1,33 +1,39 @@
+import gc
 import json
 import math
+import weakref
 
 import numpy as np
 import pandas as pd
 import pytest
-from synthetic import PAIR_TYPES, Planted, SyntheticRecipe, SyntheticRun, pairs_table
+from synthetic import PAIR_TYPES, Planted, SyntheticRecipe, SyntheticRun, contrast, pairs_table
 from synthetic_outputs import outputs_table, questions_table, steps_table
 
-from sst_interp.analyses.ledger.answers import blend_weights, learned_blend, two_pass_error
-from sst_interp.analyses.ledger.claims import PER_COMPARISON, claims
-from sst_interp.analyses.ledger.rules import (
+from sst_interp.analyses import contrast as contrast_module
+from sst_interp.analyses import load
+from sst_interp.analyses.result import analysis
+from sst_interp.analyses.statistics.bootstrap import Interval
+from sst_interp.choices import COMPARISONS, Choices
+from sst_interp.errors import SSTError, Untestable
+from sst_interp.experiments.studies.errors import ApproximationError
+from sst_interp.findings.answers import blend_weights, learned_blend, two_pass_error
+from sst_interp.findings.claims import (
+    CLAIMS,
     EVERYWHERE,
     FAILS,
     HOLDS,
     LEAST,
     UNTESTED,
     Claim,
+    Evidence,
     Finding,
     Row,
+    claim,
     judged,
     reaches,
     too_wide,
 )
-from sst_interp.analyses.ledger.suite import PER_COMPARISON as ANALYSES
-from sst_interp.analyses.ledger.suite import PER_RUN
-from sst_interp.analyses.statistics.bootstrap import Interval
-from sst_interp.choices import COMPARISONS, Choices
-from sst_interp.errors import SSTError
-from sst_interp.experiments.studies.errors import ApproximationError
+from sst_interp.findings.ledger import FAILED, claims
 
 DEPTHS = (1, 2, 4)
 FEW = 200
@@ -67,6 +73,13 @@ def finding(ledger, claim, comparison="replayed"):
     return next(r.finding for r in ledger.rows if (r.claim.id, r.comparison) == (claim, comparison))
 
 
+def keys():
+    """Analyses by comparison, then those of the run, as the registry orders them."""
+    known = sorted(load().values(), key=lambda a: a.order)
+    own = [f"{a.name}.{c}" for c in COMPARISONS for a in known if a.per == "comparison"]
+    return own + [a.name for a in known if a.per == "run"]
+
+
 @pytest.fixture(scope="module")
 def planted():
     baseline = run_of(pairs_of(), correct=(0.3, 0.3, 0.3), seed=9)
@@ -77,8 +90,8 @@ def planted():
 
 
 def test_planted_effects_hold(planted):
-    for claim in ("C1", "C2", "C4", "C5", "C7"):
-        assert states(planted, claim)["replayed"] == HOLDS, finding(planted, claim)
+    for name in ("C1", "C2", "C4", "C5", "C7"):
+        assert states(planted, name)["replayed"] == HOLDS, finding(planted, name)
     assert states(planted, "C10") == {EVERYWHERE: HOLDS}
     assert states(planted, "C14") == {EVERYWHERE: HOLDS}
     assert finding(planted, "C1").figure.estimate == pytest.approx(0.14, abs=0.05)
@@ -89,11 +102,13 @@ def test_planted_effects_hold(planted):
 
 def test_every_claim_has_its_rows_and_every_analysis_its_result(planted):
     table = planted.table
-    for claim, _ in PER_COMPARISON:
-        assert table.loc[table["claim"] == claim.id, "comparison"].tolist() == list(COMPARISONS)
+    for name, entry in CLAIMS.items():
+        if entry.per == "comparison":
+            assert table.loc[table["claim"] == name, "comparison"].tolist() == list(COMPARISONS)
     assert table["claim"].unique().tolist() == [f"C{i}" for i in (*range(1, 12), 14, 15)]
-    assert planted.missing == {}
-    assert len(planted.results) == len(ANALYSES) * 3 + len(PER_RUN)
+    assert planted.failed == {}
+    assert list(planted.missing) == ["state_settling"], "it needs four iterations"
+    assert list(planted.results) == keys()[:-1]
     assert (table[["paper", "this run", "holds if", "verdict"]] != "").all(axis=None)
     known = table["verdict"].isin([HOLDS, FAILS]) | table["verdict"].str.startswith(f"{UNTESTED}: ")
     assert known.all()
@@ -109,10 +124,10 @@ def test_a_quiet_run_refutes_what_it_can_and_makes_up_nothing():
     planted = Planted(share=0, stable=0.0005)
     quiet = run_of(pairs_of(planted=planted), correct=(0.6, 0.6, 0.6), changed=(0, 0))
     ledger = claims(quiet, resamples=FEW)
-    for claim in ("C1", "C2", "C3", "C8"):
-        assert set(states(ledger, claim).values()) == {FAILS}, claim
-    for claim, why in (("C4", "no position shifts"), ("C5", "never changes"), ("C6", "never changes")):
-        assert why in finding(ledger, claim).verdict
+    for name in ("C1", "C2", "C3", "C8"):
+        assert set(states(ledger, name).values()) == {FAILS}, name
+    for name, why in (("C4", "no position shifts"), ("C5", "never changes"), ("C6", "never changes")):
+        assert why in finding(ledger, name).verdict
     assert states(ledger, "C10") == {EVERYWHERE: FAILS}
     assert finding(ledger, "C11", EVERYWHERE).verdict == (
         "not testable: no run of the matched baseline was given"
@@ -134,7 +149,8 @@ def test_comparisons_are_not_pooled(planted):
     assert states(ledger, "C8")["replayed"] == HOLDS
     assert states(ledger, "C8")["free"] == FAILS
     assert "free" in ledger.differ["C8"][FAILS]
-    assert "C8 (holds: replayed; does not hold:" in ledger.verdict
+    assert "The comparison decides" in ledger.verdict
+    assert "C8 (holds: teacher-forced; does not hold:" in ledger.verdict
     alone = run_of(pairs)
     alone.pairs = alone.pairs[alone.pairs["comparison"] == "replayed"]
     only = claims(alone, resamples=FEW)
@@ -190,8 +206,7 @@ def test_odd_runs_give_a_ledger(name):
     if name == "one depth":
         run.outputs, run.questions = run.outputs.iloc[:0], run.questions.query("depth == 1")
     ledger = claims(run, resamples=50)
-    failed = {k: why for k, why in ledger.missing.items() if "the analysis failed" in why}
-    assert failed == {}
+    assert ledger.failed == {}
     assert len(ledger.rows) == 9 * 3 + 4
     json.dumps(ledger.to_dict(), allow_nan=False)
     assert [len(f.data) > 0 or len(f.layout.annotations) > 0 for f in ledger.figures().values()] == [True] * 2
@@ -200,7 +215,7 @@ def test_odd_runs_give_a_ledger(name):
         assert all(r.state == UNTESTED for r in ledger.rows if r.claim.id in ("C1", "C2", "C4", "C6", "C9"))
     if name == "one question":
         assert ledger.counts[UNTESTED] == len(ledger.rows)
-        assert ledger.verdict.startswith("not testable: 1 question:")
+        assert ledger.verdict.startswith("not testable: no row can be decided. 31 rows")
     if name == "all shifts":
         assert set(states(ledger, "C1").values()) == {FAILS}
         assert "no position is stable" in finding(ledger, "C4").verdict
@@ -223,19 +238,107 @@ def test_a_missing_table_costs_only_what_needs_it(table):
         "pairs": {"C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "C9"},
         "outputs": {"C4", "C5", "C6"},
         "questions": {"C10", "C11"},
-    }.get(table, set())
+        "steps": {"C4", "C5", "C9"},
+        "noise": {"C7"},
+        "nudges": {"C6"},
+    }[table]
     said = {row.claim.id for row in ledger.rows if f"{table} is damaged" in row.finding.verdict}
     assert said == needing
+    assert ledger.failed == {}
     delattr(run, table) if table in ("noise", "nudges") else setattr(run, table, pd.DataFrame())
     assert len(claims(run, resamples=50).rows) == len(ledger.rows)
 
 
-def test_a_column_that_is_missing_is_a_reason_and_not_a_crash():
+def test_a_crash_is_not_a_finding():
+    """A column that is missing is a run of another making: a KeyError, and said to be one."""
     run = run_of(small())
     run.outputs = run.outputs.drop(columns="replaced")
     ledger = claims(run, resamples=50)
-    assert "the analysis failed (KeyError" in finding(ledger, "C4").verdict
-    assert not finding(ledger, "C6").verdict.startswith("not testable: the analysis")
+    assert set(ledger.failed) == {f"token_replacement.{c}" for c in COMPARISONS}
+    assert all(error.startswith("KeyError: ") for error in ledger.failed.values())
+    assert "(output_change.py, line " in ledger.failed["token_replacement.free"]
+    assert finding(ledger, "C4").verdict == finding(ledger, "C5").verdict == f"{UNTESTED}: {FAILED}"
+    assert not finding(ledger, "C6").verdict.endswith(FAILED)
+    assert "3 analyses failed" in ledger.verdict
+    assert ledger.to_dict()["failed"] == ledger.failed
+
+
+@pytest.mark.parametrize(
+    ("error", "failed"),
+    [
+        (TypeError("of two\n kinds"), True),
+        (ZeroDivisionError(), True),
+        (SSTError("pairs/0000 is damaged"), False),
+        (Untestable("three depths are needed"), False),
+    ],
+)
+def test_what_an_analysis_raises_is_told_apart(registries, error, failed):
+    @analysis("Planted", "Does it crash?", claims=("X1",))
+    def planted_crash(c):
+        raise error
+
+    @claim("X1", "it does not crash", "never", "it does not")
+    def not_crashed(e: Evidence):
+        return Finding("no", judged(True, e("planted_crash")))
+
+    ledger = claims(run_of(small()), resamples=20)
+    keys = {f"planted_crash.{c}" for c in COMPARISONS}
+    why = FAILED if failed else error.message
+    assert {key: ledger.missing[key] for key in keys} == dict.fromkeys(keys, why)
+    assert set(ledger.failed) == (keys if failed else set())
+    assert all("\n" not in said and "(test_claims.py, line " in said for said in ledger.failed.values())
+    assert finding(ledger, "X1").verdict == f"{UNTESTED}: {why}"
+    assert ("3 analyses failed" in ledger.verdict) == failed
+
+
+def test_a_claim_that_crashes_is_one_too(registries):
+    @claim("X2", "it can be read", "yes", "it can", per="run")
+    def crashes(e: Evidence):
+        return e.beside["nothing of the kind"]
+
+    ledger = claims(run_of(small()), resamples=20)
+    assert set(ledger.failed) == {"X2"}
+    assert finding(ledger, "X2", EVERYWHERE).verdict == f"{UNTESTED}: {FAILED}"
+
+
+def test_too_little_memory_is_no_finding_either(registries):
+    @analysis("Greedy", "How much memory is there?", per="run")
+    def greedy(c):
+        raise MemoryError
+
+    with pytest.raises(SSTError, match="not enough memory for greedy with 200 resamples") as error:
+        claims(run_of(small()), resamples=200)
+    assert "--resamples 20" in error.value.hint
+
+
+@pytest.mark.parametrize("options", [{"resamples": 1}, {"seed": -5}, {"nudged": None}])
+def test_options_that_cannot_be_are_refused(options):
+    with pytest.raises(SSTError):
+        claims(run_of(small()), **options)
+
+
+def test_a_name_belongs_to_one_module(registries):
+    with pytest.raises(SSTError, match="two claims are called 'C1'"):
+        claim("C1", "another", "", "")(lambda e: Finding("", HOLDS))
+    with pytest.raises(SSTError, match="two analyses are called 'precedence'"):
+        analysis("Another", "", name="precedence")(lambda c: None)
+
+
+def test_one_comparison_is_held_at_a_time_and_its_modes_are_found_once(registries, monkeypatch):
+    held, alive, found = [], [], []
+    find_modes = contrast_module.find_modes
+    monkeypatch.setattr(contrast_module, "find_modes", lambda *a, **b: found.append(1) or find_modes(*a, **b))
+
+    @analysis("Held", "Is the one before still there?", order=0)
+    def keeps(c):
+        gc.collect()
+        alive.extend(one() is not None for one in held)
+        held.append(weakref.ref(c))
+        raise Untestable("it only looks")
+
+    claims(run_of(small()), resamples=20)
+    assert alive == [False] * 3
+    assert len(found) == len(COMPARISONS)
 
 
 def test_rows_in_any_order_and_a_second_time_give_the_same_ledger():
@@ -253,7 +356,7 @@ def test_progress_counts_up_to_the_number_of_analyses():
     ledger = claims(run_of(small()), resamples=20, progress=lambda *now: told.append(now))
     done = [now[0] for now in told]
     assert done == sorted(done)
-    of = len(ANALYSES) * 3 + len(PER_RUN)
+    of = len(keys())
     assert told[-1] == (of, of, "done")
     assert {name for _, _, name in told[:-1]} == set(ledger.results) | set(ledger.missing)
 
@@ -262,29 +365,39 @@ def test_controls_are_beside_the_figure():
     run = run_of(pairs_of(planted=Planted(share=0.3)))
     off = run_of(pairs_of(planted=Planted(share=0.3), seed=1), prompt="blend_off")
     ledger = claims(run, blend_off=off, reshuffled=off, resamples=FEW)
-    assert "With the prompt read without the recurrence" in finding(ledger, "C8").control
+    assert "with the prompt read without the recurrence" in finding(ledger, "C8").control
     assert "second run" not in finding(ledger, "C9").control
     assert "another batch shape alone shifts 0.0%" in finding(ledger, "C1").control
-    assert "on one replayed text" in finding(ledger, "C1", "free").control
+    assert "on one text" in finding(ledger, "C1", "free").control
     assert "own prompt was read without" in finding(claims(off, resamples=20), "C8").control
 
 
 def test_rows_measured_elsewhere_take_their_place():
-    claim = Claim("C12", "a probe tells", "29/48", "the AUC is above one half", 0.6)
-    row = Row(claim, EVERYWHERE, Finding("0.7", judged(True, Interval(0.7, 0.6, 0.8, 20)), control="null"))
+    told = Claim("C12", "a probe tells", "29/48", "the AUC is above one half", 0.6)
+    row = Row(told, EVERYWHERE, Finding("0.7", judged(True, Interval(0.7, 0.6, 0.8, 20)), control="null"))
     ids = claims(run_of(small()), more=[row], resamples=20).table["claim"].tolist()
     assert ids.index("C11") < ids.index("C12") < ids.index("C14")
 
 
+def beside(**given):
+    return Evidence(contrast(small()), {}, {}, given)
+
+
 def test_learned_weights():
-    assert learned_blend(None).verdict.startswith(UNTESTED)
-    assert learned_blend(blend_weights(np.full((3, 4), 0.027))).verdict == (
+    def judge(alpha, **options):
+        return learned_blend(beside(alpha=blend_weights(alpha), **options))
+
+    assert judge(np.full((3, 4), 0.027)).verdict == (
         "not testable: all weights are equal: the blend was set, not learned"
     )
-    assert learned_blend(blend_weights([0.3, 0.4])).verdict == FAILS
-    assert learned_blend(blend_weights([0.015, 0.02, 0.1])).verdict == HOLDS
+    assert judge([0.3, 0.4]).verdict == FAILS
+    assert judge([0.015, 0.02, 0.1]).verdict == HOLDS
     for odd in ([], [math.nan, 0.02]):
-        assert learned_blend(blend_weights(odd)).verdict.startswith(UNTESTED)
+        assert judge(odd).verdict.startswith(UNTESTED)
+    with pytest.raises(Untestable, match="no blend weights"):
+        learned_blend(beside())
+    with pytest.raises(Untestable, match="a backbone has no blend"):
+        judge([0.3, 0.4], no_blend="a backbone has no blend")
 
 
 def approximation(low, high, n=20):
@@ -296,12 +409,16 @@ def approximation(low, high, n=20):
 
 
 def test_the_two_pass_error_is_set_against_the_papers():
+    def judge(*ends, **options):
+        return two_pass_error(beside(approximation=approximation(*ends, **options)))
+
     for ends, state in (((0.2, 0.3), FAILS), ((1e-4, 1e-3), HOLDS), ((1e-3, 2e-3), UNTESTED)):
-        [found] = two_pass_error(approximation(*ends))
+        [found] = judge(*ends)
         assert found.verdict.split(":")[0] == state
         assert "m, alpha 0.027 in 30 layers" in found.here
-    assert two_pass_error(approximation(0.2, 0.3, n=2))[0].verdict.startswith(UNTESTED)
-    assert two_pass_error(None)[0].verdict.startswith(UNTESTED)
+    assert judge(0.2, 0.3, n=2)[0].verdict.startswith(UNTESTED)
+    with pytest.raises(Untestable, match="no measurement"):
+        two_pass_error(beside())
 
 
 def test_rules_decide_by_intervals():

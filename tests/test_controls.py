@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_capture import DEPTHS, NEW, interrupt, recipe_for, tiny_llama, word_tokenizer, write_questions
 
+from sst_interp.analyses.contrast import Contrast
 from sst_interp.analyses.precedence import precedence
 from sst_interp.choices import Choices
 from sst_interp.controls import Controls, spread
@@ -391,7 +392,7 @@ def test_precedence_reads_them(run):
     pairs = run.pairs[(run.pairs["comparison"] == "replayed") & (run.pairs["b"] == DEPTHS[-1])]
     lowest = pairs.groupby(["question", "position"])["cosine"].min()
     threshold = float(lowest.median())
-    found = precedence(run.pairs, run.outputs, "replayed", threshold, run.nudges)
+    found = precedence(Contrast.of(run, "replayed", threshold=threshold))
     rows = found.beside_nudges.set_index(["site", "direction", "where"])
     at = list(outputs[["question", "position"]].itertuples(index=False, name=None))
     shifted = (lowest.loc[at] < threshold).to_numpy()
@@ -400,7 +401,7 @@ def test_precedence_reads_them(run):
         assert rows["positions"]["output", "true", where] == np.sum(chosen & mask) > 0
         share = outputs["argmax_changed"].to_numpy()[chosen & mask].mean()
         assert rows["changed"]["output", "true", where] == pytest.approx(share)
-    assert len(precedence(run.pairs, run.outputs, "within", 0.9, run.nudges).beside_nudges)
+    assert len(precedence(Contrast.of(run, "within", threshold=0.9)).beside_nudges)
 
 
 # As the rest of a run

@@ -26,7 +26,7 @@ from sst_interp.analyses.result import KeptResult
 from sst_interp.documents import fill
 from sst_interp.errors import SSTError
 from sst_interp.guarded import check_output, put_bytes, read_json, read_whole
-from sst_interp.kept_findings import capture_of, kept_findings
+from sst_interp.findings.of_run import capture_of, kept_findings
 from sst_interp.printing import bar, plain, say
 from sst_interp.publishing import publish
 from sst_interp.questions import load_questions
@@ -198,7 +198,7 @@ def test_standard_output_that_is_a_file_is_written_through(here):
 @pytest.mark.parametrize("name", [".", "/", "", "runs/tiny/run.toml/x.html"])
 @pytest.mark.parametrize("words", [("report",), ("basin-shifts",), ("compare", "--runs", "tiny,tiny")])
 def test_an_output_that_cannot_be_is_refused_before_the_work(run, command, monkeypatch, words, name):
-    monkeypatch.setattr("sst_interp.ledger.ledger_of", lambda *_a, **_k: pytest.fail("worked first"))
+    monkeypatch.setattr("sst_interp.findings.of_run.ledger_of", lambda *_a, **_k: pytest.fail("worked first"))
     monkeypatch.setattr("sst_interp.comparing.compare_runs", lambda *_a: pytest.fail("worked first"))
     which = () if words[0] == "compare" else ("tiny",)
     refused(command(*words, *which, "--html", name), "cannot write" if name else "an empty path")
@@ -640,7 +640,7 @@ def test_ctrl_c_that_a_library_turns_into_another_error_is_one_line(command, mon
 )
 def test_options_are_checked_at_the_door(run, command, words, says, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr("sst_interp.ledger.ledger_of", lambda *_a, **_k: pytest.fail("worked first"))
+    monkeypatch.setattr("sst_interp.findings.of_run.ledger_of", lambda *_a, **_k: pytest.fail("worked first"))
     monkeypatch.setattr("sst_interp.comparing.compare_runs", lambda *_a: pytest.fail("worked first"))
     Path("bin.md").write_bytes(b"\x93\xff")
     Path("file").write_text("mine")

@@ -10,7 +10,7 @@ from sst_interp import places
 from sst_interp.choices import Choices
 from sst_interp.documents import fill
 from sst_interp.errors import SSTError
-from sst_interp.ledger import approximation_of, blend_of, companions, ledger_of
+from sst_interp.findings.of_run import approximation_of, blend_of, companions, ledger_of
 from sst_interp.runs import open_run
 
 
@@ -32,7 +32,8 @@ def test_companions_are_found_by_name(runs):
         "baseline": "tiny-baseline",
     }
     assert not found.notes
-    assert ledger_of(open_run("tiny"), resamples=20).results["overthinking"].baseline.n_questions == 6
+    ledger = ledger_of(open_run("tiny"), resamples=20)
+    assert ledger.results["overthinking"].baseline.n_questions == 6
 
 
 def test_a_companion_of_other_questions_is_not_one_and_that_is_said(runs):

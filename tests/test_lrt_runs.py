@@ -18,7 +18,7 @@ from sst_interp.checkpoint import read_checkpoint, save_checkpoint
 from sst_interp.choices import Choices
 from sst_interp.errors import SSTError
 from sst_interp.experiments.patching.run import Plan, patch_run
-from sst_interp.ledger import ledger_of
+from sst_interp.findings.of_run import ledger_of
 from sst_interp.loading import load
 from sst_interp.lrt_design import MemoryDesign
 from sst_interp.training.batches import padded, refuse_short_batches

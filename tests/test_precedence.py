@@ -1,11 +1,12 @@
-import json
-
 import numpy as np
 import pandas as pd
 import pytest
-from synthetic import pairs_table
+from synthetic import contrast, pairs_table
 
-from sst_interp.analyses.parts.event_order import (
+from sst_interp.analyses.matched_perturbations import beside_perturbations, perturbed_orders
+from sst_interp.analyses.precedence import precedence, state_and_argmax
+from sst_interp.analyses.statistics.bootstrap import Resampling
+from sst_interp.analyses.statistics.event_order import (
     ORDERS,
     first_at,
     order_counts,
@@ -13,11 +14,8 @@ from sst_interp.analyses.parts.event_order import (
     orders,
     shuffled,
 )
-from sst_interp.analyses.parts.same_size import beside_nudges, nudged_orders
-from sst_interp.analyses.parts.state_and_argmax import state_and_argmax
-from sst_interp.analyses.precedence import precedence
-from sst_interp.choices import COMPARISONS
-from sst_interp.errors import SSTError
+from sst_interp.choices import COMPARISONS, Choices
+from sst_interp.errors import SSTError, Untestable
 
 STEPS = (2, 3, 4)
 NEVER = len(STEPS)
@@ -85,6 +83,14 @@ def nudges_table(changed, comparison="replayed", shifted=None, directions=("true
                     )
                 )
     return pd.concat(rows, ignore_index=True)
+
+
+def asked(pairs, outputs, comparison="within", **options):
+    return contrast(pairs, comparison, outputs=outputs, **({"threshold": 0.99} | options))
+
+
+def found_in(*tables, **options):
+    return precedence(asked(*tables, **options))
 
 
 # The order of two events
@@ -164,7 +170,7 @@ def test_a_planted_order_is_found():
 
 def test_every_number_is_the_count():
     x, y = random_events(seed=1)
-    found = precedence(*tables(x, y))
+    found = found_in(*tables(x, y))
     n = (y < NEVER).sum()
     assert (found.n_positions, found.n_questions, found.n_excluded, found.steps) == (600, 20, 0, STEPS)
     assert found.before.estimate == pytest.approx(np.sum((y < NEVER) & (x < y)) / n)
@@ -191,31 +197,23 @@ def test_every_number_is_the_count():
     shares = [(y[x < NEVER] < NEVER).mean(), (y[x == NEVER] < NEVER).mean()]
     assert last["changed"].tolist() == pytest.approx(shares)
     assert found.difference.estimate == pytest.approx(shares[0] - shares[1])
-    for words in ("within, iterations 1 to 4", "600 positions", "20 questions", "at an earlier step in"):
+    assert found.verdict.startswith("The state ")
+    for words in ("Within one pass, iterations 1 to 4", "600 positions", "20 questions"):
         assert words in found.verdict
+    assert found.given["share"].to_dict() == given["share"].to_dict()
 
 
 def test_the_lowest_layer_is_where_the_shift_begins():
     x, y = random_events(seed=2)
     lowest = np.random.default_rng(0).integers(0, LAYERS, x.shape)
     pairs, outputs = tables(x, y, lowest=lowest)
-    rows = state_and_argmax(pairs, outputs, "within", 0.99)
+    rows = state_and_argmax(asked(pairs, outputs))
     assert np.array_equal(rows.lowest_layer, np.where(x < NEVER, lowest, -1).ravel())
-    table = precedence(pairs, outputs).by_layer
+    table = found_in(pairs, outputs).by_layer
     for layer, share in zip(table["layer"], table["share"], strict=True):
         here = (x < NEVER) & (lowest == layer)
         assert share == pytest.approx((y[here] < NEVER).mean())
     assert table["pairs"].sum() == (x < NEVER).sum()
-
-
-def test_rows_in_any_order_and_other_numbers_for_questions_change_nothing():
-    pairs, outputs = tables(*random_events(seed=1))
-    rng = np.random.default_rng(0)
-    mixed = [
-        t.assign(question=t["question"] * 7 + 100_000).iloc[rng.permutation(len(t))] for t in (pairs, outputs)
-    ]
-    assert precedence(*mixed).to_dict() == precedence(pairs, outputs).to_dict()
-    assert precedence(pairs, outputs).to_dict() == precedence(pairs, outputs).to_dict()
 
 
 def test_other_comparisons_and_other_pairs_are_not_looked_at():
@@ -223,14 +221,15 @@ def test_other_comparisons_and_other_pairs_are_not_looked_at():
     within, other = tables(x, y), tables(y, x, "replayed")
     steps = [t.assign(a=2, b=3) for t in within]  # of (i - 1, i)
     both = [pd.concat(parts) for parts in zip(within, other, steps, strict=True)]
-    assert precedence(*both).to_dict() == precedence(*within).to_dict()
-    assert precedence(*both, comparison="replayed").before.estimate != precedence(*within).before.estimate
-    assert "replayed, depths 1 to 4" in precedence(*both, comparison="replayed").verdict
+    assert found_in(*both).to_dict() == found_in(*within).to_dict()
+    replayed = found_in(*both, comparison="replayed")
+    assert replayed.before.estimate != found_in(*within).before.estimate
+    assert "Teacher-forced, depths 1 to 4" in replayed.verdict
 
 
 def test_where_everything_shifts_at_once_the_order_says_nothing():
     _, y = random_events(seed=1)
-    found = precedence(*tables(np.zeros_like(y), y))
+    found = found_in(*tables(np.zeros_like(y), y))
     assert found.against.estimate == 0
     given = found.table[found.table["given"] == "the argmax changes"]
     assert given["share"].to_numpy() == pytest.approx(given["null"].to_numpy())
@@ -241,40 +240,30 @@ def test_where_everything_shifts_at_once_the_order_says_nothing():
 
 def test_without_shifts_every_change_is_against_the_claim():
     _, y = random_events(seed=1)
-    found = precedence(*tables(np.full_like(y, NEVER), y))
+    found = found_in(*tables(np.full_like(y, NEVER), y))
     assert found.alone.estimate == found.against.estimate == 1
     assert found.by_layer.empty
-    assert "no position shifts" in str(found.figures()["by_layer"].to_dict()["layout"])
+    assert set(found.figures()) == {"order", "changed"}
     other = found.table[found.table["given"] == "the state shifts"]
     assert (other["positions"] == 0).all()
     assert other[["share", "null", "p"]].isna().all().all()
-    json.dumps(found.to_dict(), allow_nan=False)
 
 
-def test_where_the_argmax_never_changes_nothing_is_testable():
-    x, _ = random_events(seed=1)
-    found = precedence(*tables(x, np.full_like(x, NEVER)))
-    assert found.verdict == "not testable: the argmax never changes, at 600 positions of 20 questions."
-    assert "not testable" in str(found.figure().to_dict()["layout"])
-    assert found.table.empty
-
-
-def test_one_question_has_shares_and_no_intervals():
-    x, y = random_events(questions=1, positions=40, seed=4)
-    found = precedence(*tables(x, y))
-    assert np.isfinite(found.before.estimate)
-    assert not found.before.known
-    assert "one question" in found.verdict
-    found.figures()
-
-
-def test_empty_tables_and_one_depth_are_not_testable():
-    pairs, outputs = tables(*random_events(seed=1))
-    for comparison in COMPARISONS:
-        found = precedence(pairs[:0], outputs[:0], comparison)
-        assert found.verdict == f"not testable: no outputs of comparison {comparison!r} in this run."
-    assert precedence(pairs[:0], outputs).verdict.startswith("not testable: no pairs")
-    assert precedence(pairs, outputs[:0]).verdict.startswith("not testable: no outputs")
+def test_what_cannot_be_tested_says_why():
+    x, y = random_events(seed=1)
+    pairs, outputs = tables(x, y)
+    still = tables(x, np.full_like(x, NEVER))[1]
+    for given, why in (
+        ((pairs, still), "the argmax never changes, at 600 positions of 20 questions"),
+        ((pairs[:0], outputs), "no pairs of comparison 'within'"),
+        ((pairs, outputs[:0]), "no outputs of comparison 'within'"),
+        ((pairs[pairs["b"] != 3], outputs), "between 1 and 3"),
+        ((pairs.assign(cosine=np.nan), outputs), "no position of comparison 'within' has every overlap"),
+    ):
+        with pytest.raises(Untestable, match=why):
+            found_in(*given)
+    with pytest.raises(SSTError, match="lens_jaccard"):
+        found_in(pairs, outputs, choices=Choices(overlap="lens_jaccard"))
 
 
 def test_a_position_without_every_overlap_is_left_out_and_counted():
@@ -283,21 +272,12 @@ def test_a_position_without_every_overlap_is_left_out_and_counted():
     at = (pairs["question"] == 3) & (pairs["position"] == 5)
     pairs.loc[at & (pairs["layer"] == 2) & (pairs["b"] == 3), "cosine"] = np.nan
     ended = (outputs["question"] == 4) & (outputs["position"] == 7) & (outputs["b"] == 4)
-    found = precedence(pairs, outputs[~ended])
+    found = found_in(pairs, outputs[~ended])
     assert (found.n_positions, found.n_excluded) == (598, 2)
     keep = np.ones(x.shape, bool)
     keep[3, 5] = keep[4, 7] = False
     n = (y[keep] < NEVER).sum()
     assert found.before.estimate == pytest.approx(((y < NEVER) & (x < y))[keep].sum() / n)
-    assert precedence(pairs.assign(cosine=np.nan), outputs).verdict.startswith("not testable: no position")
-
-
-def test_what_does_not_exist_is_an_error():
-    pairs, outputs = tables(*random_events(seed=1))
-    with pytest.raises(SSTError, match="unknown comparison"):
-        precedence(pairs, outputs, "backwards")
-    with pytest.raises(SSTError, match="lens_jaccard"):
-        precedence(pairs, outputs, kind="lens_jaccard")
 
 
 def test_the_synthetic_runs_of_the_other_analyses_do():
@@ -307,12 +287,12 @@ def test_the_synthetic_runs_of_the_other_analyses_do():
         argmax_changed=(pairs["cosine"] < 0.9)[pairs["layer"] == 7]
     )
     for comparison in COMPARISONS:
-        found = precedence(pairs, outputs, comparison, threshold=0.95)
+        found = found_in(pairs, outputs, comparison, threshold=0.95)
         assert found.against.estimate == 0, "the argmax changes only where the last layer has shifted"
-        assert comparison in found.verdict
+        assert found.words.capitalize() in found.verdict
         for figure in found.figures().values():
             layout = str(figure.to_dict()["layout"])
-            assert comparison in layout
+            assert found.words in layout
             assert "12 questions" in layout
 
 
@@ -332,15 +312,15 @@ def nudged(true=0.6, random=0.3, elsewhere=0.3, questions=20, positions=20, seed
 def test_a_change_that_does_more_than_its_size_is_said_to():
     x, y = random_events(seed=1, positions=20)
     x[:, :10] = 0
-    found = precedence(*tables(x, y, "replayed"), "replayed", nudges=nudges_table(nudged()))
+    found = found_in(*tables(x, y, "replayed"), "replayed", nudges=nudges_table(nudged()))
     rows = found.beside_nudges.set_index(["site", "direction", "where"])
     at = ("output", "random", "shifted")
     assert rows["difference_low"][at] < 0.3 < rows["difference_high"][at]
-    assert "more than its size explains" in found.verdict
+    assert "flips the argmax more often than a random change of the same size" in found.verdict
     assert rows["positions"][at] == (x < NEVER).sum()
     assert rows["positions"]["stream", "true", "stable"] == (x == NEVER).sum()
-    less = precedence(*tables(x, y, "replayed"), "replayed", nudges=nudges_table(nudged(0.1, 0.5)))
-    assert "less than any change of that size would do" in less.verdict
+    less = found_in(*tables(x, y, "replayed"), "replayed", nudges=nudges_table(nudged(0.1, 0.5)))
+    assert "flips the argmax less often than" in less.verdict
 
 
 def test_the_planted_difference_is_inside_its_interval_as_often_as_stated():
@@ -348,7 +328,7 @@ def test_the_planted_difference_is_inside_its_interval_as_often_as_stated():
     for seed in range(40):
         table = nudges_table(nudged(0.4, 0.4, seed=seed), directions=("true", "random"))
         every = pd.DataFrame({"question": np.repeat(range(20), 20), "position": np.tile(range(20), 20)})
-        found = beside_nudges(table, "replayed", every.assign(shifted=True), resamples=300)
+        found = beside_perturbations(table, every.assign(shifted=True), Resampling(300, 0))
         row = found.set_index(["site", "direction"]).loc[("output", "random")]
         inside += row["difference_low"] <= 0 <= row["difference_high"]
     assert inside >= 33  # 95% nominal, 40 trials; 32 or fewer has probability 0.1% at 93%
@@ -362,7 +342,7 @@ def test_only_the_same_positions_are_compared():
     table = nudges_table(changed)
     table = table[(table["direction"] != "elsewhere") | (table["position"] >= 10)]
     every = pd.DataFrame({"question": np.repeat(range(6), 20), "position": np.tile(range(20), 6)})
-    found = beside_nudges(table, "replayed", every.assign(shifted=True))
+    found = beside_perturbations(table, every.assign(shifted=True), Resampling(300, 0))
     rows = found.set_index(["site", "direction"])
     for site in ("output", "stream"):
         own = rows.loc[(site, "elsewhere")]
@@ -376,14 +356,14 @@ def test_within_takes_its_shifts_from_the_pass_that_was_nudged():
     shifted = np.zeros(x.shape, bool)
     shifted[:, :5] = True
     table = nudges_table(nudged(), "within", shifted)
-    found = precedence(*tables(x, y), nudges=table)
+    found = found_in(*tables(x, y), nudges=table)
     rows = found.beside_nudges.set_index(["site", "direction", "where"])
     assert rows["positions"]["output", "true", "shifted"] == 100
     assert rows["positions"]["output", "true", "stable"] == 300
     relative = table.assign(
         relative_l2=[1 - c for c in table["cosine"]], cosine=[c * 0 for c in table["cosine"]]
     )
-    other = precedence(*tables(x, y), nudges=relative, kind="relative_l2", threshold=0.8)
+    other = found_in(*tables(x, y), nudges=relative, choices=Choices(overlap="relative_l2"), threshold=0.8)
     assert other.beside_nudges.equals(found.beside_nudges)
 
 
@@ -394,53 +374,50 @@ def test_the_order_of_nudges_is_the_count():
     table["cosine"] = [np.full(1, 0.999 if b == 2 else 0.5) for b in table["b"]]
     later = (table["direction"] == "random") & (table["b"] == 4) & (table["seed"] < 2)
     table.loc[later, "argmax_changed"] = True
-    found = nudged_orders(table[table["site"] == "output"], "replayed", 0.99, "cosine").set_index(
-        ["direction", "order"]
-    )
+    found = perturbed_orders(table, 0.99, "cosine", Resampling()).set_index(["direction", "order"])
     assert found["share"]["true", "after"] == 1
     assert found["share"]["random", "before"] == 1
     assert found["positions"]["random", "before"] == 5 * 4 * 2
     assert "elsewhere" not in found.index
 
 
-def test_without_nudges_that_part_is_not_testable():
+def test_without_perturbations_that_part_is_not_known():
     pairs, outputs = tables(*random_events(seed=1))
     table = nudges_table(nudged(), "replayed")
     for nudges in (None, table[:0], table):  # the last: of another comparison
-        found = precedence(pairs, outputs, nudges=nudges)
-        assert "not testable: the run has no nudges of comparison 'within'" in found.verdict
+        found = found_in(pairs, outputs, nudges=nudges)
+        assert "is not known: the run has no norm-matched perturbations (within; " in found.verdict
         assert found.beside_nudges.empty
         assert found.by_construction.empty
         assert np.isfinite(found.before.estimate), "the rest is there"
         found.figures()
-    free = precedence(*tables(*random_events(seed=1), "free"), "free", nudges=table)
-    assert "not testable: in `free` each depth reads its own text" in free.verdict
-    jaccard = precedence(
+    free = found_in(*tables(*random_events(seed=1), "free"), "free", nudges=table)
+    assert "is not known: each depth reads its own text." in free.verdict
+    jaccard = found_in(
         pairs.assign(lens_jaccard=pairs["cosine"]),
         outputs,
         nudges=nudges_table(nudged(), "within"),
-        kind="lens_jaccard",
+        choices=Choices(overlap="lens_jaccard"),
     )
-    assert "not testable: nudges have no lens_jaccard" in jaccard.verdict
+    assert "is not known: norm-matched perturbations have no lens_jaccard" in jaccard.verdict
 
 
 def test_nudges_elsewhere_than_the_run_are_said_to_be_useless():
     x, y = random_events(seed=1, questions=3)
     table = nudges_table(nudged(questions=3)).assign(question=lambda t: t["question"] + 50)
-    found = precedence(*tables(x, y, "replayed"), "replayed", nudges=table)
-    assert "not testable: no nudged position has all its overlaps" in found.verdict
-    stable = precedence(
+    found = found_in(*tables(x, y, "replayed"), "replayed", nudges=table)
+    assert "is not known: no perturbed position has all its overlaps" in found.verdict
+    stable = found_in(
         *tables(np.full_like(x, NEVER), y, "replayed"), "replayed", nudges=nudges_table(nudged(questions=3))
     )
-    assert "No position with controls shifts" in stable.verdict
+    assert "No perturbed position shifts" in stable.verdict
 
 
 def test_nan_in_nudges_is_left_out():
     x, y = random_events(seed=1, positions=20)
     table = nudges_table(nudged())
     table.loc[table["position"] == 0, "kl"] = np.nan
-    found = precedence(*tables(np.zeros_like(x), y, "replayed"), "replayed", nudges=table)
+    found = found_in(*tables(np.zeros_like(x), y, "replayed"), "replayed", nudges=table)
     assert (found.beside_nudges["positions"] == 20 * 19).all()
-    json.dumps(found.to_dict(), allow_nan=False)
     for figure in found.figures().values():
         assert "20 questions" in str(figure.to_dict()["layout"])

@@ -15,10 +15,11 @@ import pytest
 from synthetic import synthetic_run
 from synthetic_outputs import outputs_table, steps_table
 
-from sst_interp.analyses import Result, claims
+from sst_interp.analyses import Result
 from sst_interp.analyses.plots import empty_figure
 from sst_interp.choices import COMPARISONS, Choices
 from sst_interp.errors import SSTError
+from sst_interp.findings.ledger import claims
 from sst_interp.report import render_report, write_report
 from sst_interp.report.escaping import script_json, visible
 from sst_interp.report.explorer import Threshold, explorer_data
@@ -373,7 +374,8 @@ def test_a_question_by_index_or_id_shows_itself_only(run, tmp_path):
 def test_what_cannot_be_tested_is_said():
     few = full_run(comparisons=("replayed",), questions=3, positions=4, layers=2)
     page = render_report(few, claims(few, resamples=20))
-    assert "not testable: no pairs of comparison &#39;free&#39; in this run." in page
+    assert "Not testable in free: the run has no pairs of comparison &#39;free&#39;." in page
+    assert page.count('<span data-panel="free">Not testable in this comparison.</span>') == 3
     empty = synthetic_run(comparisons=(), questions=3)
     data = embedded(render_report(empty, claims(empty, resamples=20)))
     assert data["explorer"]["comparisons"] == []

@@ -13,11 +13,12 @@ from test_capture import write_questions
 from test_loading import save_model
 from tiny_kinds import WORDS, capture_kinds, models
 
-from sst_interp import ledger, places
+from sst_interp import places
 from sst_interp.capture import _of_the_stream
 from sst_interp.checkpoint import save_checkpoint
 from sst_interp.cli import app
 from sst_interp.errors import SSTError
+from sst_interp.findings import of_run
 from sst_interp.recipe import Recipe
 from sst_interp.report import render_report
 from sst_interp.run_kind import kind_words, run_kind
@@ -89,8 +90,8 @@ def test_the_report_names_the_kind_and_claims_of_a_blend_need_one(captured, kind
     measured = {"model": "tiny", "layers": "all", "alpha": 0.2, "alpha_low": 0.1, "alpha_high": 0.3}
     pd.DataFrame([measured]).to_parquet(shipped / "errors.parquet")
     seen = []  # a measurement of an SST of that name must not be read beside another kind
-    monkeypatch.setattr(ledger, "approximation_error", lambda table: seen.append(len(table)))
-    found = ledger.ledger_of(run, resamples=50)
+    monkeypatch.setattr(of_run, "approximation_error", lambda table: seen.append(len(table)))
+    found = of_run.ledger_of(run, resamples=50)
     about_the_blend = {row.claim.id: row.finding for row in found.rows if row.claim.id in ("C14", "C15")}
     assert len(about_the_blend) == 2
     if kind == "sst":

@@ -16,6 +16,7 @@ from sst_interp.errors import SSTError
 from sst_interp.experiments.probe.commands import probe
 from sst_interp.experiments.studies.commands import app as study_app
 from sst_interp.patching.commands import patch
+from sst_interp.plugins import load_plugins
 from sst_interp.printing import plain, say
 
 app = typer.Typer(
@@ -35,6 +36,7 @@ def top(
     if version:
         say(f"sst-interp {sst_interp.__version__}")
         raise typer.Exit
+    load_plugins()
 
 
 COMMANDS = (

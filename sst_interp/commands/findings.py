@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sst_interp import places
+from sst_interp import __version__, places
 from sst_interp.choices import COMPARISONS
 from sst_interp.commands.common import (
     FreshFlag,
@@ -50,7 +50,6 @@ def basin_shifts(
 
         sst-interp basin-shifts --run demo --json - | jq .replayed.share
     """
-    from sst_interp.analyses.basin_shifts import BasinShifts
     from sst_interp.report import write_report
 
     for file in (html, json_file):
@@ -60,19 +59,18 @@ def basin_shifts(
     page = _report_path(captured, html)
     check_output(page)
     ledger = ledger_with_bar(captured)
-    found = {name: ledger.results.get(f"basin_shifts.{name}") for name in COMPARISONS}
-    results = {name: result for name, result in found.items() if isinstance(result, BasinShifts)}
-    as_json = json.dumps({name: result.to_dict() for name, result in results.items()}, indent=2)
+    as_json = json.dumps({name: _as_dict(ledger, name) for name in COMPARISONS}, indent=2)
     if str(json_file) == "-":
         print(as_json)
     else:
-        _print_basin_shifts(captured, results)
+        _print_basin_shifts(captured, ledger)
         print_table(ledger.by_claim)
         say(f"\n{ledger.verdict}\n`sst-interp claims --run {run}` says more\n")
         if json_file is not None:
             write_text(json_file, as_json + "\n")
     written = write_report(captured, page, ledger)
     say(f"report: {written}", sys.stderr if str(json_file) == "-" else sys.stdout)
+    _exit_if_failed(ledger, captured)
 
 
 def claims(
@@ -105,6 +103,7 @@ def claims(
         say(f"{document}: {', '.join(filled) or 'no place for this run'}", sys.stderr)
     if as_json:
         print(json.dumps(ledger.to_dict(), indent=2))
+        _exit_if_failed(ledger, captured)
         return
     for row in ledger.rows:
         say(f"{row.claim.id} {row.comparison}: {row.claim.words}")
@@ -115,6 +114,7 @@ def claims(
     say()
     print_table(ledger.by_claim)
     say(f"\n{ledger.verdict}")
+    _exit_if_failed(ledger, captured)
 
 
 def report(run: RunOption, html: HtmlOption = None) -> None:
@@ -131,12 +131,14 @@ def report(run: RunOption, html: HtmlOption = None) -> None:
     captured: Any = open_run(run)
     page = _report_path(captured, html)
     check_output(page)
-    say(f"report: {write_report(captured, page, ledger_with_bar(captured))}")
+    ledger = ledger_with_bar(captured)
+    say(f"report: {write_report(captured, page, ledger)}")
+    _exit_if_failed(ledger, captured)
 
 
 def ledger_with_bar(run: Any, resamples: int = 2000, seed: int = 0) -> Any:
     """The claims ledger of a run, with a bar over its analyses."""
-    from sst_interp.ledger import companions, ledger_of
+    from sst_interp.findings.of_run import companions, ledger_of
 
     run.check()
     beside = companions(run)
@@ -161,22 +163,40 @@ def _report_path(run: Any, html: Path | None) -> Path:
     return inside
 
 
-def _print_basin_shifts(run: Any, results: dict[str, Any]) -> None:
+def _as_dict(ledger: Any, comparison: str) -> dict[str, Any]:
+    """The basin shifts of a comparison as JSON, or why there are none."""
+    key = f"basin_shifts.{comparison}"
+    if key in ledger.results:
+        return ledger.results[key].to_dict()
+    return {"result": "BasinShifts", "verdict": f"not testable: {ledger.missing[key]}."}
+
+
+def _print_basin_shifts(run: Any, ledger: Any) -> None:
     n = run.questions["question"].nunique()
     say(f"{run.name}: {kind_words(run.kind)}, {run.recipe.checkpoint}, {n} questions\n")
-    print_table(
-        [
-            {
-                "comparison": name,
-                "pair": "-" if result.not_testable else f"{result.a} vs {result.b}",
-                "shifted": "-" if result.not_testable else result.share.text(percent=True),
-                "threshold": "-" if result.not_testable else f"{result.threshold:.4g}",
-                "below 0.99": "-" if result.not_testable else result.share_at_paper.text(percent=True),
-                "modes": "-" if result.distribution is None else result.distribution.modes.count,
-            }
-            for name, result in results.items()
-        ]
-    )
-    for name, result in results.items():
-        say(f"\n{name}: {result.verdict}")
+    rows = []
+    for name in COMPARISONS:
+        row = {"comparison": name} | dict.fromkeys(
+            ("pair", "shifted", "threshold", "below 0.99", "modes"), "-"
+        )
+        if (shifts := ledger.results.get(f"basin_shifts.{name}")) is not None:
+            row["pair"], row["threshold"] = f"{shifts.a} vs {shifts.b}", f"{shifts.threshold:.4g}"
+            row["shifted"] = shifts.share.text(percent=True)
+            row["below 0.99"] = shifts.share_at_paper.text(percent=True)
+            row["modes"] = shifts.distribution.modes.count
+        rows.append(row)
+    print_table(rows)
+    for name in COMPARISONS:
+        say(f"\n{name}: {_as_dict(ledger, name)['verdict']}")
     say()
+
+
+def _exit_if_failed(ledger: Any, run: Any) -> None:
+    """Say which analyses crashed, and leave with exit code 3: what was printed is not the whole ledger."""
+    if not ledger.failed:
+        return
+    for name, error in ledger.failed.items():
+        say(f"failed: {name}: {error}", sys.stderr)
+    words = f"  a fault of sst-interp {__version__}, not a finding: please report these lines, with "
+    say(f"{words}`sst-interp claims --run {run.name}`, to its issues", sys.stderr)
+    raise typer.Exit(3)

@@ -20,17 +20,18 @@ import plotly.graph_objects as go
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from sst_interp.analyses import BasinShifts, Ledger, claims, table_html
+from sst_interp.analyses.result import table_html
 from sst_interp.analyses.statistics.bootstrap import LEVEL, RESAMPLES
 from sst_interp.choices import Choices
 from sst_interp.errors import SSTError
+from sst_interp.findings.ledger import Ledger, claims
 from sst_interp.guarded import check_output, put_bytes
 from sst_interp.report.escaping import script_hash, script_json, visible, visible_table, visible_texts
 from sst_interp.report.explorer import Threshold, explorer_data
 from sst_interp.report.facts import choices_rows, facts, flat, shown_manifest
 from sst_interp.report.ledger_table import claim_rows
 from sst_interp.report.packing import packed
-from sst_interp.report.sections import CAPTIONS, MEANING, STORY, Panel, Section, sections
+from sst_interp.report.sections import MEANING, STORY, Panel, Section, sections
 from sst_interp.token_texts import shows_text, tokenizer_of
 
 __all__ = ["ReportableRun", "render_report", "write_report"]
@@ -105,7 +106,7 @@ def render_report(run: ReportableRun, ledger: Ledger | None = None, tokenizer: A
     shown = sections(ledger, choices.comparison)
     for section in shown:
         for panel in section.panels:
-            _draw(section.name, panel, figures)
+            _draw(section, panel, figures)
             tables[panel.id] = _csv(f"{section.name}-{panel.comparison}".rstrip("-"), panel.result.table)
     columns, rows = claim_rows(ledger, choices.comparison)
     data = {
@@ -170,18 +171,18 @@ def page(
 
 def thresholds(ledger: Ledger) -> dict[str, Threshold]:
     """Per testable comparison, what the explorer needs to know of its basin shifts."""
-    found = [r for r in ledger.results.values() if isinstance(r, BasinShifts) and r.not_testable is None]
+    found: list[Any] = [r for key, r in ledger.results.items() if key.split(".")[0] == "basin_shifts"]
     return {r.comparison: Threshold(r.threshold, r.provenance, r.a, r.b) for r in found}
 
 
 def _ledger(run: Any) -> Ledger:
-    from sst_interp.ledger import ledger_of
+    from sst_interp.findings.of_run import ledger_of
     from sst_interp.run import Run
 
     return ledger_of(run) if isinstance(run, Run) else claims(run)
 
 
-def _draw(name: str, panel: Panel, figures: dict[str, Any]) -> None:
+def _draw(section: Section, panel: Panel, figures: dict[str, Any]) -> None:
     """Fill a panel's figures, the one that shows the finding first; their data go to `figures` by id."""
     if getattr(panel.result, "not_testable", None):
         return
@@ -194,22 +195,24 @@ def _draw(name: str, panel: Panel, figures: dict[str, Any]) -> None:
         panel.figures.append(
             {
                 "id": key, "kind": kind, "title": title, "subtitle": subtitle, "height": int(height),
-                "caption": CAPTIONS.get(f"{name}/{kind}", ""),
+                "caption": section.about.captions.get(kind, ""),
             }
         )  # fmt: skip
 
 
 def _story(shown: list[Section]) -> list[dict[str, Any]]:
     """The figures of the first screen, per comparison; each refers to its figure in the section."""
-    found = []
+    story = []
     for analysis, kind, asks in STORY:
-        panels = [p for s in shown if s.name == analysis for p in s.panels]
-        by_comparison = {
-            p.comparison: next((f for f in p.figures if f["kind"] == kind), None) for p in panels
-        }
-        section = next((s.id for s in shown if s.name == analysis), "")
-        found.append({"asks": asks, "figures": by_comparison, "section": section})
-    return found
+        figures: dict[str, Any] = {}
+        of = [section for section in shown if section.name == analysis]
+        for section in of:
+            figures |= {
+                p.comparison: next((f for f in p.figures if f["kind"] == kind), None) for p in section.panels
+            }
+            figures |= dict.fromkeys(section.missing)
+        story.append({"asks": asks, "figures": figures, "section": of[0].id if of else ""})
+    return story
 
 
 def _csv(name: str, table: pd.DataFrame) -> dict[str, str]:

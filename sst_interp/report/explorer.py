@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sst_interp.analyses.contrast import overlap_of
-from sst_interp.analyses.ledger.suite import table_of
+from sst_interp.analyses.contrast import Tables, overlap_of
 from sst_interp.choices import COMPARISONS
+from sst_interp.errors import SSTError
 from sst_interp.report import token_lists
 from sst_interp.report.escaping import visible
 from sst_interp.report.lens_lists import lens_arrays, lens_words
@@ -49,6 +49,15 @@ class Threshold:
     b: int
 
 
+def table_of(run: Any, name: str) -> pd.DataFrame:
+    """A run's table with every column; an empty one where it is missing or damaged."""
+    try:
+        table = getattr(run, name, None)
+    except SSTError:
+        table = None
+    return table if table is not None and len(table) else Tables(run).empty(name)
+
+
 def explorer_data(
     run: Any,
     thresholds: Mapping[str, Threshold],
@@ -66,7 +75,7 @@ def explorer_data(
         largest: bytes of its JSON at most; one question is always kept.
     """
     tables = ("pairs", "outputs", "steps", "lens", "questions")
-    pairs, outputs, steps, lens, asked = (table_of(run, t)[0] for t in tables)
+    pairs, outputs, steps, lens, asked = (table_of(run, t) for t in tables)
     present = [c for c in COMPARISONS if c in thresholds and (pairs["comparison"] == c).any()]
     counts = pairs[pairs["comparison"].isin(present)].groupby("question").size()
     if questions is not None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from sst_interp.analyses import Claim, Ledger, Row
-from sst_interp.analyses.ledger.rules import EVERYWHERE, FAILS, HOLDS, UNTESTED
+from sst_interp.findings.claims import EVERYWHERE, FAILS, HOLDS, UNTESTED, Claim, Row
+from sst_interp.findings.ledger import Ledger
 from sst_interp.report.sections import by_lead
 
 CHIPS = {HOLDS: ("holds", "\u2713"), FAILS: ("fails", "\u2717"), UNTESTED: ("untested", "\u25cb")}

@@ -1,19 +1,37 @@
-import json
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 from scipy.stats import binomtest
+from synthetic import contrast
 from synthetic_outputs import questions_table
 
-from sst_interp.analyses.overthinking import overthinking
-from sst_interp.analyses.parts.answers import NO_ANSWER, answers_of, depths_permutation, mcnemar
-from sst_interp.analyses.parts.oracle import blind_oracle
+from sst_interp.analyses.answers import (
+    NO_ANSWER,
+    answers_of,
+    blind_oracle,
+    depths_permutation,
+    mcnemar,
+    oracle,
+    overthinking,
+)
 from sst_interp.analyses.settling import settling
+from sst_interp.errors import Untestable
 
 
-def found(table, **options):
-    return overthinking(table, **({"resamples": 300} | options))
+def asked(questions, resamples=300, **beside):
+    """A contrast of a `questions` table, beside runs of which only that table is known."""
+    runs = {role: SimpleNamespace(questions=table) for role, table in beside.items()}
+    return contrast(questions=questions, resamples=resamples, beside=runs)
+
+
+def found(questions, **options):
+    return overthinking(asked(questions, **options))
+
+
+def settled(questions, start=None, **options):
+    return settling(asked(questions, **options), start)
 
 
 def answered(rows, depths=None, gold="A"):
@@ -36,6 +54,7 @@ def test_the_papers_own_numbers_come_out():
     assert result.oracle.estimate == 115 / 198
     assert result.p_value == pytest.approx(binomtest(14, 44).pvalue)
     assert result.difference.low <= -16 / 198 <= result.difference.high
+    assert result.verdict.startswith("Thinking longer costs right answers. ")
     for words in ("51.0%", "42.9%", "198 questions", "30 of 101", "14 of 97", "not a policy", "-8.1 points"):
         assert words in result.verdict
 
@@ -125,7 +144,7 @@ def test_a_blind_oracle_by_hand():
     assert blind_oracle(answers_of(numbers)) is None
     assert np.isnan(found(numbers).guessing)
     assert "blind guess" not in found(numbers).verdict
-    assert found(answered(rows), choices=10).guessing == pytest.approx(1 - 0.9**4)
+    assert oracle(answers_of(answered(rows))._replace(choices=10), 20).guessing == pytest.approx(1 - 0.9**4)
 
 
 def test_answers_that_were_not_found_are_wrong_and_counted():
@@ -139,12 +158,11 @@ def test_answers_that_were_not_found_are_wrong_and_counted():
     never = found(answered(["--", "--"]))
     assert never.oracle.estimate == 0
     never.figures()
-    json.dumps(never.to_dict(), allow_nan=False)
 
 
 def test_answers_settle_cycle_or_drift():
     rows = ["ABCC", "ABCA", "ABBA", "ABCD", "ABC-", "CCCC", "--AB"]
-    result = settling(answered(rows), resamples=300)
+    result = settled(answered(rows), resamples=300)
     kinds = ["settles", "cycles", "cycles", "drifts", "no answer", "settles", "drifts"]
     assert result.of_question["kind"].tolist() == kinds
     assert result.table.set_index("kind")["questions"].to_dict() == {
@@ -161,9 +179,9 @@ def test_the_shuffled_share_is_that_of_shuffled_answers():
     rng = np.random.default_rng(0)
     letters = np.array(list("AABC-"))
     rows = ["".join(letters[rng.integers(0, 5, 5)]) for _ in range(40)]
-    expected = settling(answered(rows), resamples=20).shuffled.estimate
+    expected = settled(answered(rows), resamples=20).shuffled.estimate
     shares = [
-        settling(answered(["".join(rng.permutation(list(r))) for r in rows]), resamples=20).settled.estimate
+        settled(answered(["".join(rng.permutation(list(r))) for r in rows]), resamples=20).settled.estimate
         for _ in range(50)
     ]
     assert np.mean(shares) == pytest.approx(expected, abs=4 * np.std(shares) / np.sqrt(50))
@@ -174,7 +192,7 @@ def test_settling_is_found_where_planted_and_not_in_random_answers():
     letters = np.array(list("ABCD"))
     early, late = letters[rng.integers(0, 4, (80, 3))], letters[rng.integers(0, 4, (80, 1))]
     planted = answered(["".join(r) for r in np.hstack([early, late, late])], (1, 2, 4, 8, 16))
-    result = settling(planted, resamples=500)
+    result = settled(planted, resamples=500)
     assert result.settled.estimate == 1
     assert result.beyond.low > 0
     assert result.steps["per_depth"].iloc[-1] == 0
@@ -183,25 +201,21 @@ def test_settling_is_found_where_planted_and_not_in_random_answers():
     for seed in range(40):
         rng = np.random.default_rng(seed)
         rows = ["".join(r) for r in letters[rng.integers(0, 4, (60, 5))]]
-        beyond = settling(answered(rows), resamples=300).beyond
+        beyond = settled(answered(rows), resamples=300).beyond
         missed += not beyond.low <= 0 <= beyond.high
     assert missed <= 6  # 5% nominal, 40 trials; 7 or more has probability 0.3%
-    assert "no settling is shown" in settling(answered(rows), resamples=300).verdict
+    assert not settled(answered(rows), resamples=300).verdict.startswith("Answers settle:")
 
 
-def test_a_run_with_more_depths_is_reported_beside_and_not_pooled():
+def test_a_run_with_more_depths_is_asked_whether_answers_settle_and_is_not_pooled():
     table, deeper = coin(1, 4), answered(["ABCC", "ABCA"], (1, 4, 8, 16))
-    alone, both = found(table), found(table, beyond=deeper)
-    assert both.table.equals(alone.table)
-    assert both.verdict.startswith(alone.verdict)
-    assert "from depth 1 to 16, 2 questions" in both.verdict
-    assert set(both.figures()) == {"accuracy", "broken_and_mended", "changes"}
-    assert settling(deeper, start=4).depths == (4, 8, 16)
-    for few in (coin(1, 2), pd.DataFrame(), coin(1, 4).drop(columns="answer"), deeper[deeper["depth"] < 8]):
-        result = settling(few)
-        assert result.verdict.startswith("not testable: ")
-        result.figures()
-        json.dumps(result.to_dict(), allow_nan=False)
+    assert found(table, beyond=deeper).to_dict() == found(table).to_dict()
+    assert "2 questions, depths 1 to 16" in settled(table, beyond=deeper).verdict
+    assert settled(deeper, start=4).depths == (4, 8, 16)
+    few = coin(1, 2), pd.DataFrame(), coin(1, 4).drop(columns="answer"), deeper[deeper["depth"] < 8]
+    for table, why in zip(few, ("three depths", "no questions", "no answers", "three depths"), strict=True):
+        with pytest.raises(Untestable, match=why):
+            settled(table)
 
 
 def test_a_matched_baseline_is_paired_by_record():
@@ -216,7 +230,8 @@ def test_a_matched_baseline_is_paired_by_record():
     assert result.base_over_baseline.estimate == pytest.approx((by_depth[:, 0] * 1.0 - right).mean())
     assert "matched baseline" in result.verdict
     strangers = found(table, baseline=baseline.assign(id="nobody"))
-    assert "none of these questions" in strangers.verdict
+    assert strangers.baseline.reason == "the baseline has none of these questions"
+    assert found(table).baseline.reason == "no run of the matched baseline was given"
 
 
 def test_nothing_broken_is_said_with_what_it_excludes():
@@ -227,29 +242,27 @@ def test_nothing_broken_is_said_with_what_it_excludes():
     assert "0 of 0 right answers" in nothing.verdict
     for extreme in (result, nothing):
         extreme.figures()
-        json.dumps(extreme.to_dict(), allow_nan=False)
 
 
-def test_one_depth_one_question_no_table_and_gaps_do_not_crash():
-    assert found(pd.DataFrame()).verdict == "not testable: the table questions of this run is empty."
-    one_depth = found(coin(1, 1))
-    assert one_depth.verdict.startswith("not testable: the run has one depth, 1; accuracy there is ")
-    assert one_depth.table["accuracy"].iloc[0] == one_depth.accuracy.estimate
-    one_question = found(coin(1, 4)[:4])
-    assert "no interval: one question" in one_question.verdict
+def test_questions_with_a_gap_are_left_out_and_counted():
     gap = coin(1, 4).drop(index=[5, 6])
     assert found(gap).n_excluded == 1
     assert "1 question without a row at every depth left out" in found(gap).verdict
     unknown = coin(1, 4)
     unknown["correct"] = unknown["correct"].astype(object).mask(unknown["question"] == 3)
     assert found(unknown).n_excluded == 1
-    assert found(coin(1, 4)[1:4]).verdict.startswith("accuracy is")  # depths 2 to 4
+    assert found(coin(1, 4)[1:4]).base == 2
+
+
+def test_what_cannot_be_tested_says_why():
     nobody = pd.concat([coin(1, 2)[0:1], coin(1, 2)[3:4]])
-    assert found(nobody).verdict == "not testable: no question has a row at every depth."
-    for result in (found(pd.DataFrame()), one_depth, one_question, found(gap), found(nobody)):
-        json.dumps(result.to_dict(), allow_nan=False)
-        result.figures()
-        assert "<h3>" in result._repr_html_()
+    for table, why in (
+        (pd.DataFrame(), "the run has no questions"),
+        (coin(1, 1), "the run has one depth, 1; accuracy there is "),
+        (nobody, "no question has a row at every depth"),
+    ):
+        with pytest.raises(Untestable, match=why):
+            found(table)
 
 
 def test_order_of_rows_and_names_of_questions_change_nothing():
@@ -268,8 +281,9 @@ def test_answers_are_read_as_they_stand():
 
 
 def test_figures_say_questions_and_units():
-    result = found(coin(1, 4), beyond=coin(1, 4))
-    for figure in result.figures().values():
+    result = found(coin(1, 4))
+    assert set(result.figures()) == {"accuracy", "broken_and_mended"}
+    for figure in (*result.figures().values(), settled(coin(1, 4)).figure()):
         layout = str(figure.to_dict()["layout"])
         assert "60 questions" in layout
         assert figure.layout.xaxis.title.text

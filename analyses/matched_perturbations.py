@@ -1,8 +1,9 @@
-"""A change of the state against nudges of the same size: is its direction anything special? (claim C6)
+"""A change of the state against random changes of the same size: is its direction anything special? (C6)
 
 The argmax is a function of the last layer's state. That it changes where the state does is therefore true by
 construction, more often the further the state moves. A run with controls says what any change of that size
-does (`sst_interp.nudges`); here the true change and the nudges are compared at the same positions.
+does (its table `nudges`); here the true change and the norm-matched perturbations are compared at the same
+positions.
 """
 
 from __future__ import annotations
@@ -10,59 +11,52 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from sst_interp.analyses.parts.event_order import ORDERS, first_at, order_counts, orders
+from sst_interp.analyses.contrast import Contrast, comparison_words
 from sst_interp.analyses.statistics.bootstrap import (
-    RESAMPLES,
     Interval,
+    Resampling,
     bootstrap_ends,
     cluster_bootstrap,
     ratio,
 )
+from sst_interp.analyses.statistics.event_order import ORDERS, first_at, order_counts, orders
+from sst_interp.errors import Untestable
 
-NUDGES = ("random", "elsewhere")
-"""Directions of nudges. `elsewhere`: where the state moves at another position of the same text."""
+PERTURBED = ("random", "elsewhere")
+"""Directions of perturbations. `elsewhere`: where the state moves at another position of the same text."""
 SITES = ("output", "stream")
 WHERE = ("shifted", "stable")
 COLUMNS = ("site", "direction", "where", "positions", "questions")
 MEASURES = ("changed", "kl", "replaced")
 OVERLAPS = ("cosine", "relative_l2")
-"""Overlaps that a nudge's layers have."""
+"""Overlaps that a perturbation's layers have."""
 
 
-def same_size(
-    nudges: pd.DataFrame | None,
-    comparison: str,
-    shifted: pd.DataFrame,
-    threshold: float,
-    kind: str = "cosine",
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> tuple[pd.DataFrame, pd.DataFrame, str | None]:
-    """`beside_nudges` and `nudged_orders`, or why there are none.
+def matched_perturbations(c: Contrast, shifted: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The tables of `beside_perturbations` and `perturbed_orders`.
 
     Args:
-        nudges: the run's `nudges` table, if it has one.
-        comparison: "replayed", "within" or "free".
+        c: the contrast; its run may have a table `nudges`.
         shifted: columns question, position, shifted: where the run's deepest pair has shifted (for `within`
-            it is read off the nudges: `shifted_within`).
-        threshold: overlap below which a (position, layer) pair has shifted.
-        kind: which overlap.
-        resamples: question resamples.
-        seed: of the resampling.
+            it is read off the perturbed pass: `shifted_within`).
+
+    Raises:
+        Untestable: if the run has no perturbations of this comparison at its positions.
     """
-    nothing = pd.DataFrame()
-    if comparison == "free":
-        return nothing, nothing, "in `free` each depth reads its own text, and a nudge is not another text"
-    if nudges is None or not (nudges["comparison"] == comparison).any():
-        why = f"the run has no nudges of comparison {comparison!r} (`controls` in its recipe)"
-        return nothing, nothing, why
-    if kind not in OVERLAPS:
-        return nothing, nothing, f"nudges have no {kind}"
-    if comparison == "within":
-        shifted = shifted_within(nudges, threshold, kind)
-    beside = beside_nudges(nudges, comparison, shifted, resamples, seed)
-    orders = nudged_orders(nudges, comparison, threshold, kind, resamples, seed)
-    return beside, orders, None if len(beside) else "no nudged position has all its overlaps"
+    if c.comparison == "free":
+        raise Untestable("each depth reads its own text")
+    rows = c.tables.get("nudges", c.comparison)
+    if rows is None:
+        words = comparison_words(c.comparison)
+        raise Untestable(f"the run has no norm-matched perturbations ({words}; `controls` in its recipe)")
+    if c.kind not in OVERLAPS:
+        raise Untestable(f"norm-matched perturbations have no {c.kind}")
+    if c.comparison == "within":
+        shifted = shifted_within(rows, c.threshold, c.kind)
+    beside = beside_perturbations(rows, shifted, c.resampling)
+    if beside.empty:
+        raise Untestable("no perturbed position has all its overlaps")
+    return beside, perturbed_orders(rows, c.threshold, c.kind, c.resampling)
 
 
 def overlaps(rows: pd.DataFrame, kind: str) -> np.ndarray:
@@ -73,38 +67,31 @@ def overlaps(rows: pd.DataFrame, kind: str) -> np.ndarray:
     return 1 - values if kind == "relative_l2" else values
 
 
-def shifted_within(nudges: pd.DataFrame, threshold: float, kind: str) -> pd.DataFrame:
-    """Which positions shift between iteration 1 and the deepest of the pass that was nudged: columns
+def shifted_within(rows: pd.DataFrame, threshold: float, kind: str) -> pd.DataFrame:
+    """Which positions shift between iteration 1 and the deepest of the pass that was perturbed: columns
     question, position, shifted. It reads depth 1's text; the run's own `within` rows read another.
     """
-    here = (nudges["comparison"] == "within") & (nudges["site"] == "stream") & (nudges["direction"] == "true")
-    rows = nudges[here]
+    rows = rows[((rows["site"] == "stream") & (rows["direction"] == "true")).to_numpy(dtype=bool)]
     shifted = np.asarray((overlaps(rows, kind) < threshold).any(axis=1))
     return rows[["question", "position"]].assign(shifted=shifted)
 
 
-def beside_nudges(
-    nudges: pd.DataFrame,
-    comparison: str,
-    shifted: pd.DataFrame,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """What true changes and nudges of the same size do, at shifted and at stable positions; deepest pair.
+def beside_perturbations(rows: pd.DataFrame, shifted: pd.DataFrame, resampling: Resampling) -> pd.DataFrame:
+    """What true changes and perturbations of the same size do, at shifted and at stable positions; deepest
+    pair.
 
     Args:
-        nudges: the run's `nudges` table.
-        comparison: "replayed" or "within".
+        rows: the run's `nudges` of one comparison.
         shifted: columns question, position, shifted.
-        resamples: question resamples.
-        seed: of the resampling.
+        resampling: of questions.
 
     Returns:
         A row per site, direction and `where`: positions, questions; `changed` (share of argmaxes), `kl` and
-        `replaced` (means), each with _low and _high; `difference` (of `changed`: true minus this nudge, at
-        the same positions) with _low and _high, NaN for the true change itself. No rows: no such nudges.
+        `replaced` (means), each with _low and _high; `difference` (of `changed`: true minus this direction,
+        at the same positions) with _low and _high, NaN for the true change itself. No rows: none of them is
+        at these positions.
     """
-    rows = nudges[(nudges["comparison"] == comparison).to_numpy(dtype=bool)]
+    resamples, seed = resampling
     rows = rows[(rows["b"] == rows["b"].max()).to_numpy(dtype=bool)]
     keys = ["question", "position"]
     rows = rows.astype(dict.fromkeys(keys, "int64")).merge(
@@ -118,6 +105,7 @@ def beside_nudges(
     }
     there = np.isfinite(np.stack(list(values.values()))).all(axis=0)
     place = rows.groupby(keys, sort=False).ngroup().to_numpy()
+    at_shift = rows["shifted"].to_numpy(dtype=bool)
 
     def sums(mask: np.ndarray, name: str) -> np.ndarray:
         """[question, 2]: total and number of the rows of a mask."""
@@ -127,12 +115,8 @@ def beside_nudges(
     records = []
     for site in SITES:
         for where in WHERE:
-            here = (
-                there
-                & (rows["site"] == site).to_numpy()
-                & (rows["shifted"] == (where == "shifted")).to_numpy()
-            )
-            directions = {d: here & (rows["direction"] == d).to_numpy() for d in ("true", *NUDGES)}
+            here = there & (rows["site"] == site).to_numpy() & (at_shift == (where == "shifted"))
+            directions = {d: here & (rows["direction"] == d).to_numpy() for d in ("true", *PERTURBED)}
             for direction, mask in directions.items():
                 if not mask.any():
                     continue
@@ -150,54 +134,38 @@ def beside_nudges(
     return pd.DataFrame(records, columns=[*COLUMNS, *named])
 
 
-def nudged_orders(
-    nudges: pd.DataFrame,
-    comparison: str,
-    threshold: float,
-    kind: str,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> pd.DataFrame:
+def perturbed_orders(rows: pd.DataFrame, threshold: float, kind: str, resampling: Resampling) -> pd.DataFrame:
     """When the last layer's state shifts, seen from the first change of the argmax, for changes without any
-    thought in them: nudges of the last layer's output that grow from b to b as the true change does.
+    thought in them: perturbations of the last layer's output that grow from b to b as the true change does.
 
     Returns:
         A row per direction (`true` among them, read in the same way) and entry of `ORDERS`: positions (and
-        seeds), questions, share, low, high. No rows: no such nudges.
+        seeds), questions, share, low, high. No rows: no such perturbations.
     """
-    rows = nudges[(nudges["comparison"] == comparison).to_numpy() & (nudges["site"] == "output").to_numpy()]
+    rows = rows[(rows["site"] == "output").to_numpy()]
     steps = np.sort(rows["b"].unique())
+    n_steps = max(len(steps), 1)
     keys = ["question", "position", "direction", "seed"]
     rows = rows.sort_values([*keys, "b"])
     whole = (rows.groupby(keys, observed=True)["b"].transform("size") == len(steps)).to_numpy(dtype=bool)
     rows = rows[whole]
     overlap = overlaps(rows, kind)[:, -1]
-    usable = np.isfinite(overlap).reshape(-1, max(len(steps), 1)).all(axis=1)
-    x = first_at((overlap < threshold).reshape(-1, max(len(steps), 1)))
-    y = first_at(rows["argmax_changed"].to_numpy(dtype=bool).reshape(-1, max(len(steps), 1)))
-    first = rows.iloc[:: max(len(steps), 1)]
+    usable = np.isfinite(overlap).reshape(-1, n_steps).all(axis=1)
+    x = first_at((overlap < threshold).reshape(-1, n_steps))
+    y = first_at(rows["argmax_changed"].to_numpy(dtype=bool).reshape(-1, n_steps))
+    first = rows.iloc[::n_steps]
     tables = []
-    for direction in ("true", *NUDGES):
+    for direction in ("true", *PERTURBED):
         here = usable & (first["direction"] == direction).to_numpy(dtype=bool)
         seen = orders(order_counts(first["question"].to_numpy()[here], x[here], y[here], len(steps)))
         seen = seen[seen.sum(axis=1) > 0]
         if not len(seen):
             continue
         sums = np.stack([seen, np.broadcast_to(seen.sum(axis=1, keepdims=True), seen.shape)], axis=-1)
-        share, low, high = bootstrap_ends(sums, ratio, resamples, seed=seed)
-        tables.append(
-            pd.DataFrame(
-                {
-                    "direction": direction,
-                    "order": ORDERS,
-                    "positions": seen.sum(axis=0),
-                    "questions": len(seen),
-                    "share": share,
-                    "low": low,
-                    "high": high,
-                }
-            )
-        )
+        share, low, high = bootstrap_ends(sums, ratio, resampling.resamples, seed=resampling.seed)
+        columns = {"direction": direction, "order": ORDERS, "positions": seen.sum(axis=0)}
+        columns |= {"questions": len(seen), "share": share, "low": low, "high": high}
+        tables.append(pd.DataFrame(columns))
     columns = ["direction", "order", "positions", "questions", "share", "low", "high"]
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
 

@@ -1,0 +1,263 @@
+"""The ledger of a run by name: what stands beside the run, and what was measured of it before.
+
+A run's companions are runs called `NAME-ROLE` beside it, or among the user's and the shipped ones:
+
+- `NAME-blend-off`: the same recipe with `prompt = "blend_off"`, the start-up control of claim C8;
+- `NAME-reshuffled`: the same questions with another `seed`, for C9;
+- `NAME-baseline`: the matched baseline on the same questions, for C11;
+- `NAME-deep`: depths beyond the run's, for overthinking and settling;
+- `NAME-lens`: some of its questions with `overlap = "lens_jaccard"`, for token replacement by layer.
+
+The halting probe (C12, C13) and causal patching (C16) take minutes, so their commands keep what they found,
+rows of the ledger and whole results: in the run's own folder under `findings/`, or for a run that ships in
+`findings/NAME` of the working folder. Kept findings are of one capture: after another one they are not shown.
+A damaged file costs its own rows and nothing else: they say which file it is and what to type. Texts of a
+file are data: control and bidi characters in them show and do nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sst_interp import places
+from sst_interp.analyses.result import KeptResult, Result
+from sst_interp.analyses.statistics.bootstrap import RESAMPLES, Interval
+from sst_interp.durable import replace_json
+from sst_interp.errors import SSTError, Untestable
+from sst_interp.experiments.studies.errors import ApproximationError, approximation_error
+from sst_interp.findings import experiments  # noqa: F401 (it registers the claims that are kept)
+from sst_interp.findings.answers import BlendWeights
+from sst_interp.findings.claims import CLAIMS, EVERYWHERE, Claim, Finding, Row, untestable
+from sst_interp.findings.ledger import Ledger, Progress, claims
+from sst_interp.guarded import read_json, read_table, unreadable
+from sst_interp.loading import checkpoint_folder
+from sst_interp.manifest import content_hash
+from sst_interp.printing import visible_texts
+from sst_interp.run import Run
+from sst_interp.run_kind import WORDS
+from sst_interp.runs import open_run
+from sst_interp.token_texts import token_classes, tokenizer_of
+
+FOLDER = "findings"
+ROLES = {
+    "blend_off": "blend-off",
+    "reshuffled": "reshuffled",
+    "baseline": "baseline",
+    "beyond": "deep",
+    "lens": "lens",
+}
+"""Role (`contrast.BESIDE`) -> the end of the companion's name."""
+
+
+@dataclass(frozen=True)
+class Companions:
+    """The runs that stand beside a run, and why one that was found is not used."""
+
+    runs: dict[str, Run] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def companions(run: Run) -> Companions:
+    """The companions of a run: complete ones, of the same dataset."""
+    beside = Companions()
+    for role, end in ROLES.items():
+        for where in (run.folder.parent / f"{run.name}-{end}", f"{run.name}-{end}"):
+            try:
+                other = open_run(where)
+            except SSTError:
+                continue
+            if other.recipe.dataset != run.recipe.dataset:
+                beside.notes.append(f"{other.name} is of {other.recipe.dataset}, not {run.recipe.dataset}")
+            elif not other.complete:
+                beside.notes.append(f"{other.name} is not complete and is left out")
+            else:
+                beside.runs[role] = other
+            break
+    return beside
+
+
+def ledger_of(
+    run: Run,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    more: tuple[Row, ...] = (),
+    progress: Progress | None = None,
+) -> Ledger:
+    """The claims ledger of a run with its companions, its blend weights and the measured approximation.
+
+    Args:
+        run: a captured run; its companions are looked for.
+        resamples: question resamples, shuffles and permutations.
+        seed: of all three.
+        more: rows of claims that were measured elsewhere; they go before those kept with the run.
+        progress: told how many analyses are done, of how many, and which is next.
+    """
+    tokenizer, kept = tokenizer_of(run), kept_findings(run)
+    ledger = claims(
+        run,
+        **companions(run).runs,
+        alpha=blend_of(run),
+        approximation=approximation_of(run),
+        no_blend=None if run.kind == "sst" else f"a {WORDS[run.kind or 'backbone']} has no blend",
+        token_class=token_classes(tokenizer) if tokenizer is not None else None,
+        more=[*{(row.claim.id, row.comparison): row for row in (*kept.rows, *more)}.values()],
+        resamples=resamples,
+        seed=seed,
+        progress=progress,
+    )
+    return replace(ledger, results=ledger.results | kept.results)
+
+
+def blend_of(run: Run) -> BlendWeights | None:
+    """Mean and range of the blend weights a run was captured with, and where their training started."""
+    known = run.manifest["provenance"]
+    if "alpha_mean" not in known:
+        return None
+    low, high = known["alpha_range"]
+    folder = checkpoint_folder(run.recipe.checkpoint) if run.recipe.alpha is None else None
+    start = None
+    if folder is not None and (about := folder / "training.json").is_file():
+        start = json.loads(about.read_text())["recipe"].get("alpha")
+    return BlendWeights(known["alpha_mean"], low, high, start)
+
+
+def approximation_of(run: Run) -> ApproximationError | None:
+    """What few sweeps cost the run's model, if that was measured (`sst-interp study run two-pass MODEL`).
+
+    Measured means: under the same name and with the same blend weights; trained anew it is another model.
+    """
+    known = run.manifest["provenance"]
+    if "alpha_mean" not in known:
+        return None
+    model = known.get("model", run.recipe.checkpoint)
+    blend = (known["alpha_mean"], *known["alpha_range"])
+    for file in (places.studies_dir() / "errors.parquet", places.shipped("studies") / "errors.parquet"):
+        if file.is_file():
+            again = f"delete it; `sst-interp study run two-pass {model}` measures it again"
+            table = read_table(file, again, ("model", "layers", "alpha", "alpha_low", "alpha_high"))
+            measured = table[["alpha", "alpha_low", "alpha_high"]].to_numpy(dtype=float)
+            same = np.isclose(measured, blend, rtol=0, atol=1e-6).all(axis=1)
+            named = (table["layers"] == "all") & (table["model"] == model)
+            own = table[same & named.to_numpy(dtype=bool)]
+            if len(own):
+                try:
+                    return approximation_error(own)
+                except Untestable:  # nothing of it is finite, or no two passes are among it
+                    continue
+    return None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What was kept of one capture."""
+
+    rows: list[Row] = field(default_factory=list)
+    """Rows of the claims ledger."""
+    results: dict[str, Result] = field(default_factory=dict)
+    """Analysis (`halting`, `routing`, `patching`) -> its result, as far as it can be shown again."""
+
+
+def keep_findings(
+    run: Run,
+    name: str,
+    rows: Sequence[Row],
+    made: dict[str, Any],
+    results: Mapping[str, Result] | None = None,
+) -> Path:
+    """Keep a measurement as `NAME.json`; returns the file.
+
+    Args:
+        run: what was measured.
+        name: of the measurement, for example `probe`.
+        rows: of the ledger.
+        made: JSON-ready: what was chosen (seed, permutations ...).
+        results: analyses that get a section in the report, by name.
+    """
+    shipped = run.folder.parent.resolve() == places.shipped("runs").resolve()
+    own = not shipped and os.access(run.folder, os.W_OK)
+    folder = run.folder / FOLDER if own else Path(FOLDER) / run.name
+    if own and folder.is_symlink():
+        raise SSTError(f"{folder} is a link to somewhere else: nothing is written there", "remove the link")
+    folder.mkdir(parents=True, exist_ok=True)
+    contents = {
+        "of": capture_of(run),
+        "made": made,
+        "rows": [_plain(asdict(row)) for row in rows],
+        "results": {key: KeptResult.of(result).to_json() for key, result in (results or {}).items()},
+    }
+    replace_json(folder / f"{name}.json", contents)
+    return folder / f"{name}.json"
+
+
+def kept_findings(run: Run) -> Kept:
+    """What is kept of this capture; the working folder's goes before what came with the run."""
+    rows: dict[tuple[str, str], Row] = {}
+    results: dict[str, Result] = {}
+    for folder in (run.folder / FOLDER, Path(FOLDER) / run.name):
+        for file in sorted(folder.glob("*.json")):
+            kept = _kept(file, run)
+            rows |= {(row.claim.id, row.comparison): row for row in kept.rows}
+            results |= kept.results
+    return Kept(list(rows.values()), results)
+
+
+def capture_of(run: Run) -> str:
+    """Which capture a run is: `manifest.content_hash`."""
+    return content_hash(run.manifest)
+
+
+def _kept(file: Path, run: Run) -> Kept:
+    """What one file has of this capture; of a damaged one, rows that say so."""
+    again = "delete it, or measure again"
+    try:
+        contents = visible_texts(read_json(file, again))
+        try:
+            if contents["of"] != capture_of(run):
+                return Kept()
+            results: dict[str, Result] = {
+                name: _result(values) for name, values in contents.get("results", {}).items()
+            }
+            return Kept([_row(values) for values in contents["rows"]], results)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise unreadable(file, error, again) from None
+    except SSTError as error:
+        lost = untestable(f"{error.message}; delete it, or `sst-interp {file.stem} --run {run.name}` again")
+        measured = [entry.claim for entry in CLAIMS.values() if entry.measured == file.stem]
+        return Kept([Row(claim, EVERYWHERE, lost) for claim in measured])
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _row(values: dict[str, Any]) -> Row:
+    claim, finding = dict(values["claim"]), dict(values["finding"])
+    figure = finding.pop("figure")
+    numbers = {k: math.nan if figure[k] is None else figure[k] for k in ("estimate", "low", "high")}
+    claim["value"] = math.nan if claim["value"] is None else claim["value"]
+    if not isinstance(finding["verdict"], str):
+        raise TypeError("a verdict is no text")
+    return Row(
+        Claim(**claim), values["comparison"], Finding(figure=Interval(**(figure | numbers)), **finding)
+    )
+
+
+def _result(values: dict[str, Any]) -> KeptResult:
+    result = KeptResult.from_json(values)
+    if not isinstance(result.verdict, str):
+        raise TypeError("a verdict is no text")
+    result.figures()  # plotly refuses what it did not draw
+    return result
