@@ -97,7 +97,7 @@ def beside_perturbations(rows: pd.DataFrame, shifted: pd.DataFrame, resampling: 
     rows = rows.astype(dict.fromkeys(keys, "int64")).merge(
         shifted.astype(dict.fromkeys(keys, "int64")), on=keys
     )
-    codes, questions = pd.factorize(rows["question"].to_numpy())
+    codes, questions = pd.factorize(rows["question"].to_numpy(), sort=True)
     values = {
         "changed": rows["argmax_changed"].to_numpy(dtype=float),
         "kl": rows["kl"].to_numpy(dtype=float),

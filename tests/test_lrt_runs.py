@@ -13,7 +13,7 @@ from test_loading import save_model
 from test_lrt import lrt
 from test_training_data import write_gsm8k
 
-from sst_interp.analyses import basin_shifts
+from sst_interp.analyses import Contrast, basin_shifts
 from sst_interp.checkpoint import read_checkpoint, save_checkpoint
 from sst_interp.choices import Choices
 from sst_interp.errors import SSTError
@@ -169,7 +169,7 @@ def test_a_run_is_captured_and_analysed_like_any_other(run):
     assert set(pairs["layer"]) == {0, 1, 2}
     assert set(pairs["comparison"]) == {"replayed", "within", "free"}
     assert (pairs["cosine"] < 0.999).any()  # iterating moves something
-    found = basin_shifts(pairs, "replayed")
+    found = basin_shifts(Contrast.of(captured, "replayed"))
     assert found.verdict
     found = ledger_of(captured, resamples=50)
     assert {"C1", "C3", "C6"} <= {row.claim.id for row in found.rows}
