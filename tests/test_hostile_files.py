@@ -25,8 +25,8 @@ from sst_interp import durable, manifest
 from sst_interp.analyses.result import KeptResult
 from sst_interp.documents import fill
 from sst_interp.errors import SSTError
-from sst_interp.guarded import check_output, put_bytes, read_json, read_whole
 from sst_interp.findings.of_run import capture_of, kept_findings
+from sst_interp.guarded import check_output, put_bytes, read_json, read_whole
 from sst_interp.printing import bar, plain, say
 from sst_interp.publishing import publish
 from sst_interp.questions import load_questions

@@ -7,13 +7,13 @@ import pytest
 from synthetic_outputs import questions_table
 from synthetic_states import states
 
-from sst_interp.analyses.ledger.probe import probe_rows
-from sst_interp.analyses.ledger.rules import EVERYWHERE, FAILS, HOLDS, UNTESTED
-from sst_interp.analyses.parts.answers import answers_of
+from sst_interp.analyses.answers import answers_of
 from sst_interp.errors import Untestable
 from sst_interp.experiments.probe.finding import at_chance, halting_of
 from sst_interp.experiments.probe.fit import Design
 from sst_interp.experiments.probe.routing import routing
+from sst_interp.findings.claims import EVERYWHERE, FAILS, HOLDS, UNTESTED
+from sst_interp.findings.experiments import probe_rows
 
 QUICK = Design(dims=(2, 4), penalties=(0.03,), blocks=3)
 

@@ -7,7 +7,7 @@ import tiny_run
 import torch
 from synthetic_outputs import questions_table
 
-from sst_interp.analyses.parts.answers import answers_of
+from sst_interp.analyses.answers import answers_of
 from sst_interp.errors import SSTError, Untestable
 from sst_interp.experiments.probe.data import RULES, features_of, halting_labels, position0, usable_layers
 from sst_interp.publishing import publish

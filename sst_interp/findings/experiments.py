@@ -154,18 +154,15 @@ def probe_rows(halting: Any, routing: Any) -> list[Row]:
 def patching_rows(patching: Any) -> list[Row]:
     """C16 and C16b of a `Patching` (or of the `Untestable`), for `claims(run, more=...)`."""
     if not isinstance(patching, Untestable) and not patching.recovered:
-        patching = Untestable(getattr(patching, "not_testable", None) or "no patched pair has shifted")
+        patching = Untestable("no patched pair has shifted")
     causes, beyond = _judged(shift_causes, patching), _judged(beyond_its_size, patching)
     return [row_of("C16", causes), row_of("C16b", beyond)]
 
 
 def _judged(judge: Callable[..., Finding], *results: Any) -> Finding:
     """What a rule says of results, or why one of them does not exist."""
-    for result in results:
-        why = result.message if isinstance(result, Untestable) else getattr(result, "not_testable", None)
-        if why:
-            return untestable(why)
-    return judge(*results)
+    why = next((result.message for result in results if isinstance(result, Untestable)), None)
+    return judge(*results) if why is None else untestable(why)
 
 
 def _not_by_this_probe(probe: Any, tested: bool = True) -> str | None:

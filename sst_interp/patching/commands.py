@@ -31,9 +31,9 @@ def patch(
     """
     from tqdm import tqdm
 
-    from sst_interp.findings.experiments import patching_rows
     from sst_interp.experiments.patching.finding import patching
     from sst_interp.experiments.patching.run import Plan, patch_run
+    from sst_interp.findings.experiments import patching_rows
     from sst_interp.findings.of_run import keep_findings
     from sst_interp.runs import open_run
 

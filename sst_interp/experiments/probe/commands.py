@@ -62,10 +62,10 @@ def probe(
     """
     from tqdm import tqdm
 
-    from sst_interp.analyses.ledger.probe import PAPER_LABEL, probe_rows
     from sst_interp.experiments.probe import saved
     from sst_interp.experiments.probe.fit import Design
-    from sst_interp.kept_findings import keep_findings
+    from sst_interp.findings.experiments import PAPER_LABEL, probe_rows
+    from sst_interp.findings.of_run import keep_findings
     from sst_interp.runs import open_run
 
     opened: Any = open_run(run)
@@ -93,7 +93,7 @@ def probe(
 
 def as_dict(probed: Probed) -> dict[str, Any]:
     """JSON-ready: both results, the rows of the claims ledger, and what was trained on every question."""
-    from sst_interp.analyses.ledger.probe import probe_rows
+    from sst_interp.findings.experiments import probe_rows
 
     rows = [
         {
@@ -118,7 +118,7 @@ def as_dict(probed: Probed) -> dict[str, Any]:
 
 def as_text(probed: Probed) -> str:
     """Tables, verdicts and the rows of the claims ledger."""
-    from sst_interp.analyses.ledger.probe import probe_rows
+    from sst_interp.findings.experiments import probe_rows
 
     parts = [
         _table(probed.halting.table, ("name",), PROBE_COLUMNS),

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sst_interp.analyses.parts.answers import NO_ANSWER, Answers
+from sst_interp.analyses.answers import NO_ANSWER, Answers
 from sst_interp.errors import SSTError, Untestable, unknown_name
 from sst_interp.halting import Convergence, Entropy, OutputChange, Threshold
 
@@ -130,7 +130,7 @@ class Labels:
 
 
 def halting_labels(answers: Answers, name: str = "must-halt") -> Labels:
-    """The labels called `name`, from a run's answers (`analyses.parts.answers.answers_of`).
+    """The labels called `name`, from a run's answers (`analyses.answers.answers_of`).
 
     Raises:
         SSTError: an unknown name.

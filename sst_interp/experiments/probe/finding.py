@@ -18,9 +18,19 @@ import plotly.graph_objects as go
 import torch
 from sklearn.metrics import roc_curve
 
-from sst_interp.analyses.figures.outputs import bars
-from sst_interp.analyses.parts.answers import Answers, answers_of, mean_of
-from sst_interp.analyses.plots import BLUE, GREEN, GREY, ORANGE, VERMILLION, Dot, canvas, dots, empty_figure
+from sst_interp.analyses.answers import Answers, answers_of, mean_of
+from sst_interp.analyses.plots import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    VERMILLION,
+    Dot,
+    canvas,
+    dots,
+    empty_figure,
+    error_bars,
+)
 from sst_interp.analyses.result import Result
 from sst_interp.analyses.statistics.along_texts import p_value
 from sst_interp.analyses.statistics.bootstrap import RESAMPLES, Interval, percent_text, questions_words
@@ -391,8 +401,8 @@ def _decisions(probe: Halting, subtitle: str) -> go.Figure:
         figure.add_scatter(
             x=x, y=y, mode="markers", name=name, text=rows["name"],
             marker={"color": colour, "size": 10, "symbol": symbol},
-            error_x=bars(x, low, high, colour),
-            error_y=bars(y, rows["sensitivity_low"].to_numpy(), rows["sensitivity_high"].to_numpy(), colour),
+            error_x=error_bars(x, low, high, colour),
+            error_y=error_bars(y, rows["sensitivity_low"].to_numpy(), rows["sensitivity_high"].to_numpy(), colour),
             hovertemplate="%{text}: sensitivity %{y:.1%}, 1 - specificity %{x:.1%}<extra></extra>",
         )  # fmt: skip
     figure.update_xaxes(tickformat=".0%", range=[-0.03, 1.03])
@@ -432,7 +442,7 @@ def _calibration(probe: Halting, subtitle: str) -> go.Figure:
     observed = t["observed"].to_numpy()
     figure.add_scatter(
         x=t["predicted"], y=observed, mode="markers+lines", name="the probe", customdata=t["questions"],
-        error_y=bars(observed, t["observed_low"].to_numpy(), t["observed_high"].to_numpy(), BLUE),
+        error_y=error_bars(observed, t["observed_low"].to_numpy(), t["observed_high"].to_numpy(), BLUE),
         line={"color": BLUE}, marker={"size": 9},
         hovertemplate="predicted %{x:.2f}: %{y:.1%} of %{customdata} questions<extra></extra>",
     )  # fmt: skip

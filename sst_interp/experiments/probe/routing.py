@@ -22,9 +22,8 @@ import pandas as pd
 import plotly.graph_objects as go
 import torch
 
-from sst_interp.analyses.figures.outputs import bars
-from sst_interp.analyses.parts.answers import Answers, answers_of, mean_of
-from sst_interp.analyses.plots import BLUE, GREY, ORANGE, VERMILLION, canvas
+from sst_interp.analyses.answers import Answers, answers_of, mean_of
+from sst_interp.analyses.plots import BLUE, GREY, ORANGE, VERMILLION, canvas, error_bars
 from sst_interp.analyses.result import Result
 from sst_interp.analyses.statistics.along_texts import over_questions
 from sst_interp.analyses.statistics.bootstrap import (
@@ -142,8 +141,8 @@ class Routing(Result):
                 x=x, y=y, mode=mode, name=name, text=rows["name"], textposition="top center",
                 textfont={"size": 11}, marker={"color": colour, "size": 10, "symbol": symbol},
                 line={"color": colour, "dash": "dot"},
-                error_x=bars(x, rows["passes_low"].to_numpy(), rows["passes_high"].to_numpy(), colour),
-                error_y=bars(y, rows["accuracy_low"].to_numpy(), rows["accuracy_high"].to_numpy(), colour),
+                error_x=error_bars(x, rows["passes_low"].to_numpy(), rows["passes_high"].to_numpy(), colour),
+                error_y=error_bars(y, rows["accuracy_low"].to_numpy(), rows["accuracy_high"].to_numpy(), colour),
                 customdata=rows[["broken", "mended", "conservative", "saved"]],
                 hovertemplate="%{text}: %{y:.1%} at %{x:.1f} passes<br>%{customdata[0]} broken, "
                 "%{customdata[1]} mended, %{customdata[2]} conservative errors, "

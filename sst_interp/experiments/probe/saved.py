@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sst_interp.analyses.parts.answers import answers_of
+from sst_interp.analyses.answers import answers_of
 from sst_interp.durable import publish, replace_json, stage
 from sst_interp.errors import SSTError
 from sst_interp.experiments.probe.data import Features, Labels, halting_labels, position0, usable_layers

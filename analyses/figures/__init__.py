@@ -1,1 +1,0 @@
-"""Drawing: one module per group of figures, one template (`figures.overlap`)."""
