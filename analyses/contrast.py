@@ -21,9 +21,9 @@ import pandas as pd
 
 from sst_interp.analyses.statistics.bootstrap import Resampling, ratio
 from sst_interp.analyses.statistics.modes import Modes, find_modes, question_histograms, to_v
-from sst_interp.choices import COMPARISONS, Choices
 from sst_interp.errors import SSTError, Untestable, unknown_name
-from sst_interp.schema import IDS, OPTIONAL, TABLES, to_frame
+from sst_interp.models.choices import COMPARISONS, Choices
+from sst_interp.runs.schema import IDS, OPTIONAL, TABLES, to_frame
 
 PAPER_THRESHOLD = 0.99
 """The paper's division between stable and shifted (arXiv 2605.00206)."""

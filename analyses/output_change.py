@@ -31,7 +31,7 @@ from sst_interp.analyses.statistics.bootstrap import (
     share,
 )
 from sst_interp.errors import SSTError, Untestable
-from sst_interp.measures import TOP
+from sst_interp.models.measures import TOP
 
 PAPER_RANK = 50
 """The rank from which the paper's deepest new winner came (claim C5)."""

@@ -32,8 +32,8 @@ from sst_interp.analyses.statistics.bootstrap import (
     ratio,
     share,
 )
-from sst_interp.choices import COMPARISONS, Comparison
 from sst_interp.errors import Untestable
+from sst_interp.models.choices import COMPARISONS, Comparison
 
 
 @dataclass(frozen=True, eq=False)

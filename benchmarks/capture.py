@@ -29,9 +29,9 @@ import torch
 from timing import machine, paired, ratio, show
 
 import sst_interp as sst
-from sst_interp.hooks import Record
-from sst_interp.measures import cosine
-from sst_interp.model import StateStreamModel
+from sst_interp.models.hooks import Record
+from sst_interp.models.measures import cosine
+from sst_interp.models.model import StateStreamModel
 
 PLAIN = "transformers generate"
 HIDDEN = "output_hidden_states"

@@ -15,8 +15,8 @@ from timing import machine, paired, ratio, show
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
 import sst_interp as sst
-from sst_interp.lanes import LaneDecoder
-from sst_interp.recorder import Recorder
+from sst_interp.runs.recorder import Recorder
+from sst_interp.runs.rollouts import LaneDecoder
 
 BATCH, PROMPT, NEW = 8, 64, 32
 

@@ -18,8 +18,8 @@ import torch
 from timing import machine, paired
 
 import sst_interp as sst
-from sst_interp.documents import fill, markdown
-from sst_interp.run_kind import WORDS
+from sst_interp.runs.provenance import WORDS
+from sst_interp.tables import fill, markdown
 
 PROMPT, NEW = 64, 16
 DEPTHS = (1, 4)

@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def _captured(name: str):
-    from sst_interp.runs import open_run
+    from sst_interp.runs.store import open_run
 
     return open_run(name)
 

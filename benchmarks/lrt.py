@@ -24,11 +24,10 @@ from timing import machine, paired, ratio, show
 
 import sst_interp as sst
 from sst_interp.experiments.studies.lrt_equivalence import random_memory
-from sst_interp.lrt_design import MemoryDesign, Pathway
-from sst_interp.model import StateStreamModel, attach
-from sst_interp.sequential import advance
-from sst_interp.training.batches import make_batch
-from sst_interp.training.examples import encode, read_items
+from sst_interp.models.kinds.lrt import MemoryDesign, Pathway
+from sst_interp.models.model import StateStreamModel, attach
+from sst_interp.models.solvers.sequential import advance
+from sst_interp.training.data import encode, make_batch, read_items
 from sst_interp.training.objective import training_loss
 from sst_interp.training.recipe import TrainingRecipe, find_training_recipe
 from sst_interp.training.trainer import Training
@@ -141,7 +140,7 @@ def tiny() -> None:
     model = attach(AutoModelForCausalLM.from_config(config), alpha=0.0)
     models = with_memories(model)
     decoding(models, 8, 4, 1)
-    from sst_interp.training.examples import Example
+    from sst_interp.training.data import Example
 
     data = make_batch([Example("one", tuple(range(1, 30)), 4)])
     lrt = models["LRT, residual and key/value"]

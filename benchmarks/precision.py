@@ -16,9 +16,9 @@ import torch
 from timing import machine
 
 import sst_interp as sst
-from sst_interp.capture import capture
 from sst_interp.questions import load_questions
-from sst_interp.recipe import Recipe
+from sst_interp.runs.capture import capture
+from sst_interp.runs.recipe import Recipe
 
 
 def main() -> None:

@@ -34,12 +34,11 @@ from timing import machine, paired, ratio, show
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 import sst_interp as sst
-from sst_interp.model import StateStreamModel
-from sst_interp.questions.question import Item
-from sst_interp.questions.registry import load_items
-from sst_interp.training.adapters import add_adapters, trainable
-from sst_interp.training.batches import Batch, make_batch
-from sst_interp.training.examples import encode
+from sst_interp.models.checkpoint import add_adapters, trainable
+from sst_interp.models.model import StateStreamModel
+from sst_interp.questions.datasets import load_items
+from sst_interp.questions.item import Item
+from sst_interp.training.data import Batch, encode, make_batch
 from sst_interp.training.objective import training_loss
 from sst_interp.training.recipe import TrainingRecipe, find_training_recipe
 from sst_interp.training.trainer import Training

@@ -17,16 +17,16 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from sst_interp.choices import Choices as Choices
     from sst_interp.errors import SSTError as SSTError
-    from sst_interp.loading import load as load
-    from sst_interp.looped import attach_looped as attach_looped
-    from sst_interp.lrt_attach import attach_lrt as attach_lrt
-    from sst_interp.model import StateStreamModel as StateStreamModel
-    from sst_interp.model import attach as attach
-    from sst_interp.recipe import Recipe as Recipe
-    from sst_interp.runs import list_runs as list_runs
-    from sst_interp.runs import open_run as open_run
+    from sst_interp.models.choices import Choices as Choices
+    from sst_interp.models.loading import load as load
+    from sst_interp.models.model import StateStreamModel as StateStreamModel
+    from sst_interp.models.model import attach as attach
+    from sst_interp.models.model import attach_looped as attach_looped
+    from sst_interp.models.model import attach_lrt as attach_lrt
+    from sst_interp.runs.recipe import Recipe as Recipe
+    from sst_interp.runs.store import list_runs as list_runs
+    from sst_interp.runs.store import open_run as open_run
 
 _WHERE = {
     "Choices": "choices",

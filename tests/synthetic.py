@@ -15,7 +15,7 @@ import pandas as pd
 from scipy.stats import norm
 
 from sst_interp.analyses.contrast import Contrast
-from sst_interp.choices import COMPARISONS, Choices
+from sst_interp.models.choices import COMPARISONS, Choices
 
 PAIR_TYPES = {
     "question": "int32",

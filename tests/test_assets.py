@@ -10,7 +10,8 @@ import zipfile
 
 import pytest
 
-from sst_interp import assets, gguf_folder
+from sst_interp.assets import gguf as gguf_folder
+from sst_interp.assets import wheels as assets
 from sst_interp.errors import SSTError
 
 

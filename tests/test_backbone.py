@@ -5,9 +5,9 @@ import torch
 from tiny import COMMON, FAMILIES, tiny
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, GraniteConfig, Olmo2Config, PhiConfig
 
-from sst_interp.backbone import Backbone
 from sst_interp.errors import SSTError
-from sst_interp.model import attach
+from sst_interp.models.backbone import Backbone
+from sst_interp.models.model import attach
 
 
 @pytest.mark.parametrize("attention", [None, "eager"])
@@ -21,7 +21,7 @@ def test_parts_reassemble_to_the_model(family, attention):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_part_that_is_wrong_is_noticed(family, monkeypatch):
     """Validation is not decoration: a branch that is off by one ulp-sized term is refused on load."""
-    from sst_interp import backbone as module
+    from sst_interp.models import backbone as module
 
     original = module.Layer.ffn_branch
     monkeypatch.setattr(module.Layer, "ffn_branch", lambda self, m: original(self, m) * (1 + 1e-12))

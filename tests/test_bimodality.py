@@ -9,8 +9,8 @@ from synthetic import Planted, contrast, pairs_table
 
 from sst_interp.analyses.modes import bimodality, overlap_distribution
 from sst_interp.analyses.statistics import dip
-from sst_interp.choices import Choices
 from sst_interp.errors import Untestable
+from sst_interp.models.choices import Choices
 
 PLACES = (2e-4, 2e-4, 2e-4, 2e-4, 0.3, 0.3, 0.3, 0.3)
 """Layers that each have one mode, at two places."""

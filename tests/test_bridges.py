@@ -9,10 +9,10 @@ import torch
 from test_capture import recipe_for, tiny_llama, word_tokenizer, write_questions
 from tiny import FAMILIES, prompts, tiny
 
-from sst_interp.choices import Choices
 from sst_interp.errors import SSTError
-from sst_interp.hooks import SITES, Record, at
-from sst_interp.model import attach
+from sst_interp.models.choices import Choices
+from sst_interp.models.hooks import SITES, Record, at
+from sst_interp.models.model import attach
 
 there = all(importlib.util.find_spec(name) for name in ("transformer_lens", "nnsight"))
 pytestmark = pytest.mark.skipif(not there, reason='pip install "sst-interp[lens]"')
@@ -392,7 +392,7 @@ def test_a_trace_writes_into_nothing_but_the_pass(llama):
 
 @pytest.fixture(scope="module")
 def captured(tmp_path_factory):
-    from sst_interp.capture import capture
+    from sst_interp.runs.capture import capture
 
     folder = tmp_path_factory.mktemp("captured")
     csv = write_questions(folder / "words.csv", 3)
@@ -416,7 +416,7 @@ def test_a_captured_question_is_read_again(captured, depth, text):
 
 
 def test_a_cache_is_never_of_something_else(captured):
-    from sst_interp.bridges.run_cache import run_cache, run_caches
+    from sst_interp.bridges.run_caches import run_cache, run_caches
 
     model, run = captured
     other = attach(tiny_llama(seed=1), word_tokenizer(), 0.3, name="tiny")
@@ -452,9 +452,9 @@ def test_texts_are_read_as_the_model_reads_them():
 
 def test_neither_tool_is_imported_before_it_is_asked_for():
     """nnsight patches torch when it is imported."""
-    code = "import sys, sst_interp.model, sst_interp.bridges, sst_interp.capture; print(*sys.modules)"
+    code = "import sys, sst_interp.models.model, sst_interp.bridges, sst_interp.runs.capture; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert "sst_interp.hooks" in loaded.split()
+    assert "sst_interp.models.hooks" in loaded.split()
     assert not {"nnsight", "transformer_lens"} & set(loaded.split())
 
 

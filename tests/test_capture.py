@@ -19,16 +19,16 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from sst_interp.analyses import Contrast, all_comparisons
-from sst_interp.choices import COMPARISONS, Choices
 from sst_interp.errors import SSTError
-from sst_interp.lanes import LaneDecoder
-from sst_interp.measures import BF16_ROUNDOFF
-from sst_interp.model import attach
+from sst_interp.models.choices import COMPARISONS, Choices
+from sst_interp.models.measures import BF16_ROUNDOFF
+from sst_interp.models.model import attach
 from sst_interp.questions import load_questions
-from sst_interp.recipe import Recipe
-from sst_interp.runs import open_run
+from sst_interp.runs.recipe import Recipe
+from sst_interp.runs.rollouts import LaneDecoder
+from sst_interp.runs.store import open_run
 
-capture_module = importlib.import_module("sst_interp.capture")
+capture_module = importlib.import_module("sst_interp.runs.capture")
 capture = capture_module.capture
 
 ALPHA = 0.3

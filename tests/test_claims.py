@@ -13,7 +13,6 @@ from sst_interp.analyses import contrast as contrast_module
 from sst_interp.analyses import load
 from sst_interp.analyses.result import analysis
 from sst_interp.analyses.statistics.bootstrap import Interval
-from sst_interp.choices import COMPARISONS, Choices
 from sst_interp.errors import SSTError, Untestable
 from sst_interp.experiments.studies.errors import ApproximationError
 from sst_interp.findings.answers import blend_weights, learned_blend, two_pass_error
@@ -34,6 +33,7 @@ from sst_interp.findings.claims import (
     too_wide,
 )
 from sst_interp.findings.ledger import FAILED, claims
+from sst_interp.models.choices import COMPARISONS, Choices
 
 DEPTHS = (1, 2, 4)
 FEW = 200

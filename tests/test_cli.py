@@ -19,11 +19,12 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from typer.testing import CliRunner
 
 import sst_interp
-from sst_interp import assets, run_writer
-from sst_interp.checkpoint import save_checkpoint
-from sst_interp.loading import ASSET_MODELS, load
-from sst_interp.questions.question import Item
-from sst_interp.runs import open_run
+from sst_interp.assets import wheels as assets
+from sst_interp.models.checkpoint import save_checkpoint
+from sst_interp.models.loading import ASSET_MODELS, load
+from sst_interp.questions.item import Item
+from sst_interp.runs import writer as run_writer
+from sst_interp.runs.store import open_run
 
 cli = importlib.import_module("sst_interp.cli")
 
@@ -370,7 +371,7 @@ def test_disk_full_while_capturing(run_cli, parts, monkeypatch, when):
 def test_disk_full_while_reporting(run_cli, parts, monkeypatch):
     assert run_cli("capture", "--run", write_recipe(parts))[0] == 0
     with monkeypatch.context() as patch:
-        patch.setattr("sst_interp.durable.sync", no_space)
+        patch.setattr("sst_interp.files.sync", no_space)
         two_lines(run_cli("report", "--run", "own"), "report.html", "No space left on device")
     assert not list(Path("runs").rglob("*.tmp"))
     assert run_cli("report", "--run", "own")[0] == 0
@@ -389,14 +390,14 @@ def test_what_the_system_refuses_is_one_line(run_cli, monkeypatch, error, line):
     def refuse(*_, **__):
         raise error
 
-    monkeypatch.setattr("sst_interp.commands.findings.captured_run", refuse)
+    monkeypatch.setattr("sst_interp.cli.runs.captured_run", refuse)
     _, out, err = result = run_cli("claims", "--run", "demo")
     two_lines(result)
     assert (out, err.splitlines()[0]) == ("", f"error: {line}")
 
 
 def test_a_bug_is_seen(run_cli, monkeypatch):
-    monkeypatch.setattr("sst_interp.commands.findings.captured_run", lambda *_a, **_k: {}["x"])
+    monkeypatch.setattr("sst_interp.cli.runs.captured_run", lambda *_a, **_k: {}["x"])
     with pytest.raises(KeyError):
         run_cli("claims", "--run", "demo")
 
@@ -574,7 +575,7 @@ def test_an_evaluation_that_cannot_be(run_cli, arguments, message, monkeypatch, 
 
 
 def test_evaluate_prints_models_side_by_side(run_cli, training, place, monkeypatch, parts):
-    tasks = importlib.import_module("sst_interp.evaluation.tasks")
+    tasks = importlib.import_module("sst_interp.training.evaluation")
     items = [Item(str(n), "sun moon", (), str(n), f"moon #### {n}") for n in range(4)]
     monkeypatch.setattr(tasks, "load_items", lambda *_: (items, {}))
     assert run_cli("train", training)[0] == 0

@@ -20,9 +20,9 @@ from synthetic_outputs import outputs_table, questions_table, steps_table
 from sst_interp.analyses import load
 from sst_interp.analyses.contrast import Contrast
 from sst_interp.analyses.result import Result
-from sst_interp.choices import COMPARISONS, Choices
 from sst_interp.errors import SSTError, Untestable
-from sst_interp.schema import DIRECTIONS, NOISE_KINDS, SITES
+from sst_interp.models.choices import COMPARISONS, Choices
+from sst_interp.runs.schema import DIRECTIONS, NOISE_KINDS, SITES
 
 ANALYSES = load()
 NAMES = [analysis.name for analysis in sorted(ANALYSES.values(), key=lambda analysis: analysis.order)]

@@ -4,8 +4,8 @@ import pytest
 from synthetic import contrast, pairs_table
 
 from sst_interp.analyses.contrast import overlap_of, same_questions
-from sst_interp.choices import Choices
 from sst_interp.errors import SSTError, Untestable
+from sst_interp.models.choices import Choices
 
 
 def ids(questions, names=None):

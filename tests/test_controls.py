@@ -17,18 +17,17 @@ from test_capture import DEPTHS, NEW, interrupt, recipe_for, tiny_llama, word_to
 
 from sst_interp.analyses.contrast import Contrast
 from sst_interp.analyses.precedence import precedence
-from sst_interp.choices import Choices
-from sst_interp.controls import Controls, spread
-from sst_interp.measures import compare_outputs, cosine, read_out, relative_l2
-from sst_interp.model import attach
-from sst_interp.noise_floor import in_float32
-from sst_interp.nudges import SEEDS, nudge_rows, nudges_of, read_alone
+from sst_interp.models.choices import Choices
+from sst_interp.models.measures import compare_outputs, cosine, read_out, relative_l2
+from sst_interp.models.model import attach
+from sst_interp.models.solvers.sequential import advance
 from sst_interp.questions import load_questions
-from sst_interp.rounding import SIGNIFICANT_BITS, significant
-from sst_interp.schema import TABLES
-from sst_interp.sequential import advance
+from sst_interp.runs.controls import Controls, in_float32, spread
+from sst_interp.runs.perturbations import SEEDS, nudge_rows, nudges_of, read_alone
+from sst_interp.runs.recorder import SIGNIFICANT_BITS, significant
+from sst_interp.runs.schema import TABLES
 
-capture_module = importlib.import_module("sst_interp.capture")
+capture_module = importlib.import_module("sst_interp.runs.capture")
 capture = capture_module.capture
 
 ALPHA = 0.3
@@ -444,7 +443,7 @@ def test_the_recipes_seed_decides_the_directions(model):
 def test_killed_within_the_controls_and_resumed_is_uninterrupted(run, csv, model, tmp_path, name, call):
     recipe = recipe_for(csv, controls=len(CHOSEN), keep="all")
     with pytest.MonkeyPatch.context() as patch:
-        interrupt(patch, importlib.import_module("sst_interp.controls"), name, call)
+        interrupt(patch, importlib.import_module("sst_interp.runs.controls"), name, call)
         with pytest.raises(KeyboardInterrupt):
             capture(recipe, model, tmp_path / "own", progress=False)
     capture(recipe, model, tmp_path / "own", progress=False)

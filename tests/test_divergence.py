@@ -6,8 +6,8 @@ from synthetic_outputs import parting_run
 
 from sst_interp.analyses.divergence import divergence, parting_positions
 from sst_interp.analyses.statistics.permutation import concordance
-from sst_interp.choices import Choices
 from sst_interp.errors import SSTError, Untestable
+from sst_interp.models.choices import Choices
 
 
 def found(run, **options):

@@ -15,18 +15,26 @@ from test_loading import save_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from sst_interp.checkpoint import fingerprint, save_checkpoint
 from sst_interp.errors import SSTError, Untestable
-from sst_interp.evaluation import TASKS, answer_losses, answers, evaluate, letters, read_evaluation, tasks
-from sst_interp.evaluation import named as by_name
-from sst_interp.evaluation.named import evaluate_by_name
-from sst_interp.evaluation.tasks import missing
 from sst_interp.experiments.depth_scores import ORACLE, depth_scores
 from sst_interp.experiments.training_curves import training_curves
-from sst_interp.loading import load
-from sst_interp.model import attach
-from sst_interp.questions.question import Item, Question
-from sst_interp.training.examples import Example
+from sst_interp.models.checkpoint import fingerprint, save_checkpoint
+from sst_interp.models.loading import load
+from sst_interp.models.model import attach
+from sst_interp.questions.item import Item, Question
+from sst_interp.training import evaluation as by_name
+from sst_interp.training import evaluation as tasks
+from sst_interp.training.data import Example
+from sst_interp.training.evaluation import (
+    TASKS,
+    answer_losses,
+    answers,
+    evaluate,
+    evaluate_by_name,
+    letters,
+    missing,
+    read_evaluation,
+)
 
 EXAMPLES = [
     Example("a", (5, 6, 7, 8, 9, 10), 2),

@@ -5,7 +5,7 @@ import torch
 from tiny import FAMILIES, prompts, tiny
 
 from sst_interp.errors import SSTError
-from sst_interp.model import attach
+from sst_interp.models.model import attach
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -7,9 +7,9 @@ import pytest
 import tiny_run
 
 from sst_interp.errors import SSTError
+from sst_interp.files import check_place, read_json, read_table
 from sst_interp.findings.of_run import approximation_of
-from sst_interp.guarded import check_place, read_json, read_table
-from sst_interp.runs import open_run
+from sst_interp.runs.store import open_run
 
 DAMAGED = {"empty": b"", "text": b"nothing", "cut off": None}
 

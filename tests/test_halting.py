@@ -4,20 +4,12 @@ import pytest
 import torch
 from tiny import prompts, tiny
 
-from sst_interp.choices import Choices
 from sst_interp.errors import SSTError
-from sst_interp.halting import (
-    Convergence,
-    Entropy,
-    Flat,
-    HaltingPolicy,
-    Look,
-    OutputChange,
-    in_order,
-    look_ahead,
-)
-from sst_interp.measures import compare_outputs, read_out, relative_l2
-from sst_interp.model import attach
+from sst_interp.models.choices import Choices
+from sst_interp.models.generation import in_order, look_ahead
+from sst_interp.models.halting import Convergence, Entropy, Flat, HaltingPolicy, Look, OutputChange
+from sst_interp.models.measures import compare_outputs, read_out, relative_l2
+from sst_interp.models.model import attach
 
 
 class ByLength(HaltingPolicy):

@@ -4,11 +4,11 @@ import pytest
 import torch
 from tiny import FAMILIES, prompts, tiny
 
-from sst_interp.choices import Choices
 from sst_interp.errors import SSTError
-from sst_interp.hooks import SITES, Record, at
-from sst_interp.model import attach
-from sst_interp.stream import blend
+from sst_interp.models.choices import Choices
+from sst_interp.models.hooks import SITES, Record, at
+from sst_interp.models.kinds.sst import blend
+from sst_interp.models.model import attach
 
 ALPHA = 0.3
 NEW, DEPTH = 4, 3

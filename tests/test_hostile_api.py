@@ -11,17 +11,16 @@ from tiny import FAMILIES, tiny
 from torch import nn
 
 import sst_interp as sst
-from sst_interp import model as model_module
-from sst_interp.backbone import Backbone
 from sst_interp.bridges.nnsight import StateStreamNNsight
-from sst_interp.choices import MAX_DEPTH, Choices
 from sst_interp.errors import SSTError
-from sst_interp.evaluation import answer_losses, answers, letters
-from sst_interp.halting import Convergence, Flat
-from sst_interp.hooks import at
-from sst_interp.lrt_attach import attach_lrt
-from sst_interp.model import StateStreamModel, attach
-from sst_interp.training.examples import Example
+from sst_interp.models import model as model_module
+from sst_interp.models.backbone import Backbone
+from sst_interp.models.choices import MAX_DEPTH, Choices
+from sst_interp.models.halting import Convergence, Flat
+from sst_interp.models.hooks import at
+from sst_interp.models.model import StateStreamModel, attach, attach_lrt
+from sst_interp.training.data import Example
+from sst_interp.training.evaluation import answer_losses, answers, letters
 
 ROW = [5, 6, 7, 8, 9]
 

@@ -21,23 +21,20 @@ import tiny_run
 import torch
 from safetensors import SafetensorError
 
-from sst_interp import durable, manifest
+from sst_interp import files as durable
 from sst_interp.analyses.result import KeptResult
-from sst_interp.documents import fill
 from sst_interp.errors import SSTError
+from sst_interp.files import check_output, put_bytes, read_json, read_whole
 from sst_interp.findings.of_run import capture_of, kept_findings
-from sst_interp.guarded import check_output, put_bytes, read_json, read_whole
-from sst_interp.printing import bar, plain, say
-from sst_interp.publishing import publish
+from sst_interp.findings.report.page import _csv, result_page
 from sst_interp.questions import load_questions
-from sst_interp.questions.gpqa import COLUMNS, LARGEST, read_gpqa
-from sst_interp.questions.question import Hidden, HiddenTokens
-from sst_interp.recipe import Recipe
-from sst_interp.report import _csv
-from sst_interp.report.result_page import result_page
-from sst_interp.run_writer import RunWriter
-from sst_interp.runs import open_run
-from sst_interp.sharing import fetch_run
+from sst_interp.questions.datasets import COLUMNS, LARGEST, read_gpqa
+from sst_interp.questions.item import Hidden, HiddenTokens
+from sst_interp.runs import manifest
+from sst_interp.runs.recipe import Recipe
+from sst_interp.runs.store import fetch_run, open_run, publish
+from sst_interp.runs.writer import RunWriter
+from sst_interp.tables import bar, fill, plain, say
 
 DEEP = "[" * 100_000
 ESCAPE, BIDI = "\x1b[31m", "\u202e"
@@ -187,7 +184,7 @@ def test_devices_and_pipes_are_written_to_and_never_replaced(here):
 
 
 def test_standard_output_that_is_a_file_is_written_through(here):
-    code = "import sst_interp.guarded as g, pathlib as p; g.put_bytes(p.Path('/dev/stdout'), b'x')"
+    code = "import sst_interp.files as g, pathlib as p; g.put_bytes(p.Path('/dev/stdout'), b'x')"
     before = os.lstat("/dev/stdout").st_ino
     with open("out", "wb") as out:
         subprocess.run([sys.executable, "-c", code], stdout=out, check=True)
@@ -606,7 +603,7 @@ def test_ctrl_c_in_the_first_moments_is_one_line(here):
 
 
 def test_ctrl_c_that_a_library_turns_into_another_error_is_one_line(command, monkeypatch):
-    app = importlib.import_module("sst_interp.commands.app")
+    app = importlib.import_module("sst_interp.cli.app")
 
     def half_imported():
         try:
@@ -658,8 +655,10 @@ def test_a_document_that_is_not_text_is_refused(here):
 
 
 def test_a_run_is_named_with_or_without_the_option(run, command, monkeypatch):
-    monkeypatch.setattr("sst_interp.commands.findings.ledger_with_bar", lambda run: None)
-    monkeypatch.setattr("sst_interp.report.write_report", lambda run, path, ledger: f"{run.name}, {path}")
+    monkeypatch.setattr("sst_interp.cli.runs.ledger_with_bar", lambda run: None)
+    monkeypatch.setattr(
+        "sst_interp.findings.report.page.write_report", lambda run, path, ledger: f"{run.name}, {path}"
+    )
     for words in (("tiny",), ("--run", "tiny"), ("-r", "tiny"), ("tiny", "--run", "tiny")):
         code, out, err = command("report", *words, "--html", "out.html")
         assert (code, out) == (0, "report: tiny, out.html\n"), err

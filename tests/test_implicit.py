@@ -14,12 +14,12 @@ from test_lrt import lrt
 from test_training import backbone, recipe  # noqa: F401 (fixtures)
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sst_interp.choices import Choices
 from sst_interp.errors import SSTError
-from sst_interp.implicit import Chain, Solver, _Solve, exact_states, lay_out
-from sst_interp.model import attach
-from sst_interp.sequential import advance
-from sst_interp.training.adapters import add_adapters, trainable
+from sst_interp.models.checkpoint import add_adapters, trainable
+from sst_interp.models.choices import Choices
+from sst_interp.models.model import attach
+from sst_interp.models.solvers.implicit import Chain, Solver, _Solve, exact_states, lay_out
+from sst_interp.models.solvers.sequential import advance
 from sst_interp.training.card import how_well_solved, write_card
 from sst_interp.training.log import ABOUT, read_about, read_log
 from sst_interp.training.objective import training_loss

@@ -11,13 +11,13 @@ import plotly.graph_objects as go
 import pytest
 import tiny_run
 
-from sst_interp import places
+from sst_interp import paths as places
 from sst_interp.analyses.result import KeptResult, Result
 from sst_interp.analyses.statistics.bootstrap import Interval
 from sst_interp.findings.claims import CLAIMS, EVERYWHERE, Finding, Row, untestable
 from sst_interp.findings.of_run import capture_of, keep_findings, kept_findings, ledger_of
-from sst_interp.report import render_report
-from sst_interp.runs import open_run
+from sst_interp.findings.report.page import render_report
+from sst_interp.runs.store import open_run
 
 C12, C13, C16 = (CLAIMS[id].claim for id in ("C12", "C13", "C16"))
 TOLD = Row(C12, EVERYWHERE, Finding("29 of 48", "holds", Interval(0.6, 0.5, 0.7, 48), "beside it"))

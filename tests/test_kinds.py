@@ -20,8 +20,7 @@ from sst_interp.errors import SSTError, Untestable
 from sst_interp.experiments import kinds as compare_kinds
 from sst_interp.experiments.contraction import contraction_of, kinds_contraction, sweep_residuals
 from sst_interp.experiments.kinds import Compared, compare_runs, kinds, kinds_answers, open_together
-from sst_interp.report.escaping import script_hash
-from sst_interp.report.result_page import result_page
+from sst_interp.findings.report.page import result_page, script_hash
 
 SHARES = {"few": 0.05, "many": 0.3}
 

@@ -6,12 +6,12 @@ import shutil
 import pytest
 import tiny_run
 
-from sst_interp import places
-from sst_interp.choices import Choices
-from sst_interp.documents import fill
+from sst_interp import paths as places
 from sst_interp.errors import SSTError
 from sst_interp.findings.of_run import approximation_of, blend_of, companions, ledger_of
-from sst_interp.runs import open_run
+from sst_interp.models.choices import Choices
+from sst_interp.runs.store import open_run
+from sst_interp.tables import fill
 
 
 @pytest.fixture

@@ -9,12 +9,12 @@ from tiny import FAMILIES, prompts, tiny
 from transformers import DynamicCache
 
 import sst_interp as sst
-from sst_interp.checkpoint import save_checkpoint
-from sst_interp.choices import Choices
 from sst_interp.errors import SSTError
-from sst_interp.hooks import Record, at
-from sst_interp.looped import attach_looped
-from sst_interp.sequential import advance
+from sst_interp.models.checkpoint import save_checkpoint
+from sst_interp.models.choices import Choices
+from sst_interp.models.hooks import Record, at
+from sst_interp.models.model import attach_looped
+from sst_interp.models.solvers.sequential import advance
 
 ROUNDING = 1e-12
 """float64, and other matrix shapes."""

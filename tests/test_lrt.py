@@ -4,10 +4,10 @@ import pytest
 import torch
 from tiny import FAMILIES, prompts, tiny
 
-from sst_interp.choices import Choices
 from sst_interp.errors import SSTError
-from sst_interp.lrt_attach import attach_lrt
-from sst_interp.sequential import advance
+from sst_interp.models.choices import Choices
+from sst_interp.models.model import attach_lrt
+from sst_interp.models.solvers.sequential import advance
 
 ROUNDING = 1e-12
 """float64, and other matrix shapes."""
@@ -205,7 +205,7 @@ def test_reading_goes_on_where_it_stopped_and_a_batch_is_its_rows():
 
 @torch.no_grad()
 def test_an_edit_sees_and_changes_what_a_layer_reads():
-    from sst_interp.hooks import Record, at
+    from sst_interp.models.hooks import Record, at
 
     model, prompt = lrt(), prompts()[0]
     record = Record(["stream_state", "resid_post"])

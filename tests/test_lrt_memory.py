@@ -6,9 +6,9 @@ from test_capture import tiny_llama, word_tokenizer
 from test_evaluation import EXAMPLES
 from test_lrt import lrt
 
-from sst_interp.evaluation import answer_losses, answers
-from sst_interp.lrt import Memory
-from sst_interp.questions.question import Question
+from sst_interp.models.kinds.lrt import Memory
+from sst_interp.questions.item import Question
+from sst_interp.training.evaluation import answer_losses, answers
 
 
 @pytest.fixture(params=["residual", "kv", "both"])

@@ -14,18 +14,18 @@ from test_lrt import lrt
 from test_training_data import write_gsm8k
 
 from sst_interp.analyses import Contrast, basin_shifts
-from sst_interp.checkpoint import read_checkpoint, save_checkpoint
-from sst_interp.choices import Choices
 from sst_interp.errors import SSTError
 from sst_interp.experiments.patching.run import Plan, patch_run
 from sst_interp.findings.of_run import ledger_of
-from sst_interp.loading import load
-from sst_interp.lrt_design import MemoryDesign
-from sst_interp.training.batches import padded, refuse_short_batches
+from sst_interp.models.checkpoint import read_checkpoint, save_checkpoint
+from sst_interp.models.choices import Choices
+from sst_interp.models.kinds.lrt import MemoryDesign
+from sst_interp.models.loading import load
+from sst_interp.training.data import padded, refuse_short_batches
 from sst_interp.training.recipe import TrainingRecipe
 from sst_interp.training.trainer import Training
 
-capture = importlib.import_module("sst_interp.capture").capture
+capture = importlib.import_module("sst_interp.runs.capture").capture
 
 
 @pytest.fixture(scope="module")

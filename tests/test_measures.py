@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sst_interp.measures import (
+from sst_interp.models.measures import (
     BF16_ROUNDOFF,
     TOP,
     bf16_ratio,

@@ -4,9 +4,9 @@ import pytest
 import tiny
 import torch
 
-from sst_interp.choices import Choices
-from sst_interp.model import attach
-from sst_interp.training.batches import Batch
+from sst_interp.models.choices import Choices
+from sst_interp.models.model import attach
+from sst_interp.training.data import Batch
 from sst_interp.training.objective import answer_loss, answer_token_losses, last_layer
 
 T = 7

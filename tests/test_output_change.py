@@ -8,8 +8,8 @@ from synthetic_outputs import outputs_table, steps_table
 
 from sst_interp.analyses.output_change import lens_replacement, rank_table, replaced_of, token_replacement
 from sst_interp.analyses.statistics.bootstrap import LEVELS, grouped_medians, level_median, to_levels
-from sst_interp.choices import COMPARISONS, Choices
 from sst_interp.errors import SSTError, Untestable
+from sst_interp.models.choices import COMPARISONS, Choices
 
 
 def run(share=0.05, seed=0, comparisons=("replayed",), **effects):

@@ -10,8 +10,6 @@ import torch
 from test_capture import recipe_for, tiny_llama, word_tokenizer, write_questions
 from typer.testing import CliRunner
 
-from sst_interp.capture import capture
-from sst_interp.choices import Choices
 from sst_interp.cli import app
 from sst_interp.errors import SSTError
 from sst_interp.experiments import origin
@@ -28,8 +26,10 @@ from sst_interp.experiments.patching.effects import (
 )
 from sst_interp.experiments.patching.finding import patching
 from sst_interp.experiments.patching.run import Plan, patch_run, positions_of, read_patching
-from sst_interp.hooks import at
-from sst_interp.model import attach
+from sst_interp.models.choices import Choices
+from sst_interp.models.hooks import at
+from sst_interp.models.model import attach
+from sst_interp.runs.capture import capture
 
 PLAN = Plan(layers=3, windows=2, new_tokens=3)
 PROMPT, TEXT = [5, 9, 40, 42, 77], [30, 31, 32, 33, 34]

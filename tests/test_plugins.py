@@ -13,9 +13,9 @@ from sst_interp import cli
 from sst_interp.analyses import ANALYSES
 from sst_interp.errors import SSTError
 from sst_interp.findings.of_run import ledger_of
+from sst_interp.findings.report.page import render_report
 from sst_interp.plugins import VARIABLE, load_plugins
-from sst_interp.report import render_report
-from sst_interp.runs import open_run
+from sst_interp.runs.store import open_run
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
 PLUGIN = re.search(r"```python\n(.*?)```", PAGE, re.DOTALL)[1]  # type: ignore[index]
@@ -57,8 +57,8 @@ def test_a_plugin_stands_in_the_report(plugin, runs, monkeypatch, capsys):
     crashed = replace(ledger, results={}, failed={"halves.free": "KeyError: 'x' (halves.py, line 1)"})
     page = render_report(run, crashed)
     assert "<strong>1</strong> failed in the analysis" in page
-    monkeypatch.setattr("sst_interp.commands.findings.ledger_with_bar", lambda run, *how: crashed)
-    monkeypatch.setattr("sst_interp.report.write_report", lambda run, path, ledger: path)
+    monkeypatch.setattr("sst_interp.cli.runs.ledger_with_bar", lambda run, *how: crashed)
+    monkeypatch.setattr("sst_interp.findings.report.page.write_report", lambda run, path, ledger: path)
     for command in ("report", "claims"):
         assert run_command(monkeypatch, command, "--run", "tiny") == 3
         assert "failed: halves.free: KeyError: 'x' (halves.py, line 1)" in capsys.readouterr().err

@@ -8,8 +8,8 @@ from synthetic import Planted, contrast, pairs_table
 from sst_interp.analyses.position_zero import alike, position_zero
 from sst_interp.analyses.shifts import basin_shifts
 from sst_interp.analyses.statistics.bootstrap import none_seen_bound, share_of_questions
-from sst_interp.choices import Choices
 from sst_interp.errors import Untestable
+from sst_interp.models.choices import Choices
 
 QUIET = Planted(share=0)
 

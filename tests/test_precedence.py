@@ -14,8 +14,8 @@ from sst_interp.analyses.statistics.event_order import (
     orders,
     shuffled,
 )
-from sst_interp.choices import COMPARISONS, Choices
 from sst_interp.errors import SSTError, Untestable
+from sst_interp.models.choices import COMPARISONS, Choices
 
 STEPS = (2, 3, 4)
 NEVER = len(STEPS)

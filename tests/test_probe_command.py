@@ -11,7 +11,7 @@ import tiny_run
 import torch
 
 from sst_interp.experiments.probe.saved import load_probe
-from sst_interp.run_writer import RunWriter
+from sst_interp.runs.writer import RunWriter
 
 cli = importlib.import_module("sst_interp.cli")
 FAST = ("--permutations", 3)

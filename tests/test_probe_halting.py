@@ -37,7 +37,7 @@ from sst_interp.experiments.probe.scores import (
     probabilities,
     stability,
 )
-from sst_interp.runs import open_run
+from sst_interp.runs.store import open_run
 
 QUICK = Design(dims=(2, 4), penalties=(0.03,), blocks=3)
 

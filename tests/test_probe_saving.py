@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from synthetic_states import states
 from tiny import prompts, tiny
 
-from sst_interp.choices import Choices
 from sst_interp.errors import SSTError
 from sst_interp.experiments.probe.fit import Design, Inputs, Problems, fit
 from sst_interp.experiments.probe.saved import (
@@ -21,8 +20,9 @@ from sst_interp.experiments.probe.saved import (
     refuse_other,
     train_probe,
 )
-from sst_interp.halting import look_ahead
-from sst_interp.model import attach
+from sst_interp.models.choices import Choices
+from sst_interp.models.generation import look_ahead
+from sst_interp.models.model import attach
 
 RUN = SimpleNamespace(
     manifest={"provenance": {"model_hash": "abc", "alpha_hash": "def", "n_layers": 3, "d_model": 24}},

@@ -8,9 +8,8 @@ import tiny_run
 import torch
 
 from sst_interp.errors import SSTError
-from sst_interp.publishing import publish
-from sst_interp.rounding import significant
-from sst_interp.runs import open_run
+from sst_interp.runs.recorder import significant
+from sst_interp.runs.store import open_run, publish
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,9 @@ from dataclasses import asdict
 import pytest
 
 from sst_interp.errors import SSTError
-from sst_interp.questions import DATASETS, Item, canonical_number, gpqa, grade, load_questions, registry
+from sst_interp.questions import DATASETS, Item, canonical_number, grade, load_questions
+from sst_interp.questions import datasets as gpqa
+from sst_interp.questions import datasets as registry
 from sst_interp.questions.prompts import ask
 
 SECRET = "unobtainium"

@@ -17,18 +17,24 @@ from synthetic_outputs import outputs_table, steps_table
 
 from sst_interp.analyses import Result
 from sst_interp.analyses.plots import empty_figure
-from sst_interp.choices import COMPARISONS, Choices
 from sst_interp.errors import SSTError
 from sst_interp.findings.ledger import claims
-from sst_interp.report import render_report, write_report
-from sst_interp.report.escaping import script_json, visible
-from sst_interp.report.explorer import Threshold, explorer_data
-from sst_interp.report.lens_lists import lens_arrays
-from sst_interp.report.packing import DISTANCE, OUTPUT, SIZE, implied_l2, pack, unpack
-from sst_interp.report.places import Places
-from sst_interp.report.question_view import question_view
-from sst_interp.report.sections import split_verdict
-from sst_interp.report.token_lists import Vocabulary
+from sst_interp.findings.report.explorer import (
+    DISTANCE,
+    OUTPUT,
+    SIZE,
+    Places,
+    Threshold,
+    explorer_data,
+    implied_l2,
+    pack,
+    unpack,
+)
+from sst_interp.findings.report.lists import Vocabulary, lens_arrays
+from sst_interp.findings.report.page import render_report, script_json, visible, write_report
+from sst_interp.findings.report.question import question_view
+from sst_interp.findings.report.sections import split_verdict
+from sst_interp.models.choices import COMPARISONS, Choices
 
 SMALL = {"questions": 8, "positions": 6, "layers": 4}
 HOSTILE = [

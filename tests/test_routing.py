@@ -12,7 +12,7 @@ from synthetic_outputs import questions_table
 from sst_interp.errors import Untestable
 from sst_interp.experiments.probe.data import THRESHOLDS, traces
 from sst_interp.experiments.probe.routing import ORACLE, PROBE, routing
-from sst_interp.halting import Convergence
+from sst_interp.models.halting import Convergence
 
 
 def correct(n=120, seed=0):

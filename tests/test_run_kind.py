@@ -13,18 +13,17 @@ from test_capture import write_questions
 from test_loading import save_model
 from tiny_kinds import WORDS, capture_kinds, models
 
-from sst_interp import places
-from sst_interp.capture import _of_the_stream
-from sst_interp.checkpoint import save_checkpoint
+from sst_interp import paths as places
 from sst_interp.cli import app
 from sst_interp.errors import SSTError
 from sst_interp.findings import of_run
-from sst_interp.recipe import Recipe
-from sst_interp.report import render_report
-from sst_interp.run_kind import kind_words, run_kind
-from sst_interp.runs import list_runs, open_run
+from sst_interp.findings.report.page import render_report
+from sst_interp.models.checkpoint import save_checkpoint
+from sst_interp.runs.provenance import _of_the_stream, kind_words, run_kind
+from sst_interp.runs.recipe import Recipe
+from sst_interp.runs.store import list_runs, open_run
 
-capture = importlib.import_module("sst_interp.capture").capture
+capture = importlib.import_module("sst_interp.runs.capture").capture
 
 
 def printed(capsys, *arguments):

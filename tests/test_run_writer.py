@@ -12,12 +12,12 @@ import tiny_run
 import torch
 from tiny_run import BATCHES, PROVENANCE, batch, capture, contents, tiny_recipe
 
-from sst_interp import durable
+from sst_interp import files as durable
 from sst_interp.errors import SSTError
-from sst_interp.manifest import damage, read_manifest
-from sst_interp.run_writer import RunWriter
-from sst_interp.runs import open_run
-from sst_interp.schema import KEYS, TABLES
+from sst_interp.runs.manifest import damage, read_manifest
+from sst_interp.runs.schema import KEYS, TABLES
+from sst_interp.runs.store import open_run
+from sst_interp.runs.writer import RunWriter
 
 KILL_EVERYWHERE = """
 import itertools, os, signal, sys
@@ -25,7 +25,7 @@ from pathlib import Path
 import tiny_run
 from sst_interp import durable
 from sst_interp.errors import SSTError
-from sst_interp.run_writer import RunWriter
+from sst_interp.runs.writer import RunWriter
 
 root = Path(sys.argv[1])
 

@@ -15,12 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_run import BATCHES, PASSES, POSITIONS, PROVENANCE, batch, capture, columns, rows, state, tiny_recipe
 
-from sst_interp import places
-from sst_interp.choices import COMPARISONS
+from sst_interp import paths as places
 from sst_interp.errors import SSTError
-from sst_interp.run_writer import RunWriter
-from sst_interp.runs import list_runs, open_run
-from sst_interp.schema import KEYS, TABLES, to_frame, to_table
+from sst_interp.models.choices import COMPARISONS
+from sst_interp.runs.schema import KEYS, TABLES, to_frame, to_table
+from sst_interp.runs.store import list_runs, open_run
+from sst_interp.runs.writer import RunWriter
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +86,7 @@ def test_a_part_of_a_table_is_that_part_of_the_whole(tiny, comparison, wanted):
 
 def test_a_part_of_a_table_needs_only_its_part_of_the_memory(tiny, monkeypatch):
     read = []
-    monkeypatch.setattr("sst_interp.run._order", lambda table, keys: read.append(table))
+    monkeypatch.setattr("sst_interp.runs.run._order", lambda table, keys: read.append(table))
     run = open_run(tiny)
     n, keys = len(run.pairs), 4 + 1 + 2 + 2 + 1 + 1
     part = run.table("pairs", ["cosine"])
@@ -134,7 +134,7 @@ def test_verification_can_be_left_out_and_is_done_once(tiny, tmp_path, monkeypat
     assert len(open_run(folder, verify=False).questions) == 12
     run = open_run(tiny)
     assert len(run.table("pairs"))
-    monkeypatch.setattr("sst_interp.manifest.sha256", lambda path: "not computed again")
+    monkeypatch.setattr("sst_interp.runs.manifest.sha256", lambda path: "not computed again")
     assert len(run.table("pairs"))
 
 

@@ -6,11 +6,17 @@ from test_lrt import lrt, relative
 from tiny import tiny
 
 from sst_interp.errors import SSTError
-from sst_interp.model import attach
-from sst_interp.training.batches import Batch
-from sst_interp.training.objective import answer_loss, last_layer, mean_over_passes, training_loss
+from sst_interp.models.model import attach
+from sst_interp.training.data import Batch
+from sst_interp.training.objective import (
+    answer_loss,
+    last_layer,
+    mean_over_passes,
+    newest,
+    run_passes,
+    training_loss,
+)
 from sst_interp.training.recipe import TrainingRecipe
-from sst_interp.training.schedules import newest, run_passes
 
 T = 8
 

@@ -11,7 +11,7 @@ import tiny_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sst_interp.schema import KEYS, OPTIONAL, TABLES, to_frame, to_table, write_parquet
+from sst_interp.runs.schema import KEYS, OPTIONAL, TABLES, to_frame, to_table, write_parquet
 
 DOCS = (Path(__file__).parents[1] / "docs" / "run-format.md").read_text()
 SPELLING = {"int32", "int16", "int8", "float32", "string", "bool", "list of int32", "list of float32"}

@@ -18,14 +18,15 @@ import torch
 from huggingface_hub import HfApi, constants
 from test_loading import save_model
 
-from sst_interp import loading, manifest
-from sst_interp.checkpoint import CONFIG, WEIGHTS, save_checkpoint
-from sst_interp.choices import Choices
 from sst_interp.errors import SSTError
-from sst_interp.loading import load
-from sst_interp.runs import open_run
-from sst_interp.sharing import fetch_checkpoint, fetch_run, push_to_hub
-from sst_interp.training import adapters
+from sst_interp.models import checkpoint as adapters
+from sst_interp.models import loading
+from sst_interp.models.checkpoint import CONFIG, WEIGHTS, save_checkpoint
+from sst_interp.models.choices import Choices
+from sst_interp.models.hub import fetch_checkpoint, push_to_hub
+from sst_interp.models.loading import load
+from sst_interp.runs import manifest
+from sst_interp.runs.store import fetch_run, open_run
 
 THEIRS = Choices(carry="ffn_output", kv="first")
 TOKENS = [[5, 9, 100, 42, 77]]

@@ -6,8 +6,8 @@ from synthetic import Planted, contrast, pairs_table
 from sst_interp.analyses.shift_profiles import layer_profile, shifts_per_question
 from sst_interp.analyses.shifts import all_comparisons, basin_shifts
 from sst_interp.analyses.statistics.bootstrap import share
-from sst_interp.choices import Choices
 from sst_interp.errors import SSTError, Untestable
+from sst_interp.models.choices import Choices
 
 
 def shifts_of(table, comparison="replayed", **options):

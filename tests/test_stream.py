@@ -4,10 +4,10 @@ import pytest
 import torch
 from tiny import FAMILIES, prompts, tiny
 
-from sst_interp.choices import Choices
 from sst_interp.errors import SSTError
-from sst_interp.model import attach
-from sst_interp.sequential import advance
+from sst_interp.models.choices import Choices
+from sst_interp.models.model import attach
+from sst_interp.models.solvers.sequential import advance
 
 ALPHA = 0.3
 """Far above the paper's range: errors in who blends what show at full size."""
@@ -244,7 +244,7 @@ def test_prompt_choices():
 
 
 def test_scan_handoff_is_the_moving_average():
-    from sst_interp.sweeps import moving_average
+    from sst_interp.models.solvers.sweeps import moving_average
 
     y = torch.arange(1.0, 6.0).view(1, 1, 5, 1).double()  # y_0 .. y_4 with d_model 1
     incoming = torch.cat([torch.zeros(1, 1, 1, 1), y[:, :, :-1]], 2)

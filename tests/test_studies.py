@@ -11,15 +11,15 @@ import pytest
 from tiny_studies import NAMES, gradients, planted, some_text, tiny_study
 from typer.testing import CliRunner
 
-from sst_interp import places
-from sst_interp.documents import NOT_YET, fill, markdown
+from sst_interp import paths as places
+from sst_interp.cli.studies import app
 from sst_interp.errors import SSTError
 from sst_interp.experiments.studies import study as study_module
-from sst_interp.experiments.studies.commands import app
 from sst_interp.experiments.studies.decoders import Pretraining
 from sst_interp.experiments.studies.study import Study, TrainingStudy, find_study, register_study, studies
 from sst_interp.experiments.studies.tasks import SEPARATOR
 from sst_interp.experiments.table import Table, same_plan
+from sst_interp.tables import NOT_YET, fill, markdown
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = places.shipped("studies")

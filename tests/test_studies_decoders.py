@@ -11,7 +11,6 @@ from tiny_studies import POSITIONS, RECALL, TEXT, some_text
 from torch.nn.functional import cross_entropy
 
 from sst_interp.errors import SSTError
-from sst_interp.exact import solve_exactly
 from sst_interp.experiments.studies import decoders
 from sst_interp.experiments.studies.arms import (
     BASELINE,
@@ -50,9 +49,9 @@ from sst_interp.experiments.studies.tasks import (
     read_text,
     text_of,
 )
-from sst_interp.training.objective import last_layer, training_loss
+from sst_interp.models.solvers.solve import solve_exactly
+from sst_interp.training.objective import last_layer, run_passes, training_loss
 from sst_interp.training.recipe import EVERY_PASS
-from sst_interp.training.schedules import run_passes
 
 
 def some_corpus():

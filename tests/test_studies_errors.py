@@ -22,9 +22,9 @@ from sst_interp.experiments.studies.two_pass import (
     compare,
     measure_errors,
 )
-from sst_interp.model import attach
-from sst_interp.questions.question import Item
-from sst_interp.training.examples import Example
+from sst_interp.models.model import attach
+from sst_interp.questions.item import Item
+from sst_interp.training.data import Example
 
 T = 12
 

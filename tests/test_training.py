@@ -14,11 +14,12 @@ from test_loading import save_model
 from test_training_data import write_gsm8k
 
 from sst_interp.errors import SSTError
-from sst_interp.loading import load
-from sst_interp.training.adapters import CONFIG, WEIGHTS
+from sst_interp.models.checkpoint import ADAPTER_CONFIG as CONFIG
+from sst_interp.models.checkpoint import ADAPTER_WEIGHTS as WEIGHTS
+from sst_interp.models.loading import load
 from sst_interp.training.card import write_card
 from sst_interp.training.log import read_about, read_log
-from sst_interp.training.optimiser import rate
+from sst_interp.training.masters import rate
 from sst_interp.training.recipe import TrainingRecipe, find_training_recipe
 from sst_interp.training.trainer import STATE, Training
 

@@ -9,9 +9,8 @@ from test_capture import tiny_llama, word_tokenizer
 from tiny import COMMON  # noqa: F401  (the tiny models' shape)
 
 from sst_interp.errors import SSTError
-from sst_interp.model import attach
-from sst_interp.training.batches import make_batch, schedule
-from sst_interp.training.examples import Example, encode, load_split, read_items
+from sst_interp.models.model import attach
+from sst_interp.training.data import Example, encode, load_split, make_batch, read_items, schedule
 from sst_interp.training.recipe import TrainingRecipe
 
 

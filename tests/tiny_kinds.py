@@ -7,8 +7,7 @@ import torch
 from test_capture import recipe_for, tiny_llama, word_tokenizer, write_questions
 from test_lrt import lrt
 
-from sst_interp.looped import attach_looped
-from sst_interp.model import attach
+from sst_interp.models.model import attach, attach_looped
 
 WORDS = {
     "backbone": "Backbone without a stream",
@@ -33,7 +32,7 @@ def models():
 
 def capture_kinds(folder, questions=3, csv=None, only=(), **changes):
     """{kind: run}, each in `folder/KIND`; of all kinds, or `only` of these."""
-    capture = importlib.import_module("sst_interp.capture").capture
+    capture = importlib.import_module("sst_interp.runs.capture").capture
     csv = csv or write_questions(folder / "words.csv", questions)
     recipe = recipe_for(csv, questions=questions, **({"max_new_tokens": 4} | changes))
     runs = {}

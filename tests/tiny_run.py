@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from sst_interp.recipe import Recipe
-from sst_interp.run_writer import RunWriter
+from sst_interp.runs.recipe import Recipe
+from sst_interp.runs.writer import RunWriter
 
 LAYERS, D_MODEL, POSITIONS, DEPTHS = 2, 3, 3, (1, 2)
 PROVENANCE = {"model_hash": "abc", "dtype": "bfloat16", "versions": {"torch": "2"}, "host": "here"}

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from sst_interp.bridges.nnsight import StateStreamNNsight
     from sst_interp.bridges.transformer_lens import StateStreamBridge
-    from sst_interp.model import StateStreamModel
+    from sst_interp.models.model import StateStreamModel
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 """Which hook points: a name, names, or a function of the name; None is every one that runs."""
@@ -33,7 +33,7 @@ clients ask for them late)."""
 
 
 class Bridges:
-    """What `sst_interp.model.StateStreamModel` inherits to be used from other tools."""
+    """What `sst_interp.models.model.StateStreamModel` inherits to be used from other tools."""
 
     _bridge: StateStreamBridge | None = None
 
@@ -90,8 +90,8 @@ class Bridges:
         return StateStreamNNsight(cast("StateStreamModel", self), iterations)
 
     def push_to_hub(self, repo_id: str, **how: Any) -> str:
-        """Upload the stream as a checkpoint that `sst.load(repo_id)` loads; see `sst_interp.sharing`."""
-        from sst_interp.sharing import push_to_hub
+        """Upload the stream as a checkpoint that `sst.load(repo_id)` loads; see `sst_interp.models.hub`."""
+        from sst_interp.models.hub import push_to_hub
 
         return push_to_hub(cast("StateStreamModel", self), repo_id, **how)
 

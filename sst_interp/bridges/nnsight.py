@@ -9,7 +9,7 @@
 In nnsight a value is named by its module and by which call of the module it is. Here the module says the
 iteration and the layer, the call says the position: `tracer.iter` runs over positions, as it does over the
 steps of any generation. Values come in the order they run: positions, in them iterations, in them layers, in
-them the sites of `sst_interp.hooks`. The prompt of `generate` is read before position 0 and calls no module.
+them the sites of `sst_interp.models.hooks`. The prompt of `generate` is read before position 0 and calls no module.
 
 Importing nnsight patches torch and gives every object a `save`, so it is imported with this module only.
 """
@@ -25,11 +25,11 @@ from nnsight import NNsight
 from nnsight.intervention.envoy import traceable
 from torch import Tensor, nn
 
-from sst_interp.bridges.forward import read_sequentially
+from sst_interp.bridges.parallel_hooks import read_sequentially
 from sst_interp.errors import SSTError
-from sst_interp.generation import Generation, check_iterations, generate
-from sst_interp.hooks import SITES, Site, Visit, alike
-from sst_interp.model import Prompt, Prompts, StateStreamModel, check_stop, listed
+from sst_interp.models.generation import Generation, check_iterations, generate
+from sst_interp.models.hooks import SITES, Site, Visit, alike
+from sst_interp.models.model import Prompt, Prompts, StateStreamModel, check_stop, listed
 
 
 class Sites(nn.Module):

@@ -1,6 +1,6 @@
 """Contraction per sweep of each kind of model: by which factor does a parallel sweep shrink what is left?
 
-A sweep is a parallel pass over all positions and iterations (`sst_interp.sweeps`). Where every sweep shrinks
+A sweep is a parallel pass over all positions and iterations (`sst_interp.models.solvers.sweeps`). Where every sweep shrinks
 the residual by a factor below 1, all positions converge together; else one more position is exact after each.
 The residual after k sweeps is fitted by r(k) = r * c^k on each text; c is the geometric mean over texts, and
 its interval resamples texts (a text is a question).
@@ -29,14 +29,14 @@ from sst_interp.analyses.statistics.bootstrap import (
     questions_words,
     ratio,
 )
-from sst_interp.certificate import TOLERANCE
 from sst_interp.errors import SSTError, Untestable
 from sst_interp.experiments.kinds import SHOWN, open_together
-from sst_interp.loading import load
-from sst_interp.model import StateStreamModel
+from sst_interp.models.loading import load
+from sst_interp.models.model import StateStreamModel
+from sst_interp.models.solvers.solution import TOLERANCE
+from sst_interp.models.solvers.sweeps import solve_by_sweeps
 from sst_interp.questions import load_questions
-from sst_interp.run import Run
-from sst_interp.sweeps import solve_by_sweeps
+from sst_interp.runs.run import Run
 
 COLUMNS = ["text", "tokens", "depth", "sweep", "residual", "settled"]
 SWEEPS = 12

@@ -35,10 +35,10 @@ from sst_interp.analyses.statistics.bootstrap import (
     share,
 )
 from sst_interp.analyses.statistics.modes import grid, to_overlap
-from sst_interp.choices import COMPARISONS
 from sst_interp.errors import SSTError, Untestable
-from sst_interp.run_kind import kind_words
-from sst_interp.runs import Run, open_run
+from sst_interp.models.choices import COMPARISONS
+from sst_interp.runs.provenance import kind_words
+from sst_interp.runs.store import Run, open_run
 
 AGREE = ("dataset", "depths", "max_new_tokens", "reply_prefix", "dtype", "batch_size")
 """What recipes must agree in: else a share may differ for another reason than the kind."""

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sst_interp.capture import provenance
 from sst_interp.errors import SSTError
-from sst_interp.loading import load
-from sst_interp.model import StateStreamModel
+from sst_interp.models.loading import load
+from sst_interp.models.model import StateStreamModel
 from sst_interp.questions import Question, load_questions
-from sst_interp.run import Run
+from sst_interp.runs.provenance import provenance
+from sst_interp.runs.run import Run
 
 
 def origin_of(run: Run, model: StateStreamModel | None = None) -> tuple[StateStreamModel, Sequence[Question]]:

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sst_interp.durable import publish, replace_json, stage
 from sst_interp.errors import SSTError
-from sst_interp.guarded import read_json, read_table
+from sst_interp.files import put_in_place as publish
+from sst_interp.files import read_json, read_table, replace_json, stage
 
 AGAIN = "delete it: what it held is measured again"
 

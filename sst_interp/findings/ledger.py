@@ -25,8 +25,6 @@ from sst_interp.analyses import load, plots
 from sst_interp.analyses.contrast import Contrast, comparison_words
 from sst_interp.analyses.result import Analysis, Result, json_ready
 from sst_interp.analyses.statistics.bootstrap import RESAMPLES, questions_words
-from sst_interp.choices import COMPARISONS
-from sst_interp.documents import markdown
 from sst_interp.errors import SSTError
 from sst_interp.findings import answers, state  # noqa: F401 (they register the claims)
 from sst_interp.findings.answers import BlendWeights, blend_weights
@@ -43,7 +41,9 @@ from sst_interp.findings.claims import (
     number,
     untestable,
 )
+from sst_interp.models.choices import COMPARISONS
 from sst_interp.plugins import load_plugins
+from sst_interp.tables import markdown
 
 Progress = Callable[[int, int, str], Any]
 """Told how many analyses are done, of how many, and which is next."""

@@ -27,24 +27,23 @@ from typing import Any
 
 import numpy as np
 
-from sst_interp import places
+from sst_interp import paths as places
 from sst_interp.analyses.result import KeptResult, Result
 from sst_interp.analyses.statistics.bootstrap import RESAMPLES, Interval
-from sst_interp.durable import replace_json
 from sst_interp.errors import SSTError, Untestable
 from sst_interp.experiments.studies.errors import ApproximationError, approximation_error
+from sst_interp.files import read_json, read_table, replace_json, unreadable
 from sst_interp.findings import experiments  # noqa: F401 (it registers the claims that are kept)
 from sst_interp.findings.answers import BlendWeights
 from sst_interp.findings.claims import CLAIMS, EVERYWHERE, Claim, Finding, Row, untestable
 from sst_interp.findings.ledger import Ledger, Progress, claims
-from sst_interp.guarded import read_json, read_table, unreadable
-from sst_interp.loading import checkpoint_folder
-from sst_interp.manifest import content_hash
-from sst_interp.printing import visible_texts
-from sst_interp.run import Run
-from sst_interp.run_kind import WORDS
-from sst_interp.runs import open_run
-from sst_interp.token_texts import token_classes, tokenizer_of
+from sst_interp.models.loading import checkpoint_folder
+from sst_interp.runs.manifest import content_hash
+from sst_interp.runs.provenance import WORDS
+from sst_interp.runs.run import Run
+from sst_interp.runs.store import open_run
+from sst_interp.runs.tokens import token_classes, tokenizer_of
+from sst_interp.tables import visible_texts
 
 FOLDER = "findings"
 ROLES = {

@@ -8,9 +8,9 @@
 words the message; `grading` reads the answer.
 """
 
+from sst_interp.questions.datasets import DATASETS, Dataset, load_questions
 from sst_interp.questions.grading import canonical_number, grade
-from sst_interp.questions.question import Item, Kind, Question, QuestionSet
-from sst_interp.questions.registry import DATASETS, Dataset, load_questions
+from sst_interp.questions.item import Item, Kind, Question, QuestionSet
 
 __all__ = [
     "DATASETS",

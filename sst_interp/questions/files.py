@@ -22,8 +22,8 @@ from string import ascii_uppercase
 from typing import Any
 
 from sst_interp.errors import SSTError
-from sst_interp.guarded import from_json, read_whole
-from sst_interp.questions.question import Hidden, HiddenBytes, Item
+from sst_interp.files import from_json, read_whole
+from sst_interp.questions.item import Hidden, HiddenBytes, Item
 
 NEEDED = (
     "it needs `question` and `answer`, and for multiple choice `A`, `B`, ... or `choice_1`, ... or `choices`"

@@ -24,7 +24,7 @@ import re
 from collections.abc import Sequence
 from string import ascii_uppercase
 
-from sst_interp.questions.question import Kind
+from sst_interp.questions.item import Kind
 
 # Not part of a word or symbol (C++, B/C, A's, D-glucose), and not the article or the pronoun.
 _LETTER = (

@@ -14,7 +14,7 @@ from string import ascii_uppercase
 
 from sst_interp.errors import SSTError
 from sst_interp.questions.grading import canonical_number
-from sst_interp.questions.question import Hidden, Item, Kind, Question
+from sst_interp.questions.item import Hidden, Item, Kind, Question
 
 INSTRUCTIONS: dict[str, str] = {
     "choice": "Start your reply with the letter of the correct answer, then give a short reason.",

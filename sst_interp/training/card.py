@@ -12,7 +12,7 @@ from typing import Protocol
 import jinja2
 import pandas as pd
 
-from sst_interp.durable import replace_bytes
+from sst_interp.files import replace_bytes
 from sst_interp.training.log import log_words, looks, read_about, read_log
 from sst_interp.training.recipe import TrainingRecipe
 

@@ -10,12 +10,12 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from sst_interp import places
-from sst_interp.choices import Choices
+from sst_interp import paths as places
 from sst_interp.errors import SSTError, unknown_name
-from sst_interp.implicit import Solver
-from sst_interp.lrt_design import MemoryDesign
-from sst_interp.recipe import NAME
+from sst_interp.models.choices import Choices
+from sst_interp.models.kinds.lrt import MemoryDesign
+from sst_interp.models.solvers.implicit import Solver
+from sst_interp.runs.recipe import NAME
 
 Method = Literal["two_pass", "multi_refine", "interleaved", "chunked", "exact", "sequential", "none"]
 EVERY_PASS = ("multi_refine", "interleaved")
@@ -40,7 +40,7 @@ class TrainingRecipe:
     """How states are found in training (`training.schedules`). `two_pass`: a blend-off pass, then `sweeps`
     sweeps in `groups` groups (the paper's: one and one). `multi_refine` and `interleaved`: as LRT is trained,
     with the loss on every pass. `chunked`: a state crosses chunk boundaries only. `exact`: the states that
-    the model runs with, and their exact gradient, solved layer by layer (`sst_interp.implicit`).
+    the model runs with, and their exact gradient, solved layer by layer (`sst_interp.models.solvers.implicit`).
     `sequential`: the same token by token, back-propagation through time (small models only). `none`: no
     stream, the matched baseline."""
 
@@ -134,7 +134,7 @@ class TrainingRecipe:
     """Minutes between saved states, from which an interrupted training goes on."""
 
     choices: Choices = field(default_factory=Choices)
-    """What the paper leaves open (`sst_interp.choices`)."""
+    """What the paper leaves open (`sst_interp.models.choices`)."""
 
     def __post_init__(self) -> None:
         for key, (fits, expected, example) in _CHECKS.items():

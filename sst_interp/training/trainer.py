@@ -1,6 +1,6 @@
 """`train`: from a recipe to a checkpoint, interruptible at any point.
 
-NAME/                         the checkpoint, as `sst_interp.checkpoint` describes it
+NAME/                         the checkpoint, as `sst_interp.models.checkpoint` describes it
 NAME/training.json, .jsonl    the recipe and the log (`training.log`)
 NAME/README.md                the model card
 NAME/training.html            loss and blend weights over the steps
@@ -23,23 +23,20 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from sst_interp import places
-from sst_interp.checkpoint import ADAPTERS, CONFIG, WEIGHTS, save_checkpoint
-from sst_interp.durable import publish, replace_bytes, replace_json, stage, temporary
+from sst_interp import paths as places
 from sst_interp.errors import SSTError
-from sst_interp.evaluation.losses import answer_losses
-from sst_interp.evaluation.tasks import EVALUATION, remove_evaluation
-from sst_interp.guarded import check_place, unreadable
-from sst_interp.loading import load
-from sst_interp.lrt_attach import build_memory
-from sst_interp.model import StateStreamModel
-from sst_interp.training.adapters import add_adapters, trainable
-from sst_interp.training.batches import make_batch, refuse_short_batches, schedule
+from sst_interp.files import check_place, replace_bytes, replace_json, stage, temporary, unreadable
+from sst_interp.files import put_in_place as publish
+from sst_interp.models.checkpoint import ADAPTERS, CONFIG, WEIGHTS, add_adapters, save_checkpoint, trainable
+from sst_interp.models.kinds.lrt import build_memory
+from sst_interp.models.loading import load
+from sst_interp.models.model import StateStreamModel
 from sst_interp.training.card import CURVES, write_card
-from sst_interp.training.examples import Split, load_split
+from sst_interp.training.data import Split, load_split, make_batch, refuse_short_batches, schedule
+from sst_interp.training.evaluation import EVALUATION, answer_losses, remove_evaluation
 from sst_interp.training.log import ABOUT, FORMAT, LOG, read_about
+from sst_interp.training.masters import Masters
 from sst_interp.training.objective import training_loss
-from sst_interp.training.optimiser import Masters
 from sst_interp.training.recipe import EVERY_PASS, TrainingRecipe
 
 STATE = "training.safetensors"

@@ -41,14 +41,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sst_interp.hooks import Site, Visit
-from sst_interp.keyvalues import KeyValues
-from sst_interp.measures import compare_outputs, cosine, read_out, wide
-from sst_interp.model import StateStreamModel
-from sst_interp.nudges import generator
-from sst_interp.prompt import prefill
-from sst_interp.sequential import advance
-from sst_interp.stream import Recurrence, Stream
+from sst_interp.models.cache import KeyValues
+from sst_interp.models.hooks import Site, Visit
+from sst_interp.models.measures import compare_outputs, cosine, read_out, wide
+from sst_interp.models.model import StateStreamModel
+from sst_interp.models.solvers.sequential import advance
+from sst_interp.models.solvers.solve import prefill
+from sst_interp.models.stream import Recurrence, Stream
+from sst_interp.runs.perturbations import generator
 
 DEEP, SHALLOW = 0, 1
 """Rows of a reading, deepest first."""

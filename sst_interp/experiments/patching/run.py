@@ -18,16 +18,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sst_interp import manifest, places
+from sst_interp import paths as places
 from sst_interp.analyses.contrast import Contrast
-from sst_interp.durable import publish, replace_json, stage
 from sst_interp.errors import SSTError
 from sst_interp.experiments.origin import origin_of, written_tokens
 from sst_interp.experiments.patching.effects import TextStates, effects, read_text, spread
-from sst_interp.guarded import check_place, read_json, read_table
-from sst_interp.model import StateStreamModel
+from sst_interp.files import check_place, read_json, read_table, replace_json, stage
+from sst_interp.files import put_in_place as publish
+from sst_interp.models.model import StateStreamModel
 from sst_interp.questions import grade
-from sst_interp.run import Run
+from sst_interp.runs import manifest
+from sst_interp.runs.run import Run
 
 ROLES = ("first", "shift", "stable", "random")
 """Why a position is patched. `first`: it is position 0. `shift`, `stable`: of the question's other positions,

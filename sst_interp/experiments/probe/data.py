@@ -19,10 +19,10 @@ from torch import Tensor
 
 from sst_interp.analyses.answers import NO_ANSWER, Answers
 from sst_interp.errors import SSTError, Untestable, unknown_name
-from sst_interp.halting import Convergence, Entropy, OutputChange, Threshold
+from sst_interp.models.halting import Convergence, Entropy, OutputChange, Threshold
 
 if TYPE_CHECKING:
-    from sst_interp.run import Run
+    from sst_interp.runs.run import Run
 
 SCALARS = ("prompt length", "entropy", "margin")
 """What needs no probe of states: length of the prompt in tokens; entropy (nats) and margin (logits) of the
@@ -285,7 +285,7 @@ def traces(
     questions: np.ndarray, deepest: int, steps: pd.DataFrame, outputs: pd.DataFrame, pairs: pd.DataFrame
 ) -> dict[str, np.ndarray]:
     """The numbers of every rule that the tables have for every question: name -> [iteration, question]. They
-    are those of `sst_interp.halting`: the same rule gives the same depth in `model.generate` and here.
+    are those of `sst_interp.models.halting`: the same rule gives the same depth in `model.generate` and here.
 
     Args:
         questions: indices in the run.

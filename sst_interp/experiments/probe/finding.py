@@ -58,16 +58,10 @@ from sst_interp.experiments.probe.scores import (
     pairs_in_order,
     probabilities,
 )
-from sst_interp.experiments.probe.validate import (
-    Progress,
-    in_folds,
-    null_scores,
-    pair_auc,
-    score,
-)
+from sst_interp.experiments.probe.validate import Progress, in_folds, null_scores, pair_auc, score
 
 if TYPE_CHECKING:
-    from sst_interp.run import Run
+    from sst_interp.runs.run import Run
 
 LEVEL = 0.05
 FEW = 10

@@ -41,7 +41,7 @@ from sst_interp.experiments.probe.validate import random_keys
 
 if TYPE_CHECKING:
     from sst_interp.experiments.probe.finding import Halting
-    from sst_interp.run import Run
+    from sst_interp.runs.run import Run
 
 FOLDS = 6
 LEVELS = 20

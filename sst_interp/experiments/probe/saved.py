@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sst_interp.analyses.answers import answers_of
-from sst_interp.durable import publish, replace_json, stage
 from sst_interp.errors import SSTError
 from sst_interp.experiments.probe.data import Features, Labels, halting_labels, position0, usable_layers
 from sst_interp.experiments.probe.finding import PERMUTATIONS, Halting
@@ -28,14 +27,15 @@ from sst_interp.experiments.probe.finding import halting as validated
 from sst_interp.experiments.probe.fit import Design, Inputs, Problems, TwoLayer, fit
 from sst_interp.experiments.probe.routing import Routing, routing_of
 from sst_interp.experiments.probe.validate import Progress, blocks_of, choose, random_keys
-from sst_interp.guarded import check_place, read_json, unreadable
-from sst_interp.halting import HaltingPolicy, Look
-from sst_interp.recipe import MAX_DEPTH
-from sst_interp.runs import open_run
+from sst_interp.files import check_place, read_json, replace_json, stage, unreadable
+from sst_interp.files import put_in_place as publish
+from sst_interp.models.halting import HaltingPolicy, Look
+from sst_interp.runs.recipe import MAX_DEPTH
+from sst_interp.runs.store import open_run
 
 if TYPE_CHECKING:
-    from sst_interp.model import StateStreamModel
-    from sst_interp.run import Run
+    from sst_interp.models.model import StateStreamModel
+    from sst_interp.runs.run import Run
 
 FORMAT = 1
 CONFIG, WEIGHTS = "probe.json", "probe.safetensors"

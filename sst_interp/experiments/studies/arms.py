@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sst_interp.errors import SSTError
-from sst_interp.loading import PAPER_ALPHA
-from sst_interp.lrt_design import MemoryDesign, Pathway
+from sst_interp.models.kinds.lrt import MemoryDesign, Pathway
+from sst_interp.models.loading import PAPER_ALPHA
 from sst_interp.training.recipe import Method, TrainingRecipe
 
 

@@ -32,14 +32,7 @@ from sst_interp.experiments.studies.arms import (
     Arm,
     Decoder,
 )
-from sst_interp.experiments.studies.fit import (
-    OWN,
-    ZERO,
-    Draw,
-    Training,
-    evaluations,
-    score_tokens,
-)
+from sst_interp.experiments.studies.fit import OWN, ZERO, Draw, Training, evaluations, score_tokens
 from sst_interp.experiments.studies.scores import Design, arm_scores
 from sst_interp.experiments.studies.study import Finding, Job, Progress, TrainingStudy, register_study
 from sst_interp.experiments.studies.tasks import (
@@ -52,7 +45,7 @@ from sst_interp.experiments.studies.tasks import (
     read_text,
 )
 from sst_interp.experiments.table import Table
-from sst_interp.lrt_attach import attach_lrt
+from sst_interp.models.model import attach_lrt
 
 BIN = 16
 """Positions of a text whose losses are added up together."""

@@ -18,13 +18,12 @@ from torch.nn.functional import cross_entropy
 
 from sst_interp.experiments.studies.arms import EXACT, NONE, Arm, Schedule
 from sst_interp.experiments.studies.tasks import FlipFlop, Labelled
-from sst_interp.model import StateStreamModel
-from sst_interp.stream import Recurrence
-from sst_interp.training.batches import Batch
-from sst_interp.training.objective import answer_loss, last_layer, mean_over_passes
-from sst_interp.training.optimiser import Masters
+from sst_interp.models.model import StateStreamModel
+from sst_interp.models.stream import Recurrence
+from sst_interp.training.data import Batch
+from sst_interp.training.masters import Masters
+from sst_interp.training.objective import Pass, answer_loss, last_layer, mean_over_passes, run_passes
 from sst_interp.training.recipe import EVERY_PASS, TrainingRecipe
-from sst_interp.training.schedules import Pass, run_passes
 
 SEQUENTIAL, ZERO, OWN = "sequential", "zero memory", "own"
 """How states are computed when a model is scored: token by token, which is the definition; with a memory of

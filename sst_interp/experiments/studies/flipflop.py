@@ -29,23 +29,14 @@ from sst_interp.experiments.studies.arms import (
     Blend,
     short_sighted,
 )
-from sst_interp.experiments.studies.fit import (
-    OWN,
-    SEQUENTIAL,
-    Draw,
-    Training,
-    score_labels,
-)
+from sst_interp.experiments.studies.fit import OWN, SEQUENTIAL, Draw, Training, score_labels
 from sst_interp.experiments.studies.gradients import bounds_words, gradient_fidelity
 from sst_interp.experiments.studies.scores import Design, arm_scores
 from sst_interp.experiments.studies.study import Finding, Job, TrainingStudy, register_study
-from sst_interp.experiments.studies.tasks import (
-    FlipFlop,
-)
+from sst_interp.experiments.studies.tasks import FlipFlop
 from sst_interp.experiments.table import Table
-from sst_interp.lrt_attach import attach_lrt
-from sst_interp.lrt_design import MemoryDesign
-from sst_interp.model import attach
+from sst_interp.models.kinds.lrt import MemoryDesign
+from sst_interp.models.model import attach, attach_lrt
 from sst_interp.training.recipe import TrainingRecipe
 
 LOOKS = 5

@@ -21,12 +21,7 @@ from torch import Tensor
 
 from sst_interp.errors import SSTError
 from sst_interp.experiments.studies import tables as written
-from sst_interp.experiments.studies.arms import (
-    EXACT,
-    INTERLEAVED,
-    LRT_SCHEDULES,
-    Schedule,
-)
+from sst_interp.experiments.studies.arms import EXACT, INTERLEAVED, LRT_SCHEDULES, Schedule
 from sst_interp.experiments.studies.fit import label_loss, label_loss_of_passes
 from sst_interp.experiments.studies.flipflop import LrtPlan, lrt_training, pretrained
 from sst_interp.experiments.studies.gradients import EVERY_PASS, NEWEST, latent_equivalence
@@ -34,17 +29,14 @@ from sst_interp.experiments.studies.study import Finding, Progress, Study, regis
 from sst_interp.experiments.studies.tasks import Labelled
 from sst_interp.experiments.studies.two_pass import by_position
 from sst_interp.experiments.table import Table
-from sst_interp.guarded import check_place
-from sst_interp.kind import Kind
-from sst_interp.loading import checkpoint_folder, load
-from sst_interp.lrt_attach import build_memory
-from sst_interp.lrt_design import MemoryDesign
-from sst_interp.model import StateStreamModel
-from sst_interp.training.adapters import add_adapters, trainable
-from sst_interp.training.batches import make_batch
-from sst_interp.training.examples import encode, read_items
-from sst_interp.training.objective import answer_loss, mean_over_passes
-from sst_interp.training.schedules import Pass, newest, run_passes
+from sst_interp.files import check_place
+from sst_interp.models.checkpoint import add_adapters, trainable
+from sst_interp.models.kinds.lrt import MemoryDesign, build_memory
+from sst_interp.models.loading import checkpoint_folder, load
+from sst_interp.models.model import StateStreamModel
+from sst_interp.models.stream import Kind
+from sst_interp.training.data import encode, make_batch, read_items
+from sst_interp.training.objective import Pass, answer_loss, mean_over_passes, newest, run_passes
 
 SMALL = "small"
 """The name of the small LRT that is trained on the spot."""

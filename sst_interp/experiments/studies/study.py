@@ -17,14 +17,14 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import pandas as pd
 
-from sst_interp import places
+from sst_interp import paths as places
 from sst_interp.analyses.result import Result
-from sst_interp.documents import NOT_YET
 from sst_interp.errors import SSTError, Untestable, unknown_name
 from sst_interp.experiments.studies.arms import Arm
 from sst_interp.experiments.studies.fit import Training, step_times
 from sst_interp.experiments.table import Table, same_plan
-from sst_interp.guarded import check_place
+from sst_interp.files import check_place
+from sst_interp.tables import NOT_YET
 
 Progress = Callable[[str, int, int], Any]
 """(what is measured, done, in all)."""

@@ -12,7 +12,6 @@ from typing import Any
 
 import pandas as pd
 
-from sst_interp.documents import markdown
 from sst_interp.experiments.studies.errors import ApproximationError, Contraction
 from sst_interp.experiments.studies.gradients import (
     EVERY_PASS,
@@ -24,6 +23,7 @@ from sst_interp.experiments.studies.gradients import (
     schedule_words,
 )
 from sst_interp.experiments.studies.scores import ArmScores, of_row, percent
+from sst_interp.tables import markdown
 
 SAME = ("interleaved", 1)
 """Left out of the tables: it is multi-refine with K = 1."""

@@ -1,6 +1,6 @@
 """The study `two-pass`: what a fixed number of sweeps leaves of the exact states, on given text.
 
-Training computes states by a pass without the blend and a few sweeps (`sst_interp.sweeps`). Here the same
+Training computes states by a pass without the blend and a few sweeps (`sst_interp.models.solvers.sweeps`). Here the same
 text is also solved exactly, and the two are compared position by position: sums per question and bin of
 positions, from which `errors` computes everything.
 """
@@ -21,29 +21,23 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from sst_interp.certificate import relative_change
-from sst_interp.checkpoint import read_checkpoint
 from sst_interp.errors import SSTError
 from sst_interp.experiments.studies import tables as written
-from sst_interp.experiments.studies.arms import (
-    CYCLIC,
-    TWO_PASSES,
-    Condition,
-    Schedule,
-    grid,
-)
+from sst_interp.experiments.studies.arms import CYCLIC, TWO_PASSES, Condition, Schedule, grid
 from sst_interp.experiments.studies.errors import approximation_error, contraction
 from sst_interp.experiments.studies.study import Finding, Progress, Study, register_study
 from sst_interp.experiments.table import Table
-from sst_interp.guarded import check_place
-from sst_interp.layerwise import solve_layerwise
-from sst_interp.loading import checkpoint_folder, load
-from sst_interp.model import StateStreamModel
-from sst_interp.questions.registry import load_items
-from sst_interp.sequential import advance
-from sst_interp.stream import Recurrence
-from sst_interp.sweeps import solve_by_sweeps
-from sst_interp.training.examples import Example, encode
+from sst_interp.files import check_place
+from sst_interp.models.checkpoint import read_checkpoint
+from sst_interp.models.loading import checkpoint_folder, load
+from sst_interp.models.model import StateStreamModel
+from sst_interp.models.solvers.layerwise import solve_layerwise
+from sst_interp.models.solvers.sequential import advance
+from sst_interp.models.solvers.solution import relative_change
+from sst_interp.models.solvers.sweeps import solve_by_sweeps
+from sst_interp.models.stream import Recurrence
+from sst_interp.questions.datasets import load_items
+from sst_interp.training.data import Example, encode
 
 TOLERANCE = 1e-6
 """Of the layerwise solution that is taken as exact: a unit of float32's rounding."""

@@ -1,0 +1,97 @@
+"""Reading given tokens with a hook at every site: one position after the other, or all of them at once.
+
+Sequentially a hook sees [row, 1, d_model], once per position and iteration, in the order they run: the
+definition. In parallel it sees [row, position, d_model], once per iteration, as in any forward pass: the
+exact states are solved for first, and one pass at the solution shows them. What a hook changes moves later
+states, so the pass is then repeated, each time from the states of the pass before, until nothing moves.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sst_interp.errors import SSTError
+from sst_interp.models.cache import Access
+from sst_interp.models.hooks import Hook
+from sst_interp.models.solvers.sequential import advance
+from sst_interp.models.solvers.solution import TOLERANCE, relative_change
+from sst_interp.models.solvers.solve import solve_exactly
+from sst_interp.models.stream import Recurrence, Stream, stack_pass
+
+
+@torch.no_grad()
+def read_sequentially(
+    model: Recurrence,
+    tokens: Int[Tensor, "row position"],
+    iterations: int,
+    hook: Hook,
+    stream: Stream | None = None,
+) -> Float[Tensor, "row position iteration d_model"]:
+    """The last layer's outputs, every token iterated `iterations` times.
+
+    Args:
+        stream: what was read before; None is nothing.
+    """
+    rows, positions = tokens.shape
+    if stream is None:
+        stream = model.new_stream(torch.zeros(rows, dtype=torch.long, device=tokens.device), positions)
+    last = []
+    for position in range(positions):
+        done = advance(model, stream, tokens[:, position], iterations, partial(hook, position))
+        last.append(torch.stack([it.resid_post[-1] for it in done], dim=1))
+    return torch.stack(last, dim=1)
+
+
+@torch.no_grad()
+def read_in_parallel(
+    model: Recurrence,
+    hooked: Recurrence,
+    tokens: Int[Tensor, "row position"],
+    iterations: int,
+    hook: Hook,
+) -> Float[Tensor, "row position iteration d_model"]:
+    """The same to the dtype's tolerance, all positions at once.
+
+    Args:
+        model: what the unedited states are solved with.
+        hooked: what the passes run on: the same model, or its twin with hooks inside.
+        hook: asked with position 0, the first of each pass. It may be called more often than once per
+            iteration: the last calls count.
+
+    Raises:
+        SSTError: the hook's changes do not settle, so they are not a function of what precedes them.
+    """
+    rows, positions = tokens.shape
+    stream = model.new_stream(torch.zeros(rows, dtype=torch.long, device=tokens.device), positions)
+    everywhere = list(range(positions))
+    solution = solve_exactly(model, stream, tokens, iterations=iterations, check=everywhere)
+    incoming = torch.stack([solution.incoming[t] for t in everywhere], dim=2)
+    before, columns = solution.resid_post, torch.arange(positions, device=tokens.device)
+    assert before is not None
+    for _ in range(positions + 1):  # k passes make the first k positions exact
+        outputs, state = [], incoming
+        for number in range(1, iterations + 1):
+            has_state = (columns > 0 if number == 1 else columns >= 0).expand(rows, -1)
+            access = _access(number, iterations, model.choices.kv)
+            y, state = stack_pass(hooked, stream, tokens, columns, state, has_state, access, hook(0, number))
+            outputs.append(y)
+        now = torch.stack(outputs, dim=3)
+        if float(relative_change(now, before).max()) < TOLERANCE[model.backbone.dtype]:
+            return now[-1]
+        before = now
+        incoming = torch.cat([torch.zeros_like(state[:, :, :1]), state[:, :, :-1]], dim=2)
+    raise SSTError(
+        "the edited states do not settle: an edit changes a position by what comes after it, or at random",
+        'method="sequential" calls it once per position and iteration',
+    )
+
+
+def _access(number: int, iterations: int, kv: str) -> Access:
+    """What a pass does with its keys and values: those of the kept iteration are stored."""
+    if kv == "first":
+        return "write" if number == 1 else "read"
+    return "write" if number == iterations else "beside"

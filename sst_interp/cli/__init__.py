@@ -1,0 +1,54 @@
+"""The entry point of `sst-interp`: small, so that Ctrl-C is one line from its first moment to its last.
+
+A mistake that a person can put right prints one line that says what is wrong and one that says what to
+type, without a traceback, and exits with code 2. Progress goes to stderr, results to stdout. The commands are
+in `sst_interp.commands`.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+
+STOPPED = 130
+"""Exit code of a command that was stopped before it could say what is kept."""
+
+
+def __getattr__(name: str) -> object:
+    """`app`, imported when it is asked for."""
+    if name != "app":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from sst_interp.cli.app import app
+
+    return app
+
+
+def main() -> None:
+    """Entry point of `sst-interp`."""
+    stopped = False
+
+    def stop(*_: object) -> None:
+        nonlocal stopped
+        stopped = True
+        raise KeyboardInterrupt
+
+    try:
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else somebody ignores it
+            signal.signal(signal.SIGINT, stop)
+        from sst_interp.cli.app import run
+
+        run()
+    except KeyboardInterrupt:
+        _stopped()
+    except Exception:
+        if not stopped:
+            raise
+        _stopped()  # a library that was being imported made another error of it
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is left is to leave
+
+
+def _stopped() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    print("error: stopped\n  the same command starts again", file=sys.stderr)
+    sys.exit(STOPPED)

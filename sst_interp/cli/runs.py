@@ -1,0 +1,342 @@
+"""`sst-interp capture`, `runs` and what a run shows: `basin-shifts`, `claims`, `report`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sst_interp import __version__
+from sst_interp import paths as places
+from sst_interp.cli.common import (
+    FreshFlag,
+    HtmlOption,
+    JsonFlag,
+    Resamples,
+    RunOption,
+    Seed,
+    captured_run,
+    given_path,
+    stopping,
+)
+from sst_interp.errors import SSTError
+from sst_interp.files import check_output
+from sst_interp.models.choices import COMPARISONS
+from sst_interp.runs.provenance import kind_words
+from sst_interp.tables import bar, print_table, say, write_text
+
+
+def capture(
+    run: RunOption,
+    keep: Annotated[
+        str | None,
+        typer.Option(help="Full states to keep: none, position0, shifts or all (overrides the recipe)."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Set a key of the recipe: questions=8, depths=1,2, choices.kv=first, name=other ...",
+        ),
+    ] = None,
+    fresh: FreshFlag = False,
+) -> None:
+    """Capture a run: every question at every depth, measured while it is generated.
+
+    A capture that was interrupted, or a run with a damaged shard, goes on with what is missing.
+
+    Examples:
+        sst-interp capture demo
+
+        sst-interp capture my-recipe.toml --keep all
+
+        sst-interp capture demo --set questions=8 --set depths=1,2 --set name=demo-8
+    """
+    from sst_interp.runs.capture import capture as capture_run
+    from sst_interp.runs.recipe import find_recipe
+
+    recipe = find_recipe(run, captured=not fresh)
+    if settings or keep is not None:
+        recipe = recipe.with_settings([*(settings or []), *([f"keep={keep}"] if keep is not None else [])])
+    with stopping():
+        captured = capture_run(recipe, fresh=fresh)
+    say(f"captured {len(captured.questions['question'].unique())} questions in {captured.folder}")
+
+
+def publish(
+    run: RunOption,
+    out: Annotated[
+        Path,
+        typer.Argument(parser=given_path, metavar="OUT", help="Folder of the copy; it must not exist yet."),
+    ],
+    bits: Annotated[int, typer.Option(min=4, max=24, help="Significant bits of the floats in pairs.")] = 10,
+    top: Annotated[
+        int | None, typer.Option(min=0, help="Likely tokens to keep of each step's 100; default: all.")
+    ] = None,
+    iterations: Annotated[
+        str, typer.Option(help="Iterations whose states at position 0 are kept; empty for none.")
+    ] = "1",
+) -> None:
+    """Copy a complete run, smaller: measurements that others can read, check and pass round.
+
+    Example:
+        sst-interp publish --run gpqa published/gpqa --iterations 1,4
+    """
+    from sst_interp.runs.store import open_run
+    from sst_interp.runs.store import publish as publish_run
+
+    try:
+        kept = tuple(int(i) for i in iterations.split(",") if i.strip())
+    except ValueError:
+        raise SSTError(
+            f"--iterations {iterations!r} is not a list of whole numbers", "for example 1,4"
+        ) from None
+    original = open_run(run)
+    with bar(f"publishing {original.name}", unit="batch", total=0) as shown:
+
+        def show(done: int, of: int) -> None:
+            shown.total = of
+            shown.update(done - shown.n)
+
+        copy = publish_run(original, out, bits, top, kept, show)
+    say(f"published: {copy.folder}, {copy.summary()['bytes'] / 1e6:.1f} MB")
+
+
+def runs(as_json: JsonFlag = False) -> None:
+    """List runs and recipes: yours, and those that ship.
+
+    Example:
+        sst-interp runs --json
+    """
+    from sst_interp.runs.provenance import kind_words
+    from sst_interp.runs.store import list_runs
+
+    rows = list_runs()
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    shown = [
+        {
+            "name": row["name"],
+            "state": row["state"],
+            "kind": kind_words(row["kind"]),
+            "checkpoint": row["checkpoint"] or "",
+            "dataset": row["dataset"] or "",
+            "questions": row["questions"] or ("all" if row["dataset"] else ""),
+            "depths": " ".join(map(str, row["depths"] or [])),
+            "size": f"{row['bytes'] / 1e6:.1f} MB" if row["bytes"] else "",
+            "where": row["where"],
+        }
+        for row in rows
+    ]
+    print_table(shown)
+
+
+def datasets(as_json: JsonFlag = False) -> None:
+    """List the datasets that recipes can name; a .csv or .jsonl path works, too.
+
+    Example:
+        sst-interp datasets
+    """
+    from sst_interp.questions import DATASETS
+
+    rows = [
+        {
+            "name": name,
+            "splits": list(known.splits),
+            "licence": known.licence,
+            "restricted": known.restricted,
+            "about": known.about,
+        }
+        for name, known in DATASETS.items()
+    ]
+    if as_json:
+        print(json.dumps(rows, indent=2))
+    else:
+        print_table(
+            [
+                row | {"splits": " ".join(row["splits"]), "restricted": "yes" if row["restricted"] else ""}
+                for row in rows
+            ]
+        )
+
+
+def basin_shifts(
+    run: RunOption,
+    html: HtmlOption = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--json",
+            parser=given_path,
+            metavar="FILE",
+            help="Also write the results as JSON; `-` prints them instead.",
+        ),
+    ] = None,
+    fresh: FreshFlag = False,
+) -> None:
+    """Where does extra iteration change the state, and where does nothing happen?
+
+    Captures the run first if it has no data (or not all of it), then classifies every (position, layer) pair
+    as stable or shifted under each of the three comparisons, prints a summary and writes an HTML report.
+
+    Examples:
+        sst-interp basin-shifts demo
+
+        sst-interp basin-shifts --run demo --json - | jq .replayed.share
+    """
+    from sst_interp.findings.report.page import write_report
+
+    for file in (html, json_file):
+        if file is not None and str(file) != "-":
+            check_output(file)
+    captured = captured_run(run, fresh)
+    page = _report_path(captured, html)
+    check_output(page)
+    ledger = ledger_with_bar(captured)
+    as_json = json.dumps({name: _as_dict(ledger, name) for name in COMPARISONS}, indent=2)
+    if str(json_file) == "-":
+        print(as_json)
+    else:
+        _print_basin_shifts(captured, ledger)
+        print_table(ledger.by_claim)
+        say(f"\n{ledger.verdict}\n`sst-interp claims --run {run}` says more\n")
+        if json_file is not None:
+            write_text(json_file, as_json + "\n")
+    written = write_report(captured, page, ledger)
+    say(f"report: {written}", sys.stderr if str(json_file) == "-" else sys.stdout)
+    _exit_if_failed(ledger, captured)
+
+
+def claims(
+    run: RunOption,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole ledger as JSON.")] = False,
+    resamples: Resamples = 2000,
+    seed: Seed = 0,
+    document: Annotated[
+        Path | None, typer.Option(help="Also fill the places of this run in a Markdown file (docs/found.md).")
+    ] = None,
+) -> None:
+    """The paper's claims beside a run: its figure, this run's with its interval, a verdict by a stated rule.
+
+    Captures the run first if it has no data. Companion runs that are there are used: NAME-blend-off (start-up
+    control), NAME-reshuffled (content), NAME-baseline (matched baseline), NAME-deep (more depths), NAME-lens.
+
+    Examples:
+        sst-interp claims gpqa
+
+        sst-interp claims --run gpqa --json | jq '.table[] | {claim, comparison, verdict}'
+    """
+    from sst_interp.tables import check_document, fill
+
+    if document is not None:
+        check_document(document)
+    captured = captured_run(run, fresh=False)
+    ledger = ledger_with_bar(captured, resamples, seed)
+    if document is not None:
+        filled = fill(document, ledger.blocks(), others=True)
+        say(f"{document}: {', '.join(filled) or 'no place for this run'}", sys.stderr)
+    if as_json:
+        print(json.dumps(ledger.to_dict(), indent=2))
+        _exit_if_failed(ledger, captured)
+        return
+    for row in ledger.rows:
+        say(f"{row.claim.id} {row.comparison}: {row.claim.words}")
+        say(f"    paper     {row.claim.paper}\n    this run  {row.finding.here or '-'}")
+        say(f"    verdict   {row.finding.verdict} (holds if {row.claim.rule})")
+        if row.finding.control:
+            say(f"    control   {row.finding.control}")
+    say()
+    print_table(ledger.by_claim)
+    say(f"\n{ledger.verdict}")
+    _exit_if_failed(ledger, captured)
+
+
+def report(run: RunOption, html: HtmlOption = None) -> None:
+    """Write the HTML report of a captured run: one file that works offline.
+
+    Example:
+        sst-interp report demo --html demo.html
+    """
+    from sst_interp.findings.report.page import write_report
+    from sst_interp.runs.store import open_run
+
+    if html is not None:
+        check_output(html)
+    captured: Any = open_run(run)
+    page = _report_path(captured, html)
+    check_output(page)
+    ledger = ledger_with_bar(captured)
+    say(f"report: {write_report(captured, page, ledger)}")
+    _exit_if_failed(ledger, captured)
+
+
+def ledger_with_bar(run: Any, resamples: int = 2000, seed: int = 0) -> Any:
+    """The claims ledger of a run, with a bar over its analyses."""
+    from sst_interp.findings.of_run import companions, ledger_of
+
+    run.check()
+    beside = companions(run)
+    for note in beside.notes:
+        say(f"note: {note}", sys.stderr)
+    with bar(f"analysing {run.name}", unit="analysis", total=1) as shown:
+
+        def show(done: int, of: int, name: str) -> None:
+            shown.total = of
+            shown.set_postfix_str(name)
+            shown.update(done - shown.n)
+
+        return ledger_of(run, resamples, seed, progress=show)
+
+
+def _report_path(run: Any, html: Path | None) -> Path:
+    if html is not None:
+        return html
+    inside = run.folder / "report.html"
+    if run.folder.parent.resolve() == places.shipped("runs").resolve() or not os.access(run.folder, os.W_OK):
+        return Path(f"{run.name}-report.html")
+    return inside
+
+
+def _as_dict(ledger: Any, comparison: str) -> dict[str, Any]:
+    """The basin shifts of a comparison as JSON, or why there are none."""
+    key = f"basin_shifts.{comparison}"
+    if key in ledger.results:
+        return ledger.results[key].to_dict()
+    return {"result": "BasinShifts", "verdict": f"not testable: {ledger.missing[key]}."}
+
+
+def _print_basin_shifts(run: Any, ledger: Any) -> None:
+    n = run.questions["question"].nunique()
+    say(f"{run.name}: {kind_words(run.kind)}, {run.recipe.checkpoint}, {n} questions\n")
+    rows = []
+    for name in COMPARISONS:
+        row = {"comparison": name} | dict.fromkeys(
+            ("pair", "shifted", "threshold", "below 0.99", "modes"), "-"
+        )
+        if (shifts := ledger.results.get(f"basin_shifts.{name}")) is not None:
+            row["pair"], row["threshold"] = f"{shifts.a} vs {shifts.b}", f"{shifts.threshold:.4g}"
+            row["shifted"] = shifts.share.text(percent=True)
+            row["below 0.99"] = shifts.share_at_paper.text(percent=True)
+            row["modes"] = shifts.distribution.modes.count
+        rows.append(row)
+    print_table(rows)
+    for name in COMPARISONS:
+        say(f"\n{name}: {_as_dict(ledger, name)['verdict']}")
+    say()
+
+
+def _exit_if_failed(ledger: Any, run: Any) -> None:
+    """Say which analyses crashed, and leave with exit code 3: what was printed is not the whole ledger."""
+    if not ledger.failed:
+        return
+    for name, error in ledger.failed.items():
+        say(f"failed: {name}: {error}", sys.stderr)
+    words = f"  a fault of sst-interp {__version__}, not a finding: please report these lines, with "
+    say(f"{words}`sst-interp claims --run {run.name}`, to its issues", sys.stderr)
+    raise typer.Exit(3)

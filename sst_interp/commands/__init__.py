@@ -1,1 +1,0 @@
-"""The commands of `sst-interp`: thin over the same functions a notebook calls."""

@@ -1,0 +1,259 @@
+"""The sections of the report: one for each analysis, as it was registered, with its claims."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from sst_interp.analyses.result import ANALYSES, Analysis, Result
+from sst_interp.findings.claims import EVERYWHERE, FAILS, HOLDS, UNTESTED, Claim, Row
+from sst_interp.findings.experiments import KEPT
+from sst_interp.findings.ledger import Ledger
+from sst_interp.models.choices import COMPARISONS
+from sst_interp.runs.provenance import kind_words, run_kind
+
+MEANING = {
+    "replayed": "The text that depth 1 wrote is replayed token by token at the deeper depth: only the depth "
+    "differs.",
+    "within": "Iterations of one and the same pass at the deepest depth, on its own text.",
+    "free": "Each depth writes its own text and states are compared by position. Once the texts differ by a "
+    "token, the inputs differ too: a low overlap may say no more than that.",
+}
+
+
+STORY = (
+    ("basin_shifts", "overlap", "Is there a second mode?"),
+    ("basin_shifts", "rates", "Where do states shift?"),
+    ("token_replacement", "replaced", "What does it do to the output?"),
+)
+"""The three figures of the first screen: analysis, figure, what it answers."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One result in the report: what is shown of it, beside it and behind it."""
+
+    id: str
+    comparison: str
+    result: Result
+    rows: list[Row]
+    figures: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def first(self) -> str:
+        """The first sentence of the verdict, without the comparison that the page names already."""
+        return split_verdict(self.result.verdict)[0]
+
+    @property
+    def rest(self) -> str:
+        """What follows it."""
+        return split_verdict(self.result.verdict)[1]
+
+
+@dataclass(frozen=True)
+class Section:
+    """One analysis, in every comparison it was made for."""
+
+    id: str
+    name: str
+    about: Analysis
+    """What was registered of it."""
+    panels: list[Panel]
+    missing: dict[str, str]
+
+
+def split_verdict(verdict: str) -> tuple[str, str]:
+    """(first sentence, rest). A full stop ends one where a capital letter or the end follows."""
+    found = re.search(r"(?<=[a-z0-9)\]%])\.(?=\s+[A-Z])", verdict)
+    if found is None:
+        return verdict, ""
+    return verdict[: found.end()], verdict[found.end() :].strip()
+
+
+def sections(ledger: Ledger, lead: str) -> list[Section]:
+    """The report's sections; figures are filled in by `render_report`."""
+    names = dict.fromkeys(key.split(".")[0] for key in [*ledger.results, *ledger.missing])
+    order = sorted((_about(name, ledger) for name in names), key=lambda about: about.order)
+    return [_section(ledger, about, i, lead) for i, about in enumerate(order)]
+
+
+def by_lead(names: Iterable[str], lead: str) -> list[str]:
+    """Comparisons in their order, the leading one first, any other name after them."""
+    known = {name: i for i, name in enumerate(COMPARISONS)}
+    return sorted(names, key=lambda name: (name != lead, known.get(name, len(known))))
+
+
+def _about(name: str, ledger: Ledger) -> Analysis:
+    """What is known of an analysis; of a result that was never registered, its own title."""
+    if name in ANALYSES:
+        return ANALYSES[name]
+    if name in KEPT:
+        return KEPT[name]
+    titles = (
+        result.title.split(":")[0] for key, result in ledger.results.items() if key.split(".")[0] == name
+    )
+    return Analysis(name, _not_registered, next(titles, name), "", order=math.inf)
+
+
+def _not_registered(_: Any) -> NoReturn:
+    raise NotImplementedError
+
+
+def _section(ledger: Ledger, about: Analysis, index: int, lead: str) -> Section:
+    def of(found: Iterable[str]) -> dict[str, str]:
+        """Comparison -> key, of the keys of this analysis."""
+        return {k.partition(".")[2] or EVERYWHERE: k for k in found if k.split(".")[0] == about.name}
+
+    results = of(ledger.results)
+    panels = [
+        Panel(f"a{index}-{i}", place, ledger.results[results[place]], _rows(ledger, about, place))
+        for i, place in enumerate(by_lead(results, lead))
+    ]
+    missing = {place: ledger.missing[key] for place, key in of(ledger.missing).items()}
+    return Section(f"a{index}", about.name, about, panels, missing)
+
+
+def _rows(ledger: Ledger, about: Analysis, comparison: str) -> list[Row]:
+    """The ledger's rows that stand beside a result."""
+    return [r for r in ledger.rows if r.claim.id in about.claims and r.comparison in (comparison, EVERYWHERE)]
+
+
+CHIPS = {HOLDS: ("holds", "\u2713"), FAILS: ("fails", "\u2717"), UNTESTED: ("untested", "\u25cb")}
+"""Class and mark of a verdict: it shows in words, shape and colour."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One verdict: what is seen at once, and what behind it."""
+
+    row: Row
+    short: str
+    """This run's figure without what stands in brackets."""
+
+    @property
+    def chip(self) -> tuple[str, str]:
+        """CSS class and mark."""
+        return CHIPS.get(self.row.state, CHIPS[UNTESTED])
+
+    @property
+    def reason(self) -> str:
+        """Why it is not testable; empty if it is."""
+        return self.row.finding.verdict.partition(": ")[2]
+
+
+@dataclass(frozen=True)
+class ClaimRow:
+    """One claim: its cells by comparison, or one cell for the whole run."""
+
+    claim: Claim
+    cells: dict[str, Cell]
+
+    @property
+    def whole(self) -> Cell | None:
+        """The cell of a claim that does not depend on a comparison."""
+        return self.cells.get(EVERYWHERE)
+
+
+def claim_rows(ledger: Ledger, lead: str) -> tuple[list[str], list[ClaimRow]]:
+    """(comparisons in their order, rows). A claim measured more than once for the run has a row for each."""
+    columns = by_lead({r.comparison for r in ledger.rows if r.comparison != EVERYWHERE}, lead)
+    rows: list[ClaimRow] = []
+    for row in ledger.rows:
+        cell = Cell(row, shortened(row.finding.here))
+        last = rows[-1] if rows else None
+        if last is None or last.claim.id != row.claim.id or row.comparison in last.cells:
+            rows.append(ClaimRow(row.claim, {row.comparison: cell}))
+        else:
+            last.cells[row.comparison] = cell
+    return columns, rows
+
+
+def shortened(words: str) -> str:
+    """The first figure of a finding: up to the first semicolon, and with its first interval only."""
+    words = re.split(r"; ", words)[0]
+    return "" if words == "none" else words
+
+
+_LEFT_OUT = re.compile(r"^recipe\.|(^|\.)(host|command)$")
+"""Manifest keys that are not shown: the recipe stands above them, and a report is for others to read."""
+
+CHOICES = {
+    "carry": "what a layer hands on to the next pass: its output, or its FFN branch alone",
+    "blend": "how the state is mixed in: convex (1 - alpha) m + alpha s, or additive m + alpha s",
+    "prompt": "how the prompt is read: recurrence on and certified (exact), off, or in two passes",
+    "kv": "which iteration's keys and values later positions attend to",
+    "handoff": "how a pass without the blend becomes states: shifted by a position, or a moving average",
+    "overlap": "similarity of two hidden states",
+    "comparison": "the comparison that the report leads with; all three are measured, never pooled",
+    "threshold": "overlap below which a pair has shifted: the antimode of the run's overlaps, or a number",
+}
+
+
+def choices_rows(names: Iterable[str]) -> list[tuple[str, str]]:
+    """(choice, what it decides) of every choice."""
+    return [(name, CHOICES.get(name, "")) for name in names]
+
+
+def facts(run: Any) -> list[tuple[str, str]]:
+    """(what, value) rows for the first screen."""
+    recipe, made = run.recipe, run.manifest.get("provenance", {})
+    data = made.get("dataset") if isinstance(made.get("dataset"), Mapping) else {}
+    asked = run.questions["question"].nunique() if len(run.questions) else 0
+    model = str(recipe.checkpoint)
+    if {"family", "n_layers", "d_model"} <= set(made):
+        model += f" ({made['family']}, {made['n_layers']} layers of {made['d_model']})"
+    dataset = str(recipe.dataset)
+    dataset += f", {data['split']} split" if data.get("split") else ""
+    questions = f"{asked:,}"
+    questions += f" of {data['available']:,}" if isinstance(data.get("available"), int) else ""
+    found = [("kind", kind_words(run_kind(recipe, made)))] if made else []
+    found += [("model", model), ("dataset", dataset), ("questions", questions)]
+    found.append(("depths", ", ".join(map(str, recipe.depths))))
+    found.append(("answers", f"up to {recipe.max_new_tokens} tokens"))
+    found.append(("stream", _stream(recipe, made)))
+    if made.get("dtype"):
+        found.append(("arithmetic", str(made["dtype"])))
+    started = [s.get("started", "")[:10] for s in run.manifest.get("sessions", []) if isinstance(s, Mapping)]
+    if any(started):
+        found.append(("captured", max(started)))
+    return found
+
+
+def _stream(recipe: Any, made: Mapping[str, Any]) -> str:
+    """What the kind of model does not say: how its state is read, with which weights."""
+    choices, kind = recipe.choices, run_kind(recipe, made)
+    if kind == "looped":
+        how = "in place of" if choices.blend == "convex" else "added to"
+        return f"none; from iteration 2 on the last layer's output is read {how} the embedding"
+    if kind == "backbone" or "stream" in made:
+        return str(made.get("stream", "none"))
+    words = f"{choices.blend} blend of the {str(choices.carry).replace('_', ' ')}"
+    if "alpha_range" in made:
+        low, high = made["alpha_range"]
+        words += (
+            f", alpha {low:g} fixed"
+            if low == high
+            else f", alpha {made['alpha_mean']:.3g} ({low:.2g}-{high:.2g})"
+        )
+    elif recipe.alpha is not None:
+        words += f", alpha {recipe.alpha:g}"
+    return words
+
+
+def flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
+    """A nested dictionary as (dotted key, text) rows."""
+    if isinstance(value, Mapping) and value:
+        return [row for key in value for row in flat(value[key], f"{prefix}.{key}" if prefix else str(key))]
+    if isinstance(value, list | tuple) and any(isinstance(v, Mapping | list | tuple) for v in value):
+        return [row for i, item in enumerate(value) for row in flat(item, f"{prefix}[{i}]")]
+    text = json.dumps(value, ensure_ascii=False, default=str) if not isinstance(value, str) else value
+    return [(prefix, text)]
+
+
+def shown_manifest(rows: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The rows that a report shows."""
+    return [row for row in rows if not _LEFT_OUT.search(row[0])]

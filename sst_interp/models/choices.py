@@ -1,0 +1,141 @@
+"""What the paper leaves open: one field per choice, a documented default, recorded in every capture.
+
+The formulas these choices select are in `sst_interp.models.stream`; the comparisons in `analyses`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+from sst_interp.errors import SSTError, unknown_name
+
+MAX_DEPTH = 127
+"""The deepest iteration anywhere: depths and iterations are int8 in a run's tables."""
+
+Comparison = Literal["replayed", "within", "free"]
+COMPARISONS: tuple[Comparison, ...] = get_args(Comparison)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The choices of a state stream. Each is an option; the first value listed is the default."""
+
+    carry: Literal["layer_output", "ffn_output"] = "layer_output"
+    """What a layer hands on: its output `y` (the paper), or its FFN branch alone."""
+
+    blend: Literal["convex", "additive"] = "convex"
+    """`convex`: m~ = (1 - alpha) m + alpha s (the paper). `additive`: m~ = m + alpha s."""
+
+    prompt: Literal["exact", "blend_off", "two_pass"] = "exact"
+    """How the prompt is read. `exact`: recurrence on, one iteration per token, solved in parallel and
+    certified. `blend_off`: plain backbone; the recurrence starts at position 0. `two_pass`: one
+    blend-off pass, one sweep with its outputs as states (what SST V2 trains on)."""
+
+    kv: Literal["last", "first"] = "last"
+    """Which iteration's keys and values later positions attend to."""
+
+    handoff: Literal["shift", "scan"] = "shift"
+    """How a blend-off pass becomes states: the two-pass prompt, and any sweep solver's first guess.
+    `shift`: s_t = y_(t-1). `scan`: a moving average, s_t = (1 - alpha) y_(t-1) + alpha s_(t-1)."""
+
+    overlap: Literal["cosine", "relative_l2", "lens_jaccard"] = "cosine"
+    """Similarity of two hidden states. `relative_l2`: 1 - |b - a| / |a|. `lens_jaccard`: Jaccard index of
+    their logit-lens top-100 token sets (costs one unembedding per layer, so it is measured on request)."""
+
+    comparison: Comparison = "replayed"
+    """The comparison a summary leads with. All three are always measured, and never pooled."""
+
+    threshold: Literal["antimode"] | float = "antimode"
+    """Overlap below which a pair counts as shifted: the antimode of the run's own distribution (0.99,
+    labelled as the paper's, where the distribution has one mode), or a fixed number."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value, allowed = getattr(self, field.name), _ALLOWED.get(field.name)
+            if allowed is not None and value not in allowed:
+                raise SSTError(
+                    f"choice {field.name} = {value!r} is not one of {', '.join(map(repr, allowed))}",
+                    f"for example {field.name} = {allowed[0]!r}",
+                )
+        if self.threshold != "antimode" and (
+            not isinstance(self.threshold, int | float)
+            or isinstance(self.threshold, bool)
+            or not 0 < self.threshold <= 1
+        ):
+            raise SSTError(
+                f"choice threshold = {self.threshold!r} is neither 'antimode' nor a number in (0, 1]",
+                "for example threshold = 0.99",
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Choices:
+        """Choices from a recipe's `[choices]` table; an unknown key is an error with the nearest name."""
+        known = [field.name for field in fields(cls)]
+        for key in values:
+            if key not in known:
+                raise unknown_name("choice", key, known)
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON- and TOML-ready dictionary."""
+        return asdict(self)
+
+
+def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """`value` as an int, if it is a whole number from `low` to `high`: Python's, NumPy's, or a tensor's.
+
+    Raises:
+        SSTError: it is something else, a bool included.
+    """
+    number = None
+    if not isinstance(value, bool) and "bool" not in str(getattr(value, "dtype", "")):
+        try:
+            number = operator.index(value)
+        except (TypeError, RuntimeError, ValueError):
+            number = None
+    if number is None or number < low or (high is not None and number > high):
+        upto = "" if high is None else f" to {high}"
+        raise SSTError(
+            f"{name} = {shown(value)} is not a whole number from {low}{upto}", f"for example {name} = {low}"
+        )
+    return number
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it: one short line."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def check_choices(choices: Any) -> Choices:
+    """The choices that were given, or the defaults for None.
+
+    Raises:
+        SSTError: something else than `Choices` was given.
+    """
+    if choices is not None and not isinstance(choices, Choices):
+        raise SSTError(
+            f"choices = {shown(choices)} is a {type(choices).__name__}, not Choices",
+            'for example choices=Choices(prompt="blend_off"); Choices.from_dict reads a dictionary',
+        )
+    return choices or Choices()
+
+
+TRAINED = ("carry", "blend", "kv", "handoff")
+"""Choices that a checkpoint is trained with."""
+
+ANALYSIS = ("comparison", "threshold")
+"""Choices that only matter when a run is read: changing them needs no new capture."""
+
+_ALLOWED: dict[str, tuple[Any, ...]] = {
+    "carry": ("layer_output", "ffn_output"),
+    "blend": ("convex", "additive"),
+    "prompt": ("exact", "blend_off", "two_pass"),
+    "kv": ("last", "first"),
+    "handoff": ("shift", "scan"),
+    "overlap": ("cosine", "relative_l2", "lens_jaccard"),
+    "comparison": COMPARISONS,
+}

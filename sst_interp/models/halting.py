@@ -1,0 +1,146 @@
+"""Halting policies: who decides how deep a question is thought about.
+
+A policy looks at position 0, the pass that emits the first generated token, and picks one depth per question.
+The question keeps it to the end of its text.
+
+model.generate(prompts, depth=Convergence(0.05, deepest=4))
+model.generate(prompts, depth=load_probe("probes/gpqa"))
+
+`looks` says how many iterations of position 0 a policy wants to see. They are computed ahead on a copy of the
+stream, for all questions together, and cost as many passes through the stack per question; after that every
+question runs at its own depth, exactly as `iterations=` would run it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from numbers import Real
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sst_interp.errors import SSTError
+from sst_interp.models.choices import MAX_DEPTH, shown, whole
+from sst_interp.models.measures import read_out, relative_l2, wide
+
+if TYPE_CHECKING:
+    from sst_interp.models.model import StateStreamModel
+
+
+class Look(NamedTuple):
+    """Position 0 of a batch of questions, as far as a policy asked to see it."""
+
+    resid_post: Float[Tensor, "iteration layer row d_model"]
+    logits: Float[Tensor, "iteration row vocab"]
+
+
+class HaltingPolicy(ABC):
+    """Picks an iteration depth per question."""
+
+    deepest: int
+    """The deepest it may pick."""
+
+    @property
+    @abstractmethod
+    def looks(self) -> int:
+        """Iterations of position 0 it needs to see; 0: none."""
+
+    @abstractmethod
+    def depths(self, look: Look) -> Int[Tensor, " row"]:
+        """The depth of each row, 1 to `deepest`."""
+
+    def check(self, model: StateStreamModel) -> None:  # noqa: B027 (most belong to any model)
+        """Raise SSTError if the policy does not belong to this model."""
+
+    def _check_deepest(self) -> None:
+        object.__setattr__(self, "deepest", whole("deepest", self.deepest, 1, MAX_DEPTH))
+
+
+@dataclass(frozen=True)
+class Flat(HaltingPolicy):
+    """The same depth for every question."""
+
+    deepest: int
+
+    def __post_init__(self) -> None:
+        self._check_deepest()
+
+    @property
+    def looks(self) -> int:
+        """None."""
+        return 0
+
+    def depths(self, look: Look) -> Int[Tensor, " row"]:
+        """`deepest`, whatever there is to see."""
+        return torch.full((look.logits.shape[1],), self.deepest)
+
+
+@dataclass(frozen=True)
+class Threshold(HaltingPolicy):
+    """Halts at the first iteration whose number is below a threshold, else at `deepest`."""
+
+    threshold: float
+    deepest: int = 4
+
+    first = 1
+    """The first iteration that has a number: differences have none at iteration 1."""
+
+    def __post_init__(self) -> None:
+        self._check_deepest()
+        threshold = self.threshold
+        if not isinstance(threshold, Real) or isinstance(threshold, bool) or threshold != threshold:
+            hint = "for example 0.05"
+            raise SSTError(f"threshold = {shown(threshold)} is not a number", hint)
+
+    @property
+    def looks(self) -> int:
+        """All: which iteration is the last is not known before."""
+        return self.deepest
+
+    @abstractmethod
+    def numbers(self, look: Look) -> Float[Tensor, "iteration row"]:
+        """The number of every iteration from `first` on."""
+
+    def depths(self, look: Look) -> Int[Tensor, " row"]:
+        """The first iteration below the threshold."""
+        return self.first_below(self.numbers(look)).to(torch.long)
+
+    def first_below(self, numbers: Float[Tensor, "iteration row"]) -> Int[Tensor, " row"]:
+        """The same from numbers that were recorded, of iterations `first` to `deepest`."""
+        below = numbers[: self.deepest + 1 - self.first] < self.threshold
+        at = below.to(torch.int8).argmax(0) if len(below) else torch.zeros(numbers.shape[1])
+        return torch.where(below.any(0), at + self.first, self.deepest)
+
+
+class Convergence(Threshold):
+    """Halts when the state stops moving: relative L2 change in one iteration, median over layers."""
+
+    first = 2
+
+    def numbers(self, look: Look) -> Float[Tensor, "iteration row"]:
+        """From iteration 2 on."""
+        if len(look.resid_post) < 2:
+            return look.logits.new_empty(0, look.logits.shape[1], dtype=torch.float32)
+        return relative_l2(look.resid_post[:-1], look.resid_post[1:]).median(dim=1).values
+
+
+class OutputChange(Threshold):
+    """Halts when the output stops moving: KL(this iteration || the one before) of the next token, nats."""
+
+    first = 2
+
+    def numbers(self, look: Look) -> Float[Tensor, "iteration row"]:
+        """From iteration 2 on."""
+        now = wide(look.logits).log_softmax(-1)
+        return (now[1:].exp() * (now[1:] - now[:-1])).sum(-1).clamp_min(0)
+
+
+class Entropy(Threshold):
+    """Halts when the model is sure: entropy of the next token, nats."""
+
+    def numbers(self, look: Look) -> Float[Tensor, "iteration row"]:
+        """From iteration 1 on."""
+        return torch.stack([read_out(logits).entropy for logits in look.logits])

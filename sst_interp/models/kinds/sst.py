@@ -1,0 +1,110 @@
+"""The State Stream Transformer (arXiv 2605.00206): every layer's output is carried and blended in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sst_interp.errors import SSTError
+from sst_interp.models.backbone import Backbone
+from sst_interp.models.choices import Choices
+from sst_interp.models.hooks import Visit
+from sst_interp.models.stream import Kind, Reading
+
+
+def expand_alpha(alpha: float | Tensor | Sequence[float], backbone: Backbone) -> Tensor:
+    """Blend weights as [layer, d_model] in fp32 (fp64 for a float64 backbone), checked."""
+    dtype = torch.promote_types(backbone.dtype, torch.float32)
+    given = as_weights("alpha", alpha, dtype, backbone.device)
+    if given.dim() == 1:
+        given = given[:, None]
+    shape = (backbone.n_layers, backbone.d_model)
+    try:
+        full = given.expand(shape).clone()
+    except RuntimeError:
+        raise SSTError(
+            f"alpha has shape {list(given.shape)}; this backbone needs [{shape[0]}, {shape[1]}]",
+            "pass one number, one per layer, or one per layer and dimension",
+        ) from None
+    if not bool(torch.isfinite(full).all()) or full.min() < 0 or full.max() > 1:
+        raise SSTError(
+            f"alpha runs from {full.min():.4g} to {full.max():.4g}; it must lie in [0, 1]",
+            "the paper's range is 0.015 to 0.10",
+        )
+    return full
+
+
+@dataclass(frozen=True, eq=False)
+class LayerBlend(Kind):
+    """The State Stream Transformer: every layer's output is carried, and blended in after its attention."""
+
+    alpha: Float[Tensor, "layer d_model"]
+
+    name = "sst"
+    layer_by_layer = True
+
+    def slots(self, backbone: Backbone) -> int:
+        """One per layer."""
+        return backbone.n_layers
+
+    def weights(self) -> dict[str, Tensor]:
+        """`alpha` [layer, d_model]."""
+        return {"alpha": self.alpha}
+
+    def with_weights(self, weights: dict[str, Tensor]) -> LayerBlend:
+        """Another `alpha`."""
+        return LayerBlend(weights["alpha"])
+
+    def reading(
+        self, choices: Choices, state: Tensor | None, has_state: Tensor | None, visit: Visit
+    ) -> Reading:
+        """The blend, where there is a state."""
+        return (
+            Reading() if state is None else _Blending(self.alpha, choices, state.unbind(0), has_state, visit)
+        )
+
+    def handed_on(
+        self, backbone: Backbone, choices: Choices, resid_post: Tensor, ffn: list[Tensor]
+    ) -> Float[Tensor, "layer row position d_model"]:
+        """What `choices.carry` says (the layer outputs are the same tensor)."""
+        return torch.stack(ffn) if choices.carry == "ffn_output" else resid_post
+
+    def __str__(self) -> str:
+        if self.off:
+            return "no blend: the plain backbone"
+        return f"alpha {self.alpha.min():.4g} to {self.alpha.max():.4g}"
+
+    @property
+    def off(self) -> bool:
+        """Every blend weight is 0."""
+        return not bool(self.alpha.any())
+
+
+@dataclass(frozen=True, eq=False)
+class _Blending(Reading):
+    alpha: Tensor
+    choices: Choices
+    state: tuple[Tensor, ...]
+    has_state: Tensor | None
+    visit: Visit
+
+    def after_attention(self, index: int, m: Tensor) -> Tensor:
+        a = self.alpha[index]
+        if self.has_state is not None:
+            a = a * self.has_state[..., None]
+        return blend(m, self.visit("stream_state", index, self.state[index]), a, self.choices)
+
+
+def blend(
+    m: Float[Tensor, "row position d_model"],
+    s: Float[Tensor, "row position d_model"],
+    alpha: Float[Tensor, "... d_model"],
+    choices: Choices,
+) -> Float[Tensor, "row position d_model"]:
+    """The blend m~, computed in the wider of the two dtypes and rounded once; `alpha` 0 gives `m` exactly."""
+    keep = (1 - alpha) * m if choices.blend == "convex" else m
+    return (keep + alpha * s).to(m.dtype)

@@ -1,0 +1,478 @@
+"""A language model with a state stream: attach one to a backbone, replay tokens through it, generate.
+
+model = sst.load("smollm2-135m", alpha=0.027)
+model.replay(tokens, iterations=4).resid_post    # [question, position, layer, iteration, d_model]
+model.generate(["Why is the sky blue?"], iterations=4).texts
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from numbers import Number
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from sst_interp.bridges import Bridges
+from sst_interp.errors import SSTError
+from sst_interp.models.backbone import Backbone, first_line
+from sst_interp.models.choices import MAX_DEPTH, Choices, check_choices, shown, whole
+from sst_interp.models.generation import Generation, Observe, check_iterations, generate, generate_at_depths
+from sst_interp.models.halting import Flat, HaltingPolicy
+from sst_interp.models.hooks import Edit
+from sst_interp.models.kinds.lrt import Memory, MemoryDesign, Pathway, Projections
+from sst_interp.models.kinds.sst import LayerBlend, expand_alpha
+from sst_interp.models.replay import Replay, replay
+from sst_interp.models.solvers.solution import Certificate
+from sst_interp.models.solvers.solve import prefill
+from sst_interp.models.stream import Kind, Recurrence, Stream
+
+Prompt = str | Sequence[int]
+Prompts = Prompt | Sequence[Prompt] | Tensor | np.ndarray
+"""One prompt or several: texts, or token ids as a list, tuple, tensor or array; also ids [row, position]."""
+
+TEMPLATE_SECONDS = 10.0
+"""A chat template that takes longer is stopped."""
+
+
+class StateStreamModel(Recurrence, Bridges):
+    """A backbone with a state stream.
+
+    Args:
+        backbone: validated parts of the language model.
+        tokenizer: Hugging Face tokenizer; None if only token ids are used.
+        alpha: blend weights in [0, 1]: a number, one per layer [layer], or [layer, d_model].
+        choices: what the paper leaves open.
+        name: how listings and errors call this model.
+        kind: another kind of stream, instead of `alpha` (`sst_interp.models.kinds.lrt`).
+
+    Raises:
+        SSTError: alpha of the wrong type or shape, not finite, or outside [0, 1]; choices of another type.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        tokenizer: Any = None,
+        alpha: float | Tensor | Sequence[float] = 0.027,
+        choices: Choices | None = None,
+        name: str = "model",
+        kind: Kind | None = None,
+    ) -> None:
+        self.backbone = backbone
+        self.tokenizer = tokenizer
+        self.choices = check_choices(choices)
+        self.name = name
+        self.kind = LayerBlend(expand_alpha(alpha, backbone)) if kind is None else kind
+        self.kind.check(self.choices)
+
+    def __repr__(self) -> str:
+        b = self.backbone
+        return (
+            f"StateStreamModel({self.name}: {b.family}, {b.n_layers} layers x {b.d_model}, "
+            f"{str(b.dtype).removeprefix('torch.')}, {self.kind})"
+        )
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt: text as it is (special tokens as the tokenizer adds them), or ids."""
+        if not isinstance(prompt, str):
+            return _ids(prompt)
+        if self.tokenizer is None:
+            raise SSTError("this model has no tokenizer", "pass token ids, or attach(..., tokenizer)")
+        return list(self.tokenizer(prompt)["input_ids"])
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Token ids of a piece of text inside a conversation: no special tokens are added."""
+        if self.tokenizer is None:
+            raise SSTError("this model has no tokenizer", "pass token ids, or attach(..., tokenizer)")
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def chat(self, message: str, system: str | None = None, reply_prefix: str = "") -> list[int]:
+        """Token ids of a user message in the tokenizer's chat template, ready to be answered, and of what
+        the reply begins with. A tokenizer without a template gets the message as plain text.
+
+        Raises:
+            SSTError: the template raises an error, or takes more than 10 s.
+        """
+        begun = self.encode_plain(reply_prefix) if reply_prefix else []
+        if self.tokenizer is None or not getattr(self.tokenizer, "chat_template", None):
+            return [*self.encode(message), *begun]
+        turns = [{"role": "system", "content": system}] if system is not None else []
+        turns.append({"role": "user", "content": message})
+        text = _in_time(
+            lambda: self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True),
+            f"the chat template of {self.name}",
+        )
+        return [*self.encode_plain(text), *begun]
+
+    def batch(self, prompts: Prompts) -> tuple[Tensor, Tensor]:
+        """Left-padded token ids [row, column] and the padding per row. One prompt alone is a batch of one.
+
+        Raises:
+            SSTError: no prompts, an empty prompt, or ids that are not whole numbers of the vocabulary.
+        """
+        rows = [self.encode(prompt) for prompt in listed(prompts)]
+        if not rows or not all(rows):
+            raise SSTError("there is an empty prompt", "every prompt needs at least one token")
+        width = max(map(len, rows))
+        size = self.backbone.model.get_input_embeddings().num_embeddings
+        if not all(0 <= t < size for row in rows for t in row):
+            raise SSTError(f"a token id is outside the vocabulary of {size}", "was another tokenizer used?")
+        limit = self.backbone.max_length
+        if limit is not None and width > limit:
+            raise SSTError(
+                f"a prompt has {width} tokens; the context is {limit}",
+                "shorten the prompt or choose a longer-context backbone",
+            )
+        pad = torch.tensor([width - len(row) for row in rows], device=self.backbone.device)
+        filled = [[row[0]] * (width - len(row)) + row for row in rows]
+        return torch.tensor(filled, device=self.backbone.device), pad
+
+    def prefill(self, stream: Stream, tokens: Int[Tensor, "row position"]) -> Certificate:
+        """Read a prompt (or a further piece of one) as `choices.prompt` says; see `prompt.prefill`."""
+        return prefill(self, stream, tokens)
+
+    def replay(
+        self,
+        token_ids: Prompts,
+        iterations: int = 1,
+        method: Literal["parallel", "sequential"] = "parallel",
+        *,
+        start: int = 0,
+        groups: int | None = None,
+        sweeps: int | None = None,
+        tolerance: float | None = None,
+        logits: bool = True,
+        check: int = 4,
+    ) -> Replay:
+        """Run given tokens through the model and record every layer output.
+
+        Args:
+            token_ids: one prompt or several: ids [position] or [question, position] (tensor, array or
+                lists, then of any lengths), or texts.
+            iterations: depth of every position from `start` on.
+            method: `sequential` is the definition; `parallel` solves all positions at once for the same
+                states: layer by layer, or by sweeps over the whole stack if `groups` or `sweeps` is given.
+            start: positions before it run once and are not returned (the prompt; equal lengths needed).
+            groups, sweeps, tolerance: see `sweeps.solve_by_sweeps`; `tolerance` also holds for `layerwise`.
+            logits: False leaves `.logits` None (they take question x position x iteration x vocab).
+            check: positions of the parallel solution recomputed one by one for the certificate.
+
+        Returns:
+            `Replay` with `.logits` [question, position, iteration, vocab], `.resid_post`
+            [question, position, layer, iteration, d_model] and `.certificate`.
+
+        Raises:
+            SSTError: iterations below 1, unknown method, empty or too long input.
+        """
+        tokens, pad = self.batch(token_ids)
+        return replay(
+            self, tokens, pad, iterations, method, start=start, groups=groups, sweeps=sweeps,
+            tolerance=tolerance, logits=logits, check=check,
+        )  # fmt: skip
+
+    def generate(
+        self,
+        prompts: Prompts,
+        iterations: int | Sequence[int] = 1,
+        max_new_tokens: int = 64,
+        stop_tokens: Sequence[int] | None = None,
+        observe: Observe | None = None,
+        progress: Callable[[int], Any] | None = None,
+        depth: HaltingPolicy | int | None = None,
+        edit: Edit | None = None,
+    ) -> Generation:
+        """Generate greedily from prompts of different lengths.
+
+        Args:
+            prompts: one or several: texts (read as they are; `model.chat(text)` gives a chat turn) or ids.
+            iterations: depth of every generated position; one number, or one per prompt.
+            max_new_tokens: token budget per prompt.
+            stop_tokens: ids that end a text (kept as its last token); None takes the model's own.
+            observe: called with a `Step` at each generated position: every iteration's layer outputs and
+                logits, recorded while generating.
+            progress: called with the number of positions done.
+            depth: instead of `iterations`: a policy that looks at position 0 and picks each prompt's depth
+                (`sst_interp.models.halting`, or a trained probe), or one number.
+            edit: called at every site of every layer, iteration and generated position, and may change what
+                it sees (`sst_interp.models.hooks`). The prompt is read without it.
+
+        Raises:
+            SSTError: iterations below 1, an empty prompt, prompt and budget longer than the context, or a
+                probe of another model; an edit that returns another kind of tensor, or that is bound to
+                places that never came.
+        """
+        tokens, pad = self.batch(prompts)
+        depths: Sequence[int] | HaltingPolicy
+        if isinstance(iterations, Sequence | Tensor | np.ndarray) and np.ndim(iterations):
+            depths = check_iterations(iterations)
+        else:
+            depths = [whole("iterations", iterations, 1, MAX_DEPTH)] * len(pad)
+        if depth is not None:
+            if isinstance(iterations, Sequence) or iterations != 1:
+                raise SSTError("both iterations and depth were given", "leave one of them out")
+            depths = depth if isinstance(depth, HaltingPolicy) else Flat(whole("depth", depth, 1, MAX_DEPTH))
+            depths.check(self)
+        stop = self.stop_tokens if stop_tokens is None else check_stop(stop_tokens)
+        out = generate(self, tokens, pad, depths, max_new_tokens, stop, observe, progress, edit)
+        if self.tokenizer is not None:
+            out.texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in out.tokens]
+        return out
+
+    def generate_at_depths(
+        self,
+        prompts: Prompts,
+        depths: Sequence[int],
+        max_new_tokens: int = 64,
+        progress: Callable[[int], Any] | None = None,
+    ) -> dict[int, Generation]:
+        """Every prompt continued at every depth; the prompts are read once.
+
+        Args:
+            prompts: as for `generate`.
+            depths: iteration depths.
+            max_new_tokens: token budget per text.
+            progress: called with the number of positions done.
+
+        Raises:
+            SSTError: as `generate`; no depths.
+        """
+        tokens, pad = self.batch(prompts)
+        found = generate_at_depths(self, tokens, pad, depths, max_new_tokens, self.stop_tokens, progress)
+        for out in found.values():
+            if self.tokenizer is not None:
+                out.texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in out.tokens]
+        return found
+
+    @property
+    def stop_tokens(self) -> list[int]:
+        """Ids that end a text: the generation config's, the model config's and the tokenizer's."""
+        found: set[int] = set()
+        for source in (
+            getattr(self.backbone.model, "generation_config", None),
+            self.backbone.config,
+            self.tokenizer,
+        ):
+            ids = getattr(source, "eos_token_id", None)
+            found |= set(ids if isinstance(ids, list | tuple) else [] if ids is None else [ids])
+        return sorted(found)
+
+
+def listed(prompts: Any) -> list[Prompt]:
+    """Prompts as a list of them, whatever they came in; one prompt alone becomes a list of one.
+
+    Raises:
+        SSTError: they are neither texts nor ids [position] or [row, position].
+    """
+    if isinstance(prompts, str):
+        return [prompts]
+    if isinstance(prompts, Tensor | np.ndarray):
+        if prompts.ndim not in (1, 2):
+            raise SSTError(
+                f"token ids have shape {list(prompts.shape)}", "give [position] or [row, position]"
+            )
+        return [_ids(row) for row in (prompts if prompts.ndim == 2 else prompts[None])]
+    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
+        raise SSTError(
+            f"prompts are a {type(prompts).__name__}, not texts or token ids",
+            'for example ["Why is the sky blue?"] or [[12, 7, 9]]',
+        )
+    flat = bool(prompts) and all(isinstance(p, Number) or getattr(p, "ndim", None) == 0 for p in prompts)
+    return [_ids(prompts)] if flat else [p if isinstance(p, str) else _ids(p) for p in prompts]
+
+
+def _ids(row: Any) -> list[int]:
+    """One prompt's token ids as ints. (An error shows no text: that of a prompt may be restricted.)
+
+    Raises:
+        SSTError: it is no sequence of whole numbers from 0.
+    """
+    hint = "token ids are whole numbers from 0, as a tokenizer gives them"
+    if isinstance(row, Tensor | np.ndarray):
+        dtype = str(row.dtype).removeprefix("torch.")
+        if row.ndim != 1 or "int" not in dtype or getattr(row, "is_meta", False):
+            raise SSTError(f"a prompt is of {dtype} and shape {list(row.shape)}, not ids [position]", hint)
+        return row.tolist()
+    if not isinstance(row, Sequence) or isinstance(row, str | bytes):
+        raise SSTError(f"a prompt is a {type(row).__name__}, neither text nor token ids", hint)
+    for token in row:
+        if not isinstance(token, Number | Tensor | np.ndarray):
+            raise SSTError(f"a prompt has a {type(token).__name__} among its token ids", hint)
+    return [token if type(token) is int else whole("a token id", token, 0) for token in row]
+
+
+def check_stop(stop_tokens: Any) -> list[int]:
+    """The ids that end a text, as ints.
+
+    Raises:
+        SSTError: they are no list of whole numbers.
+    """
+    if isinstance(stop_tokens, str) or not isinstance(stop_tokens, Iterable):
+        raise SSTError(f"stop_tokens = {shown(stop_tokens)} is no list of token ids", "for example [2]")
+    return [whole("a stop token", token, 0) for token in stop_tokens]
+
+
+class _TooLong(BaseException):
+    """Raised inside a thread that has taken too long."""
+
+
+def _in_time(work: Callable[[], Any], what: str, seconds: float | None = None) -> Any:
+    """What `work` returns. It is Python code that somebody else wrote, so it has an end.
+
+    Raises:
+        SSTError: it raises anything, or takes longer than `TEMPLATE_SECONDS`.
+    """
+    seconds = TEMPLATE_SECONDS if seconds is None else seconds
+    done: list[tuple[Any, BaseException | None]] = []
+
+    def run() -> None:
+        try:
+            done.append((work(), None))
+        except BaseException as error:  # handed to the caller
+            done.append((None, error))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    hint = "mend `chat_template` of the tokenizer, or set it to None to send messages as plain text"
+    if thread.is_alive():
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(
+            ctypes.c_ulong(thread.ident or 0), ctypes.py_object(_TooLong)
+        )
+        raise SSTError(f"{what} has not ended after {seconds:g} s", hint)
+    value, error = done[0]
+    if error is not None:
+        raise SSTError(f"{what} fails: {type(error).__name__}: {first_line(error)}", hint) from error
+    return value
+
+
+def as_weights(name: str, value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers that a person gave as weights, as a tensor.
+
+    Raises:
+        SSTError: they are no real numbers in memory.
+    """
+    try:
+        seen = torch.as_tensor(value)
+        if seen.is_complex() or seen.is_meta or seen.dtype == torch.bool:
+            raise TypeError(str(seen.dtype))
+        return torch.as_tensor(value, dtype=dtype, device=device).detach()
+    except (TypeError, ValueError, RuntimeError):
+        raise SSTError(
+            f"{name} = {shown(value)} is neither a number nor a list or tensor of real numbers",
+            f"for example {name}=0.1",
+        ) from None
+
+
+def attach(
+    model: nn.Module,
+    tokenizer: Any = None,
+    alpha: float | Tensor | Sequence[float] = 0.027,
+    choices: Choices | None = None,
+    name: str | None = None,
+) -> StateStreamModel:
+    """Attach a state stream to any Hugging Face causal LM in memory.
+
+    The model is not copied or changed; parts are resolved by family and validated by numbers.
+
+    Args:
+        model: `AutoModelForCausalLM` of a supported family (Llama, Qwen2/3, Mistral, Gemma 2/3, GPT-2).
+        tokenizer: its tokenizer, if texts are to be used.
+        alpha: blend weights (see `StateStreamModel`); the default is the paper's mean.
+        choices: what the paper leaves open.
+        name: how listings and errors call it; None takes the family's.
+
+    Raises:
+        SSTError: something else than a causal LM; unsupported family (with the missing point), non-finite
+            weights, alpha outside [0, 1].
+    """
+    backbone = Backbone(model)
+    return StateStreamModel(backbone, tokenizer, alpha, choices, name or backbone.family)
+
+
+def attach_looped(
+    model: nn.Module, tokenizer: Any = None, choices: Choices | None = None, name: str | None = None
+) -> StateStreamModel:
+    """Loop any Hugging Face causal LM in memory over its depth. It is not copied or changed.
+
+    Args:
+        model: `AutoModelForCausalLM` of a supported family.
+        tokenizer: its tokenizer, if texts are to be used.
+        choices: `blend` says how an iteration is read: `convex` in place of the embedding, `additive` on top.
+        name: how listings and errors call it; None takes the family's.
+
+    Raises:
+        SSTError: an unsupported family, or a choice that does not apply.
+    """
+    backbone = Backbone(model)
+    return StateStreamModel(backbone, tokenizer, choices=choices, name=name or backbone.family, kind=Looped())
+
+
+def attach_lrt(
+    model: nn.Module,
+    tokenizer: Any = None,
+    source: int | None = None,
+    pathway: Pathway = "residual",
+    gamma: float | Sequence[float] | Tensor = 0.0,
+    projections: Projections = "shared",
+    choices: Choices | None = None,
+    name: str | None = None,
+) -> StateStreamModel:
+    """Attach a latent memory to any Hugging Face causal LM in memory. With the defaults it changes nothing.
+
+    The model is not copied or changed; parts are resolved by family and validated by numbers.
+
+    Args:
+        model: `AutoModelForCausalLM` of a supported family. GPT-2 has the residual pathway only.
+        tokenizer: its tokenizer, if texts are to be used.
+        source: the layer whose output is the memory, from 0; None for the last after the final norm.
+        pathway: where layers read it: `residual`, `kv` or `both`.
+        gamma: residual scalars, one number or one per layer.
+        projections: of the key/value pathway: one pair for all layers, or one per layer.
+        choices: what the paper leaves open; those about the blend do not apply.
+        name: how listings and errors call it; None takes the family's.
+
+    Raises:
+        SSTError: unsupported family or pathway, unknown source layer, gamma of the wrong shape.
+    """
+    backbone = Backbone(model)
+    start = gamma if isinstance(gamma, int | float) else 0.0
+    kind = build_memory(MemoryDesign(source, pathway, start, projections), backbone)
+    if not isinstance(gamma, int | float):
+        given = as_weights("gamma", gamma, torch.float64, backbone.device)
+        if kind.gamma is None or given.shape != kind.gamma.shape or not bool(torch.isfinite(given).all()):
+            raise SSTError(
+                f"gamma has shape {list(given.shape)}: it must be a finite number for each of "
+                f"{backbone.n_layers} layers of a residual pathway",
+                "for example gamma=0.1",
+            )
+        kind = replace(kind, gamma=given.to(kind.gamma))
+    return StateStreamModel(backbone, tokenizer, choices=choices, name=name or backbone.family, kind=kind)
+
+
+def attach_memory(
+    model: nn.Module, memory: Memory, tokenizer: Any, choices: Choices | None, name: str
+) -> StateStreamModel:
+    """Attach a memory whose weights are given, as a checkpoint holds them.
+
+    Raises:
+        SSTError: they do not fit the model.
+    """
+    backbone = Backbone(model)
+    shared = memory.key is None or len(memory.key) == 1 < backbone.n_layers
+    design = MemoryDesign(memory.source, memory.pathway, 0.0, "shared" if shared else "per_layer")
+    fresh = build_memory(design, backbone).weights()
+    for weight, value in memory.weights().items():
+        if value.shape != fresh[weight].shape or not bool(torch.isfinite(value).all()):
+            raise SSTError(
+                f"{name}: {weight} {list(value.shape)} must be finite numbers {list(fresh[weight].shape)}",
+                "load it with the backbone it was trained on",
+            )
+    kind = memory.with_weights({key: value.to(fresh[key]) for key, value in memory.weights().items()})
+    return StateStreamModel(backbone, tokenizer, choices=choices, name=name, kind=kind)

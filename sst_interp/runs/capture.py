@@ -1,0 +1,215 @@
+"""Capturing a run: every question at every depth, measured while it is generated.
+
+Batches are fixed by the recipe and committed one by one (`sst_interp.runs.writer`), so a capture that dies
+goes on where it was, and memory does not grow with the number of questions.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sst_interp import paths as places
+from sst_interp.errors import SSTError
+from sst_interp.models.choices import TRAINED
+from sst_interp.models.generation import check_room
+from sst_interp.models.loading import load
+from sst_interp.models.model import StateStreamModel
+from sst_interp.models.solvers.solution import Certificate
+from sst_interp.models.stream import NAMES
+from sst_interp.questions import Question, grade, load_questions
+from sst_interp.questions.item import Hidden, HiddenTokens
+from sst_interp.runs import manifest
+from sst_interp.runs.controls import Controls
+from sst_interp.runs.provenance import (
+    provenance,
+)
+from sst_interp.runs.recipe import Recipe
+from sst_interp.runs.recorder import Recorder
+from sst_interp.runs.rollouts import LaneDecoder
+from sst_interp.runs.store import Run, open_run
+from sst_interp.runs.writer import RunWriter
+from sst_interp.tables import bar, say
+
+
+def capture(
+    recipe: Recipe,
+    model: StateStreamModel | None = None,
+    folder: str | Path | None = None,
+    fresh: bool = False,
+    progress: bool = True,
+) -> Run:
+    """Capture a run, or the rest of one, and open it.
+
+    Args:
+        recipe: what to capture.
+        model: a loaded model to use instead of the recipe's checkpoint (it must be the same on resuming).
+        folder: where the run goes; None is the runs folder.
+        fresh: erase what the run already has.
+        progress: show a bar with an ETA on stderr.
+
+    Raises:
+        SSTError: see `load`, `load_questions` and `RunWriter.open`; a prompt longer than the context.
+    """
+    folder = Path(folder) if folder is not None else places.runs_dir() / recipe.name
+    if not fresh:  # before anything is loaded
+        manifest.refuse_other_origin(folder, manifest.read_manifest(folder), recipe, {}, None)
+    questions = load_questions(
+        recipe.dataset, recipe.questions, recipe.seed, recipe.split, instruction=recipe.instruction
+    )
+    if model is not None:
+        refuse_other_model(model, recipe)
+    else:
+        if progress:
+            say(f"loading {recipe.checkpoint}", sys.stderr)
+        model = load(recipe.checkpoint, recipe.alpha, recipe.choices, recipe.dtype, kind=recipe.kind)
+    prefix = recipe.reply_prefix or ""
+    prompts = [HiddenTokens(model.chat(q.prompt, reply_prefix=prefix)) for q in questions.questions]
+    check_room(model, max(map(len, prompts)), recipe.max_new_tokens)
+    batches = batches_of([len(p) for p in prompts], recipe.batch_size)
+    controls = Controls(model, recipe, len(prompts))
+    with RunWriter.open(folder, recipe, provenance(model, questions), len(batches), fresh) as writer:
+        todo = [b for b in range(len(batches)) if b not in writer.committed]
+        again = sum(len(controls.chosen.intersection(batches[b])) for b in todo)
+        progress_bar = bar(
+            f"capturing {recipe.name}",
+            total=(len(todo) + again) * recipe.max_new_tokens,
+            unit="pos",
+            disable=not progress or not todo,
+            smoothing=0.1,
+        )
+        with progress_bar:
+            for batch in todo:
+                rows = batches[batch]
+                progress_bar.set_postfix_str(f"batch {batch + 1} of {len(batches)}")
+                tables, states = capture_batch(
+                    model, recipe, rows, [questions.questions[r] for r in rows],
+                    [prompts[r] for r in rows], questions.restricted, progress_bar, controls,
+                )  # fmt: skip
+                writer.commit(batch, tables, states)
+        writer.finish()
+    return open_run(folder)
+
+
+def batches_of(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Question indices per batch: neighbours in length, to pad little. Fixed by lengths and size."""
+    order = sorted(range(len(lengths)), key=lambda r: (lengths[r], r))
+    return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+@torch.no_grad()
+def capture_batch(
+    model: StateStreamModel,
+    recipe: Recipe,
+    rows: Sequence[int],
+    questions: Sequence[Question],
+    prompts: Sequence[list[int]],
+    restricted: bool,
+    bar: Any = None,
+    controls: Controls | None = None,
+) -> tuple[dict[str, dict[str, Any]], dict[str, torch.Tensor]]:
+    """Generate one batch in all lanes and measure it.
+
+    Args:
+        rows: each question's index in the run.
+        prompts: token ids per question.
+        restricted: record no token ids.
+        bar: told of each position (`update`).
+        controls: measures the noise floor and nudges of the questions that get them.
+
+    Returns:
+        (tables, states) as `RunWriter.commit` takes them.
+    """
+    tokens, pad = model.batch(prompts)
+    stream = model.new_stream(pad, tokens.shape[1] + recipe.max_new_tokens - 1)
+    certificate = model.prefill(stream, tokens[:, :-1])
+    stop = torch.tensor(model.stop_tokens, device=tokens.device, dtype=torch.long)
+    decoder = LaneDecoder(model, stream, tokens[:, -1], recipe.depths, stop)
+    lens = recipe.choices.overlap == "lens_jaccard"
+    recorder = Recorder(rows, recipe.depths, recipe.keep, lens, restricted, recipe.lens_tokens)
+    watch = controls.watch(rows) if controls is not None else None
+    texts: dict[int, list[list[int]]] = {d: [HiddenTokens() for _ in rows] for d in recipe.depths}
+    for position in range(recipe.max_new_tokens):
+        moment = decoder.step()
+        recorder.see(position, moment, decoder)
+        if watch is not None:
+            watch.see(moment)
+        for depth, emitted in decoder.emitted.items():
+            for row in decoder.alive[depth].nonzero()[:, 0].tolist():
+                texts[depth][row].append(int(emitted[row]))
+        goes_on = decoder.finish_step()
+        if bar is not None:
+            bar.update(1)
+        if not goes_on:
+            break
+    if bar is not None:
+        bar.update(recipe.max_new_tokens - position - 1)
+    tables = {
+        "questions": answers(model, recipe, rows, questions, prompts, texts, decoder.alive, certificate),
+        **recorder.tables(),
+    }
+    if watch is not None:
+        tables |= watch.tables(prompts, texts[1], bar.update if bar is not None else None)
+    return {name: columns for name, columns in tables.items() if columns}, recorder.states()
+
+
+def answers(
+    model: StateStreamModel,
+    recipe: Recipe,
+    rows: Sequence[int],
+    questions: Sequence[Question],
+    prompts: Sequence[list[int]],
+    texts: dict[int, list[list[int]]],
+    alive: dict[int, torch.Tensor],
+    certificate: Certificate,
+) -> dict[str, list[Any]]:
+    """The `questions` table of a batch: what each depth answered, graded in memory."""
+    found = []
+    for k, question in enumerate(questions):
+        for depth in recipe.depths:
+            said = Hidden(model.tokenizer.decode(texts[depth][k], skip_special_tokens=True))
+            said = Hidden((recipe.reply_prefix or "") + said)
+            answer = grade(question.kind, said, question.n_choices, question.choices)
+            found.append(
+                {
+                    "question": rows[k],
+                    "id": question.id,
+                    "depth": depth,
+                    "gold": question.gold,
+                    "answer": answer,
+                    "correct": answer == question.gold,
+                    "tokens": len(texts[depth][k]),
+                    "stopped": not bool(alive[depth][k]),
+                    "prompt_tokens": len(prompts[k]),
+                    "prompt_sweeps": certificate.sweeps,
+                    "prompt_residual": certificate.residual,
+                    "prompt_logit_error": certificate.logit_error,
+                }
+            )
+    return {name: [row[name] for row in found] for name in found[0]}
+
+
+def refuse_other_model(model: StateStreamModel, recipe: Recipe) -> None:
+    """Raise if a model that was handed in is not the recipe's: the recipe is what gets recorded."""
+    dtype = str(model.backbone.dtype).removeprefix("torch.")
+    if dtype != recipe.dtype:
+        raise SSTError(f"the model is {dtype}, the recipe says {recipe.dtype}", f"dtype = {dtype!r}")
+    if recipe.kind is not None and recipe.kind != model.kind.name:
+        raise SSTError(
+            f"the model is a {NAMES[model.kind.name]}, the recipe's kind is {recipe.kind!r}",
+            f'kind = "{model.kind.name}"',
+        )
+    if recipe.alpha is not None and model.kind.name != "sst":
+        raise SSTError(f"a {NAMES[model.kind.name]} has no alpha", "leave alpha out of the recipe")
+    if recipe.alpha is not None and not torch.allclose(
+        model.alpha, torch.as_tensor(recipe.alpha).to(model.alpha)
+    ):
+        raise SSTError(f"the model's alpha is not the recipe's {recipe.alpha:g}", "attach it with the same")
+    for name in (*TRAINED, "prompt"):
+        ours, theirs = getattr(model.choices, name), getattr(recipe.choices, name)
+        if ours != theirs:
+            raise SSTError(f"the model has {name} = {ours!r}, the recipe {theirs!r}", f"{name} = {ours!r}")

@@ -1,0 +1,227 @@
+"""The controls that need the model: measured while a run is captured, since it may keep no text.
+
+Some questions, evenly spread, are read once more after their batch has been generated: alone, in float32
+(`noise_floor`), and with their states nudged (`nudges`). What comes of it belongs to their batch and is
+committed with it. Which questions they are and every random direction depend on the recipe alone, so a
+resumed run is an uninterrupted one here, too.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sst_interp.models.backbone import Backbone
+from sst_interp.models.measures import bf16_ratio, cosine, relative_l2, wide
+from sst_interp.models.model import StateStreamModel
+from sst_interp.models.solvers.sequential import Iteration, advance
+from sst_interp.models.solvers.solve import prefill
+from sst_interp.models.stream import Recurrence
+from sst_interp.runs.perturbations import nudge_rows, read_alone
+from sst_interp.runs.recipe import Recipe
+from sst_interp.runs.recorder import rounded_columns
+from sst_interp.runs.rollouts import Cell, Lane, Moment
+
+
+class Controls:
+    """The controls of one capture.
+
+    Args:
+        model: the model that is captured.
+        recipe: says how many questions get controls, and the seed.
+        questions: how many questions the run has.
+    """
+
+    def __init__(self, model: StateStreamModel, recipe: Recipe, questions: int) -> None:
+        self.model, self.recipe = model, recipe
+        self.chosen = spread(recipe.controls, questions)
+        """The questions, by index in the run, that get controls."""
+
+    def watch(self, rows: Sequence[int]) -> Watch | None:
+        """What to show every position of a batch of these questions; None if none gets controls."""
+        return Watch(self, rows) if self.chosen & set(rows) else None
+
+    @cached_property
+    def float32(self) -> Recurrence | None:
+        """The model in float32, made when first needed; None if it is in float32 already."""
+        return None if self.model.backbone.dtype == torch.float32 else in_float32(self.model)
+
+
+class Watch:
+    """The states of one batch that the controls are compared with, and the controls."""
+
+    def __init__(self, controls: Controls, rows: Sequence[int]) -> None:
+        self.controls = controls
+        self.places = [place for place, row in enumerate(rows) if row in controls.chosen]
+        self.questions = [rows[place] for place in self.places]
+        self.depths = controls.recipe.depths
+        self._captured: dict[int, list[Tensor]] = {d: [] for d in {1, max(self.depths)}}
+
+    def see(self, moment: Moment) -> None:
+        """Keep one position's states on depth 1's text, depth 1 and deepest."""
+        for depth, seen in self._captured.items():
+            lane = Lane("own" if depth == 1 else "depth1", depth)
+            seen.append(moment.states(Cell(lane, depth))[:, self.places])
+
+    def tables(
+        self,
+        prompts: Sequence[Sequence[int]],
+        texts: Sequence[Sequence[int]],
+        done: Callable[[int], Any] | None = None,
+    ) -> dict[str, dict[str, Any]]:
+        """Columns of `noise` and `nudges` (left out where there are no rows).
+
+        Args:
+            prompts: token ids of every question of the batch.
+            texts: what depth 1 wrote to each.
+            done: told the budget of every question that has its controls, for a progress bar.
+        """
+        model, recipe = self.controls.model, self.controls.recipe
+        read = [(list(prompts[place]), list(texts[place])) for place in self.places]
+        noise: list[dict[str, Any]] = []
+        nudges: list[dict[str, Any]] = []
+        for k, (question, (prompt, text)) in enumerate(zip(self.questions, read, strict=True)):
+            alone = read_alone(model, prompt, text, self.depths)
+            for depth, states in alone.resid_post.items():
+                noise.append(noise_rows(question, "batch", depth, self._states(depth, k, text), states))
+            nudges += nudge_rows(model, alone, question, recipe.seed)
+            if done is not None:
+                done(recipe.max_new_tokens)
+        if (twin := self.controls.float32) is not None:
+            noise += self._in_float32(twin, read)
+        columns = {"noise": joined(noise), "nudges": joined(nudges)}
+        return {name: rounded_columns(table) for name, table in columns.items() if table}
+
+    def _in_float32(
+        self, twin: Recurrence, read: Sequence[tuple[list[int], list[int]]]
+    ) -> list[dict[str, Any]]:
+        tokens, pad = self.controls.model.batch([prompt for prompt, _ in read])
+        reading = Rereading(twin, tokens, pad, [text for _, text in read], sorted(self._captured))
+        seen: dict[int, list[Tensor]] = {depth: [] for depth in self._captured}
+        for _, iterations in reading:
+            for depth, states in seen.items():
+                states.append(reading.last(iterations, depth))
+        rows = []
+        for depth, states in seen.items():
+            whole = torch.stack(states)  # [position, layer, question, d_model]
+            for k, (question, (_, text)) in enumerate(zip(self.questions, read, strict=True)):
+                captured = self._states(depth, k, text)
+                rows.append(noise_rows(question, "fp32", depth, captured, whole[: len(text), :, k]))
+        return rows
+
+    def _states(self, depth: int, k: int, text: Sequence[int]) -> Tensor:
+        """Captured states of the k-th question with controls, [position, layer, d_model]."""
+        return torch.stack([states[:, k] for states in self._captured[depth][: len(text)]])
+
+
+def spread(n: int, of: int) -> frozenset[int]:
+    """`n` of 0 .. of - 1, evenly spread; all of them if there are no more."""
+    n = min(n, of)
+    return frozenset(k * of // n for k in range(n))
+
+
+def joined(pieces: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Pieces with equal columns as one; an array [row, entry] becomes a list of arrays."""
+    columns: dict[str, Any] = {}
+    for name in pieces[0] if pieces else ():
+        parts = [piece[name] for piece in pieces]
+        if any(part.ndim > 1 for part in parts):
+            columns[name] = [row for part in parts for row in part]
+        else:
+            columns[name] = np.concatenate(parts)
+    return columns
+
+
+Columns = dict[str, np.ndarray]
+
+
+class Rereading:
+    """Given texts, read again position by position, at several depths side by side.
+
+    Args:
+        tokens: [question, column] prompts, with `pad` columns of padding on the left.
+        texts: the tokens that were emitted after each prompt; a shorter text is filled up at its end, and
+            what is read there means nothing.
+        depths: each is a lane; the deepest comes first.
+
+    Iterating reads one position and gives (incoming, iterations): the states handed in from the position
+    before, [layer, row, d_model], and what `advance` returns. Row `lane * questions + question`.
+    """
+
+    def __init__(
+        self,
+        model: Recurrence,
+        tokens: Int[Tensor, "question column"],
+        pad: Int[Tensor, " question"],
+        texts: Sequence[Sequence[int]],
+        depths: Sequence[int],
+    ) -> None:
+        self.model, self.depths = model, sorted(depths, reverse=True)
+        self.questions, self.length = len(texts), max(map(len, texts))
+        read = [[*text, *[text[-1]] * (self.length - len(text))][:-1] for text in texts]
+        new = torch.tensor(read, dtype=tokens.dtype, device=tokens.device).view(self.questions, -1)
+        self.inputs = torch.cat([tokens[:, -1:], new], dim=1)
+        """[question, position] the token that each position reads."""
+        stream = model.new_stream(pad, tokens.shape[1] + self.length - 1)
+        with torch.no_grad():
+            prefill(model, stream, tokens[:, :-1])
+        self.stream = stream.repeat(len(self.depths))
+        """Where the reading stands."""
+
+    def rows(self, depth: int) -> slice:
+        """The rows of one depth's lane."""
+        first = self.depths.index(depth) * self.questions
+        return slice(first, first + self.questions)
+
+    def last(self, iterations: list[Iteration], depth: int) -> Float[Tensor, "layer question d_model"]:
+        """Layer outputs of a lane's last iteration."""
+        return iterations[depth - 1].resid_post[:, self.rows(depth)]
+
+    def __iter__(self) -> Iterator[tuple[Float[Tensor, "layer row d_model"], list[Iteration]]]:
+        per_row = torch.tensor(self.depths).repeat_interleave(self.questions)
+        for position in range(self.length):
+            incoming = self.stream.state.clone()
+            with torch.no_grad():
+                read = self.inputs[:, position].repeat(len(self.depths))
+                iterations = advance(self.model, self.stream, read, per_row)
+            yield incoming, iterations
+
+
+def in_float32(model: Recurrence) -> Recurrence:
+    """The same weights and stream in float32: a copy in memory, nothing is loaded."""
+    upcast = copy.deepcopy(model.backbone.model).to(torch.float32)
+    return Recurrence(Backbone(upcast), model.kind.to(torch.float32), model.choices)
+
+
+def noise_rows(
+    question: int,
+    kind: str,
+    depth: int,
+    a: Float[Tensor, "position layer d_model"],
+    b: Float[Tensor, "position layer d_model"],
+) -> Columns:
+    """Rows of `noise`: states as they were captured (`a`) against the same ones computed anew (`b`)."""
+    positions, layers, _ = a.shape
+    n = positions * layers
+    measured = {
+        "cosine": cosine(a, b),
+        "relative_l2": relative_l2(a, b),
+        "norm_a": wide(a).norm(dim=-1),
+        "norm_b": wide(b).norm(dim=-1),
+        "bf16_ratio": bf16_ratio(a, b),
+    }
+    return {
+        "question": np.full(n, question, np.int32),
+        "kind": np.full(n, kind),
+        "depth": np.full(n, depth, np.int8),
+        "position": np.repeat(np.arange(positions, dtype=np.int16), layers),
+        "layer": np.tile(np.arange(layers, dtype=np.int16), positions),
+        **{name: x.reshape(-1).cpu().numpy() for name, x in measured.items()},
+    }

@@ -1,0 +1,277 @@
+"""From moments to tables: what one batch of a capture leaves behind.
+
+A `Recorder` is shown every generated position of a batch, reduces it at once, and at the end gives the
+columns of docs/run-format.md and the states that were asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sst_interp.models.choices import COMPARISONS
+from sst_interp.models.measures import TOP, bf16_ratio, compare_outputs, cosine, jaccard, relative_l2, wide
+from sst_interp.runs.rollouts import Cell, LaneDecoder, Moment, pairs_of
+
+SHIFT_KEPT_BELOW = 0.99
+"""`keep = "shifts"` keeps pairs below the paper's threshold: a run's own antimode is not known yet."""
+
+
+class Recorder:
+    """Collects one batch.
+
+    Args:
+        questions: each row's index in the run.
+        depths: the recipe's depths.
+        keep: `none`, `position0`, `shifts` or `all`.
+        lens: measure `lens_jaccard` (one unembedding per layer and cell).
+        restricted: store no token ids (a list of ids is a transcript).
+        lens_tokens: positions whose logit lens is stored: `none`, `position0` or `all`.
+    """
+
+    def __init__(
+        self,
+        questions: Sequence[int],
+        depths: Sequence[int],
+        keep: str,
+        lens: bool,
+        restricted: bool,
+        lens_tokens: str = "none",
+    ) -> None:
+        self.questions = np.asarray(questions, dtype=np.int32)
+        self.pairs, self.deepest = pairs_of(depths), max(depths)
+        self.keep, self.lens, self.restricted = keep, lens, restricted
+        self.lens_tokens = "none" if restricted else lens_tokens
+        self._compared = list(dict.fromkeys(c for p in self.pairs for c in (p.cell_a, p.cell_b)))
+        tables = ("steps", "outputs", "pairs", "lens")
+        self._rows: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in tables}
+        self._position0: Tensor | None = None
+        self._all: dict[Cell, list[Tensor]] = {}
+        self._shifts: list[tuple[np.ndarray, Tensor, Tensor]] = []
+        self._lengths: dict[str, np.ndarray] = {}
+
+    def see(self, position: int, moment: Moment, decoder: LaneDecoder) -> None:
+        """Record one position, before the decoder goes on."""
+        self._see_steps(position, moment, decoder)
+        if self.pairs:
+            tops = self._lens(position, moment, decoder)
+            self._see_pairs(position, moment, decoder, tops)
+        self._see_states(position, moment, decoder)
+
+    def _see_steps(self, position: int, moment: Moment, decoder: LaneDecoder) -> None:
+        for lane in decoder.lanes:
+            alive = _numpy(decoder.alive_in(lane))
+            token = decoder.emitted[lane.depth if lane.text == "own" else 1]
+            for iteration in range(1, lane.depth + 1):
+                seen = moment.readout(Cell(lane, iteration))
+                n = int(alive.sum())
+                ids = {"token": token, "argmax": seen.argmax, "top100": seen.top}
+                self._rows["steps"].append(
+                    {
+                        "question": self.questions[alive],
+                        "text": np.full(n, lane.text),
+                        "depth": np.full(n, lane.depth, np.int8),
+                        "position": np.full(n, position, np.int16),
+                        "iteration": np.full(n, iteration, np.int8),
+                        "entropy": _numpy(seen.entropy)[alive],
+                        "margin": _numpy(seen.margin)[alive],
+                        **{
+                            name: np.full(n, None) if self.restricted else _numpy(x)[alive]
+                            for name, x in ids.items()
+                        },
+                    }
+                )
+
+    def _lens(self, position: int, moment: Moment, decoder: LaneDecoder) -> dict[Cell, Tensor]:
+        """Leading tokens of the logit lens, [layer, question, k] by cell, where a recipe asks for any."""
+        stored = self.lens_tokens == "all" or (self.lens_tokens == "position0" and position == 0)
+        if not stored and not self.lens:
+            return {}
+        states = {cell: moment.states(cell) for cell in self._compared}
+        tops = lens_tops(decoder.model.backbone.unembed, states, TOP if self.lens else LENS_TOP)
+        for cell, top in tops.items() if stored else ():
+            alive = _numpy(decoder.alive_in(cell.lane))
+            n = int(alive.sum())
+            self._rows["lens"].append(
+                {
+                    "question": self.questions[alive],
+                    "text": np.full(n, cell.lane.text),
+                    "depth": np.full(n, cell.lane.depth, np.int8),
+                    "position": np.full(n, position, np.int16),
+                    "iteration": np.full(n, cell.iteration, np.int8),
+                    "top5": _numpy(top[:, :, :LENS_TOP].transpose(0, 1).flatten(1))[alive],
+                }
+            )
+        return tops
+
+    def _see_pairs(
+        self, position: int, moment: Moment, decoder: LaneDecoder, tops: dict[Cell, Tensor]
+    ) -> None:
+        """All pairs and layers of a position in one go: [pair, layer, question]."""
+        a = torch.stack([moment.states(p.cell_a) for p in self.pairs])
+        b = torch.stack([moment.states(p.cell_b) for p in self.pairs])
+        measured = {
+            "cosine": cosine(a, b),
+            "relative_l2": relative_l2(a, b),
+            "norm_a": wide(a).norm(dim=-1),
+            "norm_b": wide(b).norm(dim=-1),
+            "bf16_ratio": bf16_ratio(a, b),
+        }
+        if self.lens:
+            both_tops = [(tops[p.cell_a], tops[p.cell_b]) for p in self.pairs]
+            measured["lens_jaccard"] = torch.stack([jaccard(a, b) for a, b in both_tops])
+        measured = {name: _numpy(x) for name, x in measured.items()}
+        n_layers, layers = a.shape[1], np.arange(a.shape[1], dtype=np.int16)
+        for k, pair in enumerate(self.pairs):
+            both = decoder.alive_in(pair.cell_a.lane) & decoder.alive_in(pair.cell_b.lane)
+            alive, n = _numpy(both), int(both.sum())
+            same = np.ones(len(alive), bool)
+            if pair.comparison == "free":
+                same = _numpy(decoder.same_prefix[pair.b])
+            where = {
+                "question": self.questions[alive],
+                "comparison": np.full(n, pair.comparison),
+                "position": np.full(n, position, np.int16),
+                "a": np.full(n, pair.a, np.int8),
+                "b": np.full(n, pair.b, np.int8),
+                "same_prefix": same[alive],
+            }
+            change = compare_outputs(moment.readout(pair.cell_a), moment.readout(pair.cell_b))
+            self._rows["outputs"].append(
+                where | {name: _numpy(x)[alive] for name, x in change._asdict().items()}
+            )
+            self._rows["pairs"].append(
+                {name: np.repeat(x, n_layers) for name, x in where.items()}
+                | {"layer": np.tile(layers, n)}
+                | {name: x[k][:, alive].T.reshape(-1) for name, x in measured.items()}
+            )
+            if self.keep == "shifts":
+                self._keep_shifts(position, k, alive, measured["cosine"][k], a[k], b[k])
+
+    def _keep_shifts(
+        self, position: int, k: int, alive: np.ndarray, overlap: np.ndarray, a: Tensor, b: Tensor
+    ) -> None:
+        layer, row = np.nonzero((overlap < SHIFT_KEPT_BELOW) & alive[None])
+        pair = self.pairs[k]
+        n = len(layer)
+        what = [COMPARISONS.index(pair.comparison), position, 0, pair.a, pair.b]
+        index = np.tile(np.array(what, np.int32), (n, 1))
+        index[:, 2] = layer
+        self._shifts.append((np.column_stack([self.questions[row], index]), a[layer, row], b[layer, row]))
+
+    def _see_states(self, position: int, moment: Moment, decoder: LaneDecoder) -> None:
+        if self.keep == "none":
+            return
+        if position == 0:
+            lane = decoder.lanes[0]
+            cells = [moment.states(Cell(lane, i)) for i in range(1, lane.depth + 1)]
+            self._position0 = torch.stack(cells, 2)  # [layer, question, iteration, d_model]
+        if self.keep == "all":
+            for lane in decoder.lanes:
+                alive = _numpy(decoder.alive_in(lane))
+                key = f"{lane.text}.d{lane.depth}"
+                self._lengths[key] = self._lengths.get(key, 0) + alive.astype(int)
+                for i in range(1, lane.depth + 1):
+                    self._all.setdefault(Cell(lane, i), []).append(moment.states(Cell(lane, i)))
+
+    def tables(self) -> dict[str, dict[str, Any]]:
+        """Columns of `steps`, `outputs`, `pairs` and `lens`, in the order of docs/run-format.md."""
+        return {name: _concatenated(rows) for name, rows in self._rows.items()}
+
+    def states(self) -> dict[str, Tensor]:
+        """Kept states by tensor name; [..., layer, iteration, d_model]."""
+        kept: dict[str, Tensor] = {}
+        if self._position0 is not None:
+            for row, q in enumerate(self.questions):
+                kept[f"q{q}.position0"] = self._position0[:, row].contiguous()
+        if self._shifts:
+            index = np.concatenate([i for i, _, _ in self._shifts])
+            a, b = torch.cat([s[1] for s in self._shifts]), torch.cat([s[2] for s in self._shifts])
+            for q in self.questions:
+                rows = torch.from_numpy(np.nonzero(index[:, 0] == q)[0])
+                kept[f"q{q}.shifts.index"] = torch.from_numpy(index[rows.numpy(), 1:]).contiguous()
+                kept[f"q{q}.shifts.a"], kept[f"q{q}.shifts.b"] = a[rows], b[rows]
+        for lane in {cell.lane for cell in self._all}:
+            cells = [torch.stack(self._all[Cell(lane, i)]) for i in range(1, lane.depth + 1)]
+            whole = torch.stack(cells, 3)  # [position, layer, question, iteration, d_model]
+            key = f"{lane.text}.d{lane.depth}"
+            for row, q in enumerate(self.questions):
+                kept[f"q{q}.{key}"] = whole[: self._lengths[key][row], :, row].contiguous()
+        return {name: tensor.cpu() for name, tensor in kept.items()}
+
+
+def _numpy(x: Tensor) -> np.ndarray:
+    return x.detach().cpu().numpy()
+
+
+def _concatenated(rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.concatenate([row[name] for row in rows]) for name in (rows[0] if rows else ())}
+
+
+LENS_TOP = 5
+"""How many leading tokens of every layer a run records."""
+ROWS_AT_ONCE = 256
+"""States unembedded in one product: enough to be fast, few enough for a large vocabulary."""
+
+
+def lens_tops(
+    unembed: Callable[[Tensor], Tensor],
+    states: Mapping[Cell, Float[Tensor, "layer question d_model"]],
+    k: int,
+) -> dict[Cell, Int[Tensor, "layer question k"]]:
+    """The `k` most likely tokens of every state, most likely first (all, if the vocabulary is smaller).
+
+    Args:
+        unembed: [..., d_model] to logits [..., vocab].
+        states: layer outputs by cell. Where two are bit-identical, as iteration i of every depth is at
+            position 0, the first is unembedded for both.
+    """
+    different: dict[Cell, Tensor] = {}
+    same_as: dict[Cell, Cell] = {}
+    for cell, state in states.items():
+        same_as[cell] = next((c for c, s in different.items() if torch.equal(s, state)), cell)
+        different.setdefault(same_as[cell], state)
+    rows = torch.cat(list(different.values()), 1)
+    step = max(1, ROWS_AT_ONCE // rows.shape[1])
+    tops = [_top(unembed(layers), k) for layers in rows.split(step)]
+    found = torch.cat(tops).chunk(len(different), 1)
+    by_cell = dict(zip(different, found, strict=True))
+    return {cell: by_cell[same] for cell, same in same_as.items()}
+
+
+def _top(logits: Tensor, k: int) -> Tensor:
+    return logits.topk(min(k, logits.shape[-1])).indices
+
+
+SIGNIFICANT_BITS = 12
+"""Of every float in `noise` and `nudges`: within 1 part in 4,096."""
+
+
+def significant(values: np.ndarray, bits: int = SIGNIFICANT_BITS) -> np.ndarray:
+    """Values rounded to so many significant bits: 0, infinities and NaN stay what they are."""
+    mantissa, exponent = np.frexp(values)
+    return np.ldexp(np.round(np.ldexp(mantissa, bits)), exponent - bits)
+
+
+def rounded_floats(name: str, values: np.ndarray, bits: int = SIGNIFICANT_BITS) -> np.ndarray:
+    """A column's floats as rounded float32; of a cosine, it is 1 - cosine that is rounded."""
+    if name == "cosine":
+        return (1 - significant(1 - values.astype(np.float64), bits)).astype(np.float32)
+    return significant(values, bits).astype(np.float32)
+
+
+def rounded_columns(columns: dict[str, Any], bits: int = SIGNIFICANT_BITS) -> dict[str, Any]:
+    """The columns with their floats rounded; a list of arrays is a column of lists."""
+    out = dict(columns)
+    for name, values in columns.items():
+        if isinstance(values, list):
+            flat = rounded_floats(name, np.concatenate(values), bits)
+            out[name] = np.split(flat, np.cumsum([len(v) for v in values])[:-1])
+        elif values.dtype.kind == "f":
+            out[name] = rounded_floats(name, values, bits)
+    return out

@@ -1,0 +1,332 @@
+"""One captured run: its tables as pandas, its states as tensors, and only what the manifest lists."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.dataset as ds
+import torch
+from safetensors import safe_open
+
+from sst_interp.errors import SSTError, unknown_name
+from sst_interp.files import unreadable
+from sst_interp.models.choices import COMPARISONS
+from sst_interp.runs import manifest
+from sst_interp.runs.provenance import RunKind, run_kind
+from sst_interp.runs.recipe import Recipe
+from sst_interp.runs.schema import CATEGORIES, KEYS, MAY_BE_EMPTY, OPTIONAL, TABLES, to_frame
+
+if TYPE_CHECKING:
+    from transformer_lens import ActivationCache
+
+    from sst_interp.findings.report.question import QuestionView
+
+
+@dataclass(eq=False, repr=False)
+class Run:
+    """A captured run, as far as it has been captured.
+
+    Each shard's sha256 is checked when it is first read. Treat the tables as read-only: they are cached.
+    """
+
+    name: str
+    """What it is called: the name of its folder."""
+    folder: Path
+    """Where it is."""
+    recipe: Recipe
+    """What it was captured with."""
+    manifest: dict[str, Any]
+    """Provenance, sessions and shards (docs/run-format.md)."""
+    verify: bool = True
+    """Whether to check shards against the manifest before reading them."""
+    _verified: set[str] = field(default_factory=set)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every batch has been captured."""
+        return self.manifest["state"] == "complete"
+
+    @cached_property
+    def questions(self) -> pd.DataFrame:
+        """A row per (question, depth)."""
+        return self.table("questions")
+
+    @cached_property
+    def steps(self) -> pd.DataFrame:
+        """A row per (question, text, depth, position, iteration)."""
+        return self.table("steps")
+
+    @cached_property
+    def outputs(self) -> pd.DataFrame:
+        """A row per (question, comparison, position, a, b)."""
+        return self.table("outputs")
+
+    @cached_property
+    def pairs(self) -> pd.DataFrame:
+        """A row per (question, comparison, position, layer, a, b). Large: `table` reads a part of it."""
+        return self.table("pairs")
+
+    @cached_property
+    def lens(self) -> pd.DataFrame:
+        """A row per (question, text, depth, position, iteration) whose logit lens was recorded, if any."""
+        return self.table("lens")
+
+    @cached_property
+    def noise(self) -> pd.DataFrame:
+        """A row per (question, kind, depth, position, layer); empty if the recipe asked for no controls."""
+        return self.table("noise")
+
+    @cached_property
+    def nudges(self) -> pd.DataFrame:
+        """A row per nudge and the change it stands beside; empty if the recipe asked for no controls."""
+        return self.table("nudges")
+
+    def table(
+        self, name: str, columns: Sequence[str] | None = None, comparison: str | None = None
+    ) -> pd.DataFrame:
+        """A table, or the `columns` and the `comparison` of it that are asked for; no others are kept.
+
+        Rows are sorted by the table's key columns, whatever the batches were. Raises SSTError for a table,
+        column or comparison that is not there and for a damaged shard.
+        """
+        if name not in TABLES:
+            raise unknown_name("table", name, TABLES)
+        shards = [str(self._checked(file)) for file in self._whole(name).values()]
+        nothing_to_compare = name in ("outputs", "pairs") and len(self.recipe.depths) == 1
+        if not shards and (nothing_to_compare or name in MAY_BE_EMPTY):
+            wanted = columns if columns is not None else [c for c in TABLES[name].names if c not in OPTIONAL]
+            return to_frame(TABLES[name].empty_table().select(list(wanted)))
+        if not shards:
+            raise SSTError(f"run {self.name} has no table {name}", self._again)
+        try:
+            dataset = ds.dataset(shards, format="parquet")
+            rows = dataset.count_rows()
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise unreadable(self.folder / name, error, self._again) from None
+        said = sum(entry["rows"] for entry in self._entries(name))
+        if rows != said or any(c not in dataset.schema.names for c in KEYS[name]):
+            raise SSTError(
+                f"run {self.name}: table {name} is not the one that its manifest lists", self._again
+            )
+        present, where = dataset.schema.names, None
+        for column in columns or ():
+            if column not in present:
+                raise unknown_name(f"column of {name}", column, present)
+        if comparison is not None:
+            known = COMPARISONS if "comparison" in present else ()
+            if comparison not in known:
+                raise unknown_name(f"comparison in {name}", comparison, known)
+            where = ds.field("comparison") == comparison
+        wanted = list(columns) if columns is not None else present
+        read = dataset.to_table(columns=list(dict.fromkeys([*wanted, *KEYS[name]])), filter=where)
+        order = _order(read, KEYS[name])
+        frame = to_frame(read.select(wanted))
+        return frame if order is None else frame.take(order).reset_index(drop=True)
+
+    def columns(self, name: str) -> list[str]:
+        """The columns of a table; none where the run has no row of it."""
+        shards = [str(self._checked(file)) for file in self._listed(name).values()]
+        return ds.dataset(shards, format="parquet").schema.names if shards else []
+
+    @property
+    def kept_iterations(self) -> tuple[int, ...]:
+        """The iterations (1-based) whose states at position 0 are kept: all, but in a published copy."""
+        if self.recipe.keep == "none":
+            return ()
+        published = self.manifest.get("published")
+        whole = range(1, max(self.recipe.depths) + 1)
+        return tuple(whole) if published is None else tuple(published["iterations"])
+
+    def state(self, question: int, iteration: int) -> torch.Tensor:
+        """The hidden states [layer, d_model] of one iteration (1-based) at position 0, in the run's dtype.
+
+        Raises SSTError for an iteration that was not captured, or that a published copy left out.
+        """
+        if iteration not in (kept := self.kept_iterations):
+            has = ", ".join(map(str, kept)) or "none"
+            raise SSTError(
+                f"run {self.name} keeps no states of iteration {iteration}", f"at position 0 it has {has}"
+            )
+        return self.states(question)[:, iteration - 1]
+
+    def states(
+        self, question: int, position: int | None = 0, depth: int | None = None, text: str = "own"
+    ) -> torch.Tensor:
+        """Kept hidden states [layer, iteration, d_model], in the run's dtype: index i is iteration i + 1.
+
+        `position=None` gives every position, [position, layer, iteration, d_model], if the run kept them.
+        `depth` is the deepest when left out; `text` is whose tokens were read (`own` or `depth1`). Only
+        what is asked for is read from the file. Iterations that a published copy left out are NaN, and the
+        axis ends with the last one kept. Raises SSTError for what was not kept.
+        """
+        keep, deepest = self.recipe.keep, max(self.recipe.depths)
+        depth = deepest if depth is None else depth
+        if keep != "all" and (keep == "none" or (position, depth, text) != (0, deepest, "own")):
+            has = (
+                "no states" if keep == "none" else f"states at position 0 of depth {deepest}'s own text only"
+            )
+            raise SSTError(
+                f"run {self.name} has {has}, not position {position} of depth {depth} on text {text!r}",
+                f"`sst-interp capture --run {self.name} --keep all --fresh` records every state",
+            )
+        key = f"q{question}.{text}.d{depth}" if keep == "all" else f"q{question}.position0"
+        if question not in self._batch_of:
+            raise SSTError(
+                f"run {self.name} has no question {question}", f"it has {len(self._batch_of)}, from 0"
+            )
+        file = self._listed("states").get(self._batch_of[question])
+        if file is None:
+            raise SSTError(f"run {self.name} has no states of question {question}", self._again)
+        with safe_open(str(self._checked(file)), framework="pt") as tensors:
+            if key not in tensors.keys():  # noqa: SIM118 (not a dict)
+                kept = [k for k in tensors.keys() if k.startswith(f"q{question}.")]  # noqa: SIM118
+                raise unknown_name(f"states in run {self.name}", key, kept)
+            if keep != "all" or position is None:
+                return self._by_number(tensors.get_tensor(key), file)
+            part = tensors.get_slice(key)
+            length = part.get_shape()[0]
+            if not 0 <= position < length:
+                raise SSTError(
+                    f"question {question} has no position {position} at depth {depth}",
+                    f"its {text!r} text there has positions 0 to {length - 1}",
+                )
+            return part[position : position + 1][0]
+
+    def caches(self, question: int, **how: Any) -> list[ActivationCache]:
+        """A question read again with every hook point, an `ActivationCache` per iteration; the options are
+        those of `sst_interp.bridges.run_caches.run_caches`.
+        """
+        from sst_interp.bridges.run_caches import run_caches
+
+        return run_caches(self, question, **how)
+
+    def cache(self, question: int, iteration: int = 1, **how: Any) -> ActivationCache:
+        """The cache of one iteration; see `caches`."""
+        from sst_interp.bridges.run_caches import run_cache
+
+        return run_cache(self, question, iteration, **how)
+
+    def check(self) -> None:
+        """Check every listed shard now, before it is read. Raises SSTError for a damaged one."""
+        for batch in manifest.batches(self.manifest):
+            for file in self.manifest["shards"][str(batch)]:
+                self._checked(file)
+        for name in TABLES:
+            self._whole(name)
+
+    def question(self, question: int | str, threshold: float | None = None) -> QuestionView:
+        """The explorer of one question, by index or record id: shown in a notebook, with `.table`,
+        `.figure()` and `.write(path)`. `threshold` marks shifted cells (`sst_interp.findings.report.question`).
+
+        Raises SSTError if the run has no such question.
+        """
+        from sst_interp.findings.report.question import question_view
+
+        return question_view(self, question, threshold)
+
+    @property
+    def kind(self) -> RunKind | None:
+        """Which kind of model it is of (`sst_interp.runs.provenance`); None if that is not known."""
+        return run_kind(self.recipe, self.manifest["provenance"])
+
+    def summary(self) -> dict[str, Any]:
+        """What it is and how far it has got, as `list_runs` says it; JSON-ready."""
+        done, of = len(self.manifest["shards"]), self.manifest["n_batches"]
+        partial = f"partial {done} of {of or '?'}" if done else "not captured"
+        return {
+            "name": self.name,
+            "state": "complete" if self.complete else partial,
+            "kind": self.kind,
+            "checkpoint": self.recipe.checkpoint,
+            "dataset": self.recipe.dataset,
+            "questions": self.recipe.questions,
+            "depths": list(self.recipe.depths),
+            "bytes": sum(e["bytes"] for files in self.manifest["shards"].values() for e in files.values()),
+            "where": str(self.folder),
+        }
+
+    def __repr__(self) -> str:
+        return f"<Run {self.name}: {', '.join(f'{k} {v}' for k, v in self.summary().items() if k != 'name')}>"
+
+    def _repr_html_(self) -> str:
+        rows = (
+            f"<tr><th>{html.escape(key)}</th><td>{html.escape(str(value))}</td></tr>"
+            for key, value in self.summary().items()
+        )
+        return f"<table>{''.join(rows)}</table>"
+
+    @property
+    def _again(self) -> str:
+        return f"`sst-interp capture --run {self.name}` captures what is missing"
+
+    def _listed(self, table: str) -> dict[int, str]:
+        """{batch: shard} of a table, by batch."""
+        shards = self.manifest["shards"]
+        files = {batch: manifest.shard(table, batch) for batch in manifest.batches(self.manifest)}
+        return {batch: file for batch, file in files.items() if file in shards[str(batch)]}
+
+    def _entries(self, table: str) -> list[dict[str, Any]]:
+        """What the manifest says of each shard of a table."""
+        return [self.manifest["shards"][str(batch)][file] for batch, file in self._listed(table).items()]
+
+    def _whole(self, table: str) -> dict[int, str]:
+        """`_listed`, if every batch has the table or none. Raises SSTError otherwise."""
+        listed = self._listed(table)
+        if listed and table not in MAY_BE_EMPTY:
+            for batch in manifest.batches(self.manifest):
+                if batch not in listed:
+                    raise SSTError(f"run {self.name}: batch {batch} has no {table}", self._again)
+        return listed
+
+    def _by_number(self, kept: torch.Tensor, file: str) -> torch.Tensor:
+        """States with every iteration at the place of its own number, where a copy keeps only some."""
+        published = self.manifest.get("published")
+        if published is None or kept.dim() != 3:
+            return kept
+        numbers = published["iterations"]
+        if kept.shape[1] != len(numbers):
+            raise SSTError(f"run {self.name}: {file} has {kept.shape[1]} iterations, not {len(numbers)}")
+        if numbers == list(range(1, len(numbers) + 1)):
+            return kept
+        whole = kept.new_full((kept.shape[0], max(numbers), kept.shape[2]), float("nan"))
+        for place, number in enumerate(numbers):
+            whole[:, number - 1] = kept[:, place]
+        return whole
+
+    def _checked(self, file: str) -> Path:
+        if self.verify and file not in self._verified:
+            batch = str(int(Path(file).stem))
+            if problem := manifest.damage(self.folder, file, self.manifest["shards"][batch][file]):
+                raise SSTError(
+                    f"run {self.name}: {file} is damaged ({problem})",
+                    f"`sst-interp capture --run {self.name}` captures only that part again",
+                )
+            self._verified.add(file)
+        return self.folder / file
+
+    @cached_property
+    def _batch_of(self) -> dict[int, int]:
+        """{question: the batch it is in}."""
+        shards = {batch: self._checked(file) for batch, file in self._listed("questions").items()}
+        read = {b: ds.dataset(str(path)).to_table(columns=["question"]) for b, path in shards.items()}
+        return {question: b for b, table in read.items() for question in table["question"].to_pylist()}
+
+
+def _order(table: pa.Table, keys: list[str]) -> np.ndarray | None:
+    """The order that sorts rows by `keys`; None where they are sorted already, as they nearly always are."""
+    frame = to_frame(table.select(keys))
+    columns = [frame[k].cat.codes.to_numpy() if k in CATEGORIES else frame[k].to_numpy() for k in keys]
+    equal = np.ones(max(len(frame) - 1, 0), dtype=bool)
+    for column in columns:
+        if (equal & (column[1:] < column[:-1])).any():
+            return np.lexsort(columns[::-1])
+        equal &= column[1:] == column[:-1]
+    return None

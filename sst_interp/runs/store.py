@@ -1,0 +1,300 @@
+"""Which runs there are, and opening one by name."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import zipfile
+from collections.abc import Callable
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from sst_interp import files as durable
+from sst_interp import paths as places
+from sst_interp.errors import SSTError, unknown_name
+from sst_interp.files import check_place, read_whole, replace_bytes, stage
+from sst_interp.files import put_in_place as publish
+from sst_interp.runs import manifest
+from sst_interp.runs.recipe import Recipe, known_recipes
+from sst_interp.runs.recorder import rounded_floats
+from sst_interp.runs.run import Run
+from sst_interp.runs.schema import write_parquet
+
+if TYPE_CHECKING:
+    pass
+
+__all__ = ["Run", "list_runs", "open_run"]
+
+
+def open_run(name_or_path: str | Path, verify: bool = True) -> Run:
+    """The run in a folder, or the run of that name: the user's own, else a shipped one. A URL of a run's
+    folder, in any form that fsspec reads (`hf://datasets/user/runs/gpqa`), is fetched first.
+
+    Raises SSTError with the nearest names if there is none, and if it has no data yet.
+    """
+    name = str(name_or_path)
+    if "://" in name:
+        pass
+
+        return open_run(fetch_run(name), verify)
+    for folder in (Path(name), places.runs_dir() / name, places.shipped("runs") / name):
+        if (run := _load(folder, verify)) is not None:
+            if run.manifest["shards"]:
+                return run
+            break
+    else:
+        known = {row["name"] for row in list_runs()}
+        if name not in known and not (Path(name) / "run.toml").is_file():
+            raise unknown_name("run", name, known, "sst-interp runs")
+    name = _name(name)
+    raise SSTError(f"run {name} has no data yet", f"`sst-interp capture --run {name}` captures it")
+
+
+def list_runs() -> list[dict[str, Any]]:
+    """Every run `open_run` finds by name and every recipe without data, by name; JSON-ready.
+
+    Keys: name, state (`complete`, `partial 2 of 3`, `not captured`, or what is wrong with it), kind (`sst`,
+    `lrt`, `looped`, `backbone`), checkpoint, dataset, questions (None: all of them), depths, bytes, where.
+    None: not known.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    for name, path in known_recipes().items():
+        try:
+            recipe = Recipe.load(path, name)
+            rows[name] = Run(name, path, recipe, manifest.new_manifest(recipe, {}, None)).summary()
+        except SSTError as error:
+            rows[name] = _unreadable(name, path, error)
+    for where in (places.shipped("runs"), places.runs_dir()):  # the user's own go before shipped ones
+        for path in where.glob(f"*/{manifest.FILE}"):
+            try:
+                if run := _load(path.parent, verify=False):
+                    rows[path.parent.name] = run.summary()
+            except SSTError as error:
+                rows[path.parent.name] = _unreadable(path.parent.name, path.parent, error)
+    return [rows[name] for name in sorted(rows)]
+
+
+def _load(folder: Path, verify: bool) -> Run | None:
+    """The run in `folder`, whether or not it has data; None if there is no manifest."""
+    found = manifest.read_manifest(folder)
+    if found is None:
+        return None
+    if str(folder) != str(folder).encode(errors="replace").decode():
+        raise SSTError(f"{folder}: the folder's name is not UTF-8: no table is read there", "rename it")
+    name, recipe = _name(folder), Recipe.from_dict(found["recipe"])
+    if (folder / "run.toml").exists():
+        now = Recipe.load(folder / "run.toml", recipe.name)
+        manifest.refuse_other_recipe(name, recipe, now, "its run.toml now says")
+        recipe = now  # the choices of analysis may have changed
+    return Run(name, folder, recipe, found, verify)
+
+
+def _name(folder: str | Path) -> str:
+    return os.path.basename(os.path.abspath(folder))
+
+
+def _unreadable(name: str, where: Path, error: SSTError) -> dict[str, Any]:
+    blank = dict.fromkeys(("kind", "checkpoint", "dataset", "questions", "depths"))
+    state = f"unreadable: {error.message}" + (f"; {error.hint}" if error.hint else "")
+    return {"name": name, "state": state, **blank, "bytes": 0, "where": str(where)}
+
+
+ROUNDED = ("pairs",)
+"""Tables whose floats are rounded; the others are small."""
+
+
+def publish(
+    run: Run,
+    folder: str | Path,
+    bits: int = 10,
+    top: int | None = None,
+    iterations: tuple[int, ...] = (1,),
+    each: Callable[[int, int], Any] | None = None,
+) -> Run:
+    """Write a smaller copy of a complete run into `folder`, and open it: the whole copy is there, or nothing.
+
+    Args:
+        run: what to publish.
+        folder: where to; it must not exist yet.
+        bits: significant bits of every float in `pairs` (10: within 1 part in 2,000; a cosine by its
+            distance from 1).
+        top: how many of the 100 most likely tokens of a step to keep; None keeps them all.
+        iterations: which iterations' states at position 0 to keep, 1-based, each named once, kept ascending;
+            none drops the states.
+        each: told how many batches are done, of how many.
+
+    Raises:
+        SSTError: an incomplete run, a folder that exists or cannot be written, a run that keeps other states
+            than position 0, iterations it does not have, a full disk.
+    """
+    folder, kept = Path(folder), tuple(sorted(iterations))
+    if not run.complete:
+        raise SSTError(
+            f"run {run.name} is not complete", f"`sst-interp capture --run {run.name}` finishes it"
+        )
+    if os.path.lexists(folder):
+        raise SSTError(f"{folder} exists already", "name another folder, or remove it")
+    if run.recipe.keep not in ("none", "position0"):
+        raise SSTError(
+            f"run {run.name} keeps the states of {run.recipe.keep}", 'publish runs with keep = "position0"'
+        )
+    has = run.kept_iterations or range(1, max(run.recipe.depths) + 1)
+    if bad := [i for i in kept if i not in has]:
+        raise SSTError(f"run {run.name} has no iteration {bad[0]}", f"it has {', '.join(map(str, has))}")
+    if twice := [i for i in kept if kept.count(i) > 1]:
+        raise SSTError(f"iteration {twice[0]} is named twice", "name each iteration once, for example 1,4")
+    check_place(folder)
+    part = folder.with_name(f".{folder.name}.part")
+    try:
+        _clear(part)
+        part.mkdir(parents=True)
+        _copy(run, part, bits, top, kept, each)
+        os.rename(part, folder)
+        durable.sync(folder.parent)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
+        hint = "make room" if full else "put that right, or name another folder"
+        said = f"{folder} cannot be written: {error.strerror or error}"
+        raise SSTError(said, f"{hint}; the same command starts again") from error
+    finally:
+        _clear(part)
+    return open_run(folder)
+
+
+def _clear(part: Path) -> None:
+    """Remove what an earlier publication left, or this one. Of a link, the link alone."""
+    if part.is_symlink() or part.is_file():
+        part.unlink()
+    elif part.exists():
+        shutil.rmtree(part)
+
+
+def _copy(
+    run: Run,
+    folder: Path,
+    bits: int,
+    top: int | None,
+    iterations: tuple[int, ...],
+    each: Callable[[int, int], Any] | None,
+) -> None:
+    """Fill an empty folder."""
+    listed: dict[str, Any] = {}
+    batches = manifest.batches(run.manifest)
+    for done, batch in enumerate(batches):
+        entries = {}
+        for file, entry in run.manifest["shards"][str(batch)].items():
+            if problem := manifest.damage(run.folder, file, entry):
+                raise SSTError(f"run {run.name}: {file} is damaged ({problem})", "capture it again first")
+            table, source, path = Path(file).parent.name, run.folder / file, folder / file
+            if table == "states" and not iterations:
+                continue
+            path.parent.mkdir(exist_ok=True)
+            if table == "states":
+                fill = partial(_states, source, [run.kept_iterations.index(i) for i in iterations])
+            else:
+                fill = partial(_table, table, source, bits, top)
+            durable.stage(path, fill)
+            durable.publish(path)
+            entries[file] = entry | {"bytes": path.stat().st_size, "sha256": durable.sha256(path)}
+        listed[str(batch)] = entries
+        if each is not None:
+            each(done + 1, len(batches))
+    own = run.folder / "run.toml"
+    recipe = read_whole(own) if own.is_file() else run.recipe.to_toml().encode()
+    durable.replace_bytes(folder / "run.toml", recipe)
+    about = {"pairs_bits": bits, "top": top, "iterations": list(iterations)}
+    manifest.write_manifest(folder, run.manifest | {"shards": listed, "published": about})
+
+
+def _table(name: str, source: Path, bits: int, top: int | None, path: Path) -> None:
+    """Copy a shard, with fewer digits and shorter lists."""
+    table = pq.read_table(source)
+    for place, field in enumerate(table.schema):
+        column: Any = table[field.name]
+        if name in ROUNDED and pa.types.is_floating(field.type):
+            column = pa.array(rounded_floats(field.name, column.to_numpy(), bits), field.type)
+        elif field.name == "top100" and top is not None:
+            column = pc.call_function("list_slice", [column], pc.ListSliceOptions(0, top)).cast(field.type)
+        else:
+            continue
+        table = table.set_column(place, field, column)
+    write_parquet(table, path)
+
+
+def _states(source: Path, places: list[int], path: Path) -> None:
+    """Copy a shard of states [layer, iteration, d_model], the iterations at `places`."""
+    with safe_open(str(source), framework="pt") as tensors:
+        kept = {key: tensors.get_tensor(key)[:, places].contiguous() for key in tensors.keys()}  # noqa: SIM118
+    save_file(kept, path)
+
+
+def fetch_run(url: str) -> Path:
+    """The folder of a run that is somewhere else: a copy in the cache, every shard checked.
+
+    Shards that were fetched before and are still what the manifest says are not fetched again.
+
+    Args:
+        url: a run's folder, in any form that fsspec reads.
+
+    Raises:
+        SSTError: there is no run, or a shard is not what the manifest says.
+    """
+    from fsspec.core import url_to_fs
+
+    for link in url.split("::"):
+        if (protocol := link.partition("://")[0] if "://" in link else link) not in PROTOCOLS:
+            raise SSTError(
+                f"there is no run at {url}: {protocol!r} is not read", f"there are {', '.join(PROTOCOLS)}"
+            )
+    try:
+        files, root = url_to_fs(url)
+        with files.open(f"{root.rstrip('/')}/{manifest.FILE}", "rb") as file:
+            listed = file.read(manifest.LARGEST + 1)
+    except (OSError, ValueError, ImportError, KeyError, zipfile.BadZipFile) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        hint = "give the folder that has its manifest.json"
+        raise SSTError(f"there is no run at {url}: {reason}", hint) from error
+    name = root.rstrip("/").rpartition("/")[2]
+    folder = places.cache_dir() / "runs" / sha256(url.encode()).hexdigest()[:16] / (name or "run")
+    folder.mkdir(parents=True, exist_ok=True)
+    found = _read_listed(listed, url)
+    for shards in found["shards"].values():
+        for file, entry in shards.items():
+            if manifest.damage(folder, file, entry) is not None:
+                there = f"{root.rstrip('/')}/{file}"
+                if (size := files.size(there)) not in (None, entry["bytes"]):
+                    said = f"{size} bytes, was {entry['bytes']}"
+                    raise SSTError(f"{file} of the run at {url} is damaged: {said}", "fetch it again later")
+                _fetch(files, there, folder / file)
+            if problem := manifest.damage(folder, file, entry):
+                raise SSTError(f"{file} of the run at {url} is damaged: {problem}", "fetch it again later")
+    if files.exists(recipe := f"{root.rstrip('/')}/run.toml"):
+        _fetch(files, recipe, folder / "run.toml")
+    else:
+        (folder / "run.toml").unlink(missing_ok=True)
+    replace_bytes(folder / manifest.FILE, listed)  # last: what it lists is there
+    return folder
+
+
+def _read_listed(listed: bytes, url: str) -> dict[str, Any]:
+    """A manifest from elsewhere, checked as one of our own, that names only files of a run's folder."""
+    try:
+        return manifest.parse_manifest(listed, manifest.FILE, "check the URL, or upgrade")
+    except SSTError as error:
+        said = f"what is at {url} is no run that this version reads: {error.message}"
+        raise SSTError(said, "check the URL, or upgrade") from None
+
+
+def _fetch(files: Any, there: str, here: Path) -> None:
+    here.parent.mkdir(parents=True, exist_ok=True)
+    stage(here, lambda path: files.get_file(there, str(path)))
+    publish(here)

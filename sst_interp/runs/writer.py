@@ -1,0 +1,275 @@
+"""Writing a run: one batch at a time, so that a process killed anywhere loses at most the batch in hand.
+
+A batch's files are staged and flushed, renamed into place, and only then listed in the manifest, which is
+itself replaced in one step. What the numbers mean is not known here; see docs/run-format.md.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors.torch import save_file
+
+from sst_interp import files as durable
+from sst_interp.errors import SSTError
+from sst_interp.runs import manifest
+from sst_interp.runs.recipe import Recipe
+from sst_interp.runs.schema import TABLES, to_table, write_parquet
+from sst_interp.tables import plain
+
+log = logging.getLogger(__name__)
+
+SHARD = re.compile(r"\d{4,}\.(parquet|safetensors)|\.\d{4,}\.(parquet|safetensors)\.tmp")
+"""The names that a run gives its shards, and their temporary files."""
+OWNER = ".writer"
+"""Holds the process id of whoever has the lock, for the message to the one who has not."""
+
+
+class RunWriter:
+    """The one writer of a run's folder; use it as a context manager, and `commit` batch by batch.
+
+    with RunWriter.open(folder, recipe, provenance, n_batches=3) as writer:
+        for batch in set(range(3)) - writer.committed:
+            writer.commit(batch, tables, states)
+        writer.finish()
+    """
+
+    def __init__(self, folder: Path, contents: dict[str, Any], lock: FileLock) -> None:
+        self.folder = folder
+        self.manifest = contents
+        self._lock = lock
+
+    @classmethod
+    def open(
+        cls,
+        folder: str | Path,
+        recipe: Recipe,
+        provenance: Mapping[str, Any],
+        n_batches: int | None = None,
+        fresh: bool = False,
+    ) -> RunWriter:
+        """Start a run in `folder`, or go on with the one that is there.
+
+        Args:
+            folder: the run's folder; made if need be.
+            recipe: must agree with the one the run was begun with, but for its name.
+            provenance: JSON-ready. Keys that end in `_hash` (`model_hash`) identify what went in and must
+                agree with the run's; anything else may differ and is then recorded with the session.
+            n_batches: how many batches make the run complete, if known already.
+            fresh: erase the run that is there, under the lock.
+
+        Raises SSTError, and changes nothing, if another process writes the run, it was begun differently, or
+        one of its folders is a link to somewhere else. Batches with a damaged or missing file are dropped
+        from the manifest (`drop_corrupt`).
+        """
+        folder = Path(folder)
+        with _disk(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            _refuse_links(folder)
+            lock = _lock(folder)
+        try:
+            with _disk(folder):
+                if fresh:
+                    _erase(folder, recipe)
+                found = manifest.read_manifest(folder)
+                manifest.refuse_other_origin(folder, found, recipe, manifest.plain(provenance), n_batches)
+                writer = cls(folder, found or manifest.new_manifest(recipe, provenance, n_batches), lock)
+                if not (folder / "run.toml").exists():
+                    durable.replace_bytes(folder / "run.toml", recipe.to_toml().encode())
+            writer.drop_corrupt()
+            if writer.manifest["state"] != "complete":
+                sessions = [*writer.manifest["sessions"], manifest.session(writer.manifest, provenance)]
+                writer._save(sessions=sessions, n_batches=n_batches or writer.manifest["n_batches"])
+        except BaseException:
+            _unlock(folder, lock)
+            raise
+        return writer
+
+    @property
+    def committed(self) -> set[int]:
+        """The batches the run already has."""
+        return set(manifest.batches(self.manifest))
+
+    def commit(
+        self,
+        batch: int,
+        tables: Mapping[str, Mapping[str, Any]],
+        states: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Write a batch's tables (`schema.to_table`) and kept states, then list them: all or nothing.
+
+        Raises SSTError if the disk is full (batches committed before are safe, temporary files are gone),
+        ValueError for a batch the run already has and for tables that do not fit their schema.
+        """
+        n_batches = self.manifest["n_batches"]
+        if batch in self.committed or batch < 0 or (n_batches is not None and batch >= n_batches):
+            raise ValueError(f"batch {batch} is already committed, or not one of the run's {n_batches}")
+        if unknown := set(tables) - set(TABLES):
+            raise ValueError(f"no tables {sorted(unknown)}: there are {', '.join(TABLES)}")
+        fills: dict[str, tuple[dict[str, int], Callable[[Path], object]]] = {}
+        for name in sorted(tables):
+            table = to_table(name, tables[name])
+            fills[manifest.shard(name, batch)] = {"rows": len(table)}, partial(write_parquet, table)
+        if states:
+            own = {key: _own(tensor) for key, tensor in sorted(states.items())}
+            fills[manifest.shard("states", batch)] = {"tensors": len(own)}, partial(save_file, own)
+        paths = [self.folder / file for file in fills]
+        entries: dict[str, dict[str, Any]] = {}
+        try:
+            with _disk(self.folder):
+                for path, (file, (size, fill)) in zip(paths, fills.items(), strict=True):
+                    if not path.parent.is_dir():
+                        path.parent.mkdir()
+                        durable.sync(self.folder)
+                    staged = durable.stage(path, fill)
+                    entries[file] = size | {"bytes": staged.stat().st_size, "sha256": durable.sha256(staged)}
+                for path in paths:
+                    durable.publish(path)
+            self._save(shards=self.manifest["shards"] | {str(batch): entries})
+        finally:
+            for path in paths:
+                durable.temporary(path).unlink(missing_ok=True)
+
+    def finish(self, n_batches: int | None = None) -> None:
+        """Mark the run complete. Raises SSTError if batches are missing."""
+        count = n_batches or self.manifest["n_batches"]
+        if count is None or max(self.committed, default=0) >= count:
+            raise ValueError(
+                f"n_batches = {count}, but batches up to {max(self.committed, default=0)} are committed"
+            )
+        if missing := sorted(set(range(count)) - self.committed):
+            raise SSTError(
+                f"run {self.folder.name} is not complete: {len(missing)} of {count} batches are missing",
+                f"`sst-interp capture --run {self.folder.name}` goes on with batch {missing[0]}",
+            )
+        self._save(state="complete", n_batches=count)
+
+    def drop_corrupt(self) -> list[int]:
+        """Check every listed shard's size and sha256, and drop from the manifest the batches with a bad one,
+        or without one that every batch has.
+
+        Returns the dropped batches, ascending, which are then captured again; each is logged as a warning.
+        """
+        kept, dropped = dict(self.manifest["shards"]), []
+        for batch in manifest.batches(self.manifest):
+            for file, entry in self.manifest["shards"][str(batch)].items():
+                if problem := manifest.damage(self.folder, file, entry):
+                    log.warning("run %s: %s is damaged (%s)", plain(self.folder.name), file, problem)
+                    dropped.append(batch)
+            if table := manifest.lacking(self.manifest, batch):
+                log.warning("run %s: batch %d has no %s", plain(self.folder.name), batch, table)
+                dropped.append(batch)
+        for batch in set(dropped):
+            del kept[str(batch)]
+            log.warning("run %s: batch %d will be captured again", plain(self.folder.name), batch)
+        if dropped:
+            self._save(shards=kept, state="capturing")
+        return sorted(set(dropped))
+
+    def close(self) -> None:
+        """Let others write the run."""
+        _unlock(self.folder, self._lock)
+
+    def __enter__(self) -> RunWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _save(self, **changes: Any) -> None:
+        changed = self.manifest | changes
+        with _disk(self.folder):
+            manifest.write_manifest(self.folder, changed)
+        self.manifest = changed
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in memory of its own: safetensors refuses views that share theirs."""
+    tensor = tensor.detach().cpu().contiguous()
+    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if whole else tensor.clone()
+
+
+def _lock(folder: Path) -> FileLock:
+    lock = FileLock(folder / ".lock", thread_local=False)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        try:
+            owner = f" (pid {int((folder / OWNER).read_text())})"
+        except (OSError, ValueError):
+            owner = ""
+        raise SSTError(
+            f"run {folder.name} is being written by another process{owner}",
+            "wait until it has finished, or capture under another --run name",
+        ) from None
+    try:
+        (folder / OWNER).unlink(missing_ok=True)
+        durable.create(folder / OWNER, str(os.getpid()).encode())
+    except BaseException:
+        lock.release()
+        raise
+    return lock
+
+
+def _refuse_links(folder: Path) -> None:
+    """A link in the place of a run's own folder or lock would have another place written."""
+    for name in (*TABLES, "states", ".lock"):
+        if (folder / name).is_symlink():
+            raise SSTError(
+                f"{folder / name} is a link to somewhere else: nothing is written there", "remove the link"
+            )
+
+
+def _unlock(folder: Path, lock: FileLock) -> None:
+    if lock.is_locked:
+        (folder / OWNER).unlink(missing_ok=True)
+        lock.release()
+
+
+def _erase(folder: Path, recipe: Recipe) -> None:
+    """Remove a run's files, the manifest first, and nothing else; a run.toml that says `recipe` stays."""
+    (folder / manifest.FILE).unlink(missing_ok=True)
+    for table in (*TABLES, "states"):
+        for path in (folder / table).glob("*"):
+            if SHARD.fullmatch(path.name) and (path.is_symlink() or not path.is_dir()):
+                path.unlink()
+        with suppress(OSError):  # not there, or somebody's own files are in it
+            (folder / table).rmdir()
+    try:
+        stays = not recipe.differences(Recipe.load(folder / "run.toml", recipe.name))
+    except SSTError:
+        stays = False
+    if not stays:
+        (folder / "run.toml").unlink(missing_ok=True)
+
+
+@contextmanager
+def _disk(folder: Path) -> Iterator[None]:
+    """Turn what the disk says into something to act on."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
+            raise SSTError(
+                f"the disk is full: cannot write run {folder.name} in {folder}",
+                f"make room; `sst-interp capture --run {folder.name}` then goes on: committed batches stay",
+            ) from error
+        name = error.filename2 or error.filename
+        where = (
+            f"{os.path.relpath(os.fsdecode(name), folder)}: " if isinstance(name, str | bytes | Path) else ""
+        )
+        raise SSTError(
+            f"cannot write run {folder.name} in {folder}: {where}{error.strerror or error}",
+            "put that right, or capture under another --run name",
+        ) from error
