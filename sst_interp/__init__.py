@@ -29,30 +29,19 @@ if TYPE_CHECKING:
     from sst_interp.runs.store import open_run as open_run
 
 _WHERE = {
-    "Choices": "choices",
+    "Choices": "models.choices",
     "SSTError": "errors",
-    "load": "loading",
-    "StateStreamModel": "model",
-    "attach": "model",
-    "attach_looped": "looped",
-    "attach_lrt": "lrt_attach",
-    "Recipe": "recipe",
-    "open_run": "runs",
-    "list_runs": "runs",
+    "load": "models.loading",
+    "StateStreamModel": "models.model",
+    "attach": "models.model",
+    "attach_looped": "models.model",
+    "attach_lrt": "models.model",
+    "Recipe": "runs.recipe",
+    "open_run": "runs.store",
+    "list_runs": "runs.store",
 }
 
-__all__ = [
-    "Choices",
-    "Recipe",
-    "SSTError",
-    "StateStreamModel",
-    "attach",
-    "attach_looped",
-    "attach_lrt",
-    "list_runs",
-    "load",
-    "open_run",
-]
+__all__ = sorted(_WHERE)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
@@ -64,7 +53,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted([*globals(), *_WHERE])
 
 
 def _version() -> str:

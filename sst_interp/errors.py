@@ -8,7 +8,9 @@ traceback and exits with code 2; in a notebook it is an ordinary exception.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from importlib import import_module
+from typing import Any
 
 
 class SSTError(Exception):
@@ -43,3 +45,13 @@ def unknown_name(kind: str, name: str, known: Iterable[str], list_with: str | No
     if list_with:
         hint += f"{'' if near else ';'} `{list_with}` lists them"
     return SSTError(f"unknown {kind} {name!r}", hint)
+
+
+def upstairs(name: str) -> Callable[..., Any]:
+    """`package.module:function` of a floor above, imported when it is called for.
+
+    The one way up: a few methods of models and runs are doors to what is built on them (`model.bridge()`,
+    `run.question(3)`). Everything else imports downwards (docs/architecture.md).
+    """
+    module, function = name.split(":")
+    return getattr(import_module(f"sst_interp.{module}"), function)

@@ -20,8 +20,9 @@ from typer.testing import CliRunner
 
 import sst_interp
 from sst_interp.assets import wheels as assets
+from sst_interp.assets.wheels import ASSET_MODELS
 from sst_interp.models.checkpoint import save_checkpoint
-from sst_interp.models.loading import ASSET_MODELS, load
+from sst_interp.models.loading import load
 from sst_interp.questions.item import Item
 from sst_interp.runs import writer as run_writer
 from sst_interp.runs.store import open_run

@@ -28,7 +28,7 @@ from sst_interp.files import check_output, put_bytes, read_json, read_whole
 from sst_interp.findings.of_run import capture_of, kept_findings
 from sst_interp.findings.report.page import _csv, result_page
 from sst_interp.questions import load_questions
-from sst_interp.questions.datasets import COLUMNS, LARGEST, read_gpqa
+from sst_interp.questions.gpqa import COLUMNS, LARGEST, read_gpqa
 from sst_interp.questions.item import Hidden, HiddenTokens
 from sst_interp.runs import manifest
 from sst_interp.runs.recipe import Recipe
@@ -470,7 +470,7 @@ def test_a_zip_bomb_is_not_read_whole(here, monkeypatch):
         archive.writestr("dataset/gpqa_diamond.csv", b"\0" * (LARGEST + 100))
     assert Path("bomb.zip").stat().st_size < 1 << 20
     with pytest.raises(SSTError, match="is larger than 64 MB"):
-        read_gpqa("bomb.zip")
+        read_gpqa(path="bomb.zip")
     assert read
     assert all(0 < n <= LARGEST + 1 for n in read)
 
@@ -481,7 +481,7 @@ def test_texts_hide_in_a_traceback_with_locals(here):
     )
     frames = []
     with pytest.raises(SSTError, match="record 2 has an empty question, choice or id") as told:
-        read_gpqa("g.csv")
+        read_gpqa(path="g.csv")
     trace = told.value.__traceback__
     while trace is not None:
         if "sst_interp" in trace.tb_frame.f_code.co_filename:

@@ -11,7 +11,6 @@ import plotly.graph_objects as go
 import pytest
 import tiny_run
 
-from sst_interp import paths as places
 from sst_interp.analyses.result import KeptResult, Result
 from sst_interp.analyses.statistics.bootstrap import Interval
 from sst_interp.findings.claims import CLAIMS, EVERYWHERE, Finding, Row, untestable

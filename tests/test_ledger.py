@@ -6,7 +6,7 @@ import shutil
 import pytest
 import tiny_run
 
-from sst_interp import paths as places
+from sst_interp import paths
 from sst_interp.errors import SSTError
 from sst_interp.findings.of_run import approximation_of, blend_of, companions, ledger_of
 from sst_interp.models.choices import Choices
@@ -71,7 +71,7 @@ def test_the_approximation_is_that_of_the_runs_own_model(runs, tmp_path, monkeyp
     known["alpha_mean"] = 0.02
     assert approximation_of(run) is None, "trained again under the same name"
     known["alpha_mean"] = 0.01
-    shutil.copytree(places.shipped("studies"), tmp_path / "studies")
+    shutil.copytree(paths.shipped("studies"), tmp_path / "studies")
     assert "smollm2-135m" in approximation_of(run).headline
 
 

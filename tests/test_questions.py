@@ -9,7 +9,7 @@ from dataclasses import asdict
 import pytest
 
 from sst_interp.errors import SSTError
-from sst_interp.questions import DATASETS, Item, canonical_number, grade, load_questions
+from sst_interp.questions import Item, canonical_number, datasets, grade, load_questions
 from sst_interp.questions import datasets as gpqa
 from sst_interp.questions import datasets as registry
 from sst_interp.questions.prompts import ask
@@ -212,7 +212,7 @@ def test_no_access_to_the_hub_tells_how_to_get_it(monkeypatch):
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("dataset", [name for name in DATASETS if name != "gpqa"])
+@pytest.mark.parametrize("dataset", [name for name in datasets() if name != "gpqa"])
 def test_every_registered_dataset_reads_whole(dataset):
     expected = {"arc-challenge": 299, "arc-easy": 570, "sciq": 1000, "openbookqa": 500, "gsm8k": 1319}
     found = load_questions(dataset)

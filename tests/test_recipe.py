@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sst_interp import paths as places
 from sst_interp.errors import SSTError
 from sst_interp.models.choices import Choices
 from sst_interp.runs.recipe import Recipe, find_recipe, known_recipes

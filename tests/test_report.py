@@ -19,18 +19,9 @@ from sst_interp.analyses import Result
 from sst_interp.analyses.plots import empty_figure
 from sst_interp.errors import SSTError
 from sst_interp.findings.ledger import claims
-from sst_interp.findings.report.explorer import (
-    DISTANCE,
-    OUTPUT,
-    SIZE,
-    Places,
-    Threshold,
-    explorer_data,
-    implied_l2,
-    pack,
-    unpack,
-)
+from sst_interp.findings.report.explorer import Threshold, explorer_data
 from sst_interp.findings.report.lists import Vocabulary, lens_arrays
+from sst_interp.findings.report.packing import DISTANCE, OUTPUT, SIZE, Places, implied_l2, pack, unpack
 from sst_interp.findings.report.page import render_report, script_json, visible, write_report
 from sst_interp.findings.report.question import question_view
 from sst_interp.findings.report.sections import split_verdict

@@ -13,7 +13,6 @@ from test_capture import write_questions
 from test_loading import save_model
 from tiny_kinds import WORDS, capture_kinds, models
 
-from sst_interp import paths as places
 from sst_interp.cli import app
 from sst_interp.errors import SSTError
 from sst_interp.findings import of_run

@@ -15,7 +15,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_run import BATCHES, PASSES, POSITIONS, PROVENANCE, batch, capture, columns, rows, state, tiny_recipe
 
-from sst_interp import paths as places
 from sst_interp.errors import SSTError
 from sst_interp.models.choices import COMPARISONS
 from sst_interp.runs.schema import KEYS, TABLES, to_frame, to_table

@@ -11,7 +11,7 @@ import pytest
 from tiny_studies import NAMES, gradients, planted, some_text, tiny_study
 from typer.testing import CliRunner
 
-from sst_interp import paths as places
+from sst_interp import paths
 from sst_interp.cli.studies import app
 from sst_interp.errors import SSTError
 from sst_interp.experiments.studies import study as study_module
@@ -22,7 +22,7 @@ from sst_interp.experiments.table import Table, same_plan
 from sst_interp.tables import NOT_YET, fill, markdown
 
 ROOT = Path(__file__).parents[1]
-SHIPPED = places.shipped("studies")
+SHIPPED = paths.shipped("studies")
 EVERY = ["lrt-equivalence", "lrt-schedules", "pretraining", "recall", "small", "two-pass"]
 
 

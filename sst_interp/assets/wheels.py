@@ -273,3 +273,7 @@ def _writing(path: Path, megabytes: int = 0) -> Iterator[None]:
 def _say(line: str) -> None:
     say(line, sys.stderr)
     sys.stderr.flush()
+
+
+ASSET_MODELS = {"smollm2-135m": smollm2_folder}
+"""Backbones that come from a package registry by name and sha256, for machines without a model hub."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sst_interp.bridges import NamesFilter
+from sst_interp.bridges.asked import NamesFilter
 from sst_interp.errors import SSTError
 from sst_interp.experiments.origin import origin_of, written_tokens
 from sst_interp.models.choices import whole

@@ -26,14 +26,14 @@ from transformer_lens import ActivationCache
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
-from sst_interp.bridges import Method, NamesFilter, refuse_options
+from sst_interp.bridges.asked import Method, NamesFilter, refuse_options
 from sst_interp.bridges.parallel_hooks import read_in_parallel, read_sequentially
 from sst_interp.bridges.points import Now, Placed, firing, twin_of
 from sst_interp.errors import SSTError, unknown_name
 from sst_interp.models.generation import Generation, check_iterations, generate
 from sst_interp.models.hooks import SITES, Site, Visit, alike
 from sst_interp.models.model import Prompts, StateStreamModel, check_stop
-from sst_interp.models.stream import NAMES, Recurrence
+from sst_interp.models.stream import Recurrence
 
 if TYPE_CHECKING:
     pass
@@ -53,7 +53,7 @@ class StateStreamBridge(TransformerBridge):
     def __init__(self, model: StateStreamModel) -> None:
         if model.kind.name != "sst":
             raise SSTError(
-                f"a {NAMES[model.kind.name]} does not go into TransformerLens yet",
+                f"a {model.kind.words} does not go into TransformerLens yet",
                 "`model.generate(edit=...)` and nnsight work with it",
             )
         hf, backbone, adapter, tokenizer = twin_of(model)

@@ -10,8 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sst_interp import __version__
-from sst_interp import paths as places
+from sst_interp import __version__, paths
 from sst_interp.cli.common import (
     FreshFlag,
     HtmlOption,
@@ -143,7 +142,7 @@ def datasets(as_json: JsonFlag = False) -> None:
     Example:
         sst-interp datasets
     """
-    from sst_interp.questions import DATASETS
+    from sst_interp.questions import datasets as known_datasets
 
     rows = [
         {
@@ -153,7 +152,7 @@ def datasets(as_json: JsonFlag = False) -> None:
             "restricted": known.restricted,
             "about": known.about,
         }
-        for name, known in DATASETS.items()
+        for name, known in known_datasets().items()
     ]
     if as_json:
         print(json.dumps(rows, indent=2))
@@ -298,7 +297,7 @@ def _report_path(run: Any, html: Path | None) -> Path:
     if html is not None:
         return html
     inside = run.folder / "report.html"
-    if run.folder.parent.resolve() == places.shipped("runs").resolve() or not os.access(run.folder, os.W_OK):
+    if run.folder.parent.resolve() == paths.shipped("runs").resolve() or not os.access(run.folder, os.W_OK):
         return Path(f"{run.name}-report.html")
     return inside
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sst_interp import paths as places
+from sst_interp import paths
 from sst_interp.cli.common import JsonFlag, stopping
 from sst_interp.errors import SSTError
 
@@ -110,7 +110,7 @@ def run(
         if option not in study.options:
             takes = ", ".join(study.options)
             raise SSTError(f"the study {name} takes no {option}", f"it takes {takes}")
-    folder = places.studies_dir() if out is None else out
+    folder = paths.studies_dir() if out is None else out
     with stopping("what was measured is kept: the same command goes on"), _bar(name) as progress:
         study.run(folder, progress=progress, **given)
     print_shown(study.show(folder))

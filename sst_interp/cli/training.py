@@ -113,7 +113,7 @@ def evaluate(
     """
     from sst_interp.experiments.depth_scores import depth_scores
     from sst_interp.files import check_place
-    from sst_interp.models.loading import checkpoint_folder
+    from sst_interp.models.checkpoint import checkpoint_folder
     from sst_interp.runs.recipe import MAX_DEPTH
     from sst_interp.training.card import write_card
     from sst_interp.training.evaluation import TASKS, evaluate_by_name

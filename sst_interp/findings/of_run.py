@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from sst_interp import paths as places
+from sst_interp import paths
 from sst_interp.analyses.result import KeptResult, Result
 from sst_interp.analyses.statistics.bootstrap import RESAMPLES, Interval
 from sst_interp.errors import SSTError, Untestable
@@ -37,9 +37,9 @@ from sst_interp.findings import experiments  # noqa: F401 (it registers the clai
 from sst_interp.findings.answers import BlendWeights
 from sst_interp.findings.claims import CLAIMS, EVERYWHERE, Claim, Finding, Row, untestable
 from sst_interp.findings.ledger import Ledger, Progress, claims
-from sst_interp.models.loading import checkpoint_folder
+from sst_interp.models.checkpoint import checkpoint_folder
 from sst_interp.runs.manifest import content_hash
-from sst_interp.runs.provenance import WORDS
+from sst_interp.runs.provenance import kind_words
 from sst_interp.runs.run import Run
 from sst_interp.runs.store import open_run
 from sst_interp.runs.tokens import token_classes, tokenizer_of
@@ -105,7 +105,7 @@ def ledger_of(
         **companions(run).runs,
         alpha=blend_of(run),
         approximation=approximation_of(run),
-        no_blend=None if run.kind == "sst" else f"a {WORDS[run.kind or 'backbone']} has no blend",
+        no_blend=None if run.kind == "sst" else f"{kind_words(run.kind or 'backbone')}: it has no blend",
         token_class=token_classes(tokenizer) if tokenizer is not None else None,
         more=[*{(row.claim.id, row.comparison): row for row in (*kept.rows, *more)}.values()],
         resamples=resamples,
@@ -138,7 +138,7 @@ def approximation_of(run: Run) -> ApproximationError | None:
         return None
     model = known.get("model", run.recipe.checkpoint)
     blend = (known["alpha_mean"], *known["alpha_range"])
-    for file in (places.studies_dir() / "errors.parquet", places.shipped("studies") / "errors.parquet"):
+    for file in (paths.studies_dir() / "errors.parquet", paths.shipped("studies") / "errors.parquet"):
         if file.is_file():
             again = f"delete it; `sst-interp study run two-pass {model}` measures it again"
             table = read_table(file, again, ("model", "layers", "alpha", "alpha_low", "alpha_high"))
@@ -180,7 +180,7 @@ def keep_findings(
         made: JSON-ready: what was chosen (seed, permutations ...).
         results: analyses that get a section in the report, by name.
     """
-    shipped = run.folder.parent.resolve() == places.shipped("runs").resolve()
+    shipped = run.folder.parent.resolve() == paths.shipped("runs").resolve()
     own = not shipped and os.access(run.folder, os.W_OK)
     folder = run.folder / FOLDER if own else Path(FOLDER) / run.name
     if own and folder.is_symlink():

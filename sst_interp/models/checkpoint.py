@@ -16,38 +16,29 @@ import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from sst_interp import paths
 from sst_interp.errors import SSTError
-from sst_interp.files import put_in_place as publish
-from sst_interp.files import replace_bytes, sha256, stage
+from sst_interp.files import put_in_place, replace_bytes, sha256, stage
 from sst_interp.models.backbone import first_line
 from sst_interp.models.choices import Choices, shown
-from sst_interp.models.kinds.looped import Looped
-from sst_interp.models.kinds.lrt import Memory
-from sst_interp.models.kinds.sst import LayerBlend
-from sst_interp.models.stream import NAMES, Kind, KindName
-
-if TYPE_CHECKING:
-    from sst_interp.models.model import StateStreamModel
+from sst_interp.models.kinds import kind_named, kinds
+from sst_interp.models.stream import Kind, Recurrence
 
 FORMAT = 1
 CONFIG, WEIGHTS = "stream.json", "stream.safetensors"
-ADAPTERS = (CONFIG, WEIGHTS)
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTERS = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 TRAINED_BY = "training.json"
 """What a training leaves beside its checkpoint (`training.log`)."""
-HELD: dict[KindName, list[set[str]]] = {
-    "sst": [{"alpha"}],
-    "lrt": [{"gamma"}, {"key", "value", "gates"}, {"gamma", "key", "value", "gates"}],  # by pathway
-    "looped": [set()],
-}
-"""The tensors that a checkpoint of each kind can hold."""
-OWN: dict[KindName, str] = {"sst": "blend weights (alpha)", "lrt": "memory", "looped": "loop of its own"}
+NAME = r"[A-Za-z_][A-Za-z0-9_.]{0,199}"
+"""Names of modules that adapters may name: nothing that is also a regular expression."""
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -55,8 +46,17 @@ def is_checkpoint(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
 
 
+def checkpoint_folder(name: str | Path) -> Path | None:
+    """Where the checkpoint of that name is: a folder, the user's, or a shipped one; None if nowhere."""
+    here = (Path(name), paths.checkpoints_dir() / str(name), paths.shipped("checkpoints") / str(name))
+    for folder in here:
+        if is_checkpoint(folder):
+            return folder
+    return None
+
+
 def save_checkpoint(
-    model: StateStreamModel,
+    model: Recurrence,
     folder: str | Path,
     backbone_name: str,
     adapters: Any = None,
@@ -89,16 +89,15 @@ def save_checkpoint(
         (folder / CONFIG).unlink(missing_ok=True)  # first, so that it never stands beside others' adapters
         for name in ADAPTERS:
             (folder / name).unlink(missing_ok=True)
-    if isinstance(model.kind, Memory):
-        config["source"] = model.kind.source
+    config |= model.kind.config()
     weights = {name: w.detach().contiguous().cpu() for name, w in model.kind.weights().items()}
     stage(folder / WEIGHTS, lambda path: save_file(weights, path))
-    publish(folder / WEIGHTS)
+    put_in_place(folder / WEIGHTS)
     replace_bytes(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True).encode())
     return folder
 
 
-def read_checkpoint(folder: Path, kind: KindName | None = None) -> tuple[dict[str, Any], Kind, Choices]:
+def read_checkpoint(folder: Path, kind: str | None = None) -> tuple[dict[str, Any], Kind, Choices]:
     """(config, the stream with its weights, choices) of a checkpoint folder.
 
     Args:
@@ -118,13 +117,14 @@ def read_checkpoint(folder: Path, kind: KindName | None = None) -> tuple[dict[st
         written = shown(config["format"])
         raise SSTError(f"checkpoint {folder} has format {written}; this version reads {FORMAT}", "upgrade")
     found = config.get("kind", "sst") if isinstance(config, dict) else "sst"
-    if not isinstance(found, str) or found not in NAMES:
+    if not isinstance(found, str) or found not in kinds():
         raise SSTError(
             f"checkpoint {folder} has an unknown kind {shown(found)}", "a newer version may know it"
         )
     refuse_kind(folder, found, kind)
-    if set(weights) not in HELD[found]:
-        must = " or ".join(str(sorted(names)) for names in HELD[found])
+    of = kind_named(found)
+    if set(weights) not in of.holds:
+        must = " or ".join(str(sorted(names)) for names in of.holds)
         raise SSTError(
             f"checkpoint {folder} holds {sorted(weights)} where it must hold {must}", "fetch it again"
         )
@@ -137,7 +137,7 @@ def read_checkpoint(folder: Path, kind: KindName | None = None) -> tuple[dict[st
     for name, value in weights.items():
         if not value.is_floating_point():
             raise SSTError(f"checkpoint {folder}: {name} is of {value.dtype}, not real", "fetch it again")
-    return config, _stream(found, config, weights), Choices.from_dict(config.get("choices", {}))
+    return config, of.restore(weights, config), Choices.from_dict(config.get("choices", {}))
 
 
 def fingerprint(folder: Path) -> str:
@@ -182,24 +182,13 @@ def refuse_other_adapters(folder: Path, config: dict[str, Any]) -> None:
         )
 
 
-def _stream(kind: KindName, config: dict[str, Any], weights: dict[str, Tensor]) -> Kind:
-    if kind == "lrt":
-        return Memory(config.get("source"), **weights)
-    return Looped() if kind == "looped" else LayerBlend(weights["alpha"])
-
-
-def refuse_kind(name: str | Path, found: KindName, wanted: KindName | None) -> None:
+def refuse_kind(name: str | Path, found: str, wanted: str | None) -> None:
     """Raise if a checkpoint is of another kind than the one that is wanted."""
     if wanted is not None and found != wanted:
         raise SSTError(
-            f"checkpoint {name} is a {NAMES[found]}, not a {NAMES[wanted]}",
-            f"it has no {OWN[wanted]}: name another checkpoint",
+            f"checkpoint {name} is a {kind_named(found).words}, not a {kind_named(wanted).words}",
+            f"it has no {kind_named(wanted).own}: name another checkpoint",
         )
-
-
-NAME = r"[A-Za-z_][A-Za-z0-9_.]{0,199}"
-"""Names of modules that adapters may name: nothing that is also a regular expression."""
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def add_adapters(model: nn.Module, rank: int, lora_alpha: int, targets: tuple[str, ...], seed: int) -> Any:
@@ -261,7 +250,7 @@ def save_adapters(peft_model: Any, folder: Path, backbone_name: str) -> None:
         for name, value in get_peft_model_state_dict(peft_model).items()
     }
     stage(folder / ADAPTER_WEIGHTS, lambda path: save_file(weights, path, {"format": "pt"}))
-    publish(folder / ADAPTER_WEIGHTS)
+    put_in_place(folder / ADAPTER_WEIGHTS)
     config = peft_model.peft_config["default"].to_dict()
     config |= {
         "base_model_name_or_path": backbone_name,

@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
+import torch
+from torch import Tensor
+
 from sst_interp.errors import SSTError, unknown_name
 
 MAX_DEPTH = 127
@@ -139,3 +142,21 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
     "overlap": ("cosine", "relative_l2", "lens_jaccard"),
     "comparison": COMPARISONS,
 }
+
+
+def as_weights(name: str, value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers that a person gave as weights, as a tensor.
+
+    Raises:
+        SSTError: they are no real numbers in memory.
+    """
+    try:
+        seen = torch.as_tensor(value)
+        if seen.is_complex() or seen.is_meta or seen.dtype == torch.bool:
+            raise TypeError(str(seen.dtype))
+        return torch.as_tensor(value, dtype=dtype, device=device).detach()
+    except (TypeError, ValueError, RuntimeError):
+        raise SSTError(
+            f"{name} = {shown(value)} is neither a number nor a list or tensor of real numbers",
+            f"for example {name}=0.1",
+        ) from None

@@ -16,7 +16,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from numbers import Real
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -25,9 +25,7 @@ from torch import Tensor
 from sst_interp.errors import SSTError
 from sst_interp.models.choices import MAX_DEPTH, shown, whole
 from sst_interp.models.measures import read_out, relative_l2, wide
-
-if TYPE_CHECKING:
-    from sst_interp.models.model import StateStreamModel
+from sst_interp.models.stream import Recurrence
 
 
 class Look(NamedTuple):
@@ -52,7 +50,7 @@ class HaltingPolicy(ABC):
     def depths(self, look: Look) -> Int[Tensor, " row"]:
         """The depth of each row, 1 to `deepest`."""
 
-    def check(self, model: StateStreamModel) -> None:  # noqa: B027 (most belong to any model)
+    def check(self, model: Recurrence) -> None:  # noqa: B027 (most belong to any model)
         """Raise SSTError if the policy does not belong to this model."""
 
     def _check_deepest(self) -> None:

@@ -19,10 +19,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sst_interp.assets.wheels import ASSET_MODELS
 from sst_interp.errors import SSTError
 from sst_interp.files import replace_bytes
 from sst_interp.models import checkpoint
-from sst_interp.models import checkpoint as adapters
+from sst_interp.models.checkpoint import checkpoint_folder
 from sst_interp.models.choices import TRAINED, shown
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from sst_interp.models.model import StateStreamModel
 
 REQUIRED = (checkpoint.CONFIG, checkpoint.WEIGHTS)
-ADAPTERS = (adapters.CONFIG, adapters.WEIGHTS)
+ADAPTERS = checkpoint.ADAPTERS
 ABOUT = ("README.md", "training.png", "training.json", "training.jsonl")
 """Uploaded if they are there; not needed to load."""
 
@@ -89,15 +90,13 @@ def checkpoint_of(
     model: StateStreamModel, scratch: Path, backbone: str | None = None, api: HfApi | None = None
 ) -> Path:
     """The model's checkpoint as a folder that means the same elsewhere: copied or written into `scratch`."""
-    from sst_interp.models.loading import ASSET_MODELS, checkpoint_folder
-
     source, trained = checkpoint_folder(model.name) or fetch_checkpoint(model.name, api=api), False
     if source is not None:
         config, kind, theirs = checkpoint.read_checkpoint(source)
         same = kind.like(model.kind) and all(
             getattr(theirs, field) == getattr(model.choices, field) for field in TRAINED
         )
-        trained = (source / adapters.CONFIG).is_file()
+        trained = (source / checkpoint.ADAPTER_CONFIG).is_file()
         if trained and not same:
             raise SSTError(
                 f"the adapters of {model.name} were trained with other blend weights",
@@ -116,7 +115,7 @@ def checkpoint_of(
     if not trained:
         return checkpoint.save_checkpoint(model, scratch, backbone)
     _name_backbone(scratch / checkpoint.CONFIG, ("backbone", "name"), backbone)
-    _name_backbone(scratch / adapters.CONFIG, ("base_model_name_or_path",), backbone)
+    _name_backbone(scratch / checkpoint.ADAPTER_CONFIG, ("base_model_name_or_path",), backbone)
     return scratch
 
 

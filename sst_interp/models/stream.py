@@ -1,16 +1,18 @@
-"""The state stream: the blend, the state update, and one pass through the layer stack.
+"""A stream of states: what is carried from token to token, one pass through the layers, and who attends to whom.
 
-Layer `l`, position `t`, iteration `i` (arXiv 2605.00206, section 3):
+At position `t`, iteration `i`, a pass reads the states that the pass before it handed on: those of iteration
+i - 1, or, when i = 1, of the last iteration at t - 1. What a state is, where it is read and what is handed on is
+the business of a *kind* (`Kind`; a file each in `sst_interp.models.kinds`):
 
-    m  = x + Attention(norm1(x))             # resid_mid
-    m~ = (1 - alpha_l) * m + alpha_l * s_l   # the blend
-    y  = m~ + FFN(norm2(m~))                 # resid_post
-    s_l <- y                                 # the state carried on
+| kind | state per position | where it is read | state of a first position |
+| --- | --- | --- | --- |
+| `sst` | every layer's output | after attention: the blend | none: no blend |
+| `lrt` | one source layer's output | before attention, and in keys and values | zeros |
+| `looped` | the last layer's output | by the first layer, from iteration 2 on | none |
 
-`s_l` comes from (t, i-1) when i > 1, else from the last iteration at t-1. No state yet, no blend.
-This is one kind of stream (`sst_interp.models.stream`); `sst_interp.models.kinds.lrt` and `sst_interp.models.kinds.looped` have the others. This
-module knows the formula and who attends to whom; in which order positions are visited is the business of
-`sequential`, `layerwise` and `sweeps`.
+In which order positions are visited is the business of `sst_interp.models.solvers`. The sequential definition,
+sweeps, rollouts, replay and capture know no kind: a kind has `slots` states for each row and position,
+`has_state` says where there is one to read, and `run` is its pass.
 """
 
 from __future__ import annotations
@@ -18,22 +20,17 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sst_interp.errors import SSTError
-from sst_interp.models.backbone import SLIDING, Backbone
+from sst_interp.models.backbone import SLIDING, Backbone, Layer
 from sst_interp.models.cache import Access, KeyValues
 from sst_interp.models.choices import Choices
 from sst_interp.models.hooks import Visit, unhooked
-from sst_interp.models.kinds.sst import LayerBlend
-
-if TYPE_CHECKING:
-    from sst_interp.models.backbone import Backbone, Layer
-    from sst_interp.models.choices import Choices
 
 
 @dataclass(eq=False)
@@ -47,15 +44,14 @@ class Recurrence:
     @property
     def alpha(self) -> Float[Tensor, "layer d_model"]:
         """Blend weights of a State Stream Transformer; the other kinds have none (SSTError)."""
-        if not isinstance(self.kind, LayerBlend):
-            raise SSTError(
-                f"a {NAMES[self.kind.name]} has no alpha", "its weights are `model.kind.weights()`"
-            )
-        return self.kind.alpha
+        alpha = self.kind.weights().get("alpha")
+        if alpha is None:
+            raise SSTError(f"a {self.kind.words} has no alpha", "its weights are `model.kind.weights()`")
+        return alpha
 
     @alpha.setter
     def alpha(self, alpha: Float[Tensor, "layer d_model"]) -> None:
-        self.kind = LayerBlend(alpha)
+        self.kind = self.kind.with_weights({"alpha": alpha})
 
     def new_stream(self, pad: Int[Tensor, " row"], columns: int) -> Stream:
         """An empty stream with room for `columns` tokens per row, `pad` of them padding on the left.
@@ -104,6 +100,25 @@ class Stream:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """One pass through the layers: the first rows of a stream, at some columns."""
+
+    stream: Stream
+    tokens: Int[Tensor, "row position"]
+    columns: Int[Tensor, " position"]
+    state: Float[Tensor, "slot row position d_model"] | None
+    """Incoming states; None: there are none (no blend, or a memory of zeros)."""
+    has_state: Bool[Tensor, "row position"] | None
+    """Where there is a state to read; None means everywhere."""
+    access: Access
+    """What the pass does with its keys and values."""
+    visit: Visit = unhooked
+    """Shown every tensor [row, position, d_model] on its way; the pass goes on with what it returns."""
+    iteration: int = 1
+    """Which iteration of its positions it is, from 1."""
+
+
 def stack_pass(
     model: Recurrence,
     stream: Stream,
@@ -113,39 +128,13 @@ def stack_pass(
     has_state: Bool[Tensor, "row position"] | None,
     access: Access,
     visit: Visit = unhooked,
+    iteration: int = 1,
 ) -> tuple[Float[Tensor, "layer row position d_model"], Float[Tensor, "slot row position d_model"]]:
-    """One pass of the first `len(tokens)` rows through all layers at the given columns.
+    """One pass of the first `len(tokens)` rows at the given columns, as the model's kind runs it.
 
-    Args:
-        state: incoming states; None: there are none (no blend, or a memory of zeros).
-        has_state: where there is a state to read; None means everywhere.
-        access: what the pass does with its keys and values.
-        visit: shown every tensor [row, position, d_model] on its way; the pass goes on with what it returns.
-
-    Returns:
-        (resid_post, carried): each layer's output, and the states that are handed on.
+    The arguments are the fields of `Pass`; what is returned is said at `Kind.run`.
     """
-    backbone, choices, rows = model.backbone, model.choices, tokens.shape[0]
-    position_ids = (columns[None] - stream.pad[:rows, None]).clamp(min=0)
-    end = int(columns[-1]) + 1
-    x = backbone.embed(tokens, position_ids)
-    rotary = backbone.rotary(x, position_ids)
-    masks = attention_masks(backbone, stream.pad[:rows], columns, end, access, x.dtype)
-    kv = stream.kv.view(_as_slice(columns), end, access)
-    reading = model.kind.reading(choices, state, has_state, visit)
-    outputs, branches = [], []
-    for index, layer in enumerate(backbone.layers):
-        x = visit("resid_pre", index, reading.into_layer(index, x))
-        branch = reading.attention(index, layer, x, rotary[layer.kind], masks[layer.kind], kv)
-        m = visit("resid_mid", index, x + visit("attn_out", index, branch))
-        m = visit("resid_blended", index, reading.after_attention(index, m))
-        ffn = visit("mlp_out", index, layer.ffn_branch(m))
-        x = visit("resid_post", index, m + ffn)
-        outputs.append(x)
-        if choices.carry == "ffn_output":
-            branches.append(ffn)
-    resid_post = torch.stack(outputs)
-    return resid_post, model.kind.handed_on(backbone, choices, resid_post, branches)
+    return model.kind.run(model, Pass(stream, tokens, columns, state, has_state, access, visit, iteration))
 
 
 def attention_masks(
@@ -192,14 +181,6 @@ def _as_slice(columns: Tensor) -> Tensor | slice:
     return slice(first, last + 1) if last - first + 1 == len(columns) else columns
 
 
-KindName = Literal["sst", "lrt", "looped"]
-NAMES: dict[KindName, str] = {
-    "sst": "State Stream Transformer",
-    "lrt": "Latent Recurrent Transformer",
-    "looped": "depth-looped model",
-}
-
-
 class Reading:
     """How one pass reads the states it is given, layer by layer. This one reads nothing: the backbone."""
 
@@ -219,9 +200,74 @@ class Reading:
 class Kind(ABC):
     """The weights with which states are read, and the formula."""
 
-    name: ClassVar[KindName]
-    layer_by_layer: ClassVar[bool]
+    name: ClassVar[str]
+    """In recipes and checkpoints; it and `words` are set by `kinds.kind`."""
+    words: ClassVar[str]
+    """In sentences: `State Stream Transformer`."""
+    layer_by_layer: ClassVar[bool] = False
     """A layer reads no state but its own, so that layers can be solved one after the other (`layerwise`)."""
+    own: ClassVar[str] = "weights of its own"
+    """What a checkpoint of this kind has, and one of another kind has not."""
+    holds: ClassVar[tuple[frozenset[str], ...]] = (frozenset(),)
+    """The sets of tensors that a checkpoint of it can hold."""
+
+    @classmethod
+    def start(cls, backbone: Backbone, alpha: Any = None) -> Kind:
+        """The kind as a backbone without a checkpoint gets it from `load(name, kind=...)`.
+
+        Raises:
+            SSTError: it has no alpha, or no weights to start with.
+        """
+        if alpha is not None:
+            raise SSTError(f"a {cls.words} has no alpha", "leave alpha out")
+        return cls()
+
+    @classmethod
+    def restore(cls, weights: dict[str, Tensor], config: dict[str, Any]) -> Kind:
+        """The kind as a checkpoint holds it: its tensors, and what `config` wrote beside them."""
+        return cls(**weights)
+
+    def config(self) -> dict[str, Any]:
+        """What a checkpoint has to say beside its tensors, JSON-ready."""
+        return {}
+
+    def fit(self, backbone: Backbone) -> Kind:
+        """The same for this backbone: its weights checked, and cast to the dtype and device they are used in.
+
+        Raises:
+            SSTError: they do not fit.
+        """
+        return self
+
+    def run(
+        self, model: Recurrence, p: Pass
+    ) -> tuple[Float[Tensor, "layer row position d_model"], Float[Tensor, "slot row position d_model"]]:
+        """One pass; by default every layer once, from the embedding up.
+
+        Returns:
+            (resid_post, carried): each layer's output, and the states that are handed on.
+        """
+        backbone, choices, rows = model.backbone, model.choices, p.tokens.shape[0]
+        position_ids = (p.columns[None] - p.stream.pad[:rows, None]).clamp(min=0)
+        end = int(p.columns[-1]) + 1
+        x = backbone.embed(p.tokens, position_ids)
+        rotary = backbone.rotary(x, position_ids)
+        masks = attention_masks(backbone, p.stream.pad[:rows], p.columns, end, p.access, x.dtype)
+        kv = p.stream.kv.view(_as_slice(p.columns), end, p.access)
+        reading, visit = self.reading(choices, p.state, p.has_state, p.visit), p.visit
+        outputs, branches = [], []
+        for index, layer in enumerate(backbone.layers):
+            x = visit("resid_pre", index, reading.into_layer(index, x))
+            branch = reading.attention(index, layer, x, rotary[layer.kind], masks[layer.kind], kv)
+            m = visit("resid_mid", index, x + visit("attn_out", index, branch))
+            m = visit("resid_blended", index, reading.after_attention(index, m))
+            ffn = visit("mlp_out", index, layer.ffn_branch(m))
+            x = visit("resid_post", index, m + ffn)
+            outputs.append(x)
+            if choices.carry == "ffn_output":
+                branches.append(ffn)
+        resid_post = torch.stack(outputs)
+        return resid_post, self.next_state(backbone, choices, resid_post, branches)
 
     @abstractmethod
     def slots(self, backbone: Backbone) -> int:
@@ -253,10 +299,10 @@ class Kind(ABC):
         has_state: Bool[Tensor, "row position"] | None,
         visit: Visit,
     ) -> Reading:
-        """How a pass reads these states; the arguments are those of `stream.stack_pass`."""
+        """How a pass reads these states; the arguments are those of `Pass`."""
 
     @abstractmethod
-    def handed_on(
+    def next_state(
         self,
         backbone: Backbone,
         choices: Choices,

@@ -4,22 +4,23 @@
     >>> q = questions.questions[0]
     >>> grade(q.kind, "(B) because ...", q.n_choices, q.choices) == q.gold
 
-`registry` names the datasets and loads them; `olmo`, `gpqa` and `files` read one source each; `prompts`
+`datasets` names them and loads them; `olmo`, `gpqa` and `files` read one source each; `prompts`
 words the message; `grading` reads the answer.
 """
 
-from sst_interp.questions.datasets import DATASETS, Dataset, load_questions
+from sst_interp.questions.datasets import Dataset, dataset, datasets, load_questions
 from sst_interp.questions.grading import canonical_number, grade
 from sst_interp.questions.item import Item, Kind, Question, QuestionSet
 
 __all__ = [
-    "DATASETS",
     "Dataset",
     "Item",
     "Kind",
     "Question",
     "QuestionSet",
     "canonical_number",
+    "dataset",
+    "datasets",
     "grade",
     "load_questions",
 ]

@@ -13,14 +13,13 @@ from typing import Any
 
 import torch
 
-from sst_interp import paths as places
+from sst_interp import paths
 from sst_interp.errors import SSTError
 from sst_interp.models.choices import TRAINED
 from sst_interp.models.generation import check_room
 from sst_interp.models.loading import load
 from sst_interp.models.model import StateStreamModel
 from sst_interp.models.solvers.solution import Certificate
-from sst_interp.models.stream import NAMES
 from sst_interp.questions import Question, grade, load_questions
 from sst_interp.questions.item import Hidden, HiddenTokens
 from sst_interp.runs import manifest
@@ -55,7 +54,7 @@ def capture(
     Raises:
         SSTError: see `load`, `load_questions` and `RunWriter.open`; a prompt longer than the context.
     """
-    folder = Path(folder) if folder is not None else places.runs_dir() / recipe.name
+    folder = Path(folder) if folder is not None else paths.runs_dir() / recipe.name
     if not fresh:  # before anything is loaded
         manifest.refuse_other_origin(folder, manifest.read_manifest(folder), recipe, {}, None)
     questions = load_questions(
@@ -200,11 +199,11 @@ def refuse_other_model(model: StateStreamModel, recipe: Recipe) -> None:
         raise SSTError(f"the model is {dtype}, the recipe says {recipe.dtype}", f"dtype = {dtype!r}")
     if recipe.kind is not None and recipe.kind != model.kind.name:
         raise SSTError(
-            f"the model is a {NAMES[model.kind.name]}, the recipe's kind is {recipe.kind!r}",
+            f"the model is a {model.kind.words}, the recipe's kind is {recipe.kind!r}",
             f'kind = "{model.kind.name}"',
         )
     if recipe.alpha is not None and model.kind.name != "sst":
-        raise SSTError(f"a {NAMES[model.kind.name]} has no alpha", "leave alpha out of the recipe")
+        raise SSTError(f"a {model.kind.words} has no alpha", "leave alpha out of the recipe")
     if recipe.alpha is not None and not torch.allclose(
         model.alpha, torch.as_tensor(recipe.alpha).to(model.alpha)
     ):

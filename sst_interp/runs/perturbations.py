@@ -41,7 +41,7 @@ from torch import Tensor
 from sst_interp.models.cache import Access, KeyValues
 from sst_interp.models.measures import Readout, compare_outputs, cosine, read_out, relative_l2, wide
 from sst_interp.models.stream import Recurrence, Stream, stack_pass
-from sst_interp.runs.controls import Rereading
+from sst_interp.runs.noise_floor import Rereading
 
 SEEDS = 3
 """Nudges per change and direction. The same random direction is used for every b: only its size differs."""

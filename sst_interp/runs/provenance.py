@@ -13,19 +13,19 @@ import subprocess
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-import sst_interp
 from sst_interp.errors import SSTError
+from sst_interp.models.kinds import kinds
 from sst_interp.models.model import StateStreamModel
-from sst_interp.models.stream import NAMES, KindName
 from sst_interp.questions import QuestionSet
 from sst_interp.runs.recipe import Recipe
 
-RunKind = KindName | Literal["backbone"]
-WORDS: dict[RunKind, str] = {"backbone": "backbone without a stream", **NAMES}
+RunKind = str
+"""Name of a kind, or `backbone`."""
+BACKBONE = "backbone without a stream"
 
 
 def run_kind(recipe: Recipe, provenance: Mapping[str, Any]) -> RunKind | None:
@@ -47,13 +47,15 @@ def run_kind(recipe: Recipe, provenance: Mapping[str, Any]) -> RunKind | None:
 
 def kind_words(kind: RunKind | None) -> str:
     """In words, with a capital letter: `State Stream Transformer`, `Depth-looped model`; empty for None."""
-    words = "" if kind is None else WORDS.get(kind, str(kind))
+    named = kinds()
+    words = "" if kind is None else named[kind].words if kind in named else kind
+    words = BACKBONE if kind == "backbone" else words
     return words[:1].upper() + words[1:]
 
 
 def _of_checkpoint(name: str) -> RunKind | None:
-    from sst_interp.models.checkpoint import read_checkpoint
-    from sst_interp.models.loading import ASSET_MODELS, checkpoint_folder
+    from sst_interp.assets.wheels import ASSET_MODELS
+    from sst_interp.models.checkpoint import checkpoint_folder, read_checkpoint
 
     if name in ASSET_MODELS:
         return "backbone"  # a blend is asked for by `alpha`
@@ -114,7 +116,7 @@ def dataset_hash(questions: QuestionSet) -> str:
 
 
 def _version(package: str) -> str:
-    return sst_interp.__version__ if package == "sst-interp" else version(package)
+    return version(package)
 
 
 def _git_revision() -> str | None:

@@ -13,11 +13,11 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from sst_interp import paths as places
+from sst_interp import paths
 from sst_interp.errors import SSTError, unknown_name
 from sst_interp.files import read_whole
 from sst_interp.models.choices import ANALYSIS, MAX_DEPTH, Choices
-from sst_interp.models.stream import NAMES, KindName
+from sst_interp.models.kinds import kind_named, kinds
 
 DType = Literal["bfloat16", "float32", "float64"]
 Keep = Literal["none", "position0", "shifts", "all"]
@@ -54,7 +54,7 @@ class Recipe:
     max_new_tokens: int = 48
     """Token budget of every answer."""
 
-    kind: KindName | None = None
+    kind: str | None = None
     """`looped` iterates a plain backbone with no stream (docs/kinds.md). Left out: what the checkpoint says
     it is, or a plain backbone with the blend `alpha`. A checkpoint of another kind is refused."""
 
@@ -108,7 +108,9 @@ class Recipe:
         # One spelling of each value, so that equal recipes have equal fingerprints.
         object.__setattr__(self, "depths", tuple(sorted(self.depths)))
         if self.alpha is not None and self.kind not in (None, "sst"):
-            raise SSTError(f"kind = {self.kind!r}: a {NAMES[self.kind]} has no alpha", "leave one out")
+            raise SSTError(
+                f"kind = {self.kind!r}: a {kind_named(self.kind).words} has no alpha", "leave one out"
+            )
         if self.alpha is not None:
             object.__setattr__(self, "alpha", float(self.alpha) + 0.0)
         if isinstance(threshold := self.choices.threshold, int):
@@ -223,7 +225,7 @@ _LATER = ("controls", "reply_prefix", "kind", "lens_tokens")
 def known_recipes() -> dict[str, Path]:
     """Every recipe that `find_recipe` knows by name, and the file it would read."""
     found: dict[str, Path] = {}
-    for where in (places.shipped("runs"), places.shipped("recipes"), places.runs_dir()):  # the last one wins
+    for where in (paths.shipped("runs"), paths.shipped("recipes"), paths.runs_dir()):  # the last one wins
         found |= {path.stem: path for path in where.glob("*.toml")}
         found |= {path.parent.name: path for path in where.glob("*/run.toml")}
     return found
@@ -236,7 +238,7 @@ def find_recipe(name: str, captured: bool = True) -> Recipe:
     in `.toml`), in the runs folder, and among the shipped ones. Raises SSTError with the nearest known names.
     """
     path = Path(name)
-    if captured and re.fullmatch(NAME, name) and os.path.isfile(own := places.runs_dir() / name / "run.toml"):
+    if captured and re.fullmatch(NAME, name) and os.path.isfile(own := paths.runs_dir() / name / "run.toml"):
         return Recipe.load(own, name)
     if name.endswith(".toml") or len(path.parts) > 1:
         if os.path.isdir(path):
@@ -245,7 +247,7 @@ def find_recipe(name: str, captured: bool = True) -> Recipe:
     known = known_recipes()
     if name not in known:
         raise unknown_name("run", name, known, "sst-interp runs")
-    for file in (places.runs_dir() / f"{name}.toml", places.shipped("recipes") / f"{name}.toml"):
+    for file in (paths.runs_dir() / f"{name}.toml", paths.shipped("recipes") / f"{name}.toml"):
         if not captured and file.is_file():
             return Recipe.load(file, name)
     return Recipe.load(known[name], name)
@@ -322,8 +324,8 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str, str]] = {
         "48",
     ),
     "kind": (
-        lambda v: v is None or (isinstance(v, str) and v in NAMES),
-        f"one of {', '.join(NAMES)}",
+        lambda v: v is None or (isinstance(v, str) and v in kinds()),
+        "the name of a kind: sst, lrt, looped, or a plugin's",
         '"looped"',
     ),
     "alpha": (lambda v: v is None or _number(v, 0, 1), "a number from 0 to 1", "0.027"),

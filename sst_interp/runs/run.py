@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,18 +16,13 @@ import pyarrow.dataset as ds
 import torch
 from safetensors import safe_open
 
-from sst_interp.errors import SSTError, unknown_name
+from sst_interp.errors import SSTError, unknown_name, upstairs
 from sst_interp.files import unreadable
 from sst_interp.models.choices import COMPARISONS
 from sst_interp.runs import manifest
 from sst_interp.runs.provenance import RunKind, run_kind
 from sst_interp.runs.recipe import Recipe
 from sst_interp.runs.schema import CATEGORIES, KEYS, MAY_BE_EMPTY, OPTIONAL, TABLES, to_frame
-
-if TYPE_CHECKING:
-    from transformer_lens import ActivationCache
-
-    from sst_interp.findings.report.question import QuestionView
 
 
 @dataclass(eq=False, repr=False)
@@ -200,19 +195,15 @@ class Run:
                 )
             return part[position : position + 1][0]
 
-    def caches(self, question: int, **how: Any) -> list[ActivationCache]:
-        """A question read again with every hook point, an `ActivationCache` per iteration; the options are
-        those of `sst_interp.bridges.run_caches.run_caches`.
+    def caches(self, question: int, **how: Any) -> list[Any]:
+        """A question read again with every hook point, a TransformerLens `ActivationCache` per iteration; the
+        options are those of `sst_interp.bridges.run_caches.run_caches`.
         """
-        from sst_interp.bridges.run_caches import run_caches
+        return upstairs("bridges.run_caches:run_caches")(self, question, **how)
 
-        return run_caches(self, question, **how)
-
-    def cache(self, question: int, iteration: int = 1, **how: Any) -> ActivationCache:
+    def cache(self, question: int, iteration: int = 1, **how: Any) -> Any:
         """The cache of one iteration; see `caches`."""
-        from sst_interp.bridges.run_caches import run_cache
-
-        return run_cache(self, question, iteration, **how)
+        return upstairs("bridges.run_caches:run_cache")(self, question, iteration, **how)
 
     def check(self) -> None:
         """Check every listed shard now, before it is read. Raises SSTError for a damaged one."""
@@ -222,15 +213,13 @@ class Run:
         for name in TABLES:
             self._whole(name)
 
-    def question(self, question: int | str, threshold: float | None = None) -> QuestionView:
+    def question(self, question: int | str, threshold: float | None = None) -> Any:
         """The explorer of one question, by index or record id: shown in a notebook, with `.table`,
         `.figure()` and `.write(path)`. `threshold` marks shifted cells (`sst_interp.findings.report.question`).
 
         Raises SSTError if the run has no such question.
         """
-        from sst_interp.findings.report.question import question_view
-
-        return question_view(self, question, threshold)
+        return upstairs("findings.report.question:question_view")(self, question, threshold)
 
     @property
     def kind(self) -> RunKind | None:

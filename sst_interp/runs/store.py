@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 import zipfile
 from collections.abc import Callable
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -18,19 +18,14 @@ import pyarrow.parquet as pq
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from sst_interp import files as durable
-from sst_interp import paths as places
+from sst_interp import paths
 from sst_interp.errors import SSTError, unknown_name
-from sst_interp.files import check_place, read_whole, replace_bytes, stage
-from sst_interp.files import put_in_place as publish
+from sst_interp.files import check_place, put_in_place, read_whole, replace_bytes, sha256, stage, sync
 from sst_interp.runs import manifest
 from sst_interp.runs.recipe import Recipe, known_recipes
 from sst_interp.runs.recorder import rounded_floats
 from sst_interp.runs.run import Run
 from sst_interp.runs.schema import write_parquet
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["Run", "list_runs", "open_run"]
 
@@ -43,10 +38,8 @@ def open_run(name_or_path: str | Path, verify: bool = True) -> Run:
     """
     name = str(name_or_path)
     if "://" in name:
-        pass
-
         return open_run(fetch_run(name), verify)
-    for folder in (Path(name), places.runs_dir() / name, places.shipped("runs") / name):
+    for folder in (Path(name), paths.runs_dir() / name, paths.shipped("runs") / name):
         if (run := _load(folder, verify)) is not None:
             if run.manifest["shards"]:
                 return run
@@ -73,7 +66,7 @@ def list_runs() -> list[dict[str, Any]]:
             rows[name] = Run(name, path, recipe, manifest.new_manifest(recipe, {}, None)).summary()
         except SSTError as error:
             rows[name] = _unreadable(name, path, error)
-    for where in (places.shipped("runs"), places.runs_dir()):  # the user's own go before shipped ones
+    for where in (paths.shipped("runs"), paths.runs_dir()):  # the user's own go before shipped ones
         for path in where.glob(f"*/{manifest.FILE}"):
             try:
                 if run := _load(path.parent, verify=False):
@@ -159,7 +152,7 @@ def publish(
         part.mkdir(parents=True)
         _copy(run, part, bits, top, kept, each)
         os.rename(part, folder)
-        durable.sync(folder.parent)
+        sync(folder.parent)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
         hint = "make room" if full else "put that right, or name another folder"
@@ -202,15 +195,15 @@ def _copy(
                 fill = partial(_states, source, [run.kept_iterations.index(i) for i in iterations])
             else:
                 fill = partial(_table, table, source, bits, top)
-            durable.stage(path, fill)
-            durable.publish(path)
-            entries[file] = entry | {"bytes": path.stat().st_size, "sha256": durable.sha256(path)}
+            stage(path, fill)
+            put_in_place(path)
+            entries[file] = entry | {"bytes": path.stat().st_size, "sha256": sha256(path)}
         listed[str(batch)] = entries
         if each is not None:
             each(done + 1, len(batches))
     own = run.folder / "run.toml"
     recipe = read_whole(own) if own.is_file() else run.recipe.to_toml().encode()
-    durable.replace_bytes(folder / "run.toml", recipe)
+    replace_bytes(folder / "run.toml", recipe)
     about = {"pairs_bits": bits, "top": top, "iterations": list(iterations)}
     manifest.write_manifest(folder, run.manifest | {"shards": listed, "published": about})
 
@@ -264,7 +257,7 @@ def fetch_run(url: str) -> Path:
         hint = "give the folder that has its manifest.json"
         raise SSTError(f"there is no run at {url}: {reason}", hint) from error
     name = root.rstrip("/").rpartition("/")[2]
-    folder = places.cache_dir() / "runs" / sha256(url.encode()).hexdigest()[:16] / (name or "run")
+    folder = paths.cache_dir() / "runs" / hashlib.sha256(url.encode()).hexdigest()[:16] / (name or "run")
     folder.mkdir(parents=True, exist_ok=True)
     found = _read_listed(listed, url)
     for shards in found["shards"].values():
@@ -297,4 +290,4 @@ def _read_listed(listed: bytes, url: str) -> dict[str, Any]:
 def _fetch(files: Any, there: str, here: Path) -> None:
     here.parent.mkdir(parents=True, exist_ok=True)
     stage(here, lambda path: files.get_file(there, str(path)))
-    publish(here)
+    put_in_place(here)

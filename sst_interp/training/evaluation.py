@@ -16,15 +16,15 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from sst_interp import paths as places
-from sst_interp.assets.wheels import ASSETS, FOLDER_FORMAT
+from sst_interp import paths
+from sst_interp.assets.wheels import ASSET_MODELS, ASSETS, FOLDER_FORMAT
 from sst_interp.errors import SSTError, unknown_name
 from sst_interp.files import check_place, read_json, read_table, replace_json, sha256, stage
 from sst_interp.files import put_in_place as publish
-from sst_interp.models.checkpoint import fingerprint, read_checkpoint
+from sst_interp.models.checkpoint import checkpoint_folder, fingerprint, read_checkpoint
 from sst_interp.models.choices import TRAINED, whole
 from sst_interp.models.generation import Step, check_iterations
-from sst_interp.models.loading import ASSET_MODELS, checkpoint_folder, load
+from sst_interp.models.loading import load
 from sst_interp.models.model import StateStreamModel
 from sst_interp.models.solvers.solve import solve_exactly
 from sst_interp.models.solvers.sweeps import solve_by_sweeps
@@ -423,7 +423,7 @@ def evaluation_folder(name: str, out: Path | None = None) -> Path:
         return out / Path(name).name
     if folder is not None:
         return folder / EVALUATION
-    own, shipped = Path("evaluations") / Path(name).name, places.shipped("evaluations") / Path(name).name
+    own, shipped = Path("evaluations") / Path(name).name, paths.shipped("evaluations") / Path(name).name
     return shipped if shipped.is_dir() and not own.is_dir() else own
 
 

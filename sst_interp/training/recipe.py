@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from sst_interp import paths as places
+from sst_interp import paths
 from sst_interp.errors import SSTError, unknown_name
 from sst_interp.models.choices import Choices
 from sst_interp.models.kinds.lrt import MemoryDesign
@@ -252,7 +252,7 @@ def find_training_recipe(name: str) -> TrainingRecipe:
     """
     if name.endswith(".toml"):
         return TrainingRecipe.load(name)
-    known = {path.stem: path for path in places.shipped("training").glob("*.toml")}
+    known = {path.stem: path for path in paths.shipped("training").glob("*.toml")}
     if name not in known:
         raise unknown_name("training recipe", name, [*known, "FILE.toml"])
     return TrainingRecipe.load(known[name])

@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from sst_interp import paths as places
+from sst_interp import paths
 from sst_interp.errors import SSTError
 from sst_interp.files import check_place, replace_bytes, replace_json, stage, temporary, unreadable
 from sst_interp.files import put_in_place as publish
@@ -60,7 +60,7 @@ class Training:
 
     def __init__(self, recipe: TrainingRecipe, folder: str | Path | None = None, fresh: bool = False) -> None:
         self.recipe = recipe
-        self.folder = places.checkpoints_dir() / recipe.name if folder is None else Path(folder)
+        self.folder = paths.checkpoints_dir() / recipe.name if folder is None else Path(folder)
         begun = (self.folder / ABOUT).is_file()
         if begun and not fresh:
             _refuse_changes(self.folder, recipe)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sst_interp import paths as places
+from sst_interp import paths
 from sst_interp.analyses.contrast import Contrast
 from sst_interp.errors import SSTError
 from sst_interp.experiments.origin import origin_of, written_tokens
@@ -268,7 +268,7 @@ def _same_plan(folder: Path, run: Run, plan: Plan, threshold: float) -> None:
 
 def shipped_patches(name: str) -> Path:
     """Where the patches of a shipped run are; may not exist."""
-    return places.shipped("patching") / name
+    return paths.shipped("patching") / name
 
 
 def _shard(folder: Path, question: int) -> Path:

@@ -30,9 +30,9 @@ from sst_interp.experiments.studies.tasks import Labelled
 from sst_interp.experiments.studies.two_pass import by_position
 from sst_interp.experiments.table import Table
 from sst_interp.files import check_place
-from sst_interp.models.checkpoint import add_adapters, trainable
+from sst_interp.models.checkpoint import add_adapters, checkpoint_folder, trainable
 from sst_interp.models.kinds.lrt import MemoryDesign, build_memory
-from sst_interp.models.loading import checkpoint_folder, load
+from sst_interp.models.loading import load
 from sst_interp.models.model import StateStreamModel
 from sst_interp.models.stream import Kind
 from sst_interp.training.data import encode, make_batch, read_items

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import pandas as pd
 
-from sst_interp import paths as places
+from sst_interp import paths
 from sst_interp.analyses.result import Result
 from sst_interp.errors import SSTError, Untestable, unknown_name
 from sst_interp.experiments.studies.arms import Arm
@@ -118,8 +118,8 @@ class Study(ABC):
             SSTError: the folder asked for is not there.
         """
         if studies is None:
-            own = places.studies_dir()
-            return own if self.measured(own) else places.shipped("studies")
+            own = paths.studies_dir()
+            return own if self.measured(own) else paths.shipped("studies")
         if not studies.is_dir():
             raise SSTError(f"{studies} is not a folder of studies", f"`{self.command}` makes one")
         return studies

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sst_interp.assets.wheels import wheel
 from sst_interp.errors import SSTError
-from sst_interp.questions.datasets import read_docs
+from sst_interp.questions.olmo import read_docs
 from sst_interp.training.data import Batch
 
 

@@ -28,8 +28,8 @@ from sst_interp.experiments.studies.errors import approximation_error, contracti
 from sst_interp.experiments.studies.study import Finding, Progress, Study, register_study
 from sst_interp.experiments.table import Table
 from sst_interp.files import check_place
-from sst_interp.models.checkpoint import read_checkpoint
-from sst_interp.models.loading import checkpoint_folder, load
+from sst_interp.models.checkpoint import checkpoint_folder, read_checkpoint
+from sst_interp.models.loading import load
 from sst_interp.models.model import StateStreamModel
 from sst_interp.models.solvers.layerwise import solve_layerwise
 from sst_interp.models.solvers.sequential import advance
@@ -111,7 +111,7 @@ class TwoPass(Study):
             model: a backbone or a checkpoint, by name or folder.
             questions: texts, the first of the data: questions with their worked answers.
             verify: compare the first text with the sequential solution, too.
-            data: a name of `questions.registry.DATASETS` whose records have worked answers.
+            data: a name of `questions.datasets()` whose records have worked answers.
             progress: called with (what is measured, texts done, in all).
 
         Raises:

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sst_interp.findings.report.explorer import Places
-from sst_interp.findings.report.page import visible
+from sst_interp.findings.report.packing import Places
 from sst_interp.runs.recorder import LENS_TOP
 from sst_interp.runs.tokens import token_texts
+from sst_interp.tables import visible
 
 TOP = 10
 """Leading tokens kept of each state."""

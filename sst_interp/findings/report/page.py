@@ -28,7 +28,8 @@ from sst_interp.analyses.statistics.bootstrap import LEVEL, RESAMPLES
 from sst_interp.errors import SSTError
 from sst_interp.files import check_output, put_bytes
 from sst_interp.findings.ledger import Ledger, claims
-from sst_interp.findings.report.explorer import Threshold, explorer_data, packed
+from sst_interp.findings.report.explorer import Threshold, explorer_data
+from sst_interp.findings.report.packing import packed
 from sst_interp.findings.report.sections import (
     MEANING,
     STORY,
@@ -44,8 +45,6 @@ from sst_interp.findings.report.sections import (
 from sst_interp.models.choices import Choices
 from sst_interp.runs.tokens import shows_text, tokenizer_of
 from sst_interp.tables import visible, visible_texts
-
-__all__ = ["ReportableRun", "render_report", "write_report"]
 
 HERE = Path(__file__).parent
 EXPLORER_SCRIPTS = ("unpack.js", "explorer_data.js", "explorer_map.js", "explorer_plots.js", "explorer.js")
@@ -268,8 +267,6 @@ def script_source(source: str) -> str:
         raise ValueError("a script that would close its own element")
     return source
 
-
-__all__ = ["script_hash", "script_json", "visible", "visible_table", "visible_texts"]
 
 _IN_SCRIPT = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 

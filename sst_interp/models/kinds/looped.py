@@ -7,8 +7,8 @@ The recurrence over depth of the Universal Transformer (arXiv 1807.03819) on a p
     x_0(t, i) = y_L(t, i-1)             # the default: in place of the embedding
     x_0(t, i) = e(t) + y_L(t, i-1)      # blend = "additive": the token is put in again ("input injection")
 
-This is the blend of `sst_interp.models.stream` at the stack's input, with an alpha of 1. It has no weights, and at
-depth 1 it is the backbone bit for bit. Iterations attend, as those of the other kinds do, to the keys and
+This is the blend of an SST at the stack's input, with an alpha of 1. It has no weights, and at depth 1 it is
+the backbone bit for bit. Iterations attend, as those of the other kinds do, to the keys and
 values that `choices.kv` keeps of earlier positions: only by them does depth at one position reach the next.
 (A Universal Transformer attends to those of the same iteration, and adds an embedding of the iteration.)
 """
@@ -24,16 +24,17 @@ from sst_interp.errors import SSTError
 from sst_interp.models.backbone import Backbone
 from sst_interp.models.choices import Choices
 from sst_interp.models.hooks import Visit
+from sst_interp.models.kinds import kind
 from sst_interp.models.kinds.sst import blend
 from sst_interp.models.stream import Kind, Reading
 
 
+@kind("looped", "depth-looped model")
 @dataclass(frozen=True, eq=False)
 class Looped(Kind):
     """The last layer's output is read by the first layer at the next iteration of the same position."""
 
-    name = "looped"
-    layer_by_layer = False
+    own = "loop of its own"
 
     def slots(self, backbone: Backbone) -> int:
         """One: the last layer's output."""
@@ -59,7 +60,7 @@ class Looped(Kind):
             return Reading()
         return _Looping(choices, state[0], has_state, visit)
 
-    def handed_on(
+    def next_state(
         self, backbone: Backbone, choices: Choices, resid_post: Tensor, ffn: list[Tensor]
     ) -> Float[Tensor, "1 row position d_model"]:
         """The last layer's output, before the final norm."""

@@ -29,9 +29,11 @@ from sst_interp.errors import SSTError, unknown_name
 from sst_interp.models.backbone import Backbone, Layer
 from sst_interp.models.choices import Choices, shown
 from sst_interp.models.hooks import Visit
+from sst_interp.models.kinds import kind
 from sst_interp.models.stream import Kind, Reading
 
 
+@kind("lrt", "Latent Recurrent Transformer")
 @dataclass(frozen=True, eq=False)
 class Memory(Kind):
     """One source layer's output is carried; every layer reads it. A pathway that is off has no weights."""
@@ -45,8 +47,39 @@ class Memory(Kind):
     gates: Float[Tensor, "layer 2 2 head d_model"] | None = None
     """G by layer, (key, value) and (local, fed back)."""
 
-    name = "lrt"
-    layer_by_layer = False
+    own = "memory"
+    holds = (
+        frozenset({"gamma"}),
+        frozenset({"key", "value", "gates"}),
+        frozenset({"gamma", "key", "value", "gates"}),
+    )
+
+    @classmethod
+    def start(cls, backbone: Backbone, alpha: Any = None) -> Memory:
+        """None: a memory is trained, or attached to a model by hand (SSTError)."""
+        raise SSTError(f"{backbone.family} has no memory", "sst.attach_lrt(hf_model, tokenizer) attaches one")
+
+    @classmethod
+    def restore(cls, weights: dict[str, Tensor], config: dict[str, Any]) -> Memory:
+        """The source layer stands beside the tensors."""
+        return cls(config.get("source"), **weights)
+
+    def config(self) -> dict[str, Any]:
+        """`source`."""
+        return {"source": self.source}
+
+    def fit(self, backbone: Backbone) -> Memory:
+        """Weights of the shapes that `build_memory` makes, finite, in its dtype."""
+        shared = self.key is None or len(self.key) == 1 < backbone.n_layers
+        design = MemoryDesign(self.source, self.pathway, 0.0, "shared" if shared else "per_layer")
+        fresh = build_memory(design, backbone).weights()
+        for weight, value in self.weights().items():
+            if value.shape != fresh[weight].shape or not bool(torch.isfinite(value).all()):
+                raise SSTError(
+                    f"{weight} {list(value.shape)} must be finite numbers {list(fresh[weight].shape)}",
+                    "load it with the backbone it was trained on",
+                )
+        return self.with_weights({name: value.to(fresh[name]) for name, value in self.weights().items()})
 
     def slots(self, backbone: Backbone) -> int:
         """One: the memory."""
@@ -72,7 +105,7 @@ class Memory(Kind):
         """The memory in `state` [1, row, position, d_model]; None is a memory of zeros."""
         return _Remembering(self, None if state is None else state[0], has_state, visit)
 
-    def handed_on(
+    def next_state(
         self, backbone: Backbone, choices: Choices, resid_post: Tensor, ffn: list[Tensor]
     ) -> Float[Tensor, "1 row position d_model"]:
         """The source layer's output."""

@@ -1,9 +1,19 @@
-"""The State Stream Transformer (arXiv 2605.00206): every layer's output is carried and blended in."""
+"""The State Stream Transformer: every layer's output is carried, and blended in after its attention.
+
+Layer `l`, position `t`, iteration `i` (arXiv 2605.00206, section 3):
+
+    m  = x + Attention(norm1(x))             # resid_mid
+    m~ = (1 - alpha_l) * m + alpha_l * s_l   # the blend
+    y  = m~ + FFN(norm2(m~))                 # resid_post
+    s_l <- y                                 # the state carried on
+
+`s_l` comes from (t, i-1) when i > 1, else from the last iteration at t-1. No state yet, no blend.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -11,41 +21,60 @@ from torch import Tensor
 
 from sst_interp.errors import SSTError
 from sst_interp.models.backbone import Backbone
-from sst_interp.models.choices import Choices
+from sst_interp.models.choices import Choices, as_weights
 from sst_interp.models.hooks import Visit
+from sst_interp.models.kinds import kind
 from sst_interp.models.stream import Kind, Reading
 
 
-def expand_alpha(alpha: float | Tensor | Sequence[float], backbone: Backbone) -> Tensor:
-    """Blend weights as [layer, d_model] in fp32 (fp64 for a float64 backbone), checked."""
-    dtype = torch.promote_types(backbone.dtype, torch.float32)
-    given = as_weights("alpha", alpha, dtype, backbone.device)
-    if given.dim() == 1:
-        given = given[:, None]
-    shape = (backbone.n_layers, backbone.d_model)
-    try:
-        full = given.expand(shape).clone()
-    except RuntimeError:
-        raise SSTError(
-            f"alpha has shape {list(given.shape)}; this backbone needs [{shape[0]}, {shape[1]}]",
-            "pass one number, one per layer, or one per layer and dimension",
-        ) from None
-    if not bool(torch.isfinite(full).all()) or full.min() < 0 or full.max() > 1:
-        raise SSTError(
-            f"alpha runs from {full.min():.4g} to {full.max():.4g}; it must lie in [0, 1]",
-            "the paper's range is 0.015 to 0.10",
-        )
-    return full
+def blend(
+    m: Float[Tensor, "row position d_model"],
+    s: Float[Tensor, "row position d_model"],
+    alpha: Float[Tensor, "... d_model"],
+    choices: Choices,
+) -> Float[Tensor, "row position d_model"]:
+    """The blend m~, computed in the wider of the two dtypes and rounded once; `alpha` 0 gives `m` exactly."""
+    keep = (1 - alpha) * m if choices.blend == "convex" else m
+    return (keep + alpha * s).to(m.dtype)
 
 
+@kind("sst", "State Stream Transformer")
 @dataclass(frozen=True, eq=False)
 class LayerBlend(Kind):
     """The State Stream Transformer: every layer's output is carried, and blended in after its attention."""
 
     alpha: Float[Tensor, "layer d_model"]
+    """Blend weights in [0, 1]. `fit` also takes a number, and a number per layer [layer]."""
 
-    name = "sst"
     layer_by_layer = True
+    own = "blend weights (alpha)"
+    holds = (frozenset({"alpha"}),)
+
+    @classmethod
+    def start(cls, backbone: Backbone, alpha: Any = None) -> LayerBlend:
+        """With the alpha that was asked for; without one the blend is off."""
+        return cls(0.0 if alpha is None else alpha).fit(backbone)
+
+    def fit(self, backbone: Backbone) -> LayerBlend:
+        """`alpha` as [layer, d_model] in fp32 (fp64 for a float64 backbone), checked."""
+        dtype = torch.promote_types(backbone.dtype, torch.float32)
+        given = as_weights("alpha", self.alpha, dtype, backbone.device)
+        if given.dim() == 1:
+            given = given[:, None]
+        shape = (backbone.n_layers, backbone.d_model)
+        try:
+            full = given.expand(shape).clone()
+        except RuntimeError:
+            raise SSTError(
+                f"alpha has shape {list(given.shape)}; this backbone needs [{shape[0]}, {shape[1]}]",
+                "pass one number, one per layer, or one per layer and dimension",
+            ) from None
+        if not bool(torch.isfinite(full).all()) or full.min() < 0 or full.max() > 1:
+            raise SSTError(
+                f"alpha runs from {full.min():.4g} to {full.max():.4g}; it must lie in [0, 1]",
+                "the paper's range is 0.015 to 0.10",
+            )
+        return LayerBlend(full)
 
     def slots(self, backbone: Backbone) -> int:
         """One per layer."""
@@ -67,7 +96,7 @@ class LayerBlend(Kind):
             Reading() if state is None else _Blending(self.alpha, choices, state.unbind(0), has_state, visit)
         )
 
-    def handed_on(
+    def next_state(
         self, backbone: Backbone, choices: Choices, resid_post: Tensor, ffn: list[Tensor]
     ) -> Float[Tensor, "layer row position d_model"]:
         """What `choices.carry` says (the layer outputs are the same tensor)."""
@@ -97,14 +126,3 @@ class _Blending(Reading):
         if self.has_state is not None:
             a = a * self.has_state[..., None]
         return blend(m, self.visit("stream_state", index, self.state[index]), a, self.choices)
-
-
-def blend(
-    m: Float[Tensor, "row position d_model"],
-    s: Float[Tensor, "row position d_model"],
-    alpha: Float[Tensor, "... d_model"],
-    choices: Choices,
-) -> Float[Tensor, "row position d_model"]:
-    """The blend m~, computed in the wider of the two dtypes and rounded once; `alpha` 0 gives `m` exactly."""
-    keep = (1 - alpha) * m if choices.blend == "convex" else m
-    return (keep + alpha * s).to(m.dtype)

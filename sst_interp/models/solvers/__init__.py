@@ -1,1 +1,1 @@
-"""models/solvers"""
+"""How the states of given tokens are found: position by position, layer by layer, or by sweeps."""

@@ -37,7 +37,7 @@ from sst_interp.models.backbone import Layer
 from sst_interp.models.cache import Access, KeyValues
 from sst_interp.models.choices import Choices
 from sst_interp.models.kinds.sst import blend
-from sst_interp.models.stream import NAMES, Recurrence, attention_masks
+from sst_interp.models.stream import Recurrence, attention_masks
 
 SHORTEST = 8
 """Links of a segment, at least: shorter ones would be mended for as long as they are."""
@@ -127,7 +127,7 @@ def exact_states(
     """
     if not model.kind.layer_by_layer:
         raise SSTError(
-            f"a {NAMES[model.kind.name]} cannot be solved layer by layer: its state goes to another layer",
+            f"a {model.kind.words} cannot be solved layer by layer: its state goes to another layer",
             'method = "sequential" is exact for every kind; "multi_refine" is its approximation',
         )
     backbone, choices, alpha = model.backbone, model.choices, model.alpha

@@ -64,6 +64,7 @@ def advance(
             None if bool(has_state.all()) else has_state[:, None],
             "write" if number == 1 or model.choices.kv == "last" else "read",
             unhooked if hook is None else hook(number),
+            number,
         )
         stream.state = put(stream.state, slice(0, n), carried[:, :, 0], dim=1)
         iterations.append(Iteration(number, resid_post[:, :, 0]))
