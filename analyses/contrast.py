@@ -335,7 +335,7 @@ class Contrast:
             deepest = depth.max()
             cells = ("own", deepest, self.a), ("own", deepest, self.b)
         else:
-            text = "depth1" if self.comparison == "replayed" else "own"
+            text = "depth1" if self.comparison == "teacher_forced" else "own"
             cells = ("own", self.a, self.a), (text, self.b, self.b)
         sides = []
         for side, (of_text, of_depth, of_iteration) in zip("ab", cells, strict=True):
@@ -494,7 +494,7 @@ def pair_words(comparison: str, a: int, b: int) -> str:
 
 def comparison_words(comparison: str) -> str:
     """The comparison as a reader says it."""
-    return {"replayed": "teacher-forced", "free": "free-running"}.get(comparison, comparison)
+    return {"teacher_forced": "teacher-forced", "free_running": "free-running"}.get(comparison, comparison)
 
 
 def position_key(rows: pd.DataFrame) -> np.ndarray:

@@ -1,12 +1,12 @@
-"""Divergence: when two depths' texts part, how much of the `free` shifts is that, and can it be foretold?
+"""Divergence: when two depths' texts part, how much of the free-running shifts is that, and can it be foretold?
 
-In `free` each depth writes its own text. As soon as one token differs the two read different tokens, and
+In free-running each depth writes its own text. As soon as one token differs the two read different tokens, and
 their states differ for that reason alone. This says where that happens, how undecided the output was there,
-which share of the shifts lies after it, what is left of them on one text (`replayed`), and whether the state
+which share of the shifts lies after it, what is left of them on one text (teacher-forced), and whether the state
 at that position is one by which it could be told.
 
 The texts part at the position whose output first differs: both depths have read the same tokens up to and
-including it, and from the next position on they have not. Up to it `replayed` and `free` are one and the same
+including it, and from the next position on they have not. Up to it teacher-forced and free-running are one and the same
 computation, so a shift there is not yet the text's doing.
 """
 
@@ -63,7 +63,7 @@ class Divergence(Result):
     """Overlap below which a pair counts as shifted."""
     kind: str
     """Which overlap."""
-    parted: Interval
+    diverged: Interval
     """Share of questions whose texts part."""
     position: Interval
     """Median position of the first differing token, of those that part."""
@@ -71,28 +71,28 @@ class Divergence(Result):
     """A row per (a, b) and question: `position` of the first differing token (NaN: none), and `positions`,
     how many both texts have."""
     by_position: pd.DataFrame
-    """Columns position, parted (share of questions by then), parted_low, parted_high."""
+    """Columns position, diverged (share of questions by then), parted_low, parted_high."""
     readings: pd.DataFrame
     """A row per quantity: median where the texts part, at other positions up to there, and the difference.
     Margins in logits, entropies and KL in nats; `_a` is of depth a."""
     shifts: pd.DataFrame
-    """A row for before, at and after the parting: share of pairs, share of the shifts of `free`, shift rate
-    in `free` and on one text at the same positions (`shift_table`)."""
+    """A row for before, at and after the divergence: share of pairs, share of the shifts of free-running, shift rate
+    in free-running and on one text at the same positions (`shift_table`)."""
     after: Interval
-    """Share of the shifts of `free` that lie after the first differing token."""
+    """Share of the shifts of free-running that lie after the first differing token."""
     explained: Interval
-    """Share of the shifts of `free` that are not there on one text."""
+    """Share of the shifts of free-running that are not there on one text."""
     predictors: pd.DataFrame
     """A row per score: AUC for the position where the texts part (`predictor_table`)."""
     agreement: float
-    """Largest difference between lowest overlaps of `replayed` and `free` up to there: 0 but for rounding."""
+    """Largest difference between lowest overlaps of teacher-forced and free-running up to there: 0 but for rounding."""
     n_questions: int
     n_excluded: int
     """Positions left out because an overlap or a value is missing or NaN."""
     no_replay: str | None
-    """Why nothing is said of `replayed`; None if it is."""
+    """Why nothing is said of teacher-forced; None if it is."""
     per_pair: pd.DataFrame | None = None
-    """A row per (a, b): questions, parted, position, after, explained, each of the last four with `_low` and
+    """A row per (a, b): questions, diverged, position, after, explained, each of the last four with `_low` and
     `_high`."""
 
     @property
@@ -103,11 +103,11 @@ class Divergence(Result):
     @property
     def words(self) -> str:
         """The comparison and its pair, in words."""
-        return pair_words("free", self.a, self.b)
+        return pair_words("free_running", self.a, self.b)
 
     @property
     def left(self) -> Interval:
-        """Shifts on one text as a share of those of `free`: 1 - explained."""
+        """Shifts on one text as a share of those of free-running: 1 - explained."""
         e = self.explained
         return replace(e, estimate=1 - e.estimate, low=1 - e.high, high=1 - e.low)
 
@@ -120,7 +120,7 @@ class Divergence(Result):
     def verdict(self) -> str:
         """Where the texts part, how many of the shifts are left on one text, and whether it can be told."""
         n = questions_words(self.n_questions)
-        if not self.parted.estimate:
+        if not self.diverged.estimate:
             bound = percent_text(none_seen_bound(self.n_questions))
             return f"No two texts part. {self.words.capitalize()}: {n}; at most {bound} of such do (95%)."
         explained = np.isfinite(self.explained.estimate) and self.no_replay is None
@@ -134,7 +134,7 @@ class Divergence(Result):
         else:
             words = "Texts part; how many shifts that makes is not known."
         words += (
-            f" {self.words.capitalize()}: the texts of {percent_text(self.parted.estimate)} of {n} part, "
+            f" {self.words.capitalize()}: the texts of {percent_text(self.diverged.estimate)} of {n} part, "
         )
         words += f"at position {self.position.text()} (median)."
         if np.isfinite(self.after.estimate):
@@ -151,22 +151,22 @@ class Divergence(Result):
         return words + predictors_words(self.predictors)
 
     def figure(self) -> go.Figure:
-        """Share of questions whose texts have parted, by position."""
+        """Share of questions whose texts have diverged, by position."""
         figure = canvas(
             "Where the texts of two depths part", f"{self.words}; {questions_words(self.n_questions)}",
-            "generated position (0 emits the first token)", "share of questions parted",
+            "generated position (0 emits the first token)", "share of questions diverged",
         )  # fmt: skip
-        add_line(figure, self.by_position["position"], self.by_position, "parted", "parted", BLUE)
+        add_line(figure, self.by_position["position"], self.by_position, "diverged", "diverged", BLUE)
         return figure.update_yaxes(tickformat=".0%", rangemode="tozero")
 
     def figures(self) -> dict[str, go.Figure]:
-        """`parted`, `shifts`, and `predictors` where enough questions part after position 0."""
-        figures = {"parted": self.figure(), "shifts": self._shifts_around()}
+        """`diverged`, `shifts`, and `predictors` where enough questions part after position 0."""
+        figures = {"diverged": self.figure(), "shifts": self._shifts_around()}
         known = self.predictors.dropna(subset="within")
         return figures | ({"predictors": self._predictors(known)} if len(known) else {})
 
     def _shifts_around(self) -> go.Figure:
-        """Shift rate before, at and after the first differing token, in `free` and on one text."""
+        """Shift rate before, at and after the first differing token, in free-running and on one text."""
         figure = canvas(
             "Shifts and the first differing token",
             f"{self.words}; {questions_words(self.n_questions)}; shifted: overlap below {self.threshold:.4g}",
@@ -175,7 +175,7 @@ class Divergence(Result):
         )
         for column, name, colour in (
             ("rate", "free-running: each its own text", VERMILLION),
-            ("rate_replayed", "teacher-forced: the same positions on one text", BLUE),
+            ("rate_teacher_forced", "teacher-forced: the same positions on one text", BLUE),
         ):
             values = self.shifts[column].to_numpy(dtype=float)
             low, high = (self.shifts[f"{column}_{end}"].to_numpy() for end in ("low", "high"))
@@ -216,27 +216,27 @@ class Divergence(Result):
     order=110,
 )
 def divergence(c: Contrast) -> Divergence:
-    """Where the texts of two depths part in `free`, for every pair of depths; the deepest is the headline.
+    """Where the texts of two depths part in free-running, for every pair of depths; the deepest is the headline.
 
-    One threshold, that of `free`, for both comparisons, since their shifts are subtracted.
+    One threshold, that of free-running, for both comparisons, since their shifts are subtracted.
 
     Raises:
-        Untestable: if the run has no `free`, or every position of it has a NaN.
+        Untestable: if the run has no free-running, or every position of it has a NaN.
     """
-    free = c.to("free")
-    outputs = free.all_outputs
+    free_running = c.to("free_running")
+    outputs = free_running.all_outputs
     pairs = sorted(set(map(tuple, outputs[["a", "b"]].drop_duplicates().to_numpy().tolist())))
     # One comparison after the other: only one is held in memory.
-    read = {pair: (free.at(*pair).positions, free.at(*pair).readings) for pair in pairs}
-    own = replace(c.to("replayed"), fixed=free.threshold)
-    replayed: dict[tuple[int, int], pd.DataFrame | str] = {}
+    read = {pair: (free_running.at(*pair).positions, free_running.at(*pair).readings) for pair in pairs}
+    own = replace(c.to("teacher_forced"), fixed=free_running.threshold)
+    teacher_forced: dict[tuple[int, int], pd.DataFrame | str] = {}
     for pair in pairs:
         try:
-            replayed[pair] = own.at(*pair).positions
+            teacher_forced[pair] = own.at(*pair).positions
         except Untestable as error:
-            replayed[pair] = error.message
-    each = [_pair(free.at(*pair), outputs, *read[pair], replayed[pair]) for pair in pairs]
-    names = ("parted", "position", "after", "explained")
+            teacher_forced[pair] = error.message
+    each = [_pair(free_running.at(*pair), outputs, *read[pair], teacher_forced[pair]) for pair in pairs]
+    names = ("diverged", "position", "after", "explained")
     records = [
         {"a": e.a, "b": e.b, "questions": e.n_questions} | as_columns(**{n: getattr(e, n) for n in names})
         for e in each
@@ -248,11 +248,11 @@ def divergence(c: Contrast) -> Divergence:
 def _pair(
     c: Contrast,
     outputs: pd.DataFrame,
-    free: pd.DataFrame,
+    free_running: pd.DataFrame,
     read: pd.DataFrame,
-    replayed: pd.DataFrame | str,
+    teacher_forced: pd.DataFrame | str,
 ) -> Divergence:
-    """One pair of depths: the outputs of `free`, the positions of both comparisons (or why there are none)
+    """One pair of depths: the outputs of free-running, the positions of both comparisons (or why there are none)
     and what was read there.
     """
     a, b = c.a, c.b
@@ -260,128 +260,129 @@ def _pair(
     known = ~rows[["same_prefix", "argmax_changed"]].isna().any(axis=1).to_numpy()
     rows = rows[known]
     if rows.empty:
-        raise Untestable("every position of comparison 'free' has a NaN")
-    parting = parting_positions(rows)
-    parts = np.isfinite(parting["position"].to_numpy())
-    question = parting["question"].to_numpy()
-    same = with_parting(rows[rows["same_prefix"].to_numpy(dtype=bool)], parting)
+        raise Untestable("every position of comparison 'free_running' has a NaN")
+    divergence = divergence_positions(rows)
+    parts = np.isfinite(divergence["position"].to_numpy())
+    question = divergence["question"].to_numpy()
+    same = with_divergence(rows[rows["same_prefix"].to_numpy(dtype=bool)], divergence)
     same = at_positions(same, read)
     n_excluded, no_replay = int((~known).sum()), None
-    if isinstance(replayed, str):
-        no_replay, replayed = replayed, free[:0]
-    theirs = {name: f"{name}_replayed" for name in ("shifted", "lowest", "last")}
-    both = at_positions(free, replayed.drop(columns="layers").rename(columns=theirs))
+    if isinstance(teacher_forced, str):
+        no_replay, teacher_forced = teacher_forced, free_running[:0]
+    theirs = {name: f"{name}_teacher_forced" for name in ("shifted", "lowest", "last")}
+    both = at_positions(free_running, teacher_forced.drop(columns="layers").rename(columns=theirs))
     there = np.isfinite(both["lowest"].to_numpy())
     if no_replay is None:
-        there &= np.isfinite(both["lowest_replayed"].to_numpy(dtype=float))
-    both = with_parting(both[there], parting)
+        there &= np.isfinite(both["lowest_teacher_forced"].to_numpy(dtype=float))
+    both = with_divergence(both[there], divergence)
     shifts, after, explained = shift_table(both, c.resampling)
     upto = both[both["when"].to_numpy() < 2]
     upto = at_positions(upto, same[["question", "position", "margin_a", "entropy_a"]])
     return Divergence(
         a, b, c.threshold, c.kind,
-        parted=share(question, parts, *c.resampling),
-        position=grouped_medians(question, parting["position"].to_numpy(), [parts], (), *c.resampling)[0],
-        where=parting.assign(a=a, b=b)[["a", "b", *parting.columns]],
-        by_position=parted_by(parting, c.resampling),
+        diverged=share(question, parts, *c.resampling),
+        position=grouped_medians(question, divergence["position"].to_numpy(), [parts], (), *c.resampling)[0],
+        where=divergence.assign(a=a, b=b)[["a", "b", *divergence.columns]],
+        by_position=diverged_by(divergence, c.resampling),
         readings=reading_table(same, c.resampling),
         shifts=shifts,
         after=after,
         explained=explained,
         predictors=predictor_table(upto, c.resampling),
-        agreement=float((upto["lowest"] - upto["lowest_replayed"]).abs().max()),
-        n_questions=len(parting),
+        agreement=float((upto["lowest"] - upto["lowest_teacher_forced"]).abs().max()),
+        n_questions=len(divergence),
         n_excluded=n_excluded + int((~there).sum()),
         no_replay=no_replay,
     )  # fmt: skip
 
 
-def parting_positions(free: pd.DataFrame) -> pd.DataFrame:
+def divergence_positions(free_running: pd.DataFrame) -> pd.DataFrame:
     """Where the texts of each question part.
 
     Args:
-        free: rows of `outputs` of comparison `free` and one pair of depths.
+        free_running: rows of `outputs` of comparison free-running and one pair of depths.
 
     Returns:
         A row per question, ascending: `question`, `position` (NaN if the texts are the same to the end of
         the shorter) and `positions`, how many both depths have.
     """
-    same = free["same_prefix"].to_numpy(dtype=bool)
-    changed = free["argmax_changed"].to_numpy(dtype=bool)
-    position = free["position"].to_numpy(dtype=float)
+    same = free_running["same_prefix"].to_numpy(dtype=bool)
+    changed = free_running["argmax_changed"].to_numpy(dtype=bool)
+    position = free_running["position"].to_numpy(dtype=float)
     # The flag turns one position later; a text that ends there has no later position.
     at = np.where(same & changed, position, np.where(same, np.nan, position - 1))
-    by = pd.DataFrame({"question": free["question"].to_numpy(), "position": at}).groupby("question")
+    by = pd.DataFrame({"question": free_running["question"].to_numpy(), "position": at}).groupby("question")
     found = by["position"].min()
     return pd.DataFrame(
         {"question": found.index.to_numpy(), "position": found.to_numpy(), "positions": by.size().to_numpy()}
     )
 
 
-def with_parting(table: pd.DataFrame, parting: pd.DataFrame) -> pd.DataFrame:
-    """The rows of questions in `parting`, with `parts_at` and `when` (0, 1, 2: an index into `WHEN`)."""
-    at = parting.set_index("question")["position"]
+def with_divergence(table: pd.DataFrame, divergence: pd.DataFrame) -> pd.DataFrame:
+    """The rows of questions in `divergence`, with `parts_at` and `when` (0, 1, 2: an index into `WHEN`)."""
+    at = divergence.set_index("question")["position"]
     rows = table[table["question"].isin(at.index).to_numpy()]
     parts_at = rows["question"].map(at).to_numpy(dtype=float)
     position = rows["position"].to_numpy()
     return rows.assign(parts_at=parts_at, when=(position >= parts_at).astype(int) + (position > parts_at))
 
 
-def parted_by(parting: pd.DataFrame, resampling: Resampling) -> pd.DataFrame:
-    """Columns position, parted (share of all questions whose texts have parted by then) and its ends."""
-    positions = np.arange(int(parting["positions"].max()))
-    done = parting["position"].to_numpy()[:, None] <= positions
+def diverged_by(divergence: pd.DataFrame, resampling: Resampling) -> pd.DataFrame:
+    """Columns position, diverged (share of all questions whose texts have diverged by then) and its ends."""
+    positions = np.arange(int(divergence["positions"].max()))
+    done = divergence["position"].to_numpy()[:, None] <= positions
     estimate, low, high = bootstrap_ends(
         np.stack([done, np.ones_like(done)], axis=-1), ratio, resampling.resamples, seed=resampling.seed
     )
-    return pd.DataFrame({"position": positions, "parted": estimate, "parted_low": low, "parted_high": high})
+    return pd.DataFrame({"position": positions, "diverged": estimate, "parted_low": low, "parted_high": high})
 
 
 def reading_table(rows: pd.DataFrame, resampling: Resampling) -> pd.DataFrame:
     """Medians where the texts part against the other positions up to there.
 
     Args:
-        rows: from `with_parting`, at positions where both depths have read the same tokens, with `READ`.
+        rows: from `with_divergence`, at positions where both depths have read the same tokens, with `READ`.
         resampling: of questions.
 
     Returns:
-        A row per quantity: `parting`, `other` and `difference`, each with `_low` and `_high`.
+        A row per quantity: `divergence`, `other` and `difference`, each with `_low` and `_high`.
     """
     question, at = rows["question"].to_numpy(), rows["when"].to_numpy() == 1
     records = []
     for name in READ:
         values = rows[name].to_numpy(dtype=float) if name in rows.columns else np.full(len(rows), np.nan)
         found = grouped_medians(question, values, [at, ~at], [(0, 1)], *resampling)
-        columns = as_columns(**dict(zip(("parting", "other", "difference"), found, strict=True)))
+        columns = as_columns(**dict(zip(("divergence", "other", "difference"), found, strict=True)))
         records.append({"quantity": name, **columns})
     return pd.DataFrame(records)
 
 
 def shift_table(rows: pd.DataFrame, resampling: Resampling) -> tuple[pd.DataFrame, Interval, Interval]:
-    """Shifts before, at and after the position where the texts part, and what the parting explains of them.
+    """Shifts before, at and after the position where the texts part, and what the divergence explains of them.
 
     Args:
-        rows: a row per (question, position) with `when`, `layers` (pairs), `shifted` in `free`, and
-            `shifted_replayed` at the same position (NaN if the run has no such comparison).
+        rows: a row per (question, position) with `when`, `layers` (pairs), `shifted` in free-running, and
+            `shifted_teacher_forced` at the same position (NaN if the run has no such comparison).
         resampling: of questions.
 
     Returns:
-        The table, a row per `WHEN`: pairs, `of_pairs`, `of_shifts` (share of the shifts of `free`), `rate`
-        and `rate_replayed` (shifted share of the pairs there), the last three with `_low` and `_high`. Then
-        the share of the shifts of `free` that lie after, and the share that is missing on one text.
+        The table, a row per `WHEN`: pairs, `of_pairs`, `of_shifts` (share of the shifts of free-running), `rate`
+        and `rate_teacher_forced` (shifted share of the pairs there), the last three with `_low` and `_high`. Then
+        the share of the shifts of free-running that lie after, and the share that is missing on one text.
     """
     codes, names = pd.factorize(rows["question"].to_numpy())
     flat, size = codes * 3 + rows["when"].to_numpy(), len(names) * 3
-    free, replayed, pairs = (
-        np.bincount(flat, rows[c], size).reshape(-1, 3) for c in ("shifted", "shifted_replayed", "layers")
+    free_running, teacher_forced, pairs = (
+        np.bincount(flat, rows[c], size).reshape(-1, 3)
+        for c in ("shifted", "shifted_teacher_forced", "layers")
     )
     columns: dict[str, object] = {"when": WHEN, "pairs": pairs.sum(axis=0).astype(int)}
     columns["of_pairs"] = ratio(np.stack(np.broadcast_arrays(pairs.sum(axis=0), pairs.sum()), -1))
-    whole = np.broadcast_to(free.sum(axis=1, keepdims=True), free.shape)
+    whole = np.broadcast_to(free_running.sum(axis=1, keepdims=True), free_running.shape)
     for name, top, bottom in (
-        ("of_shifts", free, whole),
-        ("rate", free, pairs),
-        ("rate_replayed", replayed, pairs),
+        ("of_shifts", free_running, whole),
+        ("rate", free_running, pairs),
+        ("rate_teacher_forced", teacher_forced, pairs),
     ):
         ends = bootstrap_ends(
             np.stack([top, bottom], axis=-1), ratio, resampling.resamples, seed=resampling.seed
@@ -391,17 +392,17 @@ def shift_table(rows: pd.DataFrame, resampling: Resampling) -> tuple[pd.DataFram
         cluster_bootstrap(
             np.stack([top, whole[:, 0]], axis=1), ratio, resampling.resamples, seed=resampling.seed
         )
-        for top in (free[:, 2], (free - replayed).sum(axis=1))
+        for top in (free_running[:, 2], (free_running - teacher_forced).sum(axis=1))
     ]
     return pd.DataFrame(columns), of_all[0], of_all[1]
 
 
 def predictor_table(rows: pd.DataFrame, resampling: Resampling) -> pd.DataFrame:
-    """How well each of `SCORES` says where the texts part (`concordance`), from `replayed` alone.
+    """How well each of `SCORES` says where the texts part (`concordance`), from teacher-forced alone.
 
     Args:
-        rows: positions up to the parting, with `when`, the readings, and `lowest_replayed`, `last_replayed`
-            and `shifted_replayed`.
+        rows: positions up to the divergence, with `when`, the readings, and `lowest_teacher_forced`, `last_teacher_forced`
+            and `shifted_teacher_forced`.
         resampling: of questions, and of permutations.
 
     Returns:
@@ -411,7 +412,7 @@ def predictor_table(rows: pd.DataFrame, resampling: Resampling) -> pd.DataFrame:
     """
     rows = rows.sort_values(["question", "position"], kind="stable")
     question, position = rows["question"].to_numpy(), rows["position"].to_numpy()
-    before = rows["lowest_replayed"].shift().to_numpy(dtype=float)
+    before = rows["lowest_teacher_forced"].shift().to_numpy(dtype=float)
     follows = (question == np.roll(question, 1)) & (position == np.roll(position, 1) + 1)
     follows[:1] = False
 
@@ -419,9 +420,9 @@ def predictor_table(rows: pd.DataFrame, resampling: Resampling) -> pd.DataFrame:
         return rows[name].to_numpy(dtype=float) if name in rows.columns else np.full(len(rows), np.nan)
 
     values = (
-        -column("lowest_replayed"),
-        -column("last_replayed"),
-        column("shifted_replayed"),
+        -column("lowest_teacher_forced"),
+        -column("last_teacher_forced"),
+        column("shifted_teacher_forced"),
         np.where(follows, -before, np.nan),
         -column("margin_a"),
         column("entropy_a"),

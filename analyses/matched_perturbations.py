@@ -43,7 +43,7 @@ def matched_perturbations(c: Contrast, shifted: pd.DataFrame) -> tuple[pd.DataFr
     Raises:
         Untestable: if the run has no perturbations of this comparison at its positions.
     """
-    if c.comparison == "free":
+    if c.comparison == "free_running":
         raise Untestable("each depth reads its own text")
     rows = c.tables.get("nudges", c.comparison)
     if rows is None:

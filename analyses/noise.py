@@ -268,7 +268,7 @@ def noise_floors(
 
     Args:
         rows: `pairs` rows of one comparison and one pair of depths.
-        noise: the run's `noise` table, or None. It was measured on depth 1's own text: for `replayed` the
+        noise: the run's `noise` table, or None. It was measured on depth 1's own text: for teacher-forced the
             questions and positions of both tables are the same tokens, for other comparisons the same places.
         resamples: question resamples.
         seed: of the resampling.

@@ -133,7 +133,7 @@ class TokenReplacement(Result):
                 bound = percent_text(none_seen_bound(self.beyond.n_questions))
                 beyond = f"none (at most {bound} of such questions have one, 95%)"
             words += f"from beyond rank {PAPER_RANK}: {beyond}."
-        if self.comparison == "free":
+        if self.comparison == "free_running":
             some, none = (f"{v:.3g}" if math.isfinite(v) else "none" for v in self.same_tokens("replaced"))
             words += f" While both depths had read the same tokens: {some} against {none}."
         if self.n_excluded:
@@ -156,7 +156,7 @@ class TokenReplacement(Result):
         return f"A shift replaces {'less' if fewer else 'no more'} of the output: {against}"
 
     def same_tokens(self, column: str) -> tuple[float, float]:
-        """In `free`, a column of `groups` while both depths have read the same tokens: shifted, stable."""
+        """In free-running, a column of `groups` while both depths have read the same tokens: shifted, stable."""
         rows = self.groups.set_index("where")[column].to_dict()
         some, none = (float(rows.get(f"{where}, {SAME}", math.nan)) for where in (SOME, NONE))
         return some, none
@@ -281,11 +281,11 @@ def output_changes(c: Contrast) -> tuple[pd.DataFrame, int]:
 
 def position_groups(rows: pd.DataFrame, c: Contrast) -> dict[str, np.ndarray]:
     """Masks over the rows of `output_changes`, by name: shifted and stable positions, by any layer first,
-    then by the last layer; in `free` also by whether both depths have read the same tokens.
+    then by the last layer; in free-running also by whether both depths have read the same tokens.
     """
     some, last = rows["shifted"].to_numpy() > 0, rows["last"].to_numpy() < c.threshold
     groups = {SOME: some, NONE: ~some, LAST: last, NOT_LAST: ~last}
-    if c.comparison == "free":
+    if c.comparison == "free_running":
         same = rows["same_prefix"].to_numpy(dtype=bool)
         for words, mask in ((SAME, same), (OTHER, ~same)):
             groups |= {f"{SOME}, {words}": some & mask, f"{NONE}, {words}": ~some & mask}

@@ -4,7 +4,7 @@ Three things make "every question shifts there" mean less than it says, and each
 
 - later positions may shift as often, and with many layers some layer nearly always shifts;
 - overlaps differ by layer in much the same way everywhere, so the profiles of any two questions correlate:
-  `Alike` is about what is left at a position once each question's usual profile is taken off;
+  `ProfileSimilarity` is about what is left at a position once each question's usual profile is taken off;
 - with `prompt = "blend_off"` the prompt is read without the recurrence, so position 0 is the first position
   that is blended at all, and a change between depths there is what a start looks like. `StartUp` is a run of
   the same recipe with that one choice changed, question for question.
@@ -53,7 +53,7 @@ NO_CONTROL = nothing("no control")
 
 
 @dataclass(frozen=True, eq=False)
-class Alike:
+class ProfileSimilarity:
     """Mean rank correlations over layers between different questions at one position, by log(1 - overlap)."""
 
     zero: Interval
@@ -143,7 +143,7 @@ class PositionZero(Result):
     further: Interval
     """Chance that position 0 moved further than a later position of its question (mean over layers of
     log(1 - overlap), no threshold): 0.5 if it is a position like any other."""
-    alike: Alike
+    alike: ProfileSimilarity
     """How alike questions are over layers, at position 0 and later."""
     by_position: pd.DataFrame
     """Columns position, questions, share (of questions with a shift in some layer), low, high, layers (share
@@ -314,7 +314,7 @@ def start_up(c: Contrast, threshold: float) -> StartUp:
         c.grid, theirs, c.tables.get("questions"), other.tables.get("questions")
     )
     mine, theirs = c.grid.of_questions(own_rows), theirs.of_questions(its_rows)
-    # Positions that both have: further on more has shifted in `free`, and one run's texts may be longer.
+    # Positions that both have: further on more has shifted in free-running, and one run's texts may be longer.
     own, its = (at_zero(a.where_also(b), threshold) for a, b in ((mine, theirs), (theirs, mine)))
     both = np.isfinite(own.any_zero) & np.isfinite(its.any_zero)
     if not both.any():
@@ -337,7 +337,7 @@ def start_up(c: Contrast, threshold: float) -> StartUp:
     )
 
 
-def alike(grid: Grid, resamples: int, seed: int) -> Alike:
+def alike(grid: Grid, resamples: int, seed: int) -> ProfileSimilarity:
     """How alike questions are at position 0 and at later positions; intervals resample questions."""
     v, zero, later = grid.distance(), grid.positions == 0, grid.positions > 0
     there = np.isfinite(v[:, later])
@@ -353,7 +353,9 @@ def alike(grid: Grid, resamples: int, seed: int) -> Alike:
     def difference(weights: np.ndarray) -> np.ndarray:
         return pair_mean(weights, *parts[2]) - pair_mean(weights, *parts[3])
 
-    return Alike(*map(one, range(4)), difference=over_questions(len(v), difference, resamples, seed))
+    return ProfileSimilarity(
+        *map(one, range(4)), difference=over_questions(len(v), difference, resamples, seed)
+    )
 
 
 def _further(grid: Grid) -> np.ndarray:

@@ -7,7 +7,7 @@ Part of "the state moves first, and never after" is true by construction:
 
 - The argmax is read from the last layer's output. It cannot change while that stays bit for bit what it was,
   and changes together with a large move of it whatever the direction. `by_construction` shows how much of the
-  order random changes of the same size have; `beside_nudges`, how often they change the argmax.
+  order random changes of the same size have; `beside_perturbations`, how often they change the argmax.
 - Where most positions shift at the first step, whatever else happens there comes together with a shift or
   after one. The column `null` shows what shuffling the shifts over positions gives.
 - Lower layers are computed first, so in layers a shift always comes before the argmax. Only where it begins
@@ -98,12 +98,12 @@ class Precedence(Result):
     by_layer: pd.DataFrame
     """Positions shifted at the last step by the lowest layer that shifted: columns layer, share (of argmaxes
     that changed), low, high, pairs (positions), questions."""
-    beside_nudges: pd.DataFrame
+    beside_perturbations: pd.DataFrame
     """True changes against perturbations of the same size (`matched_perturbations.beside_perturbations`);
     empty without controls."""
     by_construction: pd.DataFrame
     """Orders of the last layer's state and the argmax under perturbations (`perturbed_orders`)."""
-    no_nudges: str | None
+    no_perturbations: str | None
     """Why there are no perturbations to compare with; None if there are."""
 
     @property
@@ -131,11 +131,11 @@ class Precedence(Result):
     @property
     def at_shifts(self) -> dict[str, Any]:
         """What the last layer's `true` change and a `random` one of its size do at shifted positions: rows of
-        `beside_nudges` by direction; empty unless both are there.
+        `beside_perturbations` by direction; empty unless both are there.
         """
         rows: dict[str, Any] = {
             row["direction"]: row
-            for row in self.beside_nudges.to_dict("records")
+            for row in self.beside_perturbations.to_dict("records")
             if (row["site"], row["where"]) == ("output", "shifted")
         }
         return rows if {"true", "random"} <= rows.keys() else {}
@@ -156,10 +156,12 @@ class Precedence(Result):
         words += f"{questions_words(self.n_questions)}. Some layer (below {self.threshold:.4g}) had shifted "
         words += f"at an earlier {step} in {self.before.text(percent=True)}; shuffled shifts give "
         words += f"{first['null']:.1%} (p = {first['p']:.2g})."
-        if self.comparison == "free":
+        if self.comparison == "free_running":
             words += " Once two texts have parted, state and argmax differ because the tokens do."
-        if self.no_nudges:
-            return f"{words} What a random change of the same size does is not known: {self.no_nudges}."
+        if self.no_perturbations:
+            return (
+                f"{words} What a random change of the same size does is not known: {self.no_perturbations}."
+            )
         return words + self._beside_random
 
     @property
@@ -209,7 +211,7 @@ class Precedence(Result):
             for row in _rows(at_last)
             if row["positions"]
         ]
-        for row in _rows(self.beside_nudges):
+        for row in _rows(self.beside_perturbations):
             series = PERTURBED.get(row["direction"], TRUE)
             ends = row["changed"], row["changed_low"], row["changed_high"]
             bars.append((f"{row['where']}:<br>{SITES[row['site']]}", series, *ends))
@@ -285,9 +287,9 @@ def precedence(c: Contrast) -> Precedence:
         by_layer=by(
             "layer", rows.lowest_layer[at_last], question[at_last], changed[at_last, -1], *c.resampling
         ),
-        beside_nudges=beside,
+        beside_perturbations=beside,
         by_construction=constructed,
-        no_nudges=why,
+        no_perturbations=why,
     )
 
 

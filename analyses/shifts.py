@@ -74,11 +74,11 @@ class BasinShifts(Result):
     of_position: float
     """The same for the position alone."""
     same_prefix: Interval | None = None
-    """`free` only: shifted share while both depths have read the same tokens ..."""
+    """free-running only: shifted share while both depths have read the same tokens ..."""
     other_prefix: Interval | None = None
     """... and from the first differing token on."""
     same_prefix_of_pairs: float = math.nan
-    """`free` only: share of the pairs before the first differing token."""
+    """free-running only: share of the pairs before the first differing token."""
 
     @property
     def title(self) -> str:
@@ -222,7 +222,7 @@ def basin_shifts(c: Contrast) -> BasinShifts:
         of_layer=_eta_squared(layer, shifted),
         of_position=_eta_squared(position, shifted),
     )
-    if c.comparison != "free":
+    if c.comparison != "free_running":
         return shifts
     same = rows["same_prefix"].to_numpy(dtype=bool)
     return replace(

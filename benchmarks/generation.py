@@ -16,7 +16,7 @@ from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
 import sst_interp as sst
 from sst_interp.runs.recorder import Recorder
-from sst_interp.runs.rollouts import LaneDecoder
+from sst_interp.runs.rollouts import RolloutDecoder
 
 BATCH, PROMPT, NEW = 8, 64, 32
 
@@ -43,16 +43,16 @@ def main(pairs: int = 7) -> None:
     model.prefill(stream, tokens[:, :-1])
 
     def decoder(depths):
-        return LaneDecoder(model, stream, tokens[:, -1], depths, never)
+        return RolloutDecoder(model, stream, tokens[:, -1], depths, never)
 
     def decode(depths, capture, lens="position0"):
-        lanes = decoder(depths)
+        rollouts = decoder(depths)
         recorder = Recorder(range(BATCH), depths, "position0", False, False, lens)
         for position in range(NEW):
-            moment = lanes.step()
+            moment = rollouts.step()
             if capture:
-                recorder.see(position, moment, lanes)
-            lanes.finish_step()
+                recorder.see(position, moment, rollouts)
+            rollouts.finish_step()
         if capture:
             recorder.tables()
 
@@ -99,8 +99,8 @@ def main(pairs: int = 7) -> None:
         f"{ratio(seconds, 'ours, depth 1, default capture', 'ours, depth 1, no capture'):.3f}"
     )
 
-    print(f"per generated position, {BATCH} questions x 7 lanes (depths 1 to 4)")
-    lanes = paired(
+    print(f"per generated position, {BATCH} questions x 7 rollouts (depths 1 to 4)")
+    rollouts = paired(
         {
             "default capture": lambda: decode([1, 2, 3, 4], True),
             "no capture": lambda: decode([1, 2, 3, 4], False),
@@ -108,10 +108,10 @@ def main(pairs: int = 7) -> None:
         },
         max(5, pairs - 2),
     )
-    show(lanes, per=NEW)
-    print(f"  default capture / none, depths 1 to 4: {ratio(lanes, 'default capture', 'no capture'):.3f}")
+    show(rollouts, per=NEW)
+    print(f"  default capture / none, depths 1 to 4: {ratio(rollouts, 'default capture', 'no capture'):.3f}")
     print(
-        f"  default capture / without the logit lens: {ratio(lanes, 'default capture', 'without lens'):.3f}"
+        f"  default capture / without the logit lens: {ratio(rollouts, 'default capture', 'without lens'):.3f}"
     )
 
 

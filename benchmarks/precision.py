@@ -22,7 +22,7 @@ from sst_interp.runs.recipe import Recipe
 
 
 def main() -> None:
-    print(f"16 questions, 7 lanes, 6 positions; {machine()}")
+    print(f"16 questions, 7 rollouts, 6 positions; {machine()}")
     for dtype, batch in (("bfloat16", 4), ("bfloat16", 8), ("bfloat16", 16), ("float32", 8)):
         model = sst.load("smollm2-135m", alpha=0.01, dtype=dtype)
         recipe = Recipe(

@@ -108,12 +108,12 @@ def pairs_table(
     positions: int = 16,
     layers: int = 8,
     depths: tuple[int, ...] = (4,),
-    comparisons: tuple[str, ...] = ("replayed",),
+    comparisons: tuple[str, ...] = ("teacher_forced",),
     planted: Planted | None = None,
     diverge: int = 3,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """A `pairs` table. In `free`, texts differ from position `diverge` on and nothing shifts before it."""
+    """A `pairs` table. In free-running, texts differ from position `diverge` on and nothing shifts before it."""
     rng = np.random.default_rng(seed)
     planted = planted or Planted()
     shape = questions, positions, layers
@@ -123,8 +123,8 @@ def pairs_table(
         for depth in depths:
             u, moved = distances(rng, shape, planted)
             u, moved = u.ravel(), moved.ravel()
-            same = (p < diverge) if comparison == "free" else np.ones(len(p), dtype=bool)
-            if comparison == "free":
+            same = (p < diverge) if comparison == "free_running" else np.ones(len(p), dtype=bool)
+            if comparison == "free_running":
                 calm = planted.stable * np.exp(planted.spread * latent(rng, *shape)).ravel()
                 u, moved = np.where(same, calm, u), moved & ~same
             norm_a = 100 * np.exp(0.1 * rng.normal(size=len(p)))

@@ -101,15 +101,15 @@ def parting_run(
     depth: int = 4,
     seed: int = 0,
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """`outputs`, `pairs` and `steps` of a run whose texts part, in `replayed` and `free`.
+    """`outputs`, `pairs` and `steps` of a run whose texts part, in teacher-forced and free-running.
 
     Args:
         questions: how many; likewise `positions` and `layers`.
         hazard: chance that the texts part at a position, given that they have not before.
         foretold: 0: overlaps know nothing of it. Otherwise 1 - overlap is multiplied by exp(foretold) where
             the texts part.
-        after: share of (position, layer) pairs that shift in `free` once the texts differ.
-        base: share that shifts in `replayed`, and in `free` before that.
+        after: share of (position, layer) pairs that shift in free-running once the texts differ.
+        base: share that shifts in teacher-forced, and in free-running before that.
         depth: the deeper one.
         seed: of everything.
     """
@@ -132,12 +132,12 @@ def parting_run(
     same = np.repeat(~later, layers, axis=1).reshape(shape)
     tables = [
         pd.DataFrame(keys | fillers).assign(comparison=c, cosine=1 - u.ravel(), same_prefix=s.ravel())
-        for c, u, s in (("replayed", replayed, np.ones(shape, bool)), ("free", free, same))
+        for c, u, s in (("teacher_forced", replayed, np.ones(shape, bool)), ("free_running", free, same))
     ]
     pairs = pd.concat(tables)[list(PAIR_TYPES)].astype(PAIR_TYPES).reset_index(drop=True)
     outputs = outputs_table(pairs, seed=seed)
-    known = {"replayed": here, "free": here | later}
-    changed = np.concatenate([known[c].ravel() for c in ("replayed", "free")])
+    known = {"teacher_forced": here, "free_running": here | later}
+    changed = np.concatenate([known[c].ravel() for c in ("teacher_forced", "free_running")])
     outputs = outputs.sort_values(["comparison", "question", "position"], ascending=[False, True, True])
     outputs = outputs.assign(argmax_changed=changed, winner_rank=changed.astype(int))
     return outputs.sort_values(KEYS).astype(OUTPUT_TYPES), pairs, steps_table(outputs, (1, depth), seed=seed)

@@ -175,7 +175,7 @@ def test_a_full_disk_names_the_path_and_leaves_nothing(convert, tmp_path, failur
 
 
 def test_too_little_room_is_said_before_any_work(pip, convert, monkeypatch):
-    monkeypatch.setattr(assets.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(assets.shutil, "disk_usage", lambda path: type("Usage", (), {"free_running": 1000}))
     with pytest.raises(SSTError, match=r"no room for .*smollm2-135m"):
         assets.smollm2_folder()
     assert convert == []

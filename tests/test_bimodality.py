@@ -16,11 +16,11 @@ PLACES = (2e-4, 2e-4, 2e-4, 2e-4, 0.3, 0.3, 0.3, 0.3)
 """Layers that each have one mode, at two places."""
 
 
-def modes_in(table, comparison="replayed", every_pair=False, **options):
+def modes_in(table, comparison="teacher_forced", every_pair=False, **options):
     return bimodality(contrast(table, comparison, **{"resamples": 200} | options), every_pair)
 
 
-def spread_of(table, comparison="replayed", **options):
+def spread_of(table, comparison="teacher_forced", **options):
     return overlap_distribution(contrast(table, comparison, **{"resamples": 200} | options))
 
 
@@ -74,10 +74,12 @@ def test_pooling_pairs_of_depths_makes_modes_too():
 
 def test_every_row_is_that_part_of_the_table():
     some = Planted(identical=0.1)
-    table = pairs_table(layers=3, depths=(2, 4), comparisons=("replayed", "free"), planted=some, seed=3)
+    table = pairs_table(
+        layers=3, depths=(2, 4), comparisons=("teacher_forced", "free_running"), planted=some, seed=3
+    )
     table = pd.concat([table, table[table["b"] == 4].assign(a=3)])
     found = modes_in(table, every_pair=True)
-    rows = table[table["comparison"] == "replayed"]
+    rows = table[table["comparison"] == "teacher_forced"]
     assert found.scopes["scope"].value_counts().to_dict() == {"layer": 9, "pair": 3, "pooled": 1}
     for row in found.scopes.itertuples():
         part = rows
@@ -158,10 +160,10 @@ def test_steps_of_the_jaccard_index_are_not_modes():
 
 
 def test_comparisons_and_pairs_are_never_pooled():
-    table = pairs_table(depths=(2, 4), comparisons=("replayed", "free"))
+    table = pairs_table(depths=(2, 4), comparisons=("teacher_forced", "free_running"))
     found = spread_of(table)
     assert (found.a, found.b, found.n_pairs) == (1, 4, 24 * 16 * 8)
-    alone = table[(table["comparison"] == "replayed") & (table["b"] == 4)]
+    alone = table[(table["comparison"] == "teacher_forced") & (table["b"] == 4)]
     assert found.quantiles.equals(spread_of(alone).quantiles)
 
 

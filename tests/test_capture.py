@@ -25,7 +25,7 @@ from sst_interp.models.measures import BF16_ROUNDOFF
 from sst_interp.models.model import attach
 from sst_interp.questions import load_questions
 from sst_interp.runs.recipe import Recipe
-from sst_interp.runs.rollouts import LaneDecoder
+from sst_interp.runs.rollouts import RolloutDecoder
 from sst_interp.runs.store import open_run
 
 capture_module = importlib.import_module("sst_interp.runs.capture")
@@ -131,7 +131,7 @@ def cells(row):
     """The (text, depth, iteration) of a and b, as docs/run-format.md defines the comparisons."""
     if row.comparison == "within":
         return ("own", DEPTHS[-1], row.a), ("own", DEPTHS[-1], row.b)
-    return ("own", 1, 1), ("own" if row.comparison == "free" else "depth1", row.b, row.b)
+    return ("own", 1, 1), ("own" if row.comparison == "free_running" else "depth1", row.b, row.b)
 
 
 def test_prompts_and_texts_differ_in_length(run):
@@ -161,14 +161,14 @@ def test_rows_end_where_texts_end(run, model, replays):
     counts = run.outputs.groupby(["question", "comparison", "a", "b"], observed=True).size()
     for (q, comparison, a, b), n in counts.items():
         end = {
-            "replayed": tokens[q, 1],
-            "free": min(tokens[q, 1], tokens[q, b]),
+            "teacher_forced": tokens[q, 1],
+            "free_running": min(tokens[q, 1], tokens[q, b]),
             "within": tokens[q, DEPTHS[-1]],
         }
         assert n == end[comparison], (q, comparison, a, b)
     assert set(counts.index.droplevel("question")) == {
-        *(("replayed", 1, d) for d in DEPTHS[1:]),
-        *(("free", 1, d) for d in DEPTHS[1:]),
+        *(("teacher_forced", 1, d) for d in DEPTHS[1:]),
+        *(("free_running", 1, d) for d in DEPTHS[1:]),
         *(("within", a, b) for a, b in [(1, 2), (1, 3), (2, 3)]),
     }
     assert len(counts) == 5 * 7
@@ -234,8 +234,8 @@ def test_outputs_are_the_truth(run, replays):
 
 def test_same_prefix_is_that_of_the_texts(run, replays):
     for table in (run.outputs, run.pairs):
-        assert table["same_prefix"][table["comparison"] != "free"].all()
-        free = table[table["comparison"] == "free"]
+        assert table["same_prefix"][table["comparison"] != "free_running"].all()
+        free = table[table["comparison"] == "free_running"]
         assert 0 < free["same_prefix"].sum() < len(free)
         for row in free.itertuples():
             one, deep = replays[row.question, "own", 1][0], replays[row.question, "own", row.b][0]
@@ -247,7 +247,7 @@ def test_texts_that_differed_once_have_no_common_prefix_again(model):
     tokens, pad = model.batch([[5, 9], [7, 8]])
     stream = model.new_stream(pad, 8)
     model.prefill(stream, tokens[:, :-1])
-    decoder = LaneDecoder(model, stream, tokens[:, -1], (1, 2), torch.tensor([2]))
+    decoder = RolloutDecoder(model, stream, tokens[:, -1], (1, 2), torch.tensor([2]))
     for one, two, same in [
         ([10, 10], [10, 11], [True, False]),
         ([12, 12], [12, 12], [True, False]),

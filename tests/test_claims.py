@@ -50,7 +50,7 @@ def run_of(pairs, correct=(0.9, 0.7, 0.5), prompt="exact", seed=0, **effects):
     run = SyntheticRun("demo", pairs, questions_table(right, DEPTHS, seed=seed))
     run.recipe = SyntheticRecipe(choices=Choices(prompt=prompt), depths=DEPTHS)
     run.outputs, run.steps = outputs, steps_table(outputs, DEPTHS, seed=seed)
-    rows = pairs[(pairs["comparison"] == "replayed") & (pairs["b"] == 4)]
+    rows = pairs[(pairs["comparison"] == "teacher_forced") & (pairs["b"] == 4)]
     noise = rows.assign(cosine=np.float32(0.9999), relative_l2=rows["relative_l2"] / 50)[NOISE]
     run.noise = pd.concat([noise.assign(kind=k, depth=np.int8(4)) for k in ("batch", "fp32")])
     run.nudges = pd.DataFrame()
@@ -69,7 +69,7 @@ def states(ledger, claim):
     return {row.comparison: row.state for row in ledger.rows if row.claim.id == claim}
 
 
-def finding(ledger, claim, comparison="replayed"):
+def finding(ledger, claim, comparison="teacher_forced"):
     return next(r.finding for r in ledger.rows if (r.claim.id, r.comparison) == (claim, comparison))
 
 
@@ -91,7 +91,7 @@ def planted():
 
 def test_planted_effects_hold(planted):
     for name in ("C1", "C2", "C4", "C5", "C7"):
-        assert states(planted, name)["replayed"] == HOLDS, finding(planted, name)
+        assert states(planted, name)["teacher_forced"] == HOLDS, finding(planted, name)
     assert states(planted, "C10") == {EVERYWHERE: HOLDS}
     assert states(planted, "C14") == {EVERYWHERE: HOLDS}
     assert finding(planted, "C1").figure.estimate == pytest.approx(0.14, abs=0.05)
@@ -136,23 +136,23 @@ def test_a_quiet_run_refutes_what_it_can_and_makes_up_nothing():
 
 def test_noise_as_large_as_the_change_refutes_it():
     run = run_of(pairs_of())
-    assert states(claims(run, resamples=FEW), "C7")["replayed"] == HOLDS
+    assert states(claims(run, resamples=FEW), "C7")["teacher_forced"] == HOLDS
     run.noise = run.noise.assign(relative_l2=50 * run.noise["relative_l2"])
-    assert states(claims(run, resamples=FEW), "C7")["replayed"] == FAILS
+    assert states(claims(run, resamples=FEW), "C7")["teacher_forced"] == FAILS
 
 
 def test_comparisons_are_not_pooled(planted):
-    """`free` does not shift before its texts part: C8 holds in no other way than by the other comparisons."""
+    """free-running does not shift before its texts part: C8 holds in no other way than by the other comparisons."""
     pairs = pairs_of(planted=Planted(share=0.14))
-    first = (pairs["position"] == 0) & (pairs["comparison"] == "replayed") & (pairs["layer"] == 1)
+    first = (pairs["position"] == 0) & (pairs["comparison"] == "teacher_forced") & (pairs["layer"] == 1)
     ledger = claims(run_of(pairs.assign(cosine=pairs["cosine"].mask(first, 0.3))), resamples=FEW)
-    assert states(ledger, "C8")["replayed"] == HOLDS
-    assert states(ledger, "C8")["free"] == FAILS
-    assert "free" in ledger.differ["C8"][FAILS]
+    assert states(ledger, "C8")["teacher_forced"] == HOLDS
+    assert states(ledger, "C8")["free_running"] == FAILS
+    assert "free_running" in ledger.differ["C8"][FAILS]
     assert "The comparison decides" in ledger.verdict
     assert "C8 (holds: teacher-forced; does not hold:" in ledger.verdict
     alone = run_of(pairs)
-    alone.pairs = alone.pairs[alone.pairs["comparison"] == "replayed"]
+    alone.pairs = alone.pairs[alone.pairs["comparison"] == "teacher_forced"]
     only = claims(alone, resamples=FEW)
     whole = claims(run_of(pairs), resamples=FEW)
     assert finding(only, "C1").here == finding(whole, "C1").here
@@ -256,7 +256,7 @@ def test_a_crash_is_not_a_finding():
     ledger = claims(run, resamples=50)
     assert set(ledger.failed) == {f"token_replacement.{c}" for c in COMPARISONS}
     assert all(error.startswith("KeyError: ") for error in ledger.failed.values())
-    assert "(output_change.py, line " in ledger.failed["token_replacement.free"]
+    assert "(output_change.py, line " in ledger.failed["token_replacement.free_running"]
     assert finding(ledger, "C4").verdict == finding(ledger, "C5").verdict == f"{UNTESTED}: {FAILED}"
     assert not finding(ledger, "C6").verdict.endswith(FAILED)
     assert "3 analyses failed" in ledger.verdict
@@ -368,7 +368,7 @@ def test_controls_are_beside_the_figure():
     assert "with the prompt read without the recurrence" in finding(ledger, "C8").control
     assert "second run" not in finding(ledger, "C9").control
     assert "another batch shape alone shifts 0.0%" in finding(ledger, "C1").control
-    assert "on one text" in finding(ledger, "C1", "free").control
+    assert "on one text" in finding(ledger, "C1", "free_running").control
     assert "own prompt was read without" in finding(claims(off, resamples=20), "C8").control
 
 

@@ -298,7 +298,7 @@ def test_basin_shifts_from_a_question_file_to_a_report(run_cli, parts, batches):
     code, out, err = run_cli("basin-shifts", "--run", recipe, "--html", "out.html", "--json", "-")
     assert code == 0, err
     results = strict(out)
-    assert set(results) == {"replayed", "within", "free"}
+    assert set(results) == {"teacher_forced", "within", "free_running"}
     assert all(0 <= r["share"]["estimate"] <= 1 for r in results.values())
     page = Path("out.html").read_text()
     assert page.startswith("<!doctype html>") or page.startswith("<!DOCTYPE html>")

@@ -10,7 +10,7 @@ from sst_interp.analyses.content import content
 N, T = 24, 32
 
 
-def pairs_of(x, layers=4, seed=0, comparison="replayed"):
+def pairs_of(x, layers=4, seed=0, comparison="teacher_forced"):
     """Pairs whose mean distance is `x` [question, position]; NaN where the text has ended."""
     rng = np.random.default_rng(seed)
     u = np.exp(-5 + x[..., None] + 0.1 * rng.normal(size=(*x.shape, layers)))
@@ -141,7 +141,10 @@ def test_a_second_run_is_paired_by_id_and_says_why_it_cannot_be():
     short = content_of(pairs, other=second[second["position"] < 20], names=names)
     assert short.row("second run")["estimate"] > 0.99
     for other, words in (
-        (pairs_of(x, comparison="free"), "in the second run, the run has no pairs of comparison 'replayed'"),
+        (
+            pairs_of(x, comparison="free_running"),
+            "in the second run, the run has no pairs of comparison 'teacher_forced'",
+        ),
         (pairs.assign(question=pairs["question"] + 99), "the two runs have no question in common"),
     ):
         assert words in content_of(pairs, other=other).missing["second run"]

@@ -51,13 +51,13 @@ def run_of(questions: int = QUESTIONS, seed: int = 0, depths: tuple[int, ...] = 
     right = rng.random((questions, 1 + len(depths))) < 0.6
     return SimpleNamespace(
         pairs=pairs, outputs=outputs, steps=steps, questions=questions_table(right, (1, *depths), seed=seed),
-        noise=noise_of(pairs, rng), nudges=nudges_of(outputs, pairs, rng),
+        noise=noise_of(pairs, rng), nudges=perturbations_of(outputs, pairs, rng),
     )  # fmt: skip
 
 
 def noise_of(pairs: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
     """Noise of both kinds at depths 1 and 4, a fifth of the change."""
-    rows = pairs[(pairs["comparison"] == "replayed") & (pairs["b"] == 4) & (pairs["question"] < 6)]
+    rows = pairs[(pairs["comparison"] == "teacher_forced") & (pairs["b"] == 4) & (pairs["question"] < 6)]
     columns = ["question", "position", "layer", "cosine", "relative_l2", "norm_a", "norm_b", "bf16_ratio"]
     tables = []
     for kind in NOISE_KINDS:
@@ -68,7 +68,7 @@ def noise_of(pairs: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
-def nudges_of(outputs: pd.DataFrame, pairs: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
+def perturbations_of(outputs: pd.DataFrame, pairs: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
     """Norm-matched perturbations of every site and direction at every output of six questions."""
     places = outputs.loc[outputs["question"] < 6].drop(columns="same_prefix")
     size = pairs.groupby(["question", "comparison", "position", "a", "b"], observed=True)[
@@ -102,7 +102,9 @@ BESIDE = {
 }
 
 
-def ask(name: str, run: SimpleNamespace, comparison: str = "replayed", beside=None, **options) -> Result:
+def ask(
+    name: str, run: SimpleNamespace, comparison: str = "teacher_forced", beside=None, **options
+) -> Result:
     """The answer of an analysis, with few resamples."""
     options = {"resamples": 40, "token_class": token_class} | options
     contrast = Contrast.of(run, comparison, beside=BESIDE if beside is None else beside, **options)
@@ -111,7 +113,7 @@ def ask(name: str, run: SimpleNamespace, comparison: str = "replayed", beside=No
 
 
 @lru_cache
-def whole(name: str, comparison: str = "replayed") -> Result:
+def whole(name: str, comparison: str = "teacher_forced") -> Result:
     """The answer of an analysis for the run as it is."""
     return ask(name, RUN, comparison)
 
@@ -130,7 +132,7 @@ def works(result: Result) -> Result:
     return result
 
 
-def works_or_says_why(name: str, run: SimpleNamespace, comparison: str = "replayed", **options) -> None:
+def works_or_says_why(name: str, run: SimpleNamespace, comparison: str = "teacher_forced", **options) -> None:
     """A result that works, or an `Untestable` with a reason."""
     try:
         result = ask(name, run, comparison, **options)
@@ -226,7 +228,7 @@ def test_the_numbering_of_questions_and_categories_change_nothing(name):
 )
 def test_comparisons_are_never_pooled(name):
     def alone(table):
-        return table[table["comparison"] == "replayed"] if "comparison" in table else table
+        return table[table["comparison"] == "teacher_forced"] if "comparison" in table else table
 
     assert ask(name, each_table(RUN, alone)).to_dict() == whole(name).to_dict()
 

@@ -25,8 +25,8 @@ def test_overlap_kinds():
 
 
 def test_a_comparison_that_is_not_there_is_named_and_so_is_a_pair():
-    with pytest.raises(Untestable, match="'free'"):
-        contrast(pairs_table(), "free").overlap  # noqa: B018
+    with pytest.raises(Untestable, match="'free_running'"):
+        contrast(pairs_table(), "free_running").overlap  # noqa: B018
     with pytest.raises(SSTError, match="unknown comparison"):
         contrast(pairs_table(), "fre")
     with pytest.raises(Untestable, match="between 2 and 3"):

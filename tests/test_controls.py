@@ -23,7 +23,7 @@ from sst_interp.models.model import attach
 from sst_interp.models.solvers.sequential import advance
 from sst_interp.questions import load_questions
 from sst_interp.runs.controls import Controls, in_float32, spread
-from sst_interp.runs.perturbations import SEEDS, nudge_rows, nudges_of, read_alone
+from sst_interp.runs.perturbations import SEEDS, perturbation_rows, perturbations_of, read_alone
 from sst_interp.runs.recorder import SIGNIFICANT_BITS, significant
 from sst_interp.runs.schema import TABLES
 
@@ -125,7 +125,7 @@ def test_the_questions_are_spread_and_their_positions_are_those_of_depth_1s_text
         changes = 2 * (len(DEPTHS) - 1) + 2  # output: every b of both comparisons; stream: the deepest
         assert len(rows) == lengths[q] * changes * per_change
         assert (rows["a"] == 1).all()
-        assert set(rows["comparison"].unique()) == {"replayed", "within"}
+        assert set(rows["comparison"].unique()) == {"teacher_forced", "within"}
 
 
 @given(st.integers(0, 40), st.integers(1, 40))
@@ -155,7 +155,7 @@ def test_rounding_is_small_monotone_and_done_once(x, y):
 
 def test_noise_is_against_the_captured_states(run):
     """Its norm_a is that of `pairs`, at depth 1 and at the deepest."""
-    pairs = run.pairs[(run.pairs["comparison"] == "replayed") & (run.pairs["b"] == DEPTHS[-1])]
+    pairs = run.pairs[(run.pairs["comparison"] == "teacher_forced") & (run.pairs["b"] == DEPTHS[-1])]
     pairs = pairs.set_index(["question", "position", "layer"])
     for depth, norm in ((1, "norm_a"), (DEPTHS[-1], "norm_b")):
         for kind in ("batch", "fp32"):
@@ -203,16 +203,18 @@ def test_low_precision_has_a_floor(csv, tmp_path, dtype):
 # Nudges
 
 
-def test_a_true_change_of_the_output_is_what_the_run_says_of_replayed(run):
-    outputs = run.outputs[run.outputs["comparison"] == "replayed"].set_index(["question", "position", "b"])
-    rows = nudges(run, comparison="replayed", site="output", direction="true")
+def test_a_true_change_of_the_output_is_what_the_run_says_of_teacher_forced(run):
+    outputs = run.outputs[run.outputs["comparison"] == "teacher_forced"].set_index(
+        ["question", "position", "b"]
+    )
+    rows = nudges(run, comparison="teacher_forced", site="output", direction="true")
     assert set(rows["b"]) == set(DEPTHS[1:])
     at = list(rows[["question", "position", "b"]].itertuples(index=False, name=None))
     for column in CHANGE:
         assert np.allclose(
             rows[column].astype(float), outputs.loc[at, column].astype(float), rtol=1e-3, atol=1e-9
         )
-    pairs = run.pairs[(run.pairs["comparison"] == "replayed") & (run.pairs["layer"] == 2)]
+    pairs = run.pairs[(run.pairs["comparison"] == "teacher_forced") & (run.pairs["layer"] == 2)]
     pairs = pairs.set_index(["question", "position", "b"]).loc[at]
     assert close(np.concatenate(rows["cosine"].to_list()), pairs["cosine"])
     assert close(np.concatenate(rows["relative_l2"].to_list()), pairs["relative_l2"])
@@ -246,7 +248,7 @@ def test_replayed_stream_is_depth_1s_pass_handed_the_deep_state(run, model, text
         for stream in streams:
             model.prefill(stream, tokens[:, : len(prompt) - 1])
         one, deep = streams
-        rows = nudges(run, question=q, comparison="replayed", site="stream", direction="true")
+        rows = nudges(run, question=q, comparison="teacher_forced", site="stream", direction="true")
         for position, row in zip(range(len(text)), rows.itertuples(), strict=True):
             token = tokens[:, one.column]
             own = one.state.clone()
@@ -270,15 +272,15 @@ def test_replayed_stream_is_depth_1s_pass_handed_the_deep_state(run, model, text
 
 def test_replayed_stream_is_depth_b_only_where_the_cache_is_the_same(run):
     """At position 0 the cache is the prompt's; later it is deeper at depth b."""
-    stream = nudges(run, comparison="replayed", site="stream", direction="true")
-    output = nudges(run, comparison="replayed", site="output", direction="true", b=DEPTHS[-1])
+    stream = nudges(run, comparison="teacher_forced", site="stream", direction="true")
+    output = nudges(run, comparison="teacher_forced", site="output", direction="true", b=DEPTHS[-1])
     first = stream["position"] == 0
     assert np.allclose(stream["kl"][first], output["kl"][first], rtol=1e-3)
     assert not np.allclose(stream["kl"][~first], output["kl"][~first], rtol=1e-2)
 
 
 def test_nudges_are_as_large_as_the_true_change_and_point_elsewhere(run):
-    for comparison in ("replayed", "within"):
+    for comparison in ("teacher_forced", "within"):
         for b in DEPTHS[1:]:
             rows = nudges(run, comparison=comparison, site="output", b=b)
             rows["moved"] = np.concatenate(rows["relative_l2"].to_list())
@@ -296,7 +298,7 @@ def test_nudges_are_as_large_as_the_true_change_and_point_elsewhere(run):
 def test_every_nudge_has_the_norms_of_the_change(positions, key):
     change = torch.randn(3, positions, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(key))
     change[1, 0] = 0
-    found = list(nudges_of(change, (key,)))
+    found = list(perturbations_of(change, (key,)))
     assert [(n.direction, n.seed) for n in found] == [
         *(("random", k) for k in range(SEEDS)),
         *(("elsewhere", k) for k in range(min(SEEDS, positions - 1))),
@@ -314,14 +316,14 @@ def test_every_nudge_has_the_norms_of_the_change(positions, key):
             assert (
                 nudge.there.sum() == positions - 1
             )  # the one that would point where nothing changed is none
-    again = list(nudges_of(change, (key,)))
+    again = list(perturbations_of(change, (key,)))
     assert all(torch.equal(a.n, b.n) for a, b in zip(found, again, strict=True))
-    assert not torch.equal(found[0].n, next(nudges_of(change, (key, "other"))).n)
+    assert not torch.equal(found[0].n, next(perturbations_of(change, (key, "other"))).n)
 
 
 def test_random_directions_are_isotropic():
     change = torch.ones(2, 50, 400, dtype=torch.float64)
-    for nudge in nudges_of(change, (0,)):
+    for nudge in perturbations_of(change, (0,)):
         along = torch.nn.functional.cosine_similarity(nudge.n, change, dim=-1)
         if nudge.direction == "random":
             assert along.mean().abs() < 4 / np.sqrt(100 * 400)
@@ -351,7 +353,7 @@ def test_the_true_state_handed_in_gives_the_iteration_for_all_choices(family, ch
     alone = read_alone(model, prompt, text, (1, 2, depth))
     logits, states = replay(model, prompt, text, depth)
     assert relative_l2(states[:, :, -1], alone.resid_post[depth]).max() < 1e-9
-    pieces = [p for p in nudge_rows(model, alone, 0, 0) if set(p["direction"]) == {"true"}]
+    pieces = [p for p in perturbation_rows(model, alone, 0, 0) if set(p["direction"]) == {"true"}]
     [piece] = [p for p in pieces if set(p["site"]) == {"stream"} and set(p["comparison"]) == {"within"}]
     first = 1 if choices.prompt == "blend_off" else 0
     assert piece["position"].tolist() == list(range(first, len(text)))
@@ -366,16 +368,16 @@ def test_reading_alone_leaves_the_model_and_its_own_stream_as_they_were(model):
     """Nudged passes store nothing: what stands in the cache is what the reading left there."""
     alone = read_alone(model, [5, 6, 7, 8], [9, 10, 11], (1, 3))
     before = [k.clone() for k in alone.reading.stream.kv.keys], alone.reading.stream.state.clone()
-    first = list(nudge_rows(model, alone, 0, 0))
+    first = list(perturbation_rows(model, alone, 0, 0))
     assert all(map(torch.equal, alone.reading.stream.kv.keys, before[0]))
     assert torch.equal(alone.reading.stream.state, before[1])
-    for a, b in zip(first, nudge_rows(model, alone, 0, 0), strict=True):
+    for a, b in zip(first, perturbation_rows(model, alone, 0, 0), strict=True):
         assert all(np.array_equal(a[name], b[name]) for name in a)
 
 
 def test_one_position_has_nowhere_else_to_take_a_direction_from(model):
     alone = read_alone(model, [5, 6, 7, 8], [9], (1, 2))
-    pieces = list(nudge_rows(model, alone, 0, 0))
+    pieces = list(perturbation_rows(model, alone, 0, 0))
     assert {d for p in pieces for d in p["direction"]} == {"true", "random"}
 
 
@@ -387,12 +389,12 @@ def test_one_depth_has_a_floor_and_nothing_to_nudge(csv, model, tmp_path):
 
 
 def test_precedence_reads_them(run):
-    outputs = run.outputs[(run.outputs["comparison"] == "replayed") & (run.outputs["b"] == DEPTHS[-1])]
-    pairs = run.pairs[(run.pairs["comparison"] == "replayed") & (run.pairs["b"] == DEPTHS[-1])]
+    outputs = run.outputs[(run.outputs["comparison"] == "teacher_forced") & (run.outputs["b"] == DEPTHS[-1])]
+    pairs = run.pairs[(run.pairs["comparison"] == "teacher_forced") & (run.pairs["b"] == DEPTHS[-1])]
     lowest = pairs.groupby(["question", "position"])["cosine"].min()
     threshold = float(lowest.median())
-    found = precedence(Contrast.of(run, "replayed", threshold=threshold))
-    rows = found.beside_nudges.set_index(["site", "direction", "where"])
+    found = precedence(Contrast.of(run, "teacher_forced", threshold=threshold))
+    rows = found.beside_perturbations.set_index(["site", "direction", "where"])
     at = list(outputs[["question", "position"]].itertuples(index=False, name=None))
     shifted = (lowest.loc[at] < threshold).to_numpy()
     chosen = outputs["question"].isin(CHOSEN).to_numpy()
@@ -400,7 +402,7 @@ def test_precedence_reads_them(run):
         assert rows["positions"]["output", "true", where] == np.sum(chosen & mask) > 0
         share = outputs["argmax_changed"].to_numpy()[chosen & mask].mean()
         assert rows["changed"]["output", "true", where] == pytest.approx(share)
-    assert len(precedence(Contrast.of(run, "within", threshold=0.9)).beside_nudges)
+    assert len(precedence(Contrast.of(run, "within", threshold=0.9)).beside_perturbations)
 
 
 # As the rest of a run
@@ -430,7 +432,7 @@ def test_the_recipes_seed_decides_the_directions(model):
     alone = read_alone(model, [5, 6, 7, 8], [9, 10, 11], (1, 3))
 
     def kl(question, seed, direction):
-        pieces = nudge_rows(model, alone, question, seed)
+        pieces = perturbation_rows(model, alone, question, seed)
         return np.concatenate([p["kl"] for p in pieces if p["direction"][0] == direction])
 
     assert np.array_equal(kl(0, 0, "random"), kl(0, 0, "random"))
@@ -439,7 +441,9 @@ def test_the_recipes_seed_decides_the_directions(model):
     assert np.array_equal(kl(0, 0, "true"), kl(1, 1, "true"))
 
 
-@pytest.mark.parametrize(("name", "call"), [("nudge_rows", 0), ("nudge_rows", 2), ("in_float32", 0)])
+@pytest.mark.parametrize(
+    ("name", "call"), [("perturbation_rows", 0), ("perturbation_rows", 2), ("in_float32", 0)]
+)
 def test_killed_within_the_controls_and_resumed_is_uninterrupted(run, csv, model, tmp_path, name, call):
     recipe = recipe_for(csv, controls=len(CHOSEN), keep="all")
     with pytest.MonkeyPatch.context() as patch:

@@ -4,7 +4,7 @@ import pytest
 from synthetic import contrast
 from synthetic_outputs import parting_run
 
-from sst_interp.analyses.divergence import divergence, parting_positions
+from sst_interp.analyses.divergence import divergence, divergence_positions
 from sst_interp.analyses.statistics.permutation import concordance
 from sst_interp.errors import SSTError, Untestable
 from sst_interp.models.choices import Choices
@@ -13,7 +13,7 @@ from sst_interp.models.choices import Choices
 def found(run, **options):
     outputs, pairs, steps = run
     options = {"threshold": 0.95, "resamples": 300} | options
-    return divergence(contrast(pairs, "replayed", outputs=outputs, steps=steps, **options))
+    return divergence(contrast(pairs, "teacher_forced", outputs=outputs, steps=steps, **options))
 
 
 def free(rows):
@@ -32,7 +32,7 @@ def test_the_texts_part_where_the_output_first_differs():
         ([same, same, (False, False)], 1),  # the flag alone
         ([same, same], None),
     ):
-        found = parting_positions(free(rows)).iloc[0]
+        found = divergence_positions(free(rows)).iloc[0]
         assert (found["question"], found["positions"]) == (7, len(rows))
         assert np.isnan(found["position"]) if expected is None else found["position"] == expected
 
@@ -40,14 +40,14 @@ def test_the_texts_part_where_the_output_first_differs():
 def test_planted_positions_are_found():
     outputs, pairs, steps = parting_run(seed=1)
     result = found((outputs, pairs, steps))
-    rows = outputs[outputs["comparison"] == "free"]
+    rows = outputs[outputs["comparison"] == "free_running"]
     first = rows[rows["argmax_changed"]].groupby("question")["position"].min()
     where = result.where.set_index("question")["position"]
     assert where.dropna().equals(first.astype(float).rename("position"))
-    assert result.parted.estimate == len(first) / 60
+    assert result.diverged.estimate == len(first) / 60
     assert result.position.estimate == first.median()
-    assert result.by_position["parted"].iloc[-1] == result.parted.estimate
-    assert (np.diff(result.by_position["parted"]) >= 0).all()
+    assert result.by_position["diverged"].iloc[-1] == result.diverged.estimate
+    assert (np.diff(result.by_position["diverged"]) >= 0).all()
     share = f"{result.explained.estimate:.1%}"
     assert result.verdict.startswith(f"{share} of the shifts come from the texts, not from the depth. ")
     for words in ("Free-running, depth 1 against depth 4", "60 questions", "median"):
@@ -58,17 +58,17 @@ def test_what_the_parting_explains_is_what_the_replay_does_not_have():
     outputs, pairs, steps = parting_run(seed=2)
     result = found((outputs, pairs, steps))
     low = pairs["cosine"] < 0.95
-    counts = {c: (low & (pairs["comparison"] == c)).sum() for c in ("free", "replayed")}
-    assert result.explained.estimate == pytest.approx(1 - counts["replayed"] / counts["free"])
-    after = low & (pairs["comparison"] == "free") & ~pairs["same_prefix"]
-    assert result.after.estimate == pytest.approx(after.sum() / counts["free"])
+    counts = {c: (low & (pairs["comparison"] == c)).sum() for c in ("free_running", "teacher_forced")}
+    assert result.explained.estimate == pytest.approx(1 - counts["teacher_forced"] / counts["free_running"])
+    after = low & (pairs["comparison"] == "free_running") & ~pairs["same_prefix"]
+    assert result.after.estimate == pytest.approx(after.sum() / counts["free_running"])
     table = result.shifts.set_index("when")
     assert table["of_shifts"].sum() == pytest.approx(1)
     assert table["of_pairs"].sum() == pytest.approx(1)
     assert table.loc["after", "rate"] == pytest.approx(0.3, abs=0.03)
-    assert table.loc["after", "rate_replayed"] == pytest.approx(0.05, abs=0.015)
+    assert table.loc["after", "rate_teacher_forced"] == pytest.approx(0.05, abs=0.015)
     for when in ("before", "at"):  # the same computation up to there
-        assert table.loc[when, "rate"] == table.loc[when, "rate_replayed"]
+        assert table.loc[when, "rate"] == table.loc[when, "rate_teacher_forced"]
     assert result.agreement == 0
     assert result.explained.low < result.explained.estimate < result.explained.high
 
@@ -151,15 +151,17 @@ def test_aucs_are_those_of_all_pairs():
 
 def test_readings_where_the_texts_part_are_the_planted_ones():
     outputs, pairs, steps = parting_run(seed=4)
-    rows = outputs[(outputs["comparison"] == "free") & outputs["same_prefix"] & outputs["argmax_changed"]]
+    rows = outputs[
+        (outputs["comparison"] == "free_running") & outputs["same_prefix"] & outputs["argmax_changed"]
+    ]
     there = steps.set_index(["question", "position"]).index.isin(
         rows.set_index(["question", "position"]).index
     )
     steps.loc[there, "margin"] = 0.1
     steps.loc[there, "entropy"] = 4.0
     table = found((outputs, pairs, steps)).readings.set_index("quantity")
-    assert table.loc["margin_a", "parting"] == pytest.approx(0.1)
-    assert table.loc["entropy_b", "parting"] == pytest.approx(4)
+    assert table.loc["margin_a", "divergence"] == pytest.approx(0.1)
+    assert table.loc["entropy_b", "divergence"] == pytest.approx(4)
     assert table.loc["entropy_b", "other"] == pytest.approx(2, abs=0.01)
     assert table.loc["margin_a", "difference_high"] < 0
     told = found((outputs, pairs, steps)).predictors.set_index("score").loc["margin of the shallower depth"]
@@ -179,7 +181,7 @@ def test_texts_that_never_part_leave_nothing_to_explain():
     at_once = found(parting_run(hazard=1.0))
     assert at_once.position.estimate == 0
     assert "not testable: only 0 questions of use" in at_once.verdict
-    assert set(at_once.figures()) == {"parted", "shifts"}
+    assert set(at_once.figures()) == {"diverged", "shifts"}
     for one in (result, calm, everything):
         one.figures()
 
@@ -189,8 +191,8 @@ def test_what_cannot_be_tested_says_why():
     for run in ((outputs, pairs[:0], steps), (outputs[:0], pairs, None)):
         with pytest.raises(Untestable, match="the run has no"):
             found(run)
-    only = [t[t["comparison"] == "replayed"] for t in (outputs, pairs)]
-    with pytest.raises(Untestable, match="no outputs of comparison 'free'"):
+    only = [t[t["comparison"] == "teacher_forced"] for t in (outputs, pairs)]
+    with pytest.raises(Untestable, match="no outputs of comparison 'free_running'"):
         found((*only, steps))
     with pytest.raises(SSTError, match="lens_jaccard"):
         found((outputs, pairs, steps), choices=Choices(overlap="lens_jaccard"))
@@ -198,7 +200,7 @@ def test_what_cannot_be_tested_says_why():
 
 def test_without_one_text_or_steps_the_rest_is_said():
     outputs, pairs, _ = parting_run(questions=12, seed=1)
-    bare = found((outputs, pairs[pairs["comparison"] == "free"], None))
+    bare = found((outputs, pairs[pairs["comparison"] == "free_running"], None))
     assert "What is left on one text is not known: " in bare.verdict
     assert bare.verdict.startswith("Texts part; how many shifts that makes is not known.")
     assert np.isfinite(bare.after.estimate)

@@ -18,7 +18,7 @@ from sst_interp.analyses.dwell import (
 from sst_interp.errors import Untestable
 
 
-def dwell_of(table, comparison="replayed", resamples=300):
+def dwell_of(table, comparison="teacher_forced", resamples=300):
     return dwell(contrast(table, comparison, threshold=0.9, resamples=resamples))
 
 
@@ -90,7 +90,7 @@ def test_missing_overlaps_end_a_stretch():
         (table_of().assign(cosine=np.float32(0.999)), "no pair shifted below 0.9"),
         (table_of().assign(cosine=np.float32(0.5)), "no text has both shifts and stable positions"),
         (table_of(positions=1), "no text has both"),
-        (pairs_table(comparisons=()), "no pairs of comparison 'replayed'"),
+        (pairs_table(comparisons=()), "no pairs of comparison 'teacher_forced'"),
         (table_of().assign(cosine=np.nan), "NaN"),
     ],
 )

@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 import pytest
 import tiny_run
 
+from sst_interp import paths
 from sst_interp.analyses.result import KeptResult, Result
 from sst_interp.analyses.statistics.bootstrap import Interval
 from sst_interp.findings.claims import CLAIMS, EVERYWHERE, Finding, Row, untestable
@@ -53,9 +54,9 @@ def test_rows_of_another_capture_are_not_shown(run, tmp_path):
 
 def test_a_shipped_run_is_left_alone_and_own_rows_go_first(run, tmp_path, monkeypatch):
     keep_findings(run, "probe", [TOLD], {})
-    monkeypatch.setattr(places, "shipped", lambda kind: tmp_path / kind)
+    monkeypatch.setattr(paths, "shipped", lambda kind: tmp_path / kind)
     newer = Row(C12, EVERYWHERE, Finding("30 of 48", "does not hold", Interval(0.5, 0.4, 0.6, 48)))
-    assert keep_findings(run, "probe", [newer], {}) == places.Path("findings") / "tiny" / "probe.json"
+    assert keep_findings(run, "probe", [newer], {}) == Path("findings") / "tiny" / "probe.json"
     assert [row.finding.here for row in kept_findings(run).rows] == ["30 of 48"]
 
 

@@ -27,7 +27,10 @@ SHARES = {"few": 0.05, "many": 0.3}
 
 def planted(share, seed=0, **how):
     return pairs_table(
-        planted=Planted(share=share), comparisons=("replayed", "free"), seed=seed, **({"questions": 40} | how)
+        planted=Planted(share=share),
+        comparisons=("teacher_forced", "free_running"),
+        seed=seed,
+        **({"questions": 40} | how),
     )
 
 
@@ -48,25 +51,27 @@ def rows_of(found):
 def test_planted_shares_and_their_difference_lie_in_their_intervals():
     found = compared(300, few=planted(0.05), many=planted(0.3, seed=1))
     rows = rows_of(found)
-    assert set(rows.index) == {(c, run) for c in ("replayed", "free") for run in SHARES}
+    assert set(rows.index) == {(c, run) for c in ("teacher_forced", "free_running") for run in SHARES}
     for run, share in SHARES.items():
-        row = rows.loc[("replayed", run)]
+        row = rows.loc[("teacher_forced", run)]
         assert row["questions"] == 40
         assert row["low"] < share + 0.05  # a stable pair is seldom below 0.99
         assert row["high"] > share - 0.02
         assert row["stable"] == 1 - row["shifted"]
         assert row["median low"] <= row["median overlap"] <= row["median high"]
-    apart = rows.loc[("replayed", "many")]
+    apart = rows.loc[("teacher_forced", "many")]
     assert apart["difference low"] < 0.25 < apart["difference high"] + 0.05
-    assert np.isnan(rows.loc[("replayed", "few"), "difference"])  # the first is the reference
-    assert rows.loc[("free", "many"), "shifted"] < rows.loc[("replayed", "many"), "shifted"]  # never pooled
+    assert np.isnan(rows.loc[("teacher_forced", "few"), "difference"])  # the first is the reference
+    assert (
+        rows.loc[("free_running", "many"), "shifted"] < rows.loc[("teacher_forced", "many"), "shifted"]
+    )  # never pooled
     assert found.verdict.startswith("In 1 of 1 run the shifted share differs from few's. 40 questions")
 
 
 def test_every_number_is_the_one_that_basin_shifts_has():
     table = planted(0.3)
-    row = rows_of(compared(a=table, b=table)).loc[("replayed", "b")]
-    alone = basin_shifts(contrast(table, "replayed", resamples=100))
+    row = rows_of(compared(a=table, b=table)).loc[("teacher_forced", "b")]
+    alone = basin_shifts(contrast(table, "teacher_forced", resamples=100))
     assert row["modes"] == "two" == alone.distribution.modes.count
     assert row["antimode"] == alone.threshold
     for ours, theirs in (("shifted", alone.share_at_paper), ("shifted at antimode", alone.share)):
@@ -88,7 +93,7 @@ def test_no_difference_is_found_at_the_nominal_rate():
     apart = 0
     for seed in range(40):
         tables = [planted(0.2, seed=2 * seed + k, questions=30, positions=4, layers=3) for k in (0, 1)]
-        row = rows_of(compared(200, a=tables[0], b=tables[1])).loc[("replayed", "b")]
+        row = rows_of(compared(200, a=tables[0], b=tables[1])).loc[("teacher_forced", "b")]
         apart += not row["difference low"] <= 0 <= row["difference high"]
     assert apart <= 7  # 5% of 40 is 2; more than 7 has a chance of 0.1%
 
@@ -101,9 +106,9 @@ def test_the_order_of_rows_changes_nothing_and_little_data_is_said():
     one = compared(50, a=table[table["question"] == 0], b=table[table["question"] == 0])
     assert np.isnan(one.table["low"]).all()
     assert "no interval: one question" in one.verdict
-    with pytest.raises(Untestable, match="the run has no pairs of comparison 'replayed'"):
+    with pytest.raises(Untestable, match="the run has no pairs of comparison 'teacher_forced'"):
         compared(50, a=table[:0], b=table[:0])
-    half = compared(50, a=table, b=table[table["comparison"] == "free"])
+    half = compared(50, a=table, b=table[table["comparison"] == "free_running"])
     assert set(half.missing) == {"replayed, b", "within, a", "within, b"}
     assert "Not testable: replayed, b (the run has no pairs" in half.verdict
 
@@ -196,8 +201,10 @@ def folders(runs):
 def test_runs_of_each_kind_are_compared(captured):
     found = compare_runs(folders(captured[0]), resamples=50)
     rows = rows_of(found)
-    assert set(rows.index) == {(c, kind) for c in ("replayed", "within", "free") for kind in WORDS}
-    assert {kind: rows.loc[("replayed", kind), "kind"] for kind in WORDS} == WORDS
+    assert set(rows.index) == {
+        (c, kind) for c in ("teacher_forced", "within", "free_running") for kind in WORDS
+    }
+    assert {kind: rows.loc[("teacher_forced", kind), "kind"] for kind in WORDS} == WORDS
     assert (rows.xs("backbone", level="run")["shifted"] == 0).all()
     assert (rows.xs("looped", level="run")["shifted"] > 0).all()
     assert "backbone has no stream" in found.verdict
@@ -252,9 +259,9 @@ def test_the_command_prints_writes_and_fills(captured, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--html", ""], "is a folder"),
+        (["--html", ""], "empty path"),
         (["--html", "/"], "is a folder"),
-        (["--html", "blocked/page.html"], "cannot be written"),
+        (["--html", "blocked/page.html"], "cannot write"),
         (["--document", "binary.md"], "binary.md is not UTF-8"),
         (["--document", "none.md"], "cannot read none.md"),
         (["--contraction", "99999"], "99999 texts are more than the runs' 3 questions"),

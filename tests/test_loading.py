@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_capture import tiny_llama, word_tokenizer
 
+from sst_interp import paths
 from sst_interp.assets.wheels import ASSET_MODELS
 from sst_interp.errors import SSTError
 from sst_interp.models.checkpoint import CONFIG, WEIGHTS, save_checkpoint
@@ -15,7 +16,7 @@ from sst_interp.models.choices import Choices
 from sst_interp.models.loading import PAPER_ALPHA, load
 from sst_interp.models.model import attach
 
-THEIRS = Choices(carry="ffn_output", blend="additive", kv="first", handoff="scan")
+THEIRS = Choices(carry="ffn_output", blend="additive", kv="first", initial_guess="scan")
 """Choices none of which is the default."""
 
 
@@ -98,7 +99,7 @@ def test_a_checkpoint_behaves_as_the_model_it_was_saved_from(checkpoint, backbon
 
 
 def test_a_checkpoint_is_found_among_the_shipped(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(places, "shipped", lambda kind: tmp_path / kind)
+    monkeypatch.setattr(paths, "shipped", lambda kind: tmp_path / kind)
     shutil.copytree(checkpoint, tmp_path / "checkpoints" / "sst-tiny")
     assert load("sst-tiny", dtype="float32").choices == THEIRS
     with pytest.raises(SSTError, match="unknown model 'sst-tinny'") as error:
@@ -110,7 +111,7 @@ def test_blend_weights_can_be_replaced_but_trained_choices_cannot(checkpoint):
     assert load(checkpoint, alpha=0.05, dtype="float32").alpha.unique().tolist() == pytest.approx([0.05])
     ours = Choices(prompt="two_pass", threshold=0.9)
     model = load(checkpoint, choices=ours, dtype="float32")
-    for field in ("carry", "blend", "kv", "handoff"):
+    for field in ("carry", "blend", "kv", "initial_guess"):
         assert getattr(model.choices, field) == getattr(THEIRS, field)
     assert (model.choices.prompt, model.choices.threshold) == ("two_pass", 0.9)
 

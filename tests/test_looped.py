@@ -207,7 +207,7 @@ def test_another_kind_is_refused_in_one_line(tmp_path):
     for how in ({"name": backbone, "kind": "looped"}, {"name": folders["depth-looped model"]}):
         with pytest.raises(SSTError, match=r"depth-looped model( has no alpha|, not a State)"):
             sst.load(**how, alpha=0.1, dtype="float32")
-    for choice in ({"carry": "ffn_output"}, {"handoff": "scan"}):
+    for choice in ({"carry": "ffn_output"}, {"initial_guess": "scan"}):
         with pytest.raises(SSTError, match="about states of single layers"):
             attach_looped(plain.backbone.model, choices=Choices(**choice))
     with pytest.raises(SSTError, match="a depth-looped model has no alpha"):

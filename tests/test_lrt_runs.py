@@ -167,9 +167,9 @@ def test_a_run_is_captured_and_analysed_like_any_other(run):
     assert captured.manifest["provenance"]["alpha_hash"] == model.kind.digest()
     pairs = captured.pairs
     assert set(pairs["layer"]) == {0, 1, 2}
-    assert set(pairs["comparison"]) == {"replayed", "within", "free"}
+    assert set(pairs["comparison"]) == {"teacher_forced", "within", "free_running"}
     assert (pairs["cosine"] < 0.999).any()  # iterating moves something
-    found = basin_shifts(Contrast.of(captured, "replayed"))
+    found = basin_shifts(Contrast.of(captured, "teacher_forced"))
     assert found.verdict
     found = ledger_of(captured, resamples=50)
     assert {"C1", "C3", "C6"} <= {row.claim.id for row in found.rows}

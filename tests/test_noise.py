@@ -25,7 +25,9 @@ def table(ratio=15.0, spread=0.5, question_spread=0.3, deepest=None, seed=0, **o
 def noise_of(pairs, kinds=("batch", "fp32"), depths=(1, 4), factor=5.0, questions=10, seed=0):
     """Noise `factor` times smaller than the change, deeper: twice as large as at depth 1."""
     rng = np.random.default_rng(seed)
-    rows = pairs[(pairs["comparison"] == "replayed") & (pairs["b"] == 4) & (pairs["question"] < questions)]
+    rows = pairs[
+        (pairs["comparison"] == "teacher_forced") & (pairs["b"] == 4) & (pairs["question"] < questions)
+    ]
     parts = []
     for kind in kinds:
         for depth in depths:
@@ -37,7 +39,7 @@ def noise_of(pairs, kinds=("batch", "fp32"), depths=(1, 4), factor=5.0, question
     return pd.concat(parts, ignore_index=True)
 
 
-def change_of(pairs, noise=None, comparison="replayed", **options):
+def change_of(pairs, noise=None, comparison="teacher_forced", **options):
     return bf16_noise(contrast(pairs, comparison, noise=noise, **options))
 
 
@@ -174,7 +176,7 @@ def test_pairs_of_depths_have_a_row_each():
     found = change_of(table(depths=(2, 4)))
     assert list(found.per_pair["b"]) == [2, 4]
     assert found.per_pair["ratio"][1] == pytest.approx(found.ratio.estimate)
-    shallow = bf16_noise(contrast(table(depths=(2, 4)), "replayed", a=1, b=2))
+    shallow = bf16_noise(contrast(table(depths=(2, 4)), "teacher_forced", a=1, b=2))
     assert shallow.ratio.estimate == pytest.approx(found.per_pair["ratio"][0])
 
 
@@ -184,7 +186,7 @@ def test_some_all_and_nothing_missing_and_one_question():
     found = change_of(pairs)
     assert (found.n_excluded, found.n_pairs) == (10, len(pairs) - 10)
     assert "10 pairs without a ratio are left out" in found.verdict
-    with pytest.raises(Untestable, match="all 3,072 ratios of comparison 'replayed' are NaN"):
+    with pytest.raises(Untestable, match="all 3,072 ratios of comparison 'teacher_forced' are NaN"):
         change_of(pairs.assign(bf16_ratio=np.nan))
     one = table(questions=1)
     found = change_of(one, noise_of(one))

@@ -60,10 +60,10 @@ def test_every_choice_is_exact_with_enough_sweeps(choices):
 
 
 @pytest.mark.parametrize("how", [("sequential",), ("two_pass", 1, 1), ("two_pass", 2, 2)], ids=str)
-@pytest.mark.parametrize("handoff", ["shift", "scan"])
-def test_gradients_are_those_of_finite_differences(how, handoff):
+@pytest.mark.parametrize("initial_guess", ["shift", "scan"])
+def test_gradients_are_those_of_finite_differences(how, initial_guess):
     """Through both passes: a gradient that stopped at the first would differ in the fourth digit."""
-    model, data = model_of(handoff=handoff), batch()
+    model, data = model_of(initial_guess=initial_guess), batch()
     _, of_alpha, of_weight = loss_and_gradients(model, data, *how)
     weight, step = weight_of(model), 1e-3
     for tensor, gradient in ((model.alpha, of_alpha), (weight, of_weight)):

@@ -12,18 +12,18 @@ from sst_interp.errors import SSTError, Untestable
 from sst_interp.models.choices import COMPARISONS, Choices
 
 
-def run(share=0.05, seed=0, comparisons=("replayed",), **effects):
+def run(share=0.05, seed=0, comparisons=("teacher_forced",), **effects):
     pairs = pairs_table(
         questions=30, positions=12, layers=5, planted=Planted(share=share), comparisons=comparisons, seed=seed
     )
     return outputs_table(pairs, seed=seed, **effects), pairs
 
 
-def asked(outputs, pairs, comparison="replayed", **options):
+def asked(outputs, pairs, comparison="teacher_forced", **options):
     return contrast(pairs, comparison, outputs=outputs, **({"threshold": 0.95, "resamples": 300} | options))
 
 
-def found(outputs, pairs, comparison="replayed", **options):
+def found(outputs, pairs, comparison="teacher_forced", **options):
     return token_replacement(asked(outputs, pairs, comparison, **options))
 
 
@@ -92,7 +92,7 @@ def test_entropies_are_of_the_passes_that_are_compared():
     outputs, pairs = run(comparisons=COMPARISONS)
     planted = {("own", 1, 1): 1.0, ("depth1", 4, 4): 3.0, ("own", 4, 4): 5.0, ("own", 4, 1): 7.0}
     steps = steps_table(outputs, entropy=planted)
-    expected = {"replayed": (1, 3), "free": (1, 5), "within": (7, 5)}
+    expected = {"teacher_forced": (1, 3), "free_running": (1, 5), "within": (7, 5)}
     for comparison, (a, b) in expected.items():
         row = found(outputs, pairs, comparison, steps=steps).table.iloc[1]
         assert row["entropy_a"] == pytest.approx(a, abs=0.02)
@@ -102,8 +102,8 @@ def test_entropies_are_of_the_passes_that_are_compared():
 
 
 def test_in_free_the_positions_before_the_texts_part_stand_by_themselves():
-    outputs, pairs = run(comparisons=("free",), share=0.3)
-    result = found(outputs, pairs, "free")
+    outputs, pairs = run(comparisons=("free_running",), share=0.3)
+    result = found(outputs, pairs, "free_running")
     rows = result.table.set_index("where")["positions"]
     assert rows["a layer shifted, the same tokens read"] == 0
     assert rows["no layer shifted, the same tokens read"] == 30 * 3
@@ -112,11 +112,11 @@ def test_in_free_the_positions_before_the_texts_part_stand_by_themselves():
 
 
 def test_every_pair_of_depths_has_its_row_and_nothing_is_pooled():
-    pairs = pairs_table(questions=10, depths=(2, 4), comparisons=("replayed", "within"), seed=1)
+    pairs = pairs_table(questions=10, depths=(2, 4), comparisons=("teacher_forced", "within"), seed=1)
     outputs = outputs_table(pairs)
     result = found(outputs, pairs)
     assert list(zip(result.per_pair["a"], result.per_pair["b"], strict=True)) == [(1, 2), (1, 4)]
-    alone = [t[(t["comparison"] == "replayed") & (t["b"] == 4)] for t in (outputs, pairs)]
+    alone = [t[(t["comparison"] == "teacher_forced") & (t["b"] == 4)] for t in (outputs, pairs)]
     assert found(*alone).verdict == result.verdict
     assert result.per_pair["difference"].iloc[1] == result.difference.estimate
 
@@ -139,8 +139,8 @@ def test_what_cannot_be_tested_says_why():
     for tables in ((outputs[:0], pairs), (outputs, pairs[:0])):
         with pytest.raises(Untestable, match="the run has no"):
             found(*tables)
-    with pytest.raises(Untestable, match="'free'"):
-        found(outputs, pairs, "free")
+    with pytest.raises(Untestable, match="'free_running'"):
+        found(outputs, pairs, "free_running")
     with pytest.raises(Untestable, match="NaN"):
         found(outputs, pairs.assign(cosine=np.nan))
     with pytest.raises(SSTError, match="lens_jaccard"):

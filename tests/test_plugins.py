@@ -54,7 +54,7 @@ def test_a_plugin_stands_in_the_report(plugin, runs, monkeypatch, capsys):
         assert words in page
     headings = [page.index(f">{h}</bdi></h2>") for h in ("Basin shifts", "Two halves", "Two modes or one")]
     assert headings == sorted(headings), "where its order says"
-    crashed = replace(ledger, results={}, failed={"halves.free": "KeyError: 'x' (halves.py, line 1)"})
+    crashed = replace(ledger, results={}, failed={"halves.free_running": "KeyError: 'x' (halves.py, line 1)"})
     page = render_report(run, crashed)
     assert "<strong>1</strong> failed in the analysis" in page
     monkeypatch.setattr("sst_interp.cli.runs.ledger_with_bar", lambda run, *how: crashed)
@@ -65,14 +65,14 @@ def test_a_plugin_stands_in_the_report(plugin, runs, monkeypatch, capsys):
 
 
 def test_the_command_shows_a_plugin_and_tells_a_crash_by_its_exit_code(plugin, runs, monkeypatch, capsys):
-    once = 'if c.comparison == "free": c.nothing_of_the_kind\n    rows = c.rows['
+    once = 'if c.comparison == "free_running": c.nothing_of_the_kind\n    rows = c.rows['
     plugin.write_text(PLUGIN.replace("rows = c.rows[", once))
     assert run_command(monkeypatch, "claims", "--run", "tiny", "--resamples", "20", "--json") == 3
     out, err = capsys.readouterr()
     told = json.loads(out)
     verdicts = {row["comparison"]: row["verdict"] for row in told["table"] if row["claim"] == "X1"}
-    assert verdicts.pop("free") == "not testable: the analysis failed"
-    assert set(verdicts) == {"replayed", "within"}
+    assert verdicts.pop("free_running") == "not testable: the analysis failed"
+    assert set(verdicts) == {"teacher_forced", "within"}
     assert set(verdicts.values()) <= {"holds", "does not hold"}
     assert "failed: halves.free: AttributeError: " in err
     assert f"({plugin.name}, line " in err

@@ -14,7 +14,7 @@ from sst_interp.models.choices import Choices
 QUIET = Planted(share=0)
 
 
-def zero_of(pairs, comparison="replayed", control=None, control_questions=None, **options):
+def zero_of(pairs, comparison="teacher_forced", control=None, control_questions=None, **options):
     """Position 0 at a threshold of 0.9, with the pairs of a start-up control."""
     beside = {"blend_off": SimpleNamespace(pairs=control, questions=control_questions)}
     options = {"threshold": 0.9} | options
@@ -59,8 +59,8 @@ def test_it_agrees_with_basin_shifts_about_shares():
 
 
 def test_every_comparison_has_one_threshold_given_fixed_or_the_papers():
-    table = pairs_table(comparisons=("replayed", "free"), seed=3)
-    for comparison in ("replayed", "free"):
+    table = pairs_table(comparisons=("teacher_forced", "free_running"), seed=3)
+    for comparison in ("teacher_forced", "free_running"):
         assert zero_of(table, comparison, threshold=None).threshold == 0.99
         fixed = zero_of(table, comparison, threshold=None, choices=Choices(threshold=0.7))
         assert (fixed.threshold, fixed.provenance) == (0.7, "fixed by the user")
@@ -143,7 +143,7 @@ def test_a_control_that_shifts_more_everywhere_is_no_start():
 
 def test_a_control_with_shorter_texts_is_compared_where_both_have_some():
     own = pairs_table(questions=12, positions=20, planted=QUIET)
-    own = shifted_at(own, (own["position"] == 0) | (own["position"] >= 8))  # as in `free`, further on
+    own = shifted_at(own, (own["position"] == 0) | (own["position"] >= 8))  # as in free-running, further on
     short = own[own["position"] < 8]
     found = zero_of(own, control=short).control
     assert (found.later_difference.estimate, found.excess.estimate) == (0, 0)
@@ -167,8 +167,11 @@ def test_a_control_that_cannot_be_used_says_why():
     without = zero_of(own)
     assert 'not testable: no run with prompt = "blend_off" was given' in without.verdict
     for control, words in (
-        (pairs_table(comparisons=("free",)), "in the control, the run has no pairs of comparison 'replayed'"),
-        (pairs_table(depths=(2,)), "in the control, no pairs of comparison 'replayed' between 1 and 4"),
+        (
+            pairs_table(comparisons=("free_running",)),
+            "in the control, the run has no pairs of comparison 'teacher_forced'",
+        ),
+        (pairs_table(depths=(2,)), "in the control, no pairs of comparison 'teacher_forced' between 1 and 4"),
         (own.assign(question=own["question"] + 100), "no question in common at position 0"),
         (own[own["position"] > 0], "no question in common at position 0"),
     ):
@@ -213,7 +216,7 @@ def test_one_question_one_position_and_some_or_all_missing():
     table = pairs_table(seed=1)
     short = zero_of(table[table["position"] == 0])
     assert "there are no later positions to compare it with" in short.verdict
-    with pytest.raises(Untestable, match="comparison 'replayed' has no pairs at position 0"):
+    with pytest.raises(Untestable, match="comparison 'teacher_forced' has no pairs at position 0"):
         zero_of(table[table["position"] > 0])
     table.loc[table["question"] == 3, "cosine"] = np.nan
     assert zero_of(table).n_questions == 23

@@ -50,7 +50,9 @@ def tables(x, y, comparison="within", lowest=1):
     return pd.concat(parts, ignore_index=True), outputs
 
 
-def nudges_table(changed, comparison="replayed", shifted=None, directions=("true", "random", "elsewhere")):
+def nudges_table(
+    changed, comparison="teacher_forced", shifted=None, directions=("true", "random", "elsewhere")
+):
     """`nudges` of a run: `changed[direction]` [question, position, seed] at every site and b."""
     rows = []
     for direction in directions:
@@ -218,11 +220,11 @@ def test_the_lowest_layer_is_where_the_shift_begins():
 
 def test_other_comparisons_and_other_pairs_are_not_looked_at():
     x, y = random_events(seed=1)
-    within, other = tables(x, y), tables(y, x, "replayed")
+    within, other = tables(x, y), tables(y, x, "teacher_forced")
     steps = [t.assign(a=2, b=3) for t in within]  # of (i - 1, i)
     both = [pd.concat(parts) for parts in zip(within, other, steps, strict=True)]
     assert found_in(*both).to_dict() == found_in(*within).to_dict()
-    replayed = found_in(*both, comparison="replayed")
+    replayed = found_in(*both, comparison="teacher_forced")
     assert replayed.before.estimate != found_in(*within).before.estimate
     assert "Teacher-forced, depths 1 to 4" in replayed.verdict
 
@@ -312,14 +314,14 @@ def nudged(true=0.6, random=0.3, elsewhere=0.3, questions=20, positions=20, seed
 def test_a_change_that_does_more_than_its_size_is_said_to():
     x, y = random_events(seed=1, positions=20)
     x[:, :10] = 0
-    found = found_in(*tables(x, y, "replayed"), "replayed", nudges=nudges_table(nudged()))
-    rows = found.beside_nudges.set_index(["site", "direction", "where"])
+    found = found_in(*tables(x, y, "teacher_forced"), "teacher_forced", nudges=nudges_table(nudged()))
+    rows = found.beside_perturbations.set_index(["site", "direction", "where"])
     at = ("output", "random", "shifted")
     assert rows["difference_low"][at] < 0.3 < rows["difference_high"][at]
     assert "flips the argmax more often than a random change of the same size" in found.verdict
     assert rows["positions"][at] == (x < NEVER).sum()
     assert rows["positions"]["stream", "true", "stable"] == (x == NEVER).sum()
-    less = found_in(*tables(x, y, "replayed"), "replayed", nudges=nudges_table(nudged(0.1, 0.5)))
+    less = found_in(*tables(x, y, "teacher_forced"), "teacher_forced", nudges=nudges_table(nudged(0.1, 0.5)))
     assert "flips the argmax less often than" in less.verdict
 
 
@@ -357,14 +359,14 @@ def test_within_takes_its_shifts_from_the_pass_that_was_nudged():
     shifted[:, :5] = True
     table = nudges_table(nudged(), "within", shifted)
     found = found_in(*tables(x, y), nudges=table)
-    rows = found.beside_nudges.set_index(["site", "direction", "where"])
+    rows = found.beside_perturbations.set_index(["site", "direction", "where"])
     assert rows["positions"]["output", "true", "shifted"] == 100
     assert rows["positions"]["output", "true", "stable"] == 300
     relative = table.assign(
         relative_l2=[1 - c for c in table["cosine"]], cosine=[c * 0 for c in table["cosine"]]
     )
     other = found_in(*tables(x, y), nudges=relative, choices=Choices(overlap="relative_l2"), threshold=0.8)
-    assert other.beside_nudges.equals(found.beside_nudges)
+    assert other.beside_perturbations.equals(found.beside_perturbations)
 
 
 def test_the_order_of_nudges_is_the_count():
@@ -383,15 +385,15 @@ def test_the_order_of_nudges_is_the_count():
 
 def test_without_perturbations_that_part_is_not_known():
     pairs, outputs = tables(*random_events(seed=1))
-    table = nudges_table(nudged(), "replayed")
+    table = nudges_table(nudged(), "teacher_forced")
     for nudges in (None, table[:0], table):  # the last: of another comparison
         found = found_in(pairs, outputs, nudges=nudges)
         assert "is not known: the run has no norm-matched perturbations (within; " in found.verdict
-        assert found.beside_nudges.empty
+        assert found.beside_perturbations.empty
         assert found.by_construction.empty
         assert np.isfinite(found.before.estimate), "the rest is there"
         found.figures()
-    free = found_in(*tables(*random_events(seed=1), "free"), "free", nudges=table)
+    free = found_in(*tables(*random_events(seed=1), "free_running"), "free_running", nudges=table)
     assert "is not known: each depth reads its own text." in free.verdict
     jaccard = found_in(
         pairs.assign(lens_jaccard=pairs["cosine"]),
@@ -405,10 +407,12 @@ def test_without_perturbations_that_part_is_not_known():
 def test_nudges_elsewhere_than_the_run_are_said_to_be_useless():
     x, y = random_events(seed=1, questions=3)
     table = nudges_table(nudged(questions=3)).assign(question=lambda t: t["question"] + 50)
-    found = found_in(*tables(x, y, "replayed"), "replayed", nudges=table)
+    found = found_in(*tables(x, y, "teacher_forced"), "teacher_forced", nudges=table)
     assert "is not known: no perturbed position has all its overlaps" in found.verdict
     stable = found_in(
-        *tables(np.full_like(x, NEVER), y, "replayed"), "replayed", nudges=nudges_table(nudged(questions=3))
+        *tables(np.full_like(x, NEVER), y, "teacher_forced"),
+        "teacher_forced",
+        nudges=nudges_table(nudged(questions=3)),
     )
     assert "No perturbed position shifts" in stable.verdict
 
@@ -417,7 +421,7 @@ def test_nan_in_nudges_is_left_out():
     x, y = random_events(seed=1, positions=20)
     table = nudges_table(nudged())
     table.loc[table["position"] == 0, "kl"] = np.nan
-    found = found_in(*tables(np.zeros_like(x), y, "replayed"), "replayed", nudges=table)
-    assert (found.beside_nudges["positions"] == 20 * 19).all()
+    found = found_in(*tables(np.zeros_like(x), y, "teacher_forced"), "teacher_forced", nudges=table)
+    assert (found.beside_perturbations["positions"] == 20 * 19).all()
     for figure in found.figures().values():
         assert "20 questions" in str(figure.to_dict()["layout"])

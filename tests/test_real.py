@@ -102,6 +102,6 @@ def test_basin_shifts_of_real_questions(tmp_path, monkeypatch, capsys):
     assert run.pairs["cosine"].between(-1, 1).all()
     assert run.pairs["layer"].nunique() == 30
     assert (run.pairs["relative_l2"] > 0).mean() > 0.9  # a second iteration changes something
-    assert set(results) == {"replayed", "within", "free"}
+    assert set(results) == {"teacher_forced", "within", "free_running"}
     assert run.states(0).shape == (30, 2, 576)
     assert Path("runs/real/report.html").stat().st_size > 1_000_000  # plotly is inside

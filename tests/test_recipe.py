@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sst_interp import paths
 from sst_interp.errors import SSTError
 from sst_interp.models.choices import Choices
 from sst_interp.runs.recipe import Recipe, find_recipe, known_recipes
@@ -242,7 +243,7 @@ def here(tmp_path, monkeypatch):
     """An empty working folder with a `runs` folder and a `shipped` one."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("SST_INTERP_RUNS", raising=False)
-    monkeypatch.setattr(places, "shipped", lambda kind: tmp_path / "shipped" / kind)
+    monkeypatch.setattr(paths, "shipped", lambda kind: tmp_path / "shipped" / kind)
     return tmp_path
 
 

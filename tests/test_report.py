@@ -105,7 +105,7 @@ def ledger(run):
 @pytest.fixture(scope="module")
 def brief(ledger):
     """The ledger with two analyses only: drawing figures is most of the time."""
-    kept = ("basin_shifts.replayed", "basin_shifts.free", "token_replacement.replayed")
+    kept = ("basin_shifts.teacher_forced", "basin_shifts.free_running", "token_replacement.teacher_forced")
     return replace(ledger, results={name: ledger.results[name] for name in kept}, missing={})
 
 
@@ -344,7 +344,7 @@ def _moved(arrays, which, place):
 
 
 def test_a_full_size_run_stays_small():
-    run = synthetic_run(questions=33, positions=64, layers=30, comparisons=("replayed",), seed=1)
+    run = synthetic_run(questions=33, positions=64, layers=30, comparisons=("teacher_forced",), seed=1)
     shown = script_json(explorer_data(run, THRESHOLDS))
     # Made-up norms are independent noise; those of a real run cost half (measured: 2.5 bytes a row in all).
     assert len(shown) / len(run.pairs) < 3.8
@@ -369,10 +369,10 @@ def test_a_question_by_index_or_id_shows_itself_only(run, tmp_path):
 
 
 def test_what_cannot_be_tested_is_said():
-    few = full_run(comparisons=("replayed",), questions=3, positions=4, layers=2)
+    few = full_run(comparisons=("teacher_forced",), questions=3, positions=4, layers=2)
     page = render_report(few, claims(few, resamples=20))
     assert "Not testable in free: the run has no pairs of comparison &#39;free&#39;." in page
-    assert page.count('<span data-panel="free">Not testable in this comparison.</span>') == 3
+    assert page.count('<span data-panel="free_running">Not testable in this comparison.</span>') == 3
     empty = synthetic_run(comparisons=(), questions=3)
     data = embedded(render_report(empty, claims(empty, resamples=20)))
     assert data["explorer"]["comparisons"] == []
@@ -524,9 +524,9 @@ def test_the_download_is_the_table_and_the_switch_changes_every_section(opened, 
     assert page.locator(".claim-details:visible").count() == 0
     page.locator(".claim-more").first.press("Enter")
     assert page.locator(".claim-details:visible").count() == 1
-    page.locator("#story .switch button", has_text="free").click()
+    page.locator("#story .switch button", has_text="free_running").click()
     shown = page.locator("#a0 .panel:visible .verdict p").first.inner_text()
-    assert shown == split_verdict(ledger.results["basin_shifts.free"].verdict)[0]
+    assert shown == split_verdict(ledger.results["basin_shifts.free_running"].verdict)[0]
     page.locator("#story-1 .main-svg").first.wait_for()
 
 

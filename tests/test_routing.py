@@ -52,7 +52,7 @@ def changes(numbers, column):
     i, q = (g.ravel() for g in np.indices(numbers.shape))
     rows = pd.DataFrame({"question": q, "comparison": "within", "position": 0, "a": i + 1, "b": i + 2})
     rows[column] = numbers.ravel()
-    other = [rows.assign(position=1), rows.assign(a=1, b=9), rows.assign(comparison="free")]
+    other = [rows.assign(position=1), rows.assign(a=1, b=9), rows.assign(comparison="free_running")]
     return pd.concat([rows, *(o.assign(**{column: -1.0}) for o in other)], ignore_index=True)
 
 

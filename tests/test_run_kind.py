@@ -13,6 +13,7 @@ from test_capture import write_questions
 from test_loading import save_model
 from tiny_kinds import WORDS, capture_kinds, models
 
+from sst_interp import paths
 from sst_interp.cli import app
 from sst_interp.errors import SSTError
 from sst_interp.findings import of_run
@@ -84,7 +85,7 @@ def test_the_report_names_the_kind_and_claims_of_a_blend_need_one(captured, kind
     run = captured[kind]
     shipped = tmp_path / "studies"
     shipped.mkdir()
-    monkeypatch.setattr(places, "studies_dir", lambda: shipped)
+    monkeypatch.setattr(paths, "studies_dir", lambda: shipped)
     measured = {"model": "tiny", "layers": "all", "alpha": 0.2, "alpha_low": 0.1, "alpha_high": 0.3}
     pd.DataFrame([measured]).to_parquet(shipped / "errors.parquet")
     seen = []  # a measurement of an SST of that name must not be read beside another kind
@@ -140,7 +141,7 @@ def test_a_recipe_asks_for_the_loop(tmp_path):
     assert recipe.differences(plain) == [("kind", "looped", None)]
     with pytest.raises(SSTError, match="the recipe's kind is 'looped'"):
         capture(replace(recipe, dtype="float64"), models()["sst"], tmp_path / "other", progress=False)
-    with pytest.raises(SSTError, match="kind = 'spiral' is not one of sst, lrt, looped"):
+    with pytest.raises(SSTError, match="kind = 'spiral' is not one of looped, lrt, sst"):
         replace(recipe, kind="spiral")
     with pytest.raises(SSTError, match="kind = 'looped': a depth-looped model has no alpha"):
         replace(recipe, alpha=0.1)

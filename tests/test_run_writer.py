@@ -12,7 +12,7 @@ import tiny_run
 import torch
 from tiny_run import BATCHES, PROVENANCE, batch, capture, contents, tiny_recipe
 
-from sst_interp import files as durable
+from sst_interp import files as disk
 from sst_interp.errors import SSTError
 from sst_interp.runs.manifest import damage, read_manifest
 from sst_interp.runs.schema import KEYS, TABLES
@@ -23,7 +23,7 @@ KILL_EVERYWHERE = """
 import itertools, os, signal, sys
 from pathlib import Path
 import tiny_run
-from sst_interp import durable
+from sst_interp import files as disk
 from sst_interp.errors import SSTError
 from sst_interp.runs.writer import RunWriter
 
@@ -56,7 +56,7 @@ def killed_at(point):
         if reached():
             die()
         replace(old, new)
-    durable.sync, os.replace = dying_sync, dying_replace
+    disk.sync, os.replace = dying_sync, dying_replace
 
 for point in itertools.count():
     pid = os.fork()
@@ -110,7 +110,7 @@ def test_killed_anywhere_a_run_resumes_to_the_same_bytes(crashed, uninterrupted)
 
 def test_files_reach_the_disk_before_their_names_and_all_of_them_before_the_manifest(tmp_path, monkeypatch):
     flushed, listed, replace = [], [], os.replace
-    monkeypatch.setattr(durable, "sync", lambda path: flushed.append(path))
+    monkeypatch.setattr(disk, "sync", lambda path: flushed.append(path))
 
     def checked(old, new):
         assert flushed.count(old) == 1, "renamed before it was flushed"
@@ -152,7 +152,7 @@ def test_a_full_disk_loses_nothing_that_was_committed(tmp_path, monkeypatch, uni
             if next(left, None) is None:
                 raise OSError(code, os.strerror(code))
 
-        monkeypatch.setattr(durable, "sync", failing)
+        monkeypatch.setattr(disk, "sync", failing)
         try:
             capture(folder, batches=BATCHES[:2])
             break
@@ -161,7 +161,7 @@ def test_a_full_disk_loses_nothing_that_was_committed(tmp_path, monkeypatch, uni
         assert message.startswith("the disk is full: " if code == errno.ENOSPC else "cannot write run")
         assert str(folder) in message
         assert list(folder.rglob("*.tmp")) == []
-        monkeypatch.setattr(durable, "sync", lambda path: None)
+        monkeypatch.setattr(disk, "sync", lambda path: None)
         if (folder / "manifest.json").exists():
             before = contents(folder)["manifest.json"]["shards"]
             with RunWriter.open(folder, tiny_recipe(), PROVENANCE) as writer:
@@ -178,7 +178,7 @@ def test_what_safetensors_says_of_a_full_disk_is_understood(tmp_path):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     with pytest.raises(OSError, match="No space left") as error:
-        durable.stage(tmp_path / "x", fill)
+        disk.stage(tmp_path / "x", fill)
     assert error.value.errno == errno.ENOSPC
     assert list(tmp_path.iterdir()) == []
 

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_run import BATCHES, PASSES, POSITIONS, PROVENANCE, batch, capture, columns, rows, state, tiny_recipe
 
+from sst_interp import paths
 from sst_interp.errors import SSTError
 from sst_interp.models.choices import COMPARISONS
 from sst_interp.runs.schema import KEYS, TABLES, to_frame, to_table
@@ -32,7 +33,7 @@ def here(tmp_path, monkeypatch):
     """An empty working folder, with runs in `runs` and shipped data in `shipped`."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("SST_INTERP_RUNS", raising=False)
-    monkeypatch.setattr(places, "shipped", lambda kind: tmp_path / "shipped" / kind)
+    monkeypatch.setattr(paths, "shipped", lambda kind: tmp_path / "shipped" / kind)
     return tmp_path
 
 
@@ -65,7 +66,7 @@ def test_tables_do_not_depend_on_the_batches(tiny, order, cuts, random):
         run, reference = open_run(folder), open_run(tiny)
         for name in TABLES:
             assert run.table(name).equals(reference.table(name))
-        some = {"columns": ["cosine", "layer"], "comparison": "free"}
+        some = {"columns": ["cosine", "layer"], "comparison": "free_running"}
         assert run.table("pairs", **some).equals(reference.table("pairs", **some))
         for question in order:
             assert torch.equal(run.states(question), reference.states(question))
@@ -89,7 +90,7 @@ def test_a_part_of_a_table_needs_only_its_part_of_the_memory(tiny, monkeypatch):
     run = open_run(tiny)
     n, keys = len(run.pairs), 4 + 1 + 2 + 2 + 1 + 1
     part = run.table("pairs", ["cosine"])
-    free = run.table("pairs", ["cosine"], "free")
+    free = run.table("pairs", ["cosine"], "free_running")
     assert [table.num_rows for table in read] == [n, n, n // 3]
     assert [set(table.column_names) - set(KEYS["pairs"]) for table in read[1:]] == [{"cosine"}] * 2
     dictionaries = 1000
@@ -104,7 +105,7 @@ def test_any_tool_reads_a_table(tiny, tmp_path):
     folder = shutil.copytree(tiny, tmp_path / "copy")
     (folder / "pairs/.0003.parquet.tmp").write_bytes(b"half a shard")
     plain = pd.read_parquet(folder / "pairs")
-    assert (plain.comparison == "free").sum() == len(plain) / 3
+    assert (plain.comparison == "free_running").sum() == len(plain) / 3
     assert plain.equals(open_run(folder).pairs)
 
 
@@ -144,7 +145,7 @@ def test_verification_can_be_left_out_and_is_done_once(tiny, tmp_path, monkeypat
         ({"name": "pairs", "columns": ["cosin"]}, "unknown column of pairs 'cosin'"),
         ({"name": "pairs", "columns": ["lens_jaccard"]}, "unknown column of pairs"),
         ({"name": "pairs", "comparison": "fre"}, "unknown comparison in pairs 'fre'"),
-        ({"name": "steps", "comparison": "free"}, "unknown comparison in steps"),
+        ({"name": "steps", "comparison": "free_running"}, "unknown comparison in steps"),
     ],
 )
 def test_what_is_not_in_a_table_is_an_error(tiny, ask, says):

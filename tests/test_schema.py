@@ -81,13 +81,17 @@ def test_what_fits_comes_back_the_same_from_lists_and_arrays(values, data):
     n = len(values)
     rows = tiny_run.columns("outputs", [0])
     columns = {k: v[:1] * n for k, v in rows.items()} | {"replaced": values}
-    columns["comparison"] = data.draw(st.lists(st.sampled_from(["free", "within"]), min_size=n, max_size=n))
+    columns["comparison"] = data.draw(
+        st.lists(st.sampled_from(["free_running", "within"]), min_size=n, max_size=n)
+    )
     as_arrays = {k: np.array(v) if n else v for k, v in columns.items()}
     assert to_table("outputs", columns).equals(to_table("outputs", as_arrays))
     frame = to_frame(to_table("outputs", columns))
     assert frame.replaced.tolist() == values
     assert frame.replaced.dtype == np.int16
-    assert (frame.comparison == "free").tolist() == [c == "free" for c in columns["comparison"]]
+    assert (frame.comparison == "free_running").tolist() == [
+        c == "free_running" for c in columns["comparison"]
+    ]
 
 
 @pytest.mark.parametrize("name", TABLES)

@@ -21,7 +21,7 @@ from test_loading import save_model
 from sst_interp.errors import SSTError
 from sst_interp.models import checkpoint as adapters
 from sst_interp.models import loading
-from sst_interp.models.checkpoint import CONFIG, WEIGHTS, save_checkpoint
+from sst_interp.models.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, WEIGHTS, save_checkpoint
 from sst_interp.models.choices import Choices
 from sst_interp.models.hub import fetch_checkpoint, push_to_hub
 from sst_interp.models.loading import load
@@ -196,7 +196,7 @@ def test_a_trained_checkpoint_comes_back(hub, trained, tmp_path):
     model = load(trained, dtype="float32")
     push_to_hub(model, "me/trained")
     there = hub.folder("me/trained")
-    kept = {CONFIG, WEIGHTS, adapters.CONFIG, adapters.WEIGHTS, "README.md", "training.jsonl"}
+    kept = {CONFIG, WEIGHTS, ADAPTER_CONFIG, ADAPTER_WEIGHTS, "README.md", "training.jsonl"}
     assert {p.name for p in there.iterdir()} == kept
     for name in kept:
         assert (there / name).read_bytes() == (trained / name).read_bytes(), name
@@ -212,7 +212,7 @@ def test_what_was_fetched_can_be_pushed_on(hub, trained):
     assert fetched.name == "me/first"
     push_to_hub(fetched, "me/second")
     for file in hub.folder("me/first").iterdir():
-        if file.name in (CONFIG, WEIGHTS, adapters.CONFIG, adapters.WEIGHTS):
+        if file.name in (CONFIG, WEIGHTS, ADAPTER_CONFIG, ADAPTER_WEIGHTS):
             assert (hub.folder("me/second") / file.name).read_bytes() == file.read_bytes()
 
 
@@ -229,7 +229,7 @@ def test_a_backbone_that_others_cannot_find_is_refused(hub, folder, trained):
     before = json.loads((trained / CONFIG).read_text())
     push_to_hub(load(trained, dtype="float32"), "me/trained", backbone="owner/tiny")
     there = hub.folder("me/trained")
-    assert json.loads((there / adapters.CONFIG).read_text())["base_model_name_or_path"] == "owner/tiny"
+    assert json.loads((there / ADAPTER_CONFIG).read_text())["base_model_name_or_path"] == "owner/tiny"
     assert json.loads((there / CONFIG).read_text())["backbone"]["name"] == "owner/tiny"
     assert json.loads((trained / CONFIG).read_text()) == before  # what is here stays as it is
 
@@ -292,7 +292,7 @@ def test_without_a_network_what_is_cached_as_a_whole_is_used(hub, untrained, tra
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert fetch_checkpoint("me/stream") == whole
     assert fetch_checkpoint("me/never-seen") is None
-    with pytest.raises(SSTError, match=f"{adapters.CONFIG} of checkpoint me/trained cannot be fetched"):
+    with pytest.raises(SSTError, match=f"{ADAPTER_CONFIG} of checkpoint me/trained cannot be fetched"):
         fetch_checkpoint("me/trained")  # it may have adapters: without them it would be another model
 
 

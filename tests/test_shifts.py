@@ -10,7 +10,7 @@ from sst_interp.errors import SSTError, Untestable
 from sst_interp.models.choices import Choices
 
 
-def shifts_of(table, comparison="replayed", **options):
+def shifts_of(table, comparison="teacher_forced", **options):
     return basin_shifts(contrast(table, comparison, **options))
 
 
@@ -121,7 +121,7 @@ def test_a_shift_that_is_only_a_layer_is_said_to_be_one():
 
 
 def test_free_is_split_where_the_texts_part():
-    shifts = shifts_of(pairs_table(comparisons=("free",), diverge=5, seed=1), "free")
+    shifts = shifts_of(pairs_table(comparisons=("free_running",), diverge=5, seed=1), "free_running")
     assert shifts.same_prefix.estimate == 0
     assert shifts.other_prefix.estimate > 0.1
     assert shifts.same_prefix_of_pairs == pytest.approx(5 / 16)
@@ -138,10 +138,10 @@ def test_short_texts_leave_positions_to_fewer_questions():
 
 
 def test_every_comparison_that_is_there_has_its_result_the_leading_one_first():
-    table = pairs_table(comparisons=("replayed", "within"))
+    table = pairs_table(comparisons=("teacher_forced", "within"))
     results = all_comparisons(contrast(table, choices=Choices(comparison="within")))
-    assert list(results) == ["within", "replayed"]
-    assert results["replayed"].to_dict() == shifts_of(table).to_dict()
+    assert list(results) == ["within", "teacher_forced"]
+    assert results["teacher_forced"].to_dict() == shifts_of(table).to_dict()
 
 
 def test_one_question_has_no_interval_and_nothing_and_nothing_but_nan_is_untestable():
@@ -162,7 +162,7 @@ def test_one_question_has_no_interval_and_nothing_and_nothing_but_nan_is_untesta
 
 
 def profile_of(table, **options):
-    return layer_profile(contrast(table, "replayed", **{"threshold": 0.9, "resamples": 400} | options))
+    return layer_profile(contrast(table, "teacher_forced", **{"threshold": 0.9, "resamples": 400} | options))
 
 
 def test_layers_that_do_not_shift_are_seen():
@@ -216,7 +216,7 @@ def test_one_layer_one_question_no_shift_and_all_shifted():
 
 
 def questions_of(table):
-    return shifts_per_question(contrast(table, "replayed", threshold=0.9, resamples=300))
+    return shifts_per_question(contrast(table, "teacher_forced", threshold=0.9, resamples=300))
 
 
 def test_the_table_is_the_counts():

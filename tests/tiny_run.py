@@ -17,7 +17,7 @@ PROVENANCE = {"model_hash": "abc", "dtype": "bfloat16", "versions": {"torch": "2
 BATCHES = [[0, 1], [2, 3], [4, 5]]
 PASSES = [("own", 1), ("own", 2), ("depth1", 2)]
 MEASURED = ("cosine", "relative_l2", "norm_a", "norm_b", "bf16_ratio")
-COMPARED = [("replayed", 1, 2), ("within", 1, 2), ("free", 1, 2)]
+COMPARED = [("teacher_forced", 1, 2), ("within", 1, 2), ("free_running", 1, 2)]
 KEYS = {
     "questions": "question depth",
     "steps": "question text depth position iteration",
@@ -58,7 +58,7 @@ def rows(table: str, questions: list[int]) -> list[tuple]:
         "nudges": [
             (*row, site, direction, seed)
             for row in outputs
-            if row[1] != "free"
+            if row[1] != "free_running"
             for site in ("output", "stream")
             for direction, seed in NUDGES
         ],

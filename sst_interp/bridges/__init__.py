@@ -67,7 +67,7 @@ def run_with_cache(
     return bridge(model).run_with_caches(prompts, iterations, names_filter, method=method)
 
 
-def nnsight(model: StateStreamModel, iterations: int = 1) -> StateStreamNNsight:
+def open_nnsight(model: StateStreamModel, iterations: int = 1) -> StateStreamNNsight:
     """The model for nnsight: `trace` and `generate` at this depth, every iteration addressable.
 
     Raises:

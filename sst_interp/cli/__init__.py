@@ -18,7 +18,7 @@ def __getattr__(name: str) -> object:
     """`app`, imported when it is asked for."""
     if name != "app":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from sst_interp.cli.app import app
+    from sst_interp.cli.commands import app
 
     return app
 
@@ -35,7 +35,7 @@ def main() -> None:
     try:
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else somebody ignores it
             signal.signal(signal.SIGINT, stop)
-        from sst_interp.cli.app import run
+        from sst_interp.cli.commands import run
 
         run()
     except KeyboardInterrupt:

@@ -141,21 +141,20 @@ def probe(
 
         sst-interp probe --run arc-challenge --save probes/arc --json > probe.json
     """
-    from tqdm import tqdm
-
     from sst_interp.experiments.probe import saved
     from sst_interp.experiments.probe.fit import Design
     from sst_interp.findings.experiments import PAPER_LABEL, probe_rows
     from sst_interp.findings.of_run import keep_findings
     from sst_interp.runs.store import open_run
+    from sst_interp.tables import bar as progress_bar
 
     opened: Any = open_run(run)
     if save is not None:
         saved.check_save(save)
     if not opened.complete:
         captured = opened.questions["question"].nunique()
-        print(f"note: {opened.name} is not complete: {captured} questions so far", file=sys.stderr)
-    with tqdm(total=permutations, desc=f"probing {opened.name}", unit="permutation", file=sys.stderr) as bar:
+        say(f"note: {opened.name} is not complete: {captured} questions so far", sys.stderr)
+    with progress_bar(f"probing {opened.name}", total=permutations, unit="permutation") as bar:
 
         def show(what: str, done: int, of: int) -> None:
             bar.update(done - bar.n)
@@ -167,9 +166,9 @@ def probe(
         rows = probe_rows(probed.halting, probed.routing)
         results = {"halting": probed.halting, "routing": probed.routing}
         kept = keep_findings(opened, "probe", rows, made, results)
-        print(f"claims C12 and C13: {kept}", file=sys.stderr)
+        say(f"claims C12 and C13: {kept}", sys.stderr)
     if save is not None:
-        print(f"probe: {probed.probe.save(save)}", file=sys.stderr)
+        say(f"probe: {probed.probe.save(save)}", sys.stderr)
 
 
 def as_dict(probed: Probed) -> dict[str, Any]:
@@ -250,17 +249,16 @@ def patch(
     Example:
         sst-interp patch --run arc-challenge --questions 40
     """
-    from tqdm import tqdm
-
     from sst_interp.experiments.patching.finding import patching
     from sst_interp.experiments.patching.run import Plan, patch_run
     from sst_interp.findings.experiments import patching_rows
     from sst_interp.findings.of_run import keep_findings
     from sst_interp.runs.store import open_run
+    from sst_interp.tables import bar as progress_bar
 
     opened = open_run(run)
     folder = out or Path("patching") / opened.name
-    bar = tqdm(total=questions, desc=f"patching {opened.name}", unit="question", file=sys.stderr)
+    bar = progress_bar(f"patching {opened.name}", total=questions, unit="question")
 
     def show(done: int, total: int) -> None:
         bar.total = total
@@ -273,7 +271,7 @@ def patch(
     if as_json:
         print(json.dumps(result.to_dict(), indent=2))
     else:
-        print(result.table.to_string(index=False, float_format=lambda x: f"{x:.3g}"))
-        print(f"\n{result.verdict}\n\nrows: {folder}")
+        say(result.table.to_string(index=False, float_format=lambda x: f"{x:.3g}"))
+        say(f"\n{result.verdict}\n\nrows: {folder}")
     kept = keep_findings(opened, "patching", patching_rows(result), made, {"patching": result})
-    print(f"claim C16: {kept}", file=sys.stderr)
+    say(f"claim C16: {kept}", sys.stderr)

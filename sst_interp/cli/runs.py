@@ -142,7 +142,7 @@ def datasets(as_json: JsonFlag = False) -> None:
     Example:
         sst-interp datasets
     """
-    from sst_interp.questions import datasets as known_datasets
+    from sst_interp.questions import known_datasets
 
     rows = [
         {
@@ -187,7 +187,7 @@ def basin_shifts(
     Examples:
         sst-interp basin-shifts demo
 
-        sst-interp basin-shifts --run demo --json - | jq .replayed.share
+        sst-interp basin-shifts --run demo --json - | jq .teacher_forced.share
     """
     from sst_interp.findings.report.page import write_report
 

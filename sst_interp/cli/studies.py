@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ import typer
 from sst_interp import paths
 from sst_interp.cli.common import JsonFlag, stopping
 from sst_interp.errors import SSTError
+from sst_interp.tables import say
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -137,13 +137,13 @@ def document(
             shown |= study.show(study.folder(studies))
     if not shown:
         raise SSTError(f"{path} has no place for a table of a study", "for example <!-- two-pass --> ...")
-    print(f"{path}: {', '.join(fill(path, shown, others=True))}")
+    say(f"{path}: {', '.join(fill(path, shown, others=True))}")
 
 
 def print_shown(shown: dict[str, str]) -> None:
     """Tables and verdicts under headings of their names."""
     for name, text in shown.items():
-        print(f"\n## {name}\n\n{text}")
+        say(f"\n## {name}\n\n{text}")
 
 
 def _numbers(text: str) -> list[float]:
@@ -156,9 +156,9 @@ def _numbers(text: str) -> list[float]:
 
 @contextmanager
 def _bar(name: str) -> Iterator[Callable[[str, int, int], None]]:
-    from tqdm import tqdm
+    from sst_interp.tables import bar as progress_bar
 
-    with tqdm(desc=name, file=sys.stderr, mininterval=1) as bar:
+    with progress_bar(name, mininterval=1) as bar:
 
         def progress(words: str, done: int, total: int) -> None:
             bar.set_description(f"{name}: {words}", refresh=False)

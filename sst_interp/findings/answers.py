@@ -48,7 +48,7 @@ def replaced(e: Evidence) -> Finding:
     here = f"{found.shifted.text()} against {found.stable.text()}"
     last = found.last_shifted.estimate, found.last_stable.estimate
     control = f"by the last layer alone {_shown(*last)}; {_replaced_at_random(e)}"
-    if e.comparison == "free":
+    if e.comparison == "free_running":
         control += f"; while both have read the same tokens {_shown(*found.same_tokens('replaced'))}"
     for group, why in ((found.shifted, "no position shifts"), (found.stable, "no position is stable")):
         if not math.isfinite(group.estimate):
@@ -66,7 +66,7 @@ def deepest_winner(e: Evidence) -> Finding:
     """The deepest rank of a new winner; beside it how deep random changes of the same size reach."""
     found: TokenReplacement = e("token_replacement")
     n = found.beyond.n_questions
-    if e.comparison == "free":
+    if e.comparison == "free_running":
         deepest = np.nanmax([*found.same_tokens("deepest_rank"), 0.0])
         control = f"while both have read the same tokens rank {deepest:.0f}"
     else:
@@ -202,7 +202,7 @@ def _replaced_at_random(e: Evidence) -> str:
     except SSTError as error:
         return f"random changes not measured: {error.message}"
     if not found.at_shifts:
-        return f"random changes not measured: {found.no_nudges or 'no perturbed position shifts'}"
+        return f"random changes not measured: {found.no_perturbations or 'no perturbed position shifts'}"
     true, random = found.at_shifts["true"], found.at_shifts["random"]
     words = f"the last layer's change replaces {true['replaced']:.3g} (mean), a random one of that size "
     return words + f"{random['replaced']:.3g} ({questions_words(int(random['questions']))})"

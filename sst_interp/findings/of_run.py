@@ -105,7 +105,7 @@ def ledger_of(
         **companions(run).runs,
         alpha=blend_of(run),
         approximation=approximation_of(run),
-        no_blend=None if run.kind == "sst" else f"{kind_words(run.kind or 'backbone')}: it has no blend",
+        no_blend=None if run.kind == "sst" else f"a {_said(run.kind)} has no blend",
         token_class=token_classes(tokenizer) if tokenizer is not None else None,
         more=[*{(row.claim.id, row.comparison): row for row in (*kept.rows, *more)}.values()],
         resamples=resamples,
@@ -113,6 +113,16 @@ def ledger_of(
         progress=progress,
     )
     return replace(ledger, results=ledger.results | kept.results)
+
+
+def _said(kind: str | None) -> str:
+    """A kind inside a sentence: abbreviations and names keep their capitals."""
+    words = kind_words(kind or "backbone")
+    return (
+        words
+        if words.istitle() or words[:2].isupper() or " Transformer" in words
+        else words[:1].lower() + words[1:]
+    )
 
 
 def blend_of(run: Run) -> BlendWeights | None:

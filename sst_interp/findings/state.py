@@ -233,8 +233,8 @@ def _noise_overlaps(e: Evidence) -> tuple[pd.DataFrame, np.ndarray]:
 
 
 def _on_one_text(e: Evidence) -> str:
-    """In `free`: how many of the shifts are left when both depths read one text."""
-    if e.comparison != "free":
+    """In free-running: how many of the shifts are left when both depths read one text."""
+    if e.comparison != "free_running":
         return ""
     try:
         found = e("divergence")
@@ -248,7 +248,7 @@ def _on_one_text(e: Evidence) -> str:
 def _random_flips(found: Any) -> str:
     """What random changes of a shift's size do to the argmax."""
     if not found.at_shifts:
-        return f"random changes not measured: {found.no_nudges or 'no perturbed position shifts'}"
+        return f"random changes not measured: {found.no_perturbations or 'no perturbed position shifts'}"
     true, random = found.at_shifts["true"], found.at_shifts["random"]
     words = f"the argmax changes at {percent_text(true['changed'])} of the shifts, by random changes of that "
     return words + f"size at {percent_text(random['changed'])} ({questions_words(int(random['questions']))})"

@@ -194,7 +194,7 @@ def refuse_kind(name: str | Path, found: str, wanted: str | None) -> None:
 def add_adapters(model: nn.Module, rank: int, lora_alpha: int, targets: tuple[str, ...], seed: int) -> Any:
     """Put fresh adapters on a model's linear layers, in place; everything else is frozen.
 
-    The adapters take the model's own dtype: an optimiser keeps what it trains in fp32 (`optimiser.Masters`).
+    The adapters take the model's own dtype: an optimiser keeps what it trains in fp32 (`optimiser.MasterWeights`).
 
     Args:
         targets: ends of the names of the linear layers; empty for all but the unembedding.

@@ -18,8 +18,10 @@ from sst_interp.errors import SSTError, unknown_name
 MAX_DEPTH = 127
 """The deepest iteration anywhere: depths and iterations are int8 in a run's tables."""
 
-Comparison = Literal["replayed", "within", "free"]
+Comparison = Literal["teacher_forced", "within", "free_running"]
 COMPARISONS: tuple[Comparison, ...] = get_args(Comparison)
+BEFORE = {"replayed": "teacher_forced", "free": "free_running", "handoff": "initial_guess"}
+"""Names of version 0.1 -> today's: old runs, recipes and checkpoints are read with them."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Choices:
     kv: Literal["last", "first"] = "last"
     """Which iteration's keys and values later positions attend to."""
 
-    handoff: Literal["shift", "scan"] = "shift"
+    initial_guess: Literal["shift", "scan"] = "shift"
     """How a blend-off pass becomes states: the two-pass prompt, and any sweep solver's first guess.
     `shift`: s_t = y_(t-1). `scan`: a moving average, s_t = (1 - alpha) y_(t-1) + alpha s_(t-1)."""
 
@@ -48,7 +50,7 @@ class Choices:
     """Similarity of two hidden states. `relative_l2`: 1 - |b - a| / |a|. `lens_jaccard`: Jaccard index of
     their logit-lens top-100 token sets (costs one unembedding per layer, so it is measured on request)."""
 
-    comparison: Comparison = "replayed"
+    comparison: Comparison = "teacher_forced"
     """The comparison a summary leads with. All three are always measured, and never pooled."""
 
     threshold: Literal["antimode"] | float = "antimode"
@@ -77,9 +79,12 @@ class Choices:
     def from_dict(cls, values: Mapping[str, Any]) -> Choices:
         """Choices from a recipe's `[choices]` table; an unknown key is an error with the nearest name."""
         known = [field.name for field in fields(cls)]
+        values = {BEFORE.get(key, key): value for key, value in values.items()}
         for key in values:
             if key not in known:
                 raise unknown_name("choice", key, known)
+        if "comparison" in values and isinstance(values["comparison"], str):
+            values["comparison"] = BEFORE.get(values["comparison"], values["comparison"])
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -127,7 +132,7 @@ def check_choices(choices: Any) -> Choices:
     return choices or Choices()
 
 
-TRAINED = ("carry", "blend", "kv", "handoff")
+TRAINED = ("carry", "blend", "kv", "initial_guess")
 """Choices that a checkpoint is trained with."""
 
 ANALYSIS = ("comparison", "threshold")
@@ -138,7 +143,7 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
     "blend": ("convex", "additive"),
     "prompt": ("exact", "blend_off", "two_pass"),
     "kv": ("last", "first"),
-    "handoff": ("shift", "scan"),
+    "initial_guess": ("shift", "scan"),
     "overlap": ("cosine", "relative_l2", "lens_jaccard"),
     "comparison": COMPARISONS,
 }

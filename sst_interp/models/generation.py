@@ -18,7 +18,7 @@ from torch import Tensor
 from sst_interp.errors import SSTError
 from sst_interp.models.cache import KeyValues
 from sst_interp.models.choices import MAX_DEPTH, shown, whole
-from sst_interp.models.halting import HaltingPolicy
+from sst_interp.models.halting import HaltingPolicy, Look
 from sst_interp.models.hooks import Edit, Hook, Visit, editing, refuse_unused
 from sst_interp.models.solvers.sequential import Iteration, advance
 from sst_interp.models.solvers.solution import Certificate

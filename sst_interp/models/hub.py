@@ -36,8 +36,6 @@ ADAPTERS = checkpoint.ADAPTERS
 ABOUT = ("README.md", "training.png", "training.json", "training.jsonl")
 """Uploaded if they are there; not needed to load."""
 
-PROTOCOLS = ("file", "hf", "http", "https", "s3", "gs", "zip", "memory")
-"""Where a run is fetched from: fsspec knows many more, and some of them run or ask for something else."""
 HUB_NAME = r"[\w.-]+/[\w.-]+"
 
 

@@ -146,7 +146,7 @@ class StateStreamModel(Recurrence):
 
     def nnsight(self, iterations: int = 1) -> Any:
         """The model for nnsight: `trace` and `generate` at this depth, every iteration addressable."""
-        return upstairs("bridges:nnsight")(self, iterations)
+        return upstairs("bridges:open_nnsight")(self, iterations)
 
     def push_to_hub(self, repo_id: str, **how: Any) -> str:
         """Upload the stream as a checkpoint that `sst.load(repo_id)` loads; see `sst_interp.models.hub`."""

@@ -8,7 +8,7 @@
 words the message; `grading` reads the answer.
 """
 
-from sst_interp.questions.datasets import Dataset, dataset, datasets, load_questions
+from sst_interp.questions.datasets import Dataset, dataset, known_datasets, load_questions
 from sst_interp.questions.grading import canonical_number, grade
 from sst_interp.questions.item import Item, Kind, Question, QuestionSet
 
@@ -20,7 +20,7 @@ __all__ = [
     "QuestionSet",
     "canonical_number",
     "dataset",
-    "datasets",
     "grade",
+    "known_datasets",
     "load_questions",
 ]

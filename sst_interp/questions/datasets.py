@@ -77,7 +77,7 @@ def dataset(name: str, about: str, licence: str, splits: Sequence[str], **how: b
     return register
 
 
-def datasets() -> dict[str, Dataset]:
+def known_datasets() -> dict[str, Dataset]:
     """Every named dataset, after importing every module beside this one."""
     for module in pkgutil.iter_modules(
         import_module("sst_interp.questions").__path__, "sst_interp.questions."
@@ -97,7 +97,7 @@ def load_questions(
     """The first `n` questions of a dataset, in its own order.
 
     Args:
-        dataset: a name of `datasets()`, the path of a `.csv` or `.jsonl` file, or `gpqa:PATH`.
+        dataset: a name of `known_datasets()`, the path of a `.csv` or `.jsonl` file, or `gpqa:PATH`.
         n: how many; None for all.
         seed: of the order of the choices (per question, by its id: independent of `n`).
         split: one of the dataset's; None for the first it lists.
@@ -109,7 +109,7 @@ def load_questions(
     """
     if n is not None and n < 1:
         raise SSTError(f"cannot ask {n} questions", "give a number from 1 up, or none for all")
-    known = datasets().get(dataset.partition(":")[0])
+    known = known_datasets().get(dataset.partition(":")[0])
     if known is not None and columns is not None:
         raise SSTError(f"dataset {dataset!r} has its own columns", "columns is for .csv and .jsonl files")
     items, provenance = _named(dataset, known, split) if known else _own_file(dataset, split, columns)
@@ -138,9 +138,9 @@ def load_items(name: str, split: str | None = None) -> tuple[list[Item], dict[st
     Raises:
         SSTError: unknown name or split.
     """
-    known = datasets().get(name.partition(":")[0])
+    known = known_datasets().get(name.partition(":")[0])
     if known is None:
-        raise unknown_name("dataset", name, datasets())
+        raise unknown_name("dataset", name, known_datasets())
     return _named(name, known, split)
 
 
@@ -161,7 +161,7 @@ def _own_file(dataset: str, split: str | None, columns: Columns | None) -> tuple
     if path.suffix not in (".csv", ".jsonl"):
         if path.exists():
             raise SSTError(f"{dataset} is neither .csv nor .jsonl", "GPQA's archive is given as gpqa:PATH")
-        raise unknown_name("dataset", dataset, [*datasets(), "FILE.csv", "FILE.jsonl", "gpqa:PATH"])
+        raise unknown_name("dataset", dataset, [*known_datasets(), "FILE.csv", "FILE.jsonl", "gpqa:PATH"])
     if split is not None:
         raise SSTError(f"{path.name} has no splits", "leave split out")
     items, sha256 = read_file(path, columns)

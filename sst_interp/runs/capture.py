@@ -29,7 +29,7 @@ from sst_interp.runs.provenance import (
 )
 from sst_interp.runs.recipe import Recipe
 from sst_interp.runs.recorder import Recorder
-from sst_interp.runs.rollouts import LaneDecoder
+from sst_interp.runs.rollouts import RolloutDecoder
 from sst_interp.runs.store import Run, open_run
 from sst_interp.runs.writer import RunWriter
 from sst_interp.tables import bar, say
@@ -111,7 +111,7 @@ def capture_batch(
     bar: Any = None,
     controls: Controls | None = None,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, torch.Tensor]]:
-    """Generate one batch in all lanes and measure it.
+    """Generate one batch in all rollouts and measure it.
 
     Args:
         rows: each question's index in the run.
@@ -127,7 +127,7 @@ def capture_batch(
     stream = model.new_stream(pad, tokens.shape[1] + recipe.max_new_tokens - 1)
     certificate = model.prefill(stream, tokens[:, :-1])
     stop = torch.tensor(model.stop_tokens, device=tokens.device, dtype=torch.long)
-    decoder = LaneDecoder(model, stream, tokens[:, -1], recipe.depths, stop)
+    decoder = RolloutDecoder(model, stream, tokens[:, -1], recipe.depths, stop)
     lens = recipe.choices.overlap == "lens_jaccard"
     recorder = Recorder(rows, recipe.depths, recipe.keep, lens, restricted, recipe.lens_tokens)
     watch = controls.watch(rows) if controls is not None else None

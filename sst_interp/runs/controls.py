@@ -19,10 +19,10 @@ from torch import Tensor
 from sst_interp.models.model import StateStreamModel
 from sst_interp.models.stream import Recurrence
 from sst_interp.runs.noise_floor import Rereading, in_float32, noise_rows
-from sst_interp.runs.perturbations import nudge_rows, read_alone
+from sst_interp.runs.perturbations import perturbation_rows, read_alone
 from sst_interp.runs.recipe import Recipe
 from sst_interp.runs.recorder import rounded_columns
-from sst_interp.runs.rollouts import Cell, Lane, Moment
+from sst_interp.runs.rollouts import Rollout, RolloutCell, RolloutStep
 
 
 class Controls:
@@ -59,11 +59,11 @@ class Watch:
         self.depths = controls.recipe.depths
         self._captured: dict[int, list[Tensor]] = {d: [] for d in {1, max(self.depths)}}
 
-    def see(self, moment: Moment) -> None:
+    def see(self, moment: RolloutStep) -> None:
         """Keep one position's states on depth 1's text, depth 1 and deepest."""
         for depth, seen in self._captured.items():
-            lane = Lane("own" if depth == 1 else "depth1", depth)
-            seen.append(moment.states(Cell(lane, depth))[:, self.places])
+            rollout = Rollout("own" if depth == 1 else "depth1", depth)
+            seen.append(moment.states(RolloutCell(rollout, depth))[:, self.places])
 
     def tables(
         self,
@@ -86,7 +86,7 @@ class Watch:
             alone = read_alone(model, prompt, text, self.depths)
             for depth, states in alone.resid_post.items():
                 noise.append(noise_rows(question, "batch", depth, self._states(depth, k, text), states))
-            nudges += nudge_rows(model, alone, question, recipe.seed)
+            nudges += perturbation_rows(model, alone, question, recipe.seed)
             if done is not None:
                 done(recipe.max_new_tokens)
         if (twin := self.controls.float32) is not None:
@@ -132,6 +132,3 @@ def joined(pieces: Sequence[dict[str, Any]]) -> dict[str, Any]:
         else:
             columns[name] = np.concatenate(parts)
     return columns
-
-
-Columns = dict[str, np.ndarray]

@@ -16,6 +16,8 @@ from sst_interp.models.solvers.sequential import Iteration, advance
 from sst_interp.models.solvers.solve import prefill
 from sst_interp.models.stream import Recurrence
 
+Columns = dict[str, np.ndarray]
+
 
 class Rereading:
     """Given texts, read again position by position, at several depths side by side.
@@ -24,10 +26,10 @@ class Rereading:
         tokens: [question, column] prompts, with `pad` columns of padding on the left.
         texts: the tokens that were emitted after each prompt; a shorter text is filled up at its end, and
             what is read there means nothing.
-        depths: each is a lane; the deepest comes first.
+        depths: each is a rollout; the deepest comes first.
 
     Iterating reads one position and gives (incoming, iterations): the states handed in from the position
-    before, [layer, row, d_model], and what `advance` returns. Row `lane * questions + question`.
+    before, [layer, row, d_model], and what `advance` returns. Row `rollout * questions + question`.
     """
 
     def __init__(
@@ -51,12 +53,12 @@ class Rereading:
         """Where the reading stands."""
 
     def rows(self, depth: int) -> slice:
-        """The rows of one depth's lane."""
+        """The rows of one depth's rollout."""
         first = self.depths.index(depth) * self.questions
         return slice(first, first + self.questions)
 
     def last(self, iterations: list[Iteration], depth: int) -> Float[Tensor, "layer question d_model"]:
-        """Layer outputs of a lane's last iteration."""
+        """Layer outputs of a rollout's last iteration."""
         return iterations[depth - 1].resid_post[:, self.rows(depth)]
 
     def __iter__(self) -> Iterator[tuple[Float[Tensor, "layer row d_model"], list[Iteration]]]:

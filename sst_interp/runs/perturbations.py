@@ -7,7 +7,7 @@ place, position by position. What is compared with what (state a stays where it 
 
 | comparison | a | b |
 | --- | --- | --- |
-| `replayed` | depth 1's pass | depth b's last iteration, for every depth b > 1 |
+| teacher-forced | depth 1's pass | depth b's last iteration, for every depth b > 1 |
 | `within` | iteration 1 of the deepest pass | iteration b of it, for every b > 1 |
 
 A nudge is put in at one of two sites:
@@ -17,7 +17,7 @@ A nudge is put in at one of two sites:
 - `stream`: the stream states that a's pass is handed, the only thing by which iterating acts on a position.
   a's pass is run once more, with s_l(a) + n_l instead of s_l(a) in every layer l, where
   |n_l| = |s_l(b) - s_l(a)|, for the deepest b. Token, position and the cache of earlier positions stay a's.
-  `true` hands in s(b). In `within` that *is* iteration b. In `replayed` it is the part of depth b that comes
+  `true` hands in s(b). In `within` that *is* iteration b. In teacher-forced it is the part of depth b that comes
   through the state; the rest comes through the deeper cache. A depth-looped model is handed nothing from the
   position before, so there is no `stream` site.
 
@@ -53,7 +53,7 @@ class Alone:
 
     reading: Rereading
     incoming: Float[Tensor, "row layer position d_model"]
-    """What each lane's first iteration was handed from the position before."""
+    """What each rollout's first iteration was handed from the position before."""
     last: dict[tuple[int, int], Float[Tensor, "position d_model"]]
     """By (depth, iteration): the last layer's outputs."""
     resid_post: dict[int, Float[Tensor, "position layer d_model"]]
@@ -65,7 +65,7 @@ class Alone:
         stream = self.reading.stream
         return torch.arange(stream.column - self.reading.length, stream.column, device=stream.pad.device)
 
-    def lane(self, depth: int) -> Stream:
+    def rollout(self, depth: int) -> Stream:
         """One depth's stream, a view."""
         whole, rows = self.reading.stream, self.reading.rows(depth)
         kv = KeyValues(len(whole.kv.keys), whole.kv.columns)
@@ -98,7 +98,7 @@ def read_alone(model: Recurrence, prompt: Sequence[int], text: Sequence[int], de
     )
 
 
-class Nudge(NamedTuple):
+class Perturbation(NamedTuple):
     """One direction for every position of a text."""
 
     direction: str
@@ -108,7 +108,9 @@ class Nudge(NamedTuple):
     """Where it exists: a direction that is taken from where nothing changed is none."""
 
 
-def nudges_of(change: Float[Tensor, "layer position d_model"], key: Sequence[object]) -> Iterator[Nudge]:
+def perturbations_of(
+    change: Float[Tensor, "layer position d_model"], key: Sequence[object]
+) -> Iterator[Perturbation]:
     """Vectors of the norms of `change`, layer by layer, in other directions. `key` decides all of them."""
     layers, positions, d = change.shape
     size = change.norm(dim=-1, keepdim=True)
@@ -120,12 +122,12 @@ def nudges_of(change: Float[Tensor, "layer position d_model"], key: Sequence[obj
     for seed in range(SEEDS):
         normal = torch.randn(positions, layers, d, generator=generator(*key, "random", seed))
         towards = normal.transpose(0, 1).to(change)
-        yield Nudge("random", seed, turned(towards), torch.ones_like(size[0, :, 0], dtype=torch.bool))
+        yield Perturbation("random", seed, turned(towards), torch.ones_like(size[0, :, 0], dtype=torch.bool))
     offsets = torch.randperm(max(positions - 1, 0), generator=generator(*key, "elsewhere")) + 1
     for seed, offset in enumerate(offsets[:SEEDS].tolist()):
         towards = change.roll(offset, dims=1)
         there = ((towards.norm(dim=-1) > 0) | (size[..., 0] == 0)).all(dim=0)
-        yield Nudge("elsewhere", seed, turned(towards), there)
+        yield Perturbation("elsewhere", seed, turned(towards), there)
 
 
 def generator(*key: object) -> torch.Generator:
@@ -135,7 +137,7 @@ def generator(*key: object) -> torch.Generator:
 
 
 @torch.no_grad()
-def nudge_rows(model: Recurrence, alone: Alone, question: int, seed: int) -> Iterator[dict[str, Any]]:
+def perturbation_rows(model: Recurrence, alone: Alone, question: int, seed: int) -> Iterator[dict[str, Any]]:
     """Rows of `nudges` for one question, in pieces: columns of docs/run-format.md.
 
     Args:
@@ -144,7 +146,7 @@ def nudge_rows(model: Recurrence, alone: Alone, question: int, seed: int) -> Ite
     deepest = alone.reading.depths[0]
     depths = [d for d in reversed(alone.reading.depths) if d > 1]
     for comparison, a, bs in (
-        ("replayed", (1, 1), [(d, d) for d in depths]),
+        ("teacher_forced", (1, 1), [(d, d) for d in depths]),
         ("within", (deepest, 1), [(deepest, i) for i in range(2, deepest + 1)]),
     ):
         key = (seed, question, comparison)
@@ -164,8 +166,8 @@ def _at_output(model: Recurrence, a: Tensor, b: Tensor, key: tuple[object, ...])
     before = read_out(model.backbone.unembed(a))
     change = (wide(b) - wide(a))[None]
     size = change[0].norm(dim=-1) / wide(a).norm(dim=-1)
-    true = Nudge("true", 0, change, torch.ones_like(positions, dtype=torch.bool))
-    for nudge in (true, *nudges_of(change, key)):
+    true = Perturbation("true", 0, change, torch.ones_like(positions, dtype=torch.bool))
+    for nudge in (true, *perturbations_of(change, key)):
         moved = b if nudge.direction == "true" else (wide(a) + nudge.n[0]).to(a.dtype)
         after = read_out(model.backbone.unembed(moved))
         yield _measured(nudge, positions, size, a[None], moved[None], before, after)
@@ -178,9 +180,12 @@ def _at_stream(
     of earlier positions and to its own, and nothing is stored.
     """
     deepest = alone.reading.depths[0]
-    thinking, lane = alone.lane(deepest), alone.lane(1 if comparison == "replayed" else deepest)
+    thinking, rollout = (
+        alone.rollout(deepest),
+        alone.rollout(1 if comparison == "teacher_forced" else deepest),
+    )
     columns, tokens = alone.columns, alone.reading.inputs
-    at = model.kind.has_state(columns, lane.origin, 1).nonzero()[:, 0]  # where one is handed in
+    at = model.kind.has_state(columns, rollout.origin, 1).nonzero()[:, 0]  # where one is handed in
     if not len(at):
         return
     handed = alone.incoming[:, :, at]
@@ -196,21 +201,21 @@ def _at_stream(
     b = handed[alone.reading.rows(deepest)][0]
     for _ in range(deepest - 1):
         b = one_pass(thinking, b, "read" if model.choices.kv == "first" else "beside")[1]
-    a = handed[alone.reading.rows(1 if comparison == "replayed" else deepest)][0]
+    a = handed[alone.reading.rows(1 if comparison == "teacher_forced" else deepest)][0]
     change = wide(b) - wide(a)
     size = (change.norm(dim=-1) / wide(a).norm(dim=-1)).median(dim=0).values
-    y = one_pass(lane, a, "read" if frozen else "beside")[0]
+    y = one_pass(rollout, a, "read" if frozen else "beside")[0]
     before = read_out(model.backbone.unembed(y[-1]))
-    true = Nudge("true", 0, change, torch.ones_like(at, dtype=torch.bool))
-    for nudge in (true, *nudges_of(change, key)):
+    true = Perturbation("true", 0, change, torch.ones_like(at, dtype=torch.bool))
+    for nudge in (true, *perturbations_of(change, key)):
         state = b if nudge.direction == "true" else (wide(a) + nudge.n).to(a.dtype)
-        moved = one_pass(lane, state, "read" if frozen else "beside")[0]
+        moved = one_pass(rollout, state, "read" if frozen else "beside")[0]
         after = read_out(model.backbone.unembed(moved[-1]))
         yield _measured(nudge, at, size, y, moved, before, after)
 
 
 def _measured(
-    nudge: Nudge, at: Tensor, size: Tensor, y: Tensor, moved: Tensor, before: Readout, after: Readout
+    nudge: Perturbation, at: Tensor, size: Tensor, y: Tensor, moved: Tensor, before: Readout, after: Readout
 ) -> dict[str, Any]:
     """What a nudge did, a row per position where it exists; y, moved [layer, position, d_model]."""
     change = compare_outputs(before, after)._asdict()

@@ -325,7 +325,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     ),
     "kind": (
         lambda v: v is None or (isinstance(v, str) and v in kinds()),
-        "the name of a kind: sst, lrt, looped, or a plugin's",
+        f"one of {', '.join(kinds())}",
         '"looped"',
     ),
     "alpha": (lambda v: v is None or _number(v, 0, 1), "a number from 0 to 1", "0.027"),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sst_interp.models.choices import COMPARISONS
 from sst_interp.models.measures import TOP, bf16_ratio, compare_outputs, cosine, jaccard, relative_l2, wide
-from sst_interp.runs.rollouts import Cell, LaneDecoder, Moment, pairs_of
+from sst_interp.runs.rollouts import RolloutCell, RolloutDecoder, RolloutStep, pairs_of
 
 SHIFT_KEPT_BELOW = 0.99
 """`keep = "shifts"` keeps pairs below the paper's threshold: a run's own antimode is not known yet."""
@@ -51,11 +51,11 @@ class Recorder:
         tables = ("steps", "outputs", "pairs", "lens")
         self._rows: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in tables}
         self._position0: Tensor | None = None
-        self._all: dict[Cell, list[Tensor]] = {}
+        self._all: dict[RolloutCell, list[Tensor]] = {}
         self._shifts: list[tuple[np.ndarray, Tensor, Tensor]] = []
         self._lengths: dict[str, np.ndarray] = {}
 
-    def see(self, position: int, moment: Moment, decoder: LaneDecoder) -> None:
+    def see(self, position: int, moment: RolloutStep, decoder: RolloutDecoder) -> None:
         """Record one position, before the decoder goes on."""
         self._see_steps(position, moment, decoder)
         if self.pairs:
@@ -63,19 +63,19 @@ class Recorder:
             self._see_pairs(position, moment, decoder, tops)
         self._see_states(position, moment, decoder)
 
-    def _see_steps(self, position: int, moment: Moment, decoder: LaneDecoder) -> None:
-        for lane in decoder.lanes:
-            alive = _numpy(decoder.alive_in(lane))
-            token = decoder.emitted[lane.depth if lane.text == "own" else 1]
-            for iteration in range(1, lane.depth + 1):
-                seen = moment.readout(Cell(lane, iteration))
+    def _see_steps(self, position: int, moment: RolloutStep, decoder: RolloutDecoder) -> None:
+        for rollout in decoder.rollouts:
+            alive = _numpy(decoder.alive_in(rollout))
+            token = decoder.emitted[rollout.depth if rollout.text == "own" else 1]
+            for iteration in range(1, rollout.depth + 1):
+                seen = moment.readout(RolloutCell(rollout, iteration))
                 n = int(alive.sum())
                 ids = {"token": token, "argmax": seen.argmax, "top100": seen.top}
                 self._rows["steps"].append(
                     {
                         "question": self.questions[alive],
-                        "text": np.full(n, lane.text),
-                        "depth": np.full(n, lane.depth, np.int8),
+                        "text": np.full(n, rollout.text),
+                        "depth": np.full(n, rollout.depth, np.int8),
                         "position": np.full(n, position, np.int16),
                         "iteration": np.full(n, iteration, np.int8),
                         "entropy": _numpy(seen.entropy)[alive],
@@ -87,7 +87,7 @@ class Recorder:
                     }
                 )
 
-    def _lens(self, position: int, moment: Moment, decoder: LaneDecoder) -> dict[Cell, Tensor]:
+    def _lens(self, position: int, moment: RolloutStep, decoder: RolloutDecoder) -> dict[RolloutCell, Tensor]:
         """Leading tokens of the logit lens, [layer, question, k] by cell, where a recipe asks for any."""
         stored = self.lens_tokens == "all" or (self.lens_tokens == "position0" and position == 0)
         if not stored and not self.lens:
@@ -95,13 +95,13 @@ class Recorder:
         states = {cell: moment.states(cell) for cell in self._compared}
         tops = lens_tops(decoder.model.backbone.unembed, states, TOP if self.lens else LENS_TOP)
         for cell, top in tops.items() if stored else ():
-            alive = _numpy(decoder.alive_in(cell.lane))
+            alive = _numpy(decoder.alive_in(cell.rollout))
             n = int(alive.sum())
             self._rows["lens"].append(
                 {
                     "question": self.questions[alive],
-                    "text": np.full(n, cell.lane.text),
-                    "depth": np.full(n, cell.lane.depth, np.int8),
+                    "text": np.full(n, cell.rollout.text),
+                    "depth": np.full(n, cell.rollout.depth, np.int8),
                     "position": np.full(n, position, np.int16),
                     "iteration": np.full(n, cell.iteration, np.int8),
                     "top5": _numpy(top[:, :, :LENS_TOP].transpose(0, 1).flatten(1))[alive],
@@ -110,7 +110,7 @@ class Recorder:
         return tops
 
     def _see_pairs(
-        self, position: int, moment: Moment, decoder: LaneDecoder, tops: dict[Cell, Tensor]
+        self, position: int, moment: RolloutStep, decoder: RolloutDecoder, tops: dict[RolloutCell, Tensor]
     ) -> None:
         """All pairs and layers of a position in one go: [pair, layer, question]."""
         a = torch.stack([moment.states(p.cell_a) for p in self.pairs])
@@ -128,10 +128,10 @@ class Recorder:
         measured = {name: _numpy(x) for name, x in measured.items()}
         n_layers, layers = a.shape[1], np.arange(a.shape[1], dtype=np.int16)
         for k, pair in enumerate(self.pairs):
-            both = decoder.alive_in(pair.cell_a.lane) & decoder.alive_in(pair.cell_b.lane)
+            both = decoder.alive_in(pair.cell_a.rollout) & decoder.alive_in(pair.cell_b.rollout)
             alive, n = _numpy(both), int(both.sum())
             same = np.ones(len(alive), bool)
-            if pair.comparison == "free":
+            if pair.comparison == "free_running":
                 same = _numpy(decoder.same_prefix[pair.b])
             where = {
                 "question": self.questions[alive],
@@ -164,20 +164,22 @@ class Recorder:
         index[:, 2] = layer
         self._shifts.append((np.column_stack([self.questions[row], index]), a[layer, row], b[layer, row]))
 
-    def _see_states(self, position: int, moment: Moment, decoder: LaneDecoder) -> None:
+    def _see_states(self, position: int, moment: RolloutStep, decoder: RolloutDecoder) -> None:
         if self.keep == "none":
             return
         if position == 0:
-            lane = decoder.lanes[0]
-            cells = [moment.states(Cell(lane, i)) for i in range(1, lane.depth + 1)]
+            rollout = decoder.rollouts[0]
+            cells = [moment.states(RolloutCell(rollout, i)) for i in range(1, rollout.depth + 1)]
             self._position0 = torch.stack(cells, 2)  # [layer, question, iteration, d_model]
         if self.keep == "all":
-            for lane in decoder.lanes:
-                alive = _numpy(decoder.alive_in(lane))
-                key = f"{lane.text}.d{lane.depth}"
+            for rollout in decoder.rollouts:
+                alive = _numpy(decoder.alive_in(rollout))
+                key = f"{rollout.text}.d{rollout.depth}"
                 self._lengths[key] = self._lengths.get(key, 0) + alive.astype(int)
-                for i in range(1, lane.depth + 1):
-                    self._all.setdefault(Cell(lane, i), []).append(moment.states(Cell(lane, i)))
+                for i in range(1, rollout.depth + 1):
+                    self._all.setdefault(RolloutCell(rollout, i), []).append(
+                        moment.states(RolloutCell(rollout, i))
+                    )
 
     def tables(self) -> dict[str, dict[str, Any]]:
         """Columns of `steps`, `outputs`, `pairs` and `lens`, in the order of docs/run-format.md."""
@@ -196,10 +198,10 @@ class Recorder:
                 rows = torch.from_numpy(np.nonzero(index[:, 0] == q)[0])
                 kept[f"q{q}.shifts.index"] = torch.from_numpy(index[rows.numpy(), 1:]).contiguous()
                 kept[f"q{q}.shifts.a"], kept[f"q{q}.shifts.b"] = a[rows], b[rows]
-        for lane in {cell.lane for cell in self._all}:
-            cells = [torch.stack(self._all[Cell(lane, i)]) for i in range(1, lane.depth + 1)]
+        for rollout in {cell.rollout for cell in self._all}:
+            cells = [torch.stack(self._all[RolloutCell(rollout, i)]) for i in range(1, rollout.depth + 1)]
             whole = torch.stack(cells, 3)  # [position, layer, question, iteration, d_model]
-            key = f"{lane.text}.d{lane.depth}"
+            key = f"{rollout.text}.d{rollout.depth}"
             for row, q in enumerate(self.questions):
                 kept[f"q{q}.{key}"] = whole[: self._lengths[key][row], :, row].contiguous()
         return {name: tensor.cpu() for name, tensor in kept.items()}
@@ -221,9 +223,9 @@ ROWS_AT_ONCE = 256
 
 def lens_tops(
     unembed: Callable[[Tensor], Tensor],
-    states: Mapping[Cell, Float[Tensor, "layer question d_model"]],
+    states: Mapping[RolloutCell, Float[Tensor, "layer question d_model"]],
     k: int,
-) -> dict[Cell, Int[Tensor, "layer question k"]]:
+) -> dict[RolloutCell, Int[Tensor, "layer question k"]]:
     """The `k` most likely tokens of every state, most likely first (all, if the vocabulary is smaller).
 
     Args:
@@ -231,8 +233,8 @@ def lens_tops(
         states: layer outputs by cell. Where two are bit-identical, as iteration i of every depth is at
             position 0, the first is unembedded for both.
     """
-    different: dict[Cell, Tensor] = {}
-    same_as: dict[Cell, Cell] = {}
+    different: dict[RolloutCell, Tensor] = {}
+    same_as: dict[RolloutCell, RolloutCell] = {}
     for cell, state in states.items():
         same_as[cell] = next((c for c, s in different.items() if torch.equal(s, state)), cell)
         different.setdefault(same_as[cell], state)

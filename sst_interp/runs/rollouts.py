@@ -1,8 +1,8 @@
 """Several depths and texts side by side: the passes a capture makes at one generated position.
 
-A **lane** is one way of going on with every question of a batch: a depth and the text it reads (`own` or
-`depth1`). All lanes advance together, deepest first, so at iteration i the lanes still iterating are the
-first n rows of one batch. The three comparisons are then differences between lanes at the same moment, and
+A **rollout** is one way of going on with every question of a batch: a depth and the text it reads (`own` or
+`depth1`). All rollouts advance together, deepest first, so at iteration i the rollouts still iterating are the
+first n rows of one batch. The three comparisons are then differences between rollouts at the same moment, and
 no state has to be kept for later.
 """
 
@@ -21,17 +21,17 @@ from sst_interp.models.measures import Readout, read_out, rows_of
 from sst_interp.models.stream import Recurrence, Stream
 
 
-class Lane(NamedTuple):
+class Rollout(NamedTuple):
     """One depth on one text."""
 
     text: str
     depth: int
 
 
-class Cell(NamedTuple):
-    """One iteration of one lane: where a state was read."""
+class RolloutCell(NamedTuple):
+    """One iteration of one rollout: where a state was read."""
 
-    lane: Lane
+    rollout: Rollout
     iteration: int
 
 
@@ -41,57 +41,61 @@ class Pair(NamedTuple):
     comparison: Comparison
     a: int
     b: int
-    cell_a: Cell
-    cell_b: Cell
+    cell_a: RolloutCell
+    cell_b: RolloutCell
 
 
-def lanes_of(depths: Sequence[int]) -> list[Lane]:
+def rollouts_of(depths: Sequence[int]) -> list[Rollout]:
     """Lanes for these depths, deepest first: each depth's own text, and depth 1's text at every other."""
-    lanes = []
+    rollouts = []
     for depth in sorted(depths, reverse=True):
-        lanes.append(Lane("own", depth))
+        rollouts.append(Rollout("own", depth))
         if depth > 1:
-            lanes.append(Lane("depth1", depth))
-    return lanes
+            rollouts.append(Rollout("depth1", depth))
+    return rollouts
 
 
 def pairs_of(depths: Sequence[int]) -> list[Pair]:
     """What is compared with what (docs/run-format.md, Words)."""
-    base = Cell(Lane("own", 1), 1)
+    base = RolloutCell(Rollout("own", 1), 1)
     deeper = [d for d in sorted(depths) if d > 1]
-    pairs = [Pair("replayed", 1, d, base, Cell(Lane("depth1", d), d)) for d in deeper]
-    pairs += [Pair("free", 1, d, base, Cell(Lane("own", d), d)) for d in deeper]
+    pairs = [Pair("teacher_forced", 1, d, base, RolloutCell(Rollout("depth1", d), d)) for d in deeper]
+    pairs += [Pair("free_running", 1, d, base, RolloutCell(Rollout("own", d), d)) for d in deeper]
     if deeper:
-        deepest = Lane("own", deeper[-1])
+        deepest = Rollout("own", deeper[-1])
         steps = {(1, i) for i in range(2, deepest.depth + 1)} | {
             (i - 1, i) for i in range(2, deepest.depth + 1)
         }
-        pairs += [Pair("within", a, b, Cell(deepest, a), Cell(deepest, b)) for a, b in sorted(steps)]
+        pairs += [
+            Pair("within", a, b, RolloutCell(deepest, a), RolloutCell(deepest, b)) for a, b in sorted(steps)
+        ]
     return pairs
 
 
-class Moment:
-    """One generated position of a batch, in all lanes: states and readouts by cell."""
+class RolloutStep:
+    """One generated position of a batch, in all rollouts: states and readouts by cell."""
 
-    def __init__(self, lanes: list[Lane], batch: int, resid_post: list[Tensor], logits: list[Tensor]) -> None:
+    def __init__(
+        self, rollouts: list[Rollout], batch: int, resid_post: list[Tensor], logits: list[Tensor]
+    ) -> None:
         self._resid_post, self._logits = resid_post, logits
         self._read: dict[int, Readout] = {}
-        self._rows = {lane: slice(k * batch, (k + 1) * batch) for k, lane in enumerate(lanes)}
+        self._rows = {rollout: slice(k * batch, (k + 1) * batch) for k, rollout in enumerate(rollouts)}
 
-    def states(self, cell: Cell) -> Float[Tensor, "layer question d_model"]:
-        """Layer outputs of one iteration of one lane."""
-        return self._resid_post[cell.iteration - 1][:, self._rows[cell.lane]]
+    def states(self, cell: RolloutCell) -> Float[Tensor, "layer question d_model"]:
+        """Layer outputs of one iteration of one rollout."""
+        return self._resid_post[cell.iteration - 1][:, self._rows[cell.rollout]]
 
-    def readout(self, cell: Cell) -> Readout:
-        """The next-token distributions of one iteration of one lane."""
+    def readout(self, cell: RolloutCell) -> Readout:
+        """The next-token distributions of one iteration of one rollout."""
         i = cell.iteration - 1
-        if i not in self._read:  # all lanes at once, when first asked for
+        if i not in self._read:  # all rollouts at once, when first asked for
             self._read[i] = read_out(self._logits[i])
-        return rows_of(self._read[i], self._rows[cell.lane])
+        return rows_of(self._read[i], self._rows[cell.rollout])
 
 
-class LaneDecoder:
-    """Decodes all lanes of a batch of questions, greedily, position by position.
+class RolloutDecoder:
+    """Decodes all rollouts of a batch of questions, greedily, position by position.
 
     Args:
         stream: the prompts, read up to their last token; one row per question.
@@ -108,10 +112,12 @@ class LaneDecoder:
         stop: Int[Tensor, " stop"],
     ) -> None:
         self.model, self.stop, self.batch = model, stop, len(last_tokens)
-        self.lanes = lanes_of(depths)
-        self._stream = stream.repeat(len(self.lanes))
-        self._depths = torch.tensor([lane.depth for lane in self.lanes]).repeat_interleave(self.batch)
-        self._current = last_tokens.repeat(len(self.lanes))
+        self.rollouts = rollouts_of(depths)
+        self._stream = stream.repeat(len(self.rollouts))
+        self._depths = torch.tensor([rollout.depth for rollout in self.rollouts]).repeat_interleave(
+            self.batch
+        )
+        self._current = last_tokens.repeat(len(self.rollouts))
         self.alive: dict[int, Bool[Tensor, " question"]] = {
             d: torch.ones_like(last_tokens, dtype=torch.bool) for d in depths
         }
@@ -121,23 +127,25 @@ class LaneDecoder:
         self.emitted: dict[int, Int[Tensor, " question"]] = {}
         """By depth: the token its own text got at the last position."""
 
-    def step(self) -> Moment:
+    def step(self) -> RolloutStep:
         """Compute the next position. `alive` and `same_prefix` describe it until `finish_step`."""
         iterations, logits, final = decode(self.model, self._stream, self._current, self._depths)
-        winners = final.argmax(-1).view(len(self.lanes), self.batch)
-        self.emitted = {lane.depth: winners[k] for k, lane in enumerate(self.lanes) if lane.text == "own"}
-        return Moment(self.lanes, self.batch, [it.resid_post for it in iterations], logits)
+        winners = final.argmax(-1).view(len(self.rollouts), self.batch)
+        self.emitted = {
+            rollout.depth: winners[k] for k, rollout in enumerate(self.rollouts) if rollout.text == "own"
+        }
+        return RolloutStep(self.rollouts, self.batch, [it.resid_post for it in iterations], logits)
 
     def finish_step(self) -> bool:
         """Feed the emitted tokens back; True if any text goes on."""
         self._current = torch.cat(
-            [self.emitted[lane.depth if lane.text == "own" else 1] for lane in self.lanes]
+            [self.emitted[rollout.depth if rollout.text == "own" else 1] for rollout in self.rollouts]
         )
         for depth, tokens in self.emitted.items():
             self.same_prefix[depth] = self.same_prefix[depth] & (tokens == self.emitted[1])
             self.alive[depth] = self.alive[depth] & ~torch.isin(tokens, self.stop)
         return any(bool(alive.any()) for alive in self.alive.values())
 
-    def alive_in(self, lane: Lane) -> Bool[Tensor, " question"]:
-        """Where the lane's text has not ended before this position."""
-        return self.alive[lane.depth if lane.text == "own" else 1]
+    def alive_in(self, rollout: Rollout) -> Bool[Tensor, " question"]:
+        """Where the rollout's text has not ended before this position."""
+        return self.alive[rollout.depth if rollout.text == "own" else 1]

@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from sst_interp.errors import SSTError, unknown_name, upstairs
 from sst_interp.files import unreadable
-from sst_interp.models.choices import COMPARISONS
+from sst_interp.models.choices import BEFORE, COMPARISONS
 from sst_interp.runs import manifest
 from sst_interp.runs.provenance import RunKind, run_kind
 from sst_interp.runs.recipe import Recipe
@@ -119,7 +119,9 @@ class Run:
             known = COMPARISONS if "comparison" in present else ()
             if comparison not in known:
                 raise unknown_name(f"comparison in {name}", comparison, known)
-            where = ds.field("comparison") == comparison
+            where = ds.field("comparison").isin(
+                [comparison, *(old for old, new in BEFORE.items() if new == comparison)]
+            )
         wanted = list(columns) if columns is not None else present
         read = dataset.to_table(columns=list(dict.fromkeys([*wanted, *KEYS[name]])), filter=where)
         order = _order(read, KEYS[name])

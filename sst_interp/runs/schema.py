@@ -11,7 +11,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sst_interp.models.choices import COMPARISONS
+from sst_interp.models.choices import BEFORE, COMPARISONS
 
 TEXTS = ("own", "depth1")
 """Which tokens a pass reads: the depth's own text, or the one that depth 1 wrote."""
@@ -235,5 +235,6 @@ def to_frame(table: pa.Table) -> pd.DataFrame:
     order, table = table.column_names, table.drop_columns(integers)
     frame = table.to_pandas(split_blocks=True)
     for column in CATEGORIES.keys() & set(order):
-        frame[column] = frame[column].cat.set_categories(list(CATEGORIES[column]))
+        was = frame[column].cat.rename_categories(lambda name: BEFORE.get(name, name))
+        frame[column] = was.cat.set_categories(list(CATEGORIES[column]))
     return frame.assign(**nullable)[order] if nullable else frame

@@ -230,6 +230,10 @@ def _states(source: Path, places: list[int], path: Path) -> None:
     save_file(kept, path)
 
 
+PROTOCOLS = ("file", "hf", "http", "https", "s3", "gs", "zip", "memory")
+"""Where a run is fetched from: fsspec knows many more, and some of them run or ask for something else."""
+
+
 def fetch_run(url: str) -> Path:
     """The folder of a run that is somewhere else: a copy in the cache, every shard checked.
 

@@ -20,8 +20,8 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 
+from sst_interp import files as disk
 from sst_interp.errors import SSTError
-from sst_interp.files import create, put_in_place, replace_bytes, sha256, stage, sync, temporary
 from sst_interp.runs import manifest
 from sst_interp.runs.recipe import Recipe
 from sst_interp.runs.schema import TABLES, to_table, write_parquet
@@ -85,7 +85,7 @@ class RunWriter:
                 manifest.refuse_other_origin(folder, found, recipe, manifest.plain(provenance), n_batches)
                 writer = cls(folder, found or manifest.new_manifest(recipe, provenance, n_batches), lock)
                 if not (folder / "run.toml").exists():
-                    replace_bytes(folder / "run.toml", recipe.to_toml().encode())
+                    disk.replace_bytes(folder / "run.toml", recipe.to_toml().encode())
             writer.drop_corrupt()
             if writer.manifest["state"] != "complete":
                 sessions = [*writer.manifest["sessions"], manifest.session(writer.manifest, provenance)]
@@ -130,15 +130,15 @@ class RunWriter:
                 for path, (file, (size, fill)) in zip(paths, fills.items(), strict=True):
                     if not path.parent.is_dir():
                         path.parent.mkdir()
-                        sync(self.folder)
-                    staged = stage(path, fill)
-                    entries[file] = size | {"bytes": staged.stat().st_size, "sha256": sha256(staged)}
+                        disk.sync(self.folder)
+                    staged = disk.stage(path, fill)
+                    entries[file] = size | {"bytes": staged.stat().st_size, "sha256": disk.sha256(staged)}
                 for path in paths:
-                    put_in_place(path)
+                    disk.put_in_place(path)
             self._save(shards=self.manifest["shards"] | {str(batch): entries})
         finally:
             for path in paths:
-                temporary(path).unlink(missing_ok=True)
+                disk.temporary(path).unlink(missing_ok=True)
 
     def finish(self, n_batches: int | None = None) -> None:
         """Mark the run complete. Raises SSTError if batches are missing."""
@@ -215,7 +215,7 @@ def _lock(folder: Path) -> FileLock:
         ) from None
     try:
         (folder / OWNER).unlink(missing_ok=True)
-        create(folder / OWNER, str(os.getpid()).encode())
+        disk.create(folder / OWNER, str(os.getpid()).encode())
     except BaseException:
         lock.release()
         raise

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sst_interp.training.recipe import TrainingRecipe
 
 
-class Masters:
+class MasterWeights:
     """The trained values, their optimiser, and the learning rate of every step.
 
     Args:

@@ -35,7 +35,7 @@ from sst_interp.training.card import CURVES, write_card
 from sst_interp.training.data import Split, load_split, make_batch, refuse_short_batches, schedule
 from sst_interp.training.evaluation import EVALUATION, answer_losses, remove_evaluation
 from sst_interp.training.log import ABOUT, FORMAT, LOG, read_about
-from sst_interp.training.masters import Masters
+from sst_interp.training.masters import MasterWeights
 from sst_interp.training.objective import training_loss
 from sst_interp.training.recipe import EVERY_PASS, TrainingRecipe
 
@@ -93,7 +93,7 @@ class Training:
             shape = (self.model.backbone.n_layers, self.model.backbone.d_model)
         elif recipe.method != "none":
             memory = self.model.kind.weights()
-        self.masters = Masters(recipe, trainable(self.adapters), shape, len(self.schedule), memory)
+        self.masters = MasterWeights(recipe, trainable(self.adapters), shape, len(self.schedule), memory)
         self.done, self.log = 0, []
         if begun and not fresh:
             self._resume()

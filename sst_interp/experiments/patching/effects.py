@@ -60,27 +60,27 @@ Direction = Literal["back", "forward"]
 
 CONTROLS: tuple[What, ...] = ("random", "other", "stranger")
 DIRECTIONS: tuple[tuple[Direction, int, int], ...] = (("back", DEEP, SHALLOW), ("forward", SHALLOW, DEEP))
-"""(direction, base lane, donor lane), in the order of rows."""
+"""(direction, base rollout, donor rollout), in the order of rows."""
 
 
 @dataclass(frozen=True)
 class TextStates:
-    """The states of one text at two depths, side by side. Axis lane: `DEEP`, `SHALLOW`."""
+    """The states of one text at two depths, side by side. Axis rollout: `DEEP`, `SHALLOW`."""
 
     depth: int
     stream: Stream
-    """After the last position, both lanes."""
+    """After the last position, both rollouts."""
     inputs: list[int]
     """[position] the token each position reads."""
     first_column: int
     """The column of position 0."""
-    resid_post: Float[Tensor, "position lane layer d_model"]
-    """Layer outputs of the lane's last iteration."""
-    blended: Float[Tensor, "position lane layer d_model"]
+    resid_post: Float[Tensor, "position rollout layer d_model"]
+    """Layer outputs of the rollout's last iteration."""
+    blended: Float[Tensor, "position rollout layer d_model"]
     """The state that its last iteration blends in."""
-    next_state: Float[Tensor, "position lane layer d_model"]
+    next_state: Float[Tensor, "position rollout layer d_model"]
     """The state that it hands on, by the layer that reads it."""
-    before: Float[Tensor, "position lane slot d_model"]
+    before: Float[Tensor, "position rollout slot d_model"]
     """The state that it is handed."""
     has_state: Bool[Tensor, " position"]
     """Whether depth 1 is handed a state there."""
@@ -91,8 +91,8 @@ class TextStates:
         return self.before.shape[2]
 
     def at(self, position: int, copies: int, room: int) -> Stream:
-        """The stream just before a position, every lane `copies` times over, with `room` more columns:
-        rows of the deep lane first.
+        """The stream just before a position, every rollout `copies` times over, with `room` more columns:
+        rows of the deep rollout first.
         """
         column = self.first_column + position
         rows = torch.arange(2).repeat_interleave(copies)
@@ -131,15 +131,15 @@ def read_text(model: Recurrence, prompt: Sequence[int], text: Sequence[int], dep
         def hook(iteration: int, blended: Tensor = blended) -> Visit:
             def visit(site: Site, layer: int, tensor: Tensor) -> Tensor:
                 if site == "stream_state":
-                    for lane in range(len(tensor)):
-                        if iteration == depths[lane]:
-                            blended[lane, layer] = tensor[lane, 0]
+                    for rollout in range(len(tensor)):
+                        if iteration == depths[rollout]:
+                            blended[rollout, layer] = tensor[rollout, 0]
                 return tensor
 
             return visit
 
         done = advance(model, stream, torch.full((2,), token, device=device), depths, hook)
-        last = [done[int(depths[lane]) - 1].resid_post[:, lane] for lane in (DEEP, SHALLOW)]
+        last = [done[int(depths[rollout]) - 1].resid_post[:, rollout] for rollout in (DEEP, SHALLOW)]
         seen["resid_post"].append(torch.stack(last))
         seen["blended"].append(blended)
         seen["next_state"].append(stream.state.transpose(0, 1).expand(-1, layers, -1).clone())

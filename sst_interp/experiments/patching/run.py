@@ -120,7 +120,7 @@ def read_patching(folder: str | Path) -> pd.DataFrame:
 
 def overlaps_of(run: Run) -> tuple[dict[int, pd.DataFrame], float]:
     """Question -> overlaps [position, layer] of the deepest teacher-forced pair; and the run's threshold."""
-    c = Contrast.of(run, "replayed")
+    c = Contrast.of(run, "teacher_forced")
     table = c.rows[["question", "position", "layer"]].assign(overlap=c.overlap)
     wide = table.pivot(index=["question", "position"], columns="layer", values="overlap")
     by_question: dict[int, Any] = {int(q): wide.xs(q) for q in wide.index.unique(level=0)}

@@ -208,19 +208,10 @@ def position0(run: Run, questions: Sequence[int] | np.ndarray, iteration: int = 
         Untestable: states or an iteration that the run does not have, states that are not finite, or no
             questions.
     """
-    kept = (run.manifest.get("published") or {}).get("iterations")
-    states: list[Tensor] = []
-    for question in questions:
-        own = run.states(int(question))
-        there = list(range(1, own.shape[1] + 1)) if kept is None else kept
-        if iteration not in there or len(there) != own.shape[1]:
-            has = ", ".join(map(str, there))
-            raise Untestable(
-                f"run {run.name} has no states of iteration {iteration} at position 0; it has those of {has}",
-                "1 is known before anything is iterated; `sst-interp publish --iterations` chooses what a "
-                "published copy keeps",
-            )
-        states.append(own[:, there.index(iteration)].float())
+    try:
+        states = [run.state(int(question), iteration).float() for question in questions]
+    except SSTError as error:
+        raise Untestable(error.message, error.hint) from None
     if not states:
         raise Untestable(f"run {run.name}: no questions to read states of", "capture some first")
     return features_of(torch.stack(states), torch.from_numpy(_scalars(run, questions)).float(), iteration)

@@ -1,7 +1,7 @@
 """The one small training loop, and what a trained small model scores.
 
 It trains every weight of a small model, and those of its stream, with the optimiser of `sst-interp train`
-(`training.optimiser.Masters`). It knows no task: it is handed batches.
+(`training.optimiser.MasterWeights`). It knows no task: it is handed batches.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sst_interp.experiments.studies.tasks import FlipFlop, Labelled
 from sst_interp.models.model import StateStreamModel
 from sst_interp.models.stream import Recurrence
 from sst_interp.training.data import Batch
-from sst_interp.training.masters import Masters
+from sst_interp.training.masters import MasterWeights
 from sst_interp.training.objective import Pass, answer_loss, last_layer, mean_over_passes, run_passes
 from sst_interp.training.recipe import EVERY_PASS, TrainingRecipe
 
@@ -56,7 +56,7 @@ class Training:
         self.position_passes = 0
         weights = model.kind.weights() if arm.schedule != NONE else {}
         alpha = weights.get("alpha")
-        self.masters = Masters(
+        self.masters = MasterWeights(
             recipe,
             dict(model.backbone.model.named_parameters()),
             None if alpha is None else (alpha.shape[0], alpha.shape[1]),

@@ -111,7 +111,7 @@ class TwoPass(Study):
             model: a backbone or a checkpoint, by name or folder.
             questions: texts, the first of the data: questions with their worked answers.
             verify: compare the first text with the sequential solution, too.
-            data: a name of `questions.datasets()` whose records have worked answers.
+            data: a name of `questions.known_datasets()` whose records have worked answers.
             progress: called with (what is measured, texts done, in all).
 
         Raises:

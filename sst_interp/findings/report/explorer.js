@@ -83,7 +83,7 @@ async function explorer(data) {
       const t = now.emitted(at.q, p, pair()[1]);
       if (t) spans.push(el("span", { "data-position": p, class: "token" }, t.text.replaceAll(" ", "\u2423")));
     }
-    box.replaceChildren(el("strong", {}, now.info.comparison === "replayed" ? "depth 1's text " : `text of ${now.info.unit} ${pair()[1]} `), ...spans);
+    box.replaceChildren(el("strong", {}, now.info.comparison === "teacher_forced" ? "depth 1's text " : `text of ${now.info.unit} ${pair()[1]} `), ...spans);
   }
 
   function drawCell() {

@@ -35,7 +35,7 @@ CELL = 2
 """Bytes that a row of `pairs` takes at least."""
 LOWEST = 24
 """Positions offered as the lowest overlaps of the run, in each comparison."""
-WORDS = {"replayed": "depth", "within": "iteration", "free": "depth"}
+WORDS = {"teacher_forced": "depth", "within": "iteration", "free_running": "depth"}
 
 
 @dataclass(frozen=True)
@@ -208,9 +208,9 @@ def _outputs(outputs: pd.DataFrame, places: Places, names: list[tuple[int, int]]
 def _pass(steps: pd.DataFrame, comparison: str, n: int, deepest: int) -> pd.DataFrame:
     """The steps of one state of a comparison: which text, depth and iteration it is."""
     text, depth, iteration = {
-        "replayed": ("own" if n == 1 else "depth1", n, n),
+        "teacher_forced": ("own" if n == 1 else "depth1", n, n),
         "within": ("own", deepest, n),
-        "free": ("own", n, n),
+        "free_running": ("own", n, n),
     }[comparison]
     here = (steps["text"] == text) & (steps["depth"] == depth) & (steps["iteration"] == iteration)
     return steps[here.to_numpy(dtype=bool)]

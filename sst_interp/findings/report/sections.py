@@ -17,10 +17,10 @@ from sst_interp.models.choices import COMPARISONS
 from sst_interp.runs.provenance import kind_words, run_kind
 
 MEANING = {
-    "replayed": "The text that depth 1 wrote is replayed token by token at the deeper depth: only the depth "
+    "teacher_forced": "The text that depth 1 wrote is replayed token by token at the deeper depth: only the depth "
     "differs.",
     "within": "Iterations of one and the same pass at the deepest depth, on its own text.",
-    "free": "Each depth writes its own text and states are compared by position. Once the texts differ by a "
+    "free_running": "Each depth writes its own text and states are compared by position. Once the texts differ by a "
     "token, the inputs differ too: a low overlap may say no more than that.",
 }
 
@@ -186,7 +186,7 @@ CHOICES = {
     "blend": "how the state is mixed in: convex (1 - alpha) m + alpha s, or additive m + alpha s",
     "prompt": "how the prompt is read: recurrence on and certified (exact), off, or in two passes",
     "kv": "which iteration's keys and values later positions attend to",
-    "handoff": "how a pass without the blend becomes states: shifted by a position, or a moving average",
+    "initial_guess": "how a pass without the blend becomes states: shifted by a position, or a moving average",
     "overlap": "similarity of two hidden states",
     "comparison": "the comparison that the report leads with; all three are measured, never pooled",
     "threshold": "overlap below which a pair has shifted: the antimode of the run's overlaps, or a number",

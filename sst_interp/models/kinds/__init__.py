@@ -45,7 +45,7 @@ def kinds() -> dict[str, type[Kind]]:
     """Every kind by name, after importing every module of this package."""
     for module in pkgutil.iter_modules(__path__, f"{__name__}."):
         import_module(module.name)
-    return _KINDS
+    return dict(sorted(_KINDS.items()))
 
 
 def kind_named(name: str) -> type[Kind]:

@@ -68,7 +68,7 @@ class Looped(Kind):
 
     def check(self, choices: Choices) -> None:
         """Raise SSTError for a choice that means nothing where one state goes from the top to the bottom."""
-        for name in ("carry", "handoff"):
+        for name in ("carry", "initial_guess"):
             if getattr(choices, name) != getattr(Choices(), name):
                 raise SSTError(
                     f"choice {name} = {getattr(choices, name)!r} is about states of single layers, and a "

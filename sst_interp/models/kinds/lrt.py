@@ -115,7 +115,7 @@ class Memory(Kind):
 
     def check(self, choices: Choices) -> None:
         """Raise SSTError for a choice that means nothing where no layer's output is blended."""
-        for name in ("carry", "blend", "handoff"):
+        for name in ("carry", "blend", "initial_guess"):
             if getattr(choices, name) != getattr(Choices(), name):
                 raise SSTError(
                     f"choice {name} = {getattr(choices, name)!r} is about the blend, and a Latent Recurrent "

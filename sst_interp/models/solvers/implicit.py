@@ -41,9 +41,9 @@ from sst_interp.models.stream import Recurrence, attention_masks
 
 SHORTEST = 8
 """Links of a segment, at least: shorter ones would be mended for as long as they are."""
-AT_ONCE = {"cpu": 64}
+AT_ONCE = {"cpu": 128}
 """Links that are computed together, so the number of segments: as few as the processor multiplies fast."""
-AT_ONCE_ELSEWHERE = 2048
+AT_ONCE_ELSEWHERE = 2048  # a guess: no other device was measured
 
 
 class Solved(NamedTuple):

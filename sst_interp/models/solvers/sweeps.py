@@ -79,7 +79,7 @@ def solve_by_sweeps(
     first_guess, outgoing = stack_pass(model, stream, tokens, columns, None, None, "write")
     watch(columns - stream.column, first_guess[-1])
     incoming = torch.cat([stream.state[:, :, None], outgoing[:, :, :-1]], dim=2)
-    if model.choices.handoff == "scan":
+    if model.choices.initial_guess == "scan":
         incoming = moving_average(
             incoming, model.alpha, model.kind.has_state(columns, stream.origin[:, None], 1)
         )
