@@ -6,27 +6,22 @@ the capture (`sst_interp.runs.capture`) drives it with several depths and texts 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from sst_interp.errors import SSTError
-from sst_interp.models.cache import KeyValues
-from sst_interp.models.choices import MAX_DEPTH, shown, whole
+from sst_interp.models.choices import check_iterations, shown, whole
 from sst_interp.models.halting import HaltingPolicy, Look
 from sst_interp.models.hooks import Edit, Hook, Visit, editing, refuse_unused
-from sst_interp.models.solvers.sequential import Iteration, advance
-from sst_interp.models.solvers.solution import Certificate
-from sst_interp.models.solvers.solve import prefill
+from sst_interp.models.solvers import prefill
+from sst_interp.models.solvers.sequential import Certificate, Iteration, advance
 from sst_interp.models.stream import Recurrence, Stream
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass
@@ -72,20 +67,6 @@ def check_room(model: Recurrence, prompt_tokens: int, max_new_tokens: int) -> No
             f"a prompt of {prompt_tokens} tokens and {max_new_tokens} new ones exceed the context of {limit}",
             f"leave room: at most {limit - max_new_tokens} prompt tokens, or a smaller max_new_tokens",
         )
-
-
-def check_iterations(depths: Iterable[Any], name: str = "iterations") -> list[int]:
-    """Depths as ints.
-
-    Raises:
-        SSTError: there are none, or one is not a whole number from 1 to 127.
-    """
-    if isinstance(depths, str) or not isinstance(depths, Iterable):
-        raise SSTError(f"{name} = {shown(depths)} is not a list of depths", f"for example {name} = [1, 2]")
-    found = [whole(name, depth, 1, MAX_DEPTH) for depth in depths]
-    if not found:
-        raise SSTError(f"{name} names no depth", f"for example {name} = [1, 2]")
-    return found
 
 
 @torch.no_grad()
@@ -153,7 +134,7 @@ def generate(
         stream = model.new_stream(pad, tokens.shape[1] + max_new_tokens - 1)
         certificate = prefill(model, stream, tokens[:, :-1])
     else:
-        stream, certificate = in_order(read[0], order), read[1]
+        stream, certificate = read[0].take(order), read[1]
     hook = hook if edit is None else editing(edit, order)
     new, stopped = _write(
         model, stream, tokens[:, -1], per_row, max_new_tokens, stop_tokens, order, observe, progress, hook
@@ -267,11 +248,3 @@ def look_ahead(model: Recurrence, stream: Stream, tokens: Int[Tensor, " row"], i
     seen = [it.resid_post for it in advance(model, stream.repeat(1), tokens, iterations)]
     logits = [model.backbone.unembed(states[-1]) for states in seen]
     return Look(torch.stack(seen), torch.stack(logits))
-
-
-def in_order(stream: Stream, order: Int[Tensor, " row"]) -> Stream:
-    """A copy of the stream with its rows in another order."""
-    kv = KeyValues(len(stream.kv.keys), stream.kv.columns)
-    kv.keys = [k if k is None else k[order] for k in stream.kv.keys]
-    kv.values = [v if v is None else v[order] for v in stream.kv.values]
-    return Stream(kv, stream.state[:, order], stream.pad[order], stream.origin[order], stream.column)

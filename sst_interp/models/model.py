@@ -21,16 +21,23 @@ from torch import Tensor, nn
 
 from sst_interp.errors import SSTError, upstairs
 from sst_interp.models.backbone import Backbone, first_line
-from sst_interp.models.choices import MAX_DEPTH, Choices, as_weights, check_choices, shown, whole
-from sst_interp.models.generation import Generation, Observe, check_iterations, generate, generate_at_depths
+from sst_interp.models.choices import (
+    MAX_DEPTH,
+    Choices,
+    as_weights,
+    check_choices,
+    check_iterations,
+    shown,
+    whole,
+)
+from sst_interp.models.generation import Generation, Observe, generate, generate_at_depths
 from sst_interp.models.halting import Flat, HaltingPolicy
 from sst_interp.models.hooks import Edit
 from sst_interp.models.kinds.looped import Looped
 from sst_interp.models.kinds.lrt import MemoryDesign, Pathway, Projections, build_memory
 from sst_interp.models.kinds.sst import LayerBlend
-from sst_interp.models.replay import Replay, replay
-from sst_interp.models.solvers.solution import Certificate
-from sst_interp.models.solvers.solve import prefill
+from sst_interp.models.solvers import Replay, prefill, replay
+from sst_interp.models.solvers.sequential import Certificate
 from sst_interp.models.stream import Kind, Recurrence, Stream
 
 Prompt = str | Sequence[int]
@@ -149,8 +156,8 @@ class StateStreamModel(Recurrence):
         return upstairs("bridges:open_nnsight")(self, iterations)
 
     def push_to_hub(self, repo_id: str, **how: Any) -> str:
-        """Upload the stream as a checkpoint that `sst.load(repo_id)` loads; see `sst_interp.models.hub`."""
-        return upstairs("models.hub:push_to_hub")(self, repo_id, **how)
+        """Upload the stream as a checkpoint that `sst.load(repo_id)` loads; see `sst_interp.models.loading`."""
+        return upstairs("models.loading:push_to_hub")(self, repo_id, **how)
 
     def prefill(self, stream: Stream, tokens: Int[Tensor, "row position"]) -> Certificate:
         """Read a prompt (or a further piece of one) as `choices.prompt` says; see `prompt.prefill`."""

@@ -32,8 +32,7 @@ from sst_interp.models.checkpoint import checkpoint_folder, read_checkpoint
 from sst_interp.models.loading import load
 from sst_interp.models.model import StateStreamModel
 from sst_interp.models.solvers.layerwise import solve_layerwise
-from sst_interp.models.solvers.sequential import advance
-from sst_interp.models.solvers.solution import relative_change
+from sst_interp.models.solvers.sequential import advance, relative_change
 from sst_interp.models.solvers.sweeps import solve_by_sweeps
 from sst_interp.models.stream import Recurrence
 from sst_interp.questions.datasets import load_items
