@@ -1,7 +1,7 @@
 """Greedy generation at any depth, in batches of prompts of different length.
 
-`Decoder` is the loop's body: one position for all rows. `generate` drives it with each row's own text;
-the capture (`sst_interp.runs.capture`) drives it with several depths and texts side by side.
+`decode` is the loop's body: one position for all rows. `generate` runs it with each row's own text; the
+capture (`sst_interp.runs.capture`) runs it with several depths and texts side by side.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def decode(
     Args:
         tokens: [row] input tokens.
         depths: [row] on the CPU, descending.
-        hook: iteration -> what its pass asks.
+        hook: iteration -> the visit of its pass.
     """
     iterations = advance(model, stream, tokens, depths, hook)
     logits = [model.backbone.unembed(it.resid_post[-1]) for it in iterations]
@@ -110,7 +110,7 @@ def generate(
     Args:
         tokens: prompts, with `pad` columns of padding on the left.
         depths: one per row, or the policy that picks them at position 0.
-        hook: (position, iteration) -> what its pass asks, rows deepest first; instead of an `edit`.
+        hook: instead of an `edit`; rows are deepest first.
     """
     if not isinstance(depths, HaltingPolicy) and len(depths) != len(pad):
         raise SSTError(f"{len(depths)} depths for {len(pad)} prompts", "give one number, or one per prompt")
@@ -121,9 +121,10 @@ def generate(
                 f"{name} = {shown(given)} cannot be called", f"give a function, or leave {name} out"
             )
     check_room(model, tokens.shape[1], max_new_tokens)
+    columns = tokens.shape[1] + max_new_tokens - 1
     read: tuple[Stream, Certificate] | None = None
     if isinstance(depths, HaltingPolicy):
-        policy, stream = depths, model.new_stream(pad, tokens.shape[1] + max_new_tokens - 1)
+        policy, stream = depths, model.new_stream(pad, columns)
         read = stream, prefill(model, stream, tokens[:, :-1])
         depths = policy.depths(look_ahead(model, stream, tokens[:, -1], policy.looks)).tolist()
     depths = check_iterations(depths)
@@ -131,7 +132,7 @@ def generate(
     per_row = torch.tensor(depths)[order.cpu()]
     tokens, pad = tokens[order], pad[order]
     if read is None:
-        stream = model.new_stream(pad, tokens.shape[1] + max_new_tokens - 1)
+        stream = model.new_stream(pad, columns)
         certificate = prefill(model, stream, tokens[:, :-1])
     else:
         stream, certificate = read[0].take(order), read[1]
@@ -188,11 +189,11 @@ def generate_at_depths(
         None,
         progress,
     )
-    found = {}
+    by_depth = {}
     for k, depth in enumerate(ordered):
         here = slice(k * rows, (k + 1) * rows)
-        found[depth] = Generation(new[here], None, stopped[here], [depth] * rows, certificate)
-    return found
+        by_depth[depth] = Generation(new[here], None, stopped[here], [depth] * rows, certificate)
+    return by_depth
 
 
 def _write(
@@ -232,13 +233,12 @@ def _write(
 
 @torch.no_grad()
 def look_ahead(model: Recurrence, stream: Stream, tokens: Int[Tensor, " row"], iterations: int) -> Look:
-    """The next position of every row at this depth, computed on a copy: the stream stays where it is.
+    """The next position of every row at this depth, computed on a copy of the stream.
 
     Args:
-        model: the model.
         stream: the prompts, read up to their last token.
         tokens: each prompt's last token.
-        iterations: how many; 0 computes nothing, and the look is empty.
+        iterations: 0 computes nothing, and the look is empty.
     """
     if iterations == 0:
         b, rows = model.backbone, len(tokens)

@@ -92,11 +92,10 @@ def load(
         model, tokenizer = _backbone(str(name), dtype, trust_remote_code)
         backbone = Backbone(_placed(model, device))
         started = kind_class.start(backbone, alpha)
-        return StateStreamModel(backbone, tokenizer, choices=choices, name=str(name), kind=started)
+        return StateStreamModel(backbone, started, tokenizer, choices, str(name))
     config, stored, theirs = read_checkpoint(folder, kind)
     if alpha is not None:
         refuse_kind(name, stored.name, "sst")
-        stored = stored.with_weights({"alpha": alpha})
     trained_on = config["backbone"]
     model, tokenizer = _backbone(trained_on["name"], dtype, trust_remote_code)
     for field in TRAINED:
@@ -115,7 +114,8 @@ def load(
         )
     choices = replace(choices or theirs, **{field: getattr(theirs, field) for field in TRAINED})
     backbone = Backbone(_placed(merge_adapters(model, folder), device))
-    return StateStreamModel(backbone, tokenizer, choices=choices, name=str(name), kind=stored.fit(backbone))
+    stream = stored if alpha is None else stored.start(backbone, alpha)
+    return StateStreamModel(backbone, stream, tokenizer, choices, str(name))
 
 
 def load_tokenizer(name: str | Path, trust_remote_code: bool = False) -> Any:

@@ -29,6 +29,7 @@ from sst_interp.experiments.studies.study import Finding, Progress, Study, regis
 from sst_interp.experiments.table import Table
 from sst_interp.files import check_place
 from sst_interp.models.checkpoint import checkpoint_folder, read_checkpoint
+from sst_interp.models.kinds.sst import LayerBlend
 from sst_interp.models.loading import load
 from sst_interp.models.model import StateStreamModel
 from sst_interp.models.solvers.layerwise import solve_layerwise
@@ -144,7 +145,7 @@ class TwoPass(Study):
             backbone = model.backbone
             for condition in grid(backbone.n_layers) if self.conditions is None else self.conditions:
                 alpha = condition.weights(backbone.n_layers)
-                blended = StateStreamModel(backbone, model.tokenizer, alpha, model.choices, name)
+                blended = StateStreamModel(backbone, LayerBlend(alpha), model.tokenizer, model.choices, name)
                 yield blended, label, condition.layers, condition.schedules
             return
         yield model, label, "all", TWO_PASSES + CYCLIC

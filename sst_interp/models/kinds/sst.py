@@ -56,7 +56,8 @@ class LayerBlend(Kind):
     @classmethod
     def start(cls, backbone: Backbone, alpha: Any = None) -> LayerBlend:
         """With this alpha; None turns the blend off."""
-        return cls(0.0 if alpha is None else alpha).fit(backbone)
+        given: Any = 0.0 if alpha is None else alpha
+        return cls(given).fit(backbone)
 
     def fit(self, backbone: Backbone) -> LayerBlend:
         """`alpha` as [layer, d_model] in fp32 (fp64 for a float64 backbone), checked."""
