@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 from test_capture import recipe_for, tiny_llama, word_tokenizer, write_questions
-from test_lrt import lrt
+from tiny import lrt
 
 from sst_interp.models.model import attach, attach_looped
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from sst_interp.models.backbone import Backbone
 from sst_interp.models.measures import bf16_ratio, cosine, relative_l2, wide
+from sst_interp.models.solvers import prefill
 from sst_interp.models.solvers.sequential import Iteration, advance
-from sst_interp.models.solvers.solve import prefill
 from sst_interp.models.stream import Recurrence
 
 Columns = dict[str, np.ndarray]

@@ -54,7 +54,7 @@ def kind_words(kind: RunKind | None) -> str:
 
 
 def _of_checkpoint(name: str) -> RunKind | None:
-    from sst_interp.assets.wheels import ASSET_MODELS
+    from sst_interp.assets import ASSET_MODELS
     from sst_interp.models.checkpoint import checkpoint_folder, read_checkpoint
 
     if name in ASSET_MODELS:
