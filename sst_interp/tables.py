@@ -2,29 +2,45 @@
 
 from __future__ import annotations
 
+import io
 import math
 import re
+import shutil
 import sys
 import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
 from sst_interp.errors import SSTError
 from sst_interp.files import check_output, put_bytes, read_whole, replace_bytes
 
 _INVISIBLE = {"Cc", "Cf", "Cs", "Cn", "Co"}
+WIDE = 1 << 20
+"""Columns of an output that is no terminal: no cell is longer."""
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """Rows with the same keys, under their keys, in columns; `none` if there are none."""
+    """Rows with the same keys, under their keys, in columns; `none` if there are none.
+
+    A terminal gets lines as wide as it is, cells wrapped; a file or pipe gets a line per row.
+    """
     if not rows:
         print("none")
         return
-    cells = [[plain(key) for key in rows[0]], *[[plain(v) for v in row.values()] for row in rows]]
-    widths = [max(len(row[k]) for row in cells) for k in range(len(cells[0]))]
-    for row in cells:
-        say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for key in rows[0]:
+        table.add_column(Text(plain(key)), overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(plain(value)) for value in row.values()))
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else WIDE
+    drawn = io.StringIO()
+    Console(file=drawn, width=width, color_system=None).print(table)
+    say("\n".join(line.rstrip() for line in drawn.getvalue().splitlines()))
 
 
 def say(text: object = "", file: TextIO | None = None) -> None:

@@ -25,7 +25,7 @@ from sst_interp.models.measures import BF16_ROUNDOFF
 from sst_interp.models.model import attach
 from sst_interp.questions import load_questions
 from sst_interp.runs.recipe import Recipe
-from sst_interp.runs.rollouts import RolloutDecoder
+from sst_interp.runs.recorder import RolloutDecoder
 from sst_interp.runs.store import open_run
 
 capture_module = importlib.import_module("sst_interp.runs.capture")

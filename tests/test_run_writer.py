@@ -333,7 +333,8 @@ def test_states_may_be_views_of_one_tensor(tmp_path):
 def test_a_manifest_from_the_future_or_from_nowhere_is_an_error(tmp_path):
     folder = capture(tmp_path / "r")
     for text, says in [
-        ('{"format": 2}', "reads format 1"),
+        ('{"format": 3}', "reads formats 1 to 2"),
+        ('{"format": 0}', "not a run's manifest"),
         ("{", "is damaged"),
         ("[]", "not a run's manifest"),
     ]:

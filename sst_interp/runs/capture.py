@@ -24,12 +24,9 @@ from sst_interp.questions import Question, grade, load_questions
 from sst_interp.questions.item import Hidden, HiddenTokens
 from sst_interp.runs import manifest
 from sst_interp.runs.controls import Controls
-from sst_interp.runs.provenance import (
-    provenance,
-)
+from sst_interp.runs.provenance import provenance
 from sst_interp.runs.recipe import Recipe
-from sst_interp.runs.recorder import Recorder
-from sst_interp.runs.rollouts import RolloutDecoder
+from sst_interp.runs.recorder import Recorder, RolloutDecoder
 from sst_interp.runs.store import Run, open_run
 from sst_interp.runs.writer import RunWriter
 from sst_interp.tables import bar, say
@@ -118,7 +115,7 @@ def capture_batch(
         prompts: token ids per question.
         restricted: record no token ids.
         bar: told of each position (`update`).
-        controls: measures the noise floor and nudges of the questions that get them.
+        controls: measures the noise floor and perturbations of the questions that get them.
 
     Returns:
         (tables, states) as `RunWriter.commit` takes them.
@@ -167,13 +164,13 @@ def answers(
     certificate: Certificate,
 ) -> dict[str, list[Any]]:
     """The `questions` table of a batch: what each depth answered, graded in memory."""
-    found = []
+    rows_of_it = []
     for k, question in enumerate(questions):
         for depth in recipe.depths:
-            said = Hidden(model.tokenizer.decode(texts[depth][k], skip_special_tokens=True))
+            said = model.tokenizer.decode(texts[depth][k], skip_special_tokens=True)
             said = Hidden((recipe.reply_prefix or "") + said)
             answer = grade(question.kind, said, question.n_choices, question.choices)
-            found.append(
+            rows_of_it.append(
                 {
                     "question": rows[k],
                     "id": question.id,
@@ -189,7 +186,7 @@ def answers(
                     "prompt_logit_error": certificate.logit_error,
                 }
             )
-    return {name: [row[name] for row in found] for name in found[0]}
+    return {name: [row[name] for row in rows_of_it] for name in rows_of_it[0]}
 
 
 def refuse_other_model(model: StateStreamModel, recipe: Recipe) -> None:
