@@ -1,4 +1,4 @@
-"""Tables as a terminal, a Markdown document or a text file shows them; no number in them is typed in."""
+"""Tables and text as a terminal, a Markdown document or a page shows them."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def bar(desc: str, **options: Any) -> Any:
 
 
 def plain(value: object) -> str:
-    """One line of printable text, whatever a folder is called: everything else shows as `?`."""
+    """One line of printable text: every other character shows as `?`."""
     text = str(value)
     return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
 
@@ -103,15 +103,15 @@ NOT_YET = "Not measured yet."
 
 
 def fill(document: str | Path, blocks: Mapping[str, str], others: bool = False) -> list[str]:
-    """Put each block between its comments; returns the names the document has a place for.
+    """Put each block between its comments (`<!-- end of NAME -->`); returns the names that have a place.
 
     Args:
-        document: a text file with comments, replaced in one step.
+        document: a text file, replaced in one step.
         blocks: name -> text.
-        others: leave places alone that there is no block for.
+        others: leave places alone that have no block.
 
     Raises:
-        SSTError: it cannot be read, or names a block that there is none of.
+        SSTError: it cannot be read, or has a place without a block.
     """
     document = Path(document)
     text = _text(document)
@@ -127,20 +127,12 @@ def fill(document: str | Path, blocks: Mapping[str, str], others: bool = False) 
 
 
 def places(document: str | Path) -> list[str]:
-    """The names that a document has a place for.
-
-    Raises:
-        SSTError: it cannot be read.
-    """
+    """The names that a document has a place for. Raises SSTError if it cannot be read."""
     return re.findall(r"<!-- end of (.+?) -->", _text(Path(document)))
 
 
 def check_document(document: Path) -> None:
-    """Try whether a document can be filled.
-
-    Raises:
-        SSTError: it cannot be read, is not UTF-8, or cannot be written.
-    """
+    """Raise SSTError if a document cannot be read, is not UTF-8, or cannot be written."""
     _text(document)
     check_output(document, "name a Markdown file")
 

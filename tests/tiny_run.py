@@ -146,9 +146,16 @@ def capture(folder: Path, recipe: Recipe | None = None, batches: list[list[int]]
     with RunWriter.open(folder, recipe, PROVENANCE, n_batches=len(batches)) as writer:
         for number, questions in enumerate(batches):
             if number not in writer.committed:
-                writer.commit(number, *batch(questions, recipe.keep, recipe.controls))
+                tables, states = batch(questions, recipe.keep, recipe.controls)
+                kept = tables if len(recipe.depths) > 1 else ("questions", "steps")
+                writer.commit(number, {name: tables[name] for name in kept}, states)
         writer.finish()
     return folder
+
+
+def capture_small(folder: Path) -> Path:
+    """A run of two batches with two tables each, and states: for what is done over and over."""
+    return capture(folder, tiny_recipe(depths=(1,), controls=0), BATCHES[:2])
 
 
 def contents(folder: Path) -> dict[str, Any]:

@@ -41,10 +41,10 @@ HOW_TO_GET = (
     takes_path=True,
 )
 def read_gpqa(split: str = "diamond", path: str | None = None) -> Records:
-    """The items (right answer first: shuffle them), the CSV's sha256, and a word on the source.
+    """The records; the right answer comes first in each, so shuffle them.
 
     Raises:
-        SSTError: no such file, not GPQA, or no access to the hub. Never names a question's text.
+        SSTError: no such file, not GPQA, or no access to the hub. It never quotes a question.
     """
     given = path or os.environ.get("SST_INTERP_GPQA")
     if given:
@@ -109,8 +109,8 @@ def _parse(data: HiddenBytes, source: str) -> list[Item]:
             shown = ", ".join(map(repr, missing))
             raise SSTError(f"{source} is not GPQA: it has no column {shown}", HOW_TO_GET)
         places = [names.index(Hidden(column)) for column in COLUMNS]
-        for number, cells in enumerate(filter(None, rows), 1):
-            row = [Hidden(cell.strip()) for cell in cells]
+        hidden = ([Hidden(cell.strip()) for cell in row] for row in rows if row)
+        for number, row in enumerate(hidden, 1):
             if max(places) >= len(row) or not all(row[place] for place in places):
                 raise SSTError(f"{source}: record {number} has an empty question, choice or id")
             items.append(Item(str(row[places[0]]), row[places[1]], tuple(row[p] for p in places[2:]), 0))

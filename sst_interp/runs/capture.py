@@ -1,8 +1,4 @@
-"""Capturing a run: every question at every depth, measured while it is generated.
-
-Batches are fixed by the recipe and committed one by one (`sst_interp.runs.writer`), so a capture that dies
-goes on where it was, and memory does not grow with the number of questions.
-"""
+"""Capturing a run: every question at every depth, measured while it is generated, batch by batch."""
 
 from __future__ import annotations
 
@@ -92,7 +88,7 @@ def capture(
 
 
 def batches_of(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Question indices per batch: neighbours in length, to pad little. Fixed by lengths and size."""
+    """Question indices per batch: neighbours in length, to pad little."""
     order = sorted(range(len(lengths)), key=lambda r: (lengths[r], r))
     return [order[i : i + size] for i in range(0, len(order), size)]
 
@@ -190,7 +186,7 @@ def answers(
 
 
 def refuse_other_model(model: StateStreamModel, recipe: Recipe) -> None:
-    """Raise if a model that was handed in is not the recipe's: the recipe is what gets recorded."""
+    """Raise SSTError if a model that was handed in is not the recipe's, which is what gets recorded."""
     dtype = str(model.backbone.dtype).removeprefix("torch.")
     if dtype != recipe.dtype:
         raise SSTError(f"the model is {dtype}, the recipe says {recipe.dtype}", f"dtype = {dtype!r}")
