@@ -1,8 +1,6 @@
-"""The one error a user is meant to read.
+"""The one error for people: `SSTError` says in one line what is wrong and in one what to type.
 
-Anything a person can put right (a name, a path, a number, a missing file) raises `SSTError` with one
-line that says what is wrong and one that says what to type. The command line prints both without a
-traceback and exits with code 2; in a notebook it is an ordinary exception.
+The command line prints both without a traceback and exits with code 2.
 """
 
 from __future__ import annotations
@@ -48,10 +46,9 @@ def unknown_name(kind: str, name: str, known: Iterable[str], list_with: str | No
 
 
 def upstairs(name: str) -> Callable[..., Any]:
-    """`package.module:function` of a floor above, imported when it is called for.
+    """`package.module:function` of a floor above, for methods that open a door upwards (`run.question(3)`).
 
-    The one way up: a few methods of models and runs are doors to what is built on them (`model.bridge()`,
-    `run.question(3)`). Everything else imports downwards (docs/architecture.md).
+    Everything else imports downwards (docs/architecture.md).
     """
     module, function = name.split(":")
     return getattr(import_module(f"sst_interp.{module}"), function)

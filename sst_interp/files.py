@@ -1,4 +1,4 @@
-"""Files that are either the old one or the new one, and are read so that a damaged one is named."""
+"""Files: written so that a crash leaves the old one or the new, read so that a damaged one is named."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ from sst_interp.errors import SSTError
 if TYPE_CHECKING:
     import pandas as pd
 
-CHUNK = 1 << 20
+LARGEST = 1 << 30
+"""Bytes of a file of somebody's that are read into memory at most."""
 
 
 def temporary(path: Path) -> Path:
-    """Where `path` is staged: hidden, so that readers of a whole folder of Parquet do not see it."""
+    """Where `path` is staged: a hidden file, which readers of a folder of Parquet skip."""
     return path.with_name(f".{path.name}.tmp")
 
 
 def stage(path: Path, fill: Callable[[Path], object]) -> Path:
     """Let `fill` write the temporary file of `path`, flush it to the disk, and return where it is.
 
-    Raises OSError, also for what the system told safetensors, which reports it in its own way; the temporary
-    file is then gone.
+    Raises:
+        OSError: also where safetensors reports it in its own way. The temporary file is then gone.
     """
     staged = temporary(path)
     staged.unlink(missing_ok=True)
@@ -67,7 +68,7 @@ def put_in_place(path: Path) -> None:
 
 
 def replace_bytes(path: Path, data: bytes) -> None:
-    """Replace a small file: a reader, or a crash, finds the old contents or the new, never a mixture."""
+    """Replace a small file in one step."""
     stage(path, lambda staged: staged.write_bytes(data))
     put_in_place(path)
 
@@ -79,7 +80,7 @@ def replace_json(path: Path, value: Any) -> None:
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or a folder's entries, to the disk. (Windows cannot open a folder: nothing to do.)"""
+    """Flush a file, or a folder's entries, to the disk."""
     if os.name == "nt" and path.is_dir():
         return
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
@@ -90,23 +91,13 @@ def sync(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """The sha256 of a file's bytes, in hexadecimal, read a megabyte at a time."""
-    digest = hashlib.sha256()
+    """The sha256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-LARGEST = 1 << 30
-"""Bytes that are read into memory at most, of a file that somebody made."""
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_table(path: Path, hint: str, columns: Iterable[str] = ()) -> pd.DataFrame:
-    """A Parquet file that holds at least `columns`.
-
-    Args:
-        hint: what to type if it does not.
+    """A Parquet file that holds at least `columns`; `hint` says what to type if it does not.
 
     Raises:
         SSTError: it is missing or damaged, or holds something else.
@@ -124,10 +115,7 @@ def read_table(path: Path, hint: str, columns: Iterable[str] = ()) -> pd.DataFra
 
 
 def read_json(path: Path, hint: str) -> dict[str, Any]:
-    """A JSON file that holds an object.
-
-    Args:
-        hint: what to type if it does not.
+    """A JSON file that holds an object; `hint` says what to type if it does not.
 
     Raises:
         SSTError: it is missing or damaged, or holds something else.
@@ -176,7 +164,7 @@ def from_json(text: str | bytes) -> Any:
 
 
 def unreadable(path: Path, error: Exception, hint: str) -> SSTError:
-    """The error of a file that the system does not give, or that is not what it was."""
+    """The error of a file that cannot be read or is damaged."""
     if isinstance(error, FileNotFoundError):
         return SSTError(f"{path} is missing", hint)
     if isinstance(error, OSError) and error.strerror:
@@ -194,9 +182,7 @@ def check_place(folder: Path, hint: str = "give another folder") -> None:
         SSTError: they cannot.
     """
     try:
-        near = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-        with tempfile.TemporaryFile(dir=near):
-            pass
+        _try(folder)
     except OSError as error:
         raise SSTError(f"{folder} cannot be written: {error.strerror}", hint) from None
 
@@ -214,17 +200,19 @@ def check_output(path: Path, hint: str = "choose another file") -> None:
             if not os.access(path, os.W_OK):
                 raise OSError(errno.EACCES, os.strerror(errno.EACCES))
             return
-        near = next(place for place in path.absolute().parents if place.exists())
-        with tempfile.TemporaryFile(dir=near):
-            pass
+        _try(path.absolute().parent)
     except OSError as error:
         raise SSTError(f"cannot write {path}: {error.strerror}", hint) from None
 
 
+def _try(folder: Path) -> None:
+    near = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    with tempfile.TemporaryFile(dir=near):
+        pass
+
+
 def put_bytes(path: Path, data: bytes) -> None:
-    """Write a file that a person named, its folder too: a device or pipe is written to, anything else is
-    replaced in one step. Raises OSError.
-    """
+    """Write a file that a person named, its folder too; a device or pipe is written to and not replaced."""
     if written_through(path):
         with open(path, "wb") as file:
             file.write(data)
@@ -234,9 +222,7 @@ def put_bytes(path: Path, data: bytes) -> None:
 
 
 def written_through(path: Path) -> bool:
-    """Whether what stands at a place must stay: a device, a pipe, or anything of the system's own folders
-    (`/dev/stdout`, which may be a link to an ordinary file).
-    """
+    """Whether a file must stay: a device, a pipe, or one of the system's (`/dev/stdout` may be a link)."""
     try:
         mode = os.stat(path).st_mode
     except OSError:

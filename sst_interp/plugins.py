@@ -2,9 +2,8 @@
 
     SST_INTERP_PLUGINS=mine.py sst-interp claims --run gpqa
 
-A plugin is a file or a module that the environment variable names (separated as in PATH), or a module that an
-installed package names under the entry-point group `sst_interp.plugins`. The command line and the ledger
-import each once. It runs with your rights, as any module that you import.
+A plugin is a file or a module that the variable names (separated as in PATH), or a module that an installed
+package names under the entry-point group `sst_interp.plugins`. Each is imported once, with your rights.
 """
 
 from __future__ import annotations

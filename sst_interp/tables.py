@@ -1,30 +1,46 @@
-"""Tables as a terminal, a Markdown document or a text file shows them; no number in them is typed in."""
+"""Tables and text as a terminal, a Markdown document or a page shows them."""
 
 from __future__ import annotations
 
+import io
 import math
 import re
+import shutil
 import sys
 import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
 from sst_interp.errors import SSTError
 from sst_interp.files import check_output, put_bytes, read_whole, replace_bytes
 
 _INVISIBLE = {"Cc", "Cf", "Cs", "Cn", "Co"}
+WIDE = 1 << 20
+"""Columns of an output that is no terminal: no cell is longer."""
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """Rows with the same keys, under their keys, in columns; `none` if there are none."""
+    """Rows with the same keys, under their keys, in columns; `none` if there are none.
+
+    A terminal gets lines as wide as it is, cells wrapped; a file or pipe gets a line per row.
+    """
     if not rows:
         print("none")
         return
-    cells = [[plain(key) for key in rows[0]], *[[plain(v) for v in row.values()] for row in rows]]
-    widths = [max(len(row[k]) for row in cells) for k in range(len(cells[0]))]
-    for row in cells:
-        say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for key in rows[0]:
+        table.add_column(Text(plain(key)), overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(plain(value)) for value in row.values()))
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else WIDE
+    drawn = io.StringIO()
+    Console(file=drawn, width=width, color_system=None).print(table)
+    say("\n".join(line.rstrip() for line in drawn.getvalue().splitlines()))
 
 
 def say(text: object = "", file: TextIO | None = None) -> None:
@@ -47,7 +63,7 @@ def bar(desc: str, **options: Any) -> Any:
 
 
 def plain(value: object) -> str:
-    """One line of printable text, whatever a folder is called: everything else shows as `?`."""
+    """One line of printable text: every other character shows as `?`."""
     text = str(value)
     return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
 
@@ -87,15 +103,15 @@ NOT_YET = "Not measured yet."
 
 
 def fill(document: str | Path, blocks: Mapping[str, str], others: bool = False) -> list[str]:
-    """Put each block between its comments; returns the names the document has a place for.
+    """Put each block between its comments (`<!-- end of NAME -->`); returns the names that have a place.
 
     Args:
-        document: a text file with comments, replaced in one step.
+        document: a text file, replaced in one step.
         blocks: name -> text.
-        others: leave places alone that there is no block for.
+        others: leave places alone that have no block.
 
     Raises:
-        SSTError: it cannot be read, or names a block that there is none of.
+        SSTError: it cannot be read, or has a place without a block.
     """
     document = Path(document)
     text = _text(document)
@@ -111,20 +127,12 @@ def fill(document: str | Path, blocks: Mapping[str, str], others: bool = False) 
 
 
 def places(document: str | Path) -> list[str]:
-    """The names that a document has a place for.
-
-    Raises:
-        SSTError: it cannot be read.
-    """
+    """The names that a document has a place for. Raises SSTError if it cannot be read."""
     return re.findall(r"<!-- end of (.+?) -->", _text(Path(document)))
 
 
 def check_document(document: Path) -> None:
-    """Try whether a document can be filled.
-
-    Raises:
-        SSTError: it cannot be read, is not UTF-8, or cannot be written.
-    """
+    """Raise SSTError if a document cannot be read, is not UTF-8, or cannot be written."""
     _text(document)
     check_output(document, "name a Markdown file")
 

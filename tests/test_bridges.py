@@ -6,8 +6,8 @@ import sys
 
 import pytest
 import torch
-from test_capture import recipe_for, tiny_llama, word_tokenizer, write_questions
 from tiny import FAMILIES, prompts, tiny
+from tiny_capture import recipe_for, tiny_llama, word_tokenizer, write_questions
 
 from sst_interp.errors import SSTError
 from sst_interp.models.choices import Choices

@@ -6,8 +6,8 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from test_capture import tiny_llama, word_tokenizer
 from tiny import FAMILIES, tiny
+from tiny_capture import tiny_llama, word_tokenizer
 from torch import nn
 
 import sst_interp as sst

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_capture import tiny_llama, word_tokenizer
+from tiny_capture import tiny_llama, word_tokenizer
 
 from sst_interp import paths
 from sst_interp.assets import ASSET_MODELS

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_capture import recipe_for, tiny_llama, word_tokenizer, write_questions
+from tiny_capture import recipe_for, tiny_llama, word_tokenizer, write_questions
 from typer.testing import CliRunner
 
 from sst_interp.cli import app

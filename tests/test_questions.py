@@ -10,7 +10,7 @@ import pytest
 
 from sst_interp.errors import SSTError
 from sst_interp.questions import Item, canonical_number, gpqa, grade, known_datasets, load_questions, olmo
-from sst_interp.questions.prompts import ask
+from sst_interp.questions.item import ask
 
 SECRET = "unobtainium"
 

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sst_interp import paths
@@ -47,6 +47,7 @@ def recipe(**changes) -> Recipe:
     return Recipe(**({"name": "r", "checkpoint": "c", "dataset": "d"} | changes))
 
 
+@settings(max_examples=40)
 @given(recipes)
 def test_toml_and_json_give_an_equal_recipe_with_an_equal_fingerprint(r):
     for back in (Recipe.loads(r.to_toml()), Recipe.from_dict(json.loads(json.dumps(r.to_dict())))):
@@ -55,12 +56,14 @@ def test_toml_and_json_give_an_equal_recipe_with_an_equal_fingerprint(r):
         assert back.differences(r) == []
 
 
+@settings(max_examples=40)
 @given(recipes)
 def test_depths_are_ascending_and_begin_with_the_reference(r):
     assert r.depths[0] == 1
     assert all(a < b for a, b in zip(r.depths, r.depths[1:], strict=False))
 
 
+@settings(max_examples=40)
 @given(recipes, recipes)
 def test_fingerprints_differ_exactly_where_what_is_captured_does(a, b):
     """The name, and choices that only matter when a run is read, do not decide what is captured."""

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiny_run
-from test_capture import write_questions
 from test_loading import save_model
+from tiny_capture import write_questions
 from tiny_kinds import WORDS, capture_kinds, models
 
 from sst_interp import paths

@@ -54,7 +54,7 @@ def test_what_was_committed_is_what_is_read(tiny, name):
     assert [tuple(row) for row in frame[KEYS[name]].itertuples(index=False)] == rows(name, list(range(6)))
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.permutations(range(6)), st.sets(st.integers(1, 5)), st.randoms())
 def test_tables_do_not_depend_on_the_batches(tiny, order, cuts, random):
     parts = np.split(np.array(order), sorted(cuts))

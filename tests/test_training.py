@@ -9,9 +9,9 @@ import torch
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_capture import tiny_llama
 from test_loading import save_model
 from test_training_data import write_gsm8k
+from tiny_capture import tiny_llama
 
 from sst_interp.errors import SSTError
 from sst_interp.models.checkpoint import ADAPTER_CONFIG as CONFIG

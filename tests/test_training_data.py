@@ -5,8 +5,8 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_capture import tiny_llama, word_tokenizer
 from tiny import COMMON  # noqa: F401  (the tiny models' shape)
+from tiny_capture import tiny_llama, word_tokenizer
 
 from sst_interp.errors import SSTError
 from sst_interp.models.model import attach

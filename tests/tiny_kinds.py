@@ -4,8 +4,8 @@ import importlib
 from dataclasses import replace
 
 import torch
-from test_capture import recipe_for, tiny_llama, word_tokenizer, write_questions
 from tiny import lrt
+from tiny_capture import recipe_for, tiny_llama, word_tokenizer, write_questions
 
 from sst_interp.models.model import attach, attach_looped
 

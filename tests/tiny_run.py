@@ -7,9 +7,14 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
+from sst_interp.files import sha256
+from sst_interp.models.choices import BEFORE
 from sst_interp.runs.recipe import Recipe
+from sst_interp.runs.schema import write_parquet
 from sst_interp.runs.writer import RunWriter
 
 LAYERS, D_MODEL, POSITIONS, DEPTHS = 2, 3, 3, (1, 2)
@@ -141,9 +146,16 @@ def capture(folder: Path, recipe: Recipe | None = None, batches: list[list[int]]
     with RunWriter.open(folder, recipe, PROVENANCE, n_batches=len(batches)) as writer:
         for number, questions in enumerate(batches):
             if number not in writer.committed:
-                writer.commit(number, *batch(questions, recipe.keep, recipe.controls))
+                tables, states = batch(questions, recipe.keep, recipe.controls)
+                kept = tables if len(recipe.depths) > 1 else ("questions", "steps")
+                writer.commit(number, {name: tables[name] for name in kept}, states)
         writer.finish()
     return folder
+
+
+def capture_small(folder: Path) -> Path:
+    """A run of two batches with two tables each, and states: for what is done over and over."""
+    return capture(folder, tiny_recipe(depths=(1,), controls=0), BATCHES[:2])
 
 
 def contents(folder: Path) -> dict[str, Any]:
@@ -154,3 +166,27 @@ def contents(folder: Path) -> dict[str, Any]:
     assert manifest.pop("sessions")
     assert manifest.pop("sha256")
     return found | {"manifest.json": manifest}
+
+
+def as_version_1(folder: Path) -> None:
+    """Rewrite a run as version 0.1 wrote it: other names of comparisons and choices, format 1."""
+    names = {new: old for old, new in BEFORE.items()}
+    contents = json.loads((folder / "manifest.json").read_text())
+    contents["format"] = 1
+    del contents["sha256"]
+    choices = contents["recipe"]["choices"]
+    choices |= {"handoff": choices.pop("initial_guess"), "comparison": names[choices["comparison"]]}
+    toml = (folder / "run.toml").read_text()
+    (folder / "run.toml").write_text(
+        toml.replace("initial_guess", "handoff").replace("teacher_forced", "replayed")
+    )
+    for files in contents["shards"].values():
+        for file, entry in files.items():
+            if file.split("/")[0] not in ("outputs", "pairs", "nudges"):
+                continue
+            table = pq.read_table(folder / file)
+            place = table.column_names.index("comparison")
+            old = pa.array([names.get(v, v) for v in table["comparison"].to_pylist()]).dictionary_encode()
+            write_parquet(table.set_column(place, "comparison", old), folder / file)
+            entry |= {"bytes": (folder / file).stat().st_size, "sha256": sha256(folder / file)}
+    (folder / "manifest.json").write_text(json.dumps(contents))

@@ -42,7 +42,7 @@ from sst_interp.runs.manifest import content_hash
 from sst_interp.runs.provenance import kind_words
 from sst_interp.runs.run import Run
 from sst_interp.runs.store import open_run
-from sst_interp.runs.tokens import token_classes, tokenizer_of
+from sst_interp.runs.provenance import token_classes, tokenizer_of
 from sst_interp.tables import visible_texts
 
 FOLDER = "findings"

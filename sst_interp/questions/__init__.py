@@ -9,8 +9,7 @@ words the message; `grading` reads the answer.
 """
 
 from sst_interp.questions.datasets import Dataset, dataset, known_datasets, load_questions
-from sst_interp.questions.grading import canonical_number, grade
-from sst_interp.questions.item import Item, Kind, Question, QuestionSet
+from sst_interp.questions.item import Item, Kind, Question, QuestionSet, canonical_number, grade
 
 __all__ = [
     "Dataset",

@@ -1,4 +1,4 @@
-"""The datasets that have names, and the one function that loads questions.
+"""Loading questions: datasets that have names, and the user's own CSV and JSONL files.
 
 A named dataset is one file, here or a plugin's, with a reader under `@dataset`:
 
@@ -9,28 +9,30 @@ A named dataset is one file, here or a plugin's, with a reader under `@dataset`:
 
 from __future__ import annotations
 
+import csv
+import hashlib
+import io
 import pkgutil
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
+from string import ascii_uppercase
 from typing import Any, NamedTuple, TypeVar
 
 from sst_interp.errors import SSTError, unknown_name
+from sst_interp.files import from_json, read_whole
 from sst_interp.paths import user_path
-from sst_interp.questions.files import Columns, read_file
-from sst_interp.questions.item import Item, QuestionSet
-from sst_interp.questions.prompts import INSTRUCTIONS, ask
+from sst_interp.questions.item import INSTRUCTIONS, Hidden, HiddenBytes, Item, QuestionSet, ask
 
 
 class Records(NamedTuple):
-    """What a reader finds."""
+    """Items in the dataset's own order, the sha256 of their file, and its name in words without a folder."""
 
     items: list[Item]
-    """In the dataset's own order."""
     sha256: str
-    """Of the file they were read from."""
     source: str
-    """Which file that was, in words that name no folder of this machine."""
 
 
 Reader = Callable[[str, str | None], Records]
@@ -79,10 +81,8 @@ def dataset(name: str, about: str, licence: str, splits: Sequence[str], **how: b
 
 def known_datasets() -> dict[str, Dataset]:
     """Every named dataset, after importing every module beside this one."""
-    for module in pkgutil.iter_modules(
-        import_module("sst_interp.questions").__path__, "sst_interp.questions."
-    ):
-        import_module(module.name)
+    for module in pkgutil.iter_modules(import_module("sst_interp.questions").__path__):
+        import_module(f"sst_interp.questions.{module.name}")
     return _DATASETS
 
 
@@ -99,13 +99,13 @@ def load_questions(
     Args:
         dataset: a name of `known_datasets()`, the path of a `.csv` or `.jsonl` file, or `gpqa:PATH`.
         n: how many; None for all.
-        seed: of the order of the choices (per question, by its id: independent of `n`).
+        seed: of the order of the choices, per question by its id.
         split: one of the dataset's; None for the first it lists.
-        columns: for a file that uses other column names, see `files.read_file`.
-        instruction: replaces the default of `prompts.INSTRUCTIONS`.
+        columns: for a file that uses other column names, see `read_file`.
+        instruction: replaces the default of `item.INSTRUCTIONS`.
 
     Raises:
-        SSTError: what is wrong, and what to type.
+        SSTError: there is no such dataset or split, or not so many questions; a file is not as described.
     """
     if n is not None and n < 1:
         raise SSTError(f"cannot ask {n} questions", "give a number from 1 up, or none for all")
@@ -117,9 +117,8 @@ def load_questions(
     if not items:
         raise SSTError(f"dataset {dataset!r} has no questions")
     if n is not None and n > len(items):
-        raise SSTError(
-            f"dataset {dataset!r} has {len(items)} questions, not {n}", f"give {len(items)} or fewer"
-        )
+        said = f"dataset {dataset!r} has {len(items)} questions, not {n}"
+        raise SSTError(said, f"give {len(items)} or fewer")
     restricted = known is not None and known.restricted
     questions = tuple(ask(item, seed, instruction, ordered=not restricted) for item in items[:n])
     kinds = sorted({question.kind for question in questions})
@@ -165,21 +164,186 @@ def _own_file(dataset: str, split: str | None, columns: Columns | None) -> tuple
     if split is not None:
         raise SSTError(f"{path.name} has no splits", "leave split out")
     items, sha256 = read_file(path, columns)
-    about = {
-        "dataset": path.stem,
-        "split": None,
-        "source": f"file {path.name}",
-        "sha256": sha256,
-        "licence": None,
-    }
-    return items, about
+    about = {"dataset": path.stem, "split": None, "source": f"file {path.name}"}
+    return items, about | {"sha256": sha256, "licence": None}
 
 
 def _check_ids(dataset: str, items: list[Item]) -> None:
     seen: dict[str, int] = {}
     for number, item in enumerate(items, 1):
         if (first := seen.setdefault(item.id, number)) != number:
-            raise SSTError(
-                f"dataset {dataset!r} has two questions with one id: numbers {first} and {number}",
-                "make the ids unique",
-            )
+            said = f"dataset {dataset!r} has two questions with one id: numbers {first} and {number}"
+            raise SSTError(said, "make the ids unique")
+
+
+NEEDED = (
+    "it needs `question` and `answer`, and for multiple choice `A`, `B`, ... or `choice_1`, ... or `choices`"
+    "; a CSV names them in its first line"
+)
+USUAL = (
+    r"[a-z]|id|index|question|prompt|text|query|answers?|choices|options|choice_\d+|option_?\d+|opt_?\d+"
+    r"|label|solution|target|gold|key|correct|explanation|subject|category|source|difficulty"
+)
+"""Column names that an error may show: a word of a question would not be among them."""
+LARGEST = 512 << 20  # bytes of a file of questions
+Columns = Mapping[str, str | list[str]]
+
+
+def read_file(path: Path, columns: Columns | None = None) -> tuple[list[Item], str]:
+    """The user's own questions in file order, and the file's sha256.
+
+        id,question,A,B,C,answer          choices in columns A, B, ... or choice_1, choice_2, ...
+        q1,Which is a metal?,tin,wood,ice,A
+
+        {"question": "Which is a metal?", "choices": ["tin", "wood"], "answer": "tin"}
+
+    In a CSV, a column `choices` may hold a JSON list or texts separated by `|`. The answer is the letter or
+    the exact text of a choice; without choices a number, or a worked answer that ends in `#### 72`. `id`
+    defaults to the row number.
+
+    Args:
+        path: a `.csv` or `.jsonl` file in UTF-8.
+        columns: where the file uses other names: `{"question": "Prompt", "choices": ["opt1", "opt2"]}`.
+
+    Raises:
+        SSTError: names the file and the row, line or column that is wrong, never what stands in a cell, which
+            may be a text that must not be shown.
+    """
+    try:
+        data = HiddenBytes(read_whole(path, LARGEST))
+        text = Hidden(data.decode("utf-8-sig"))
+    except OSError as error:
+        hint = "give the path of a .csv or .jsonl file"
+        raise SSTError(f"cannot read {path}: {error.strerror}", hint) from error
+    except UnicodeDecodeError as error:
+        raise SSTError(f"{path.name} is not UTF-8 (byte {error.start})", "save it again as UTF-8") from None
+    rows = _jsonl(path.name, text) if path.suffix == ".jsonl" else _csv(path.name, text)
+    if not rows:
+        raise SSTError(f"{path.name} has no questions", NEEDED)
+    items = [_item(where, row, columns or {}, i) for i, (where, row) in enumerate(rows, 1)]
+    return items, hashlib.sha256(data).hexdigest()
+
+
+def _csv(name: str, text: str) -> list[tuple[str, dict[str, Any]]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    rows = []
+    try:
+        names = reader.fieldnames or []
+        if len(set(names)) < len(names):
+            raise SSTError(f"{name} line 1 names a column twice", "give each column a name of its own")
+        for row in reader:
+            where = f"{name} line {reader.line_num}"
+            if None in row:
+                raise SSTError(f"{where} has more cells than the header", "put cells with commas in quotes")
+            rows.append((where, _hidden(row)))
+    except csv.Error as error:
+        raise SSTError(f"{name} line {reader.line_num} is not CSV: {error}") from None
+    return rows
+
+
+def _jsonl(name: str, text: str) -> list[tuple[str, dict[str, Any]]]:
+    rows = []
+    for number, line in enumerate(map(Hidden, text.split("\n")), 1):
+        if not line.strip():
+            continue
+        try:
+            row = from_json(line)
+        except ValueError as error:
+            raise SSTError(f"{name} line {number} is not JSON: {error}", "one JSON object per line") from None
+        if not isinstance(row, dict):
+            raise SSTError(f"{name} line {number} is not a JSON object", "one JSON object per line")
+        rows.append((f"{name} line {number}", _hidden(row)))
+    return rows
+
+
+def _hidden(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: Hidden(cell) if isinstance(cell, str) else cell for name, cell in row.items()}
+
+
+def _item(where: str, row: dict[str, Any], columns: Columns, number: int) -> Item:
+    if {"Canary String", "Incorrect Answer 1"} & set(row):
+        hint = "give dataset = 'gpqa:PATH', so that no text is stored"
+        raise SSTError(f"{where}: these are GPQA's columns", hint)
+
+    def cell(name: str) -> str:
+        value = row.get(str(columns.get(name, name)))
+        if isinstance(value, dict | list | bool):
+            raise SSTError(f"{where}: {columns.get(name, name)!r} is not a text", 'for example "Which?"')
+        return "" if value is None else str(value).strip()
+
+    if any(map(_broken, row.values())):
+        said = f"{where} holds half a character (a lone surrogate)"
+        raise SSTError(said, "write that character as a whole")
+    for name in ("question", "answer"):
+        if columns.get(name, name) not in row:
+            raise SSTError(f"{where} has no {columns.get(name, name)!r}{_shown(row)}", NEEDED)
+        if not cell(name):
+            raise SSTError(f"{where} has an empty {columns.get(name, name)!r}")
+    choices = _choices(where, row, columns)
+    if not choices:
+        worked, hashes, short = cell("answer").rpartition("####")  # as GSM8K writes it
+        answer = short.strip() if hashes and worked else cell("answer")
+        return Item(cell("id") or str(number), cell("question"), (), answer, cell("answer"))
+    if len(choices) < 2:
+        raise SSTError(f"{where} has a single choice", "give two or more, or none for a number")
+    answer = _index(where, cell("answer"), choices)
+    return Item(cell("id") or str(number), cell("question"), tuple(text for _, text in choices), answer)
+
+
+def _choices(where: str, row: dict[str, Any], columns: Columns) -> list[tuple[str, str]]:
+    """`(label, text)` of every choice that is not empty; the label is what an answer letter refers to."""
+    named = columns.get("choices", "choices")
+    if isinstance(named, str) and named in row:
+        value = row[named]
+        if isinstance(value, str):
+            value = _json_list(value) or (value.split("|") if value.strip() else [])
+        value = [] if value is None else value
+        if not isinstance(value, list) or any(isinstance(v, dict | list | bool | None) for v in value):
+            hint = 'for example ["tin", "wood"] or tin|wood'
+            raise SSTError(f"{where}: {named!r} is not a list of texts", hint)
+        texts = [str(v) for v in value]
+    elif isinstance(named, list) or "choices" in columns:
+        names = [named] if isinstance(named, str) else named
+        missing = [name for name in names if name not in row]
+        if missing:
+            raise SSTError(f"{where} has no {missing[0]!r}{_shown(row)}", NEEDED)
+        texts = [row[name] or "" for name in names]
+    else:
+        numbered = sorted((n for n in row if re.fullmatch(r"choice_\d+", n)), key=lambda n: int(n[7:]))
+        texts = [str(row[name] or "") for name in (numbered or [n for n in ascii_uppercase if n in row])]
+    if len(texts) > len(ascii_uppercase):
+        raise SSTError(f"{where} has {len(texts)} choices; at most 26 can be lettered")
+    return [(a, str(t).strip()) for a, t in zip(ascii_uppercase, texts, strict=False) if str(t).strip()]
+
+
+def _shown(row: Mapping[str, Any]) -> str:
+    """The columns of a row, as far as they are names that columns usually have."""
+    usual = [name for name in row if re.fullmatch(USUAL, str(name), re.IGNORECASE)]
+    others = f"{len(row) - len(usual)} other columns" if len(row) > len(usual) else ""
+    return f"; it has {', '.join([*usual, *([others] if others else [])])}" if row else ""
+
+
+def _broken(value: Any) -> bool:
+    """Whether a text, or one in a list, cannot be written as UTF-8."""
+    if isinstance(value, list):
+        return any(map(_broken, value))
+    return isinstance(value, str) and value != value.encode(errors="replace").decode()
+
+
+def _json_list(value: str) -> list[Any] | None:
+    try:
+        parsed = from_json(value)
+    except ValueError:
+        return None
+    return parsed if isinstance(parsed, list) else None
+
+
+def _index(where: str, answer: str, choices: list[tuple[str, str]]) -> int:
+    """Which choice an answer names, by letter or by its text."""
+    by_letter = [i for i, (label, _) in enumerate(choices) if label == answer]
+    by_text = [i for i, (_, text) in enumerate(choices) if text == answer]
+    named = set(by_letter) | set(by_text)
+    if len(named) != 1:
+        wrong = "names more than one of its choices" if named else "is not one of its choices"
+        raise SSTError(f"{where}: the answer {wrong}", "give a letter, or the exact text of a choice")
+    return named.pop()

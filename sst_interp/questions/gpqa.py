@@ -22,18 +22,10 @@ from sst_interp.questions.datasets import Records, dataset
 from sst_interp.questions.item import Hidden, HiddenBytes, Item
 
 PASSWORD = b"deserted-untie-orchid"
-LARGEST = 64 << 20
-"""Bytes of the archive, and of a CSV in it, at most: the largest of the authors' has 4 MB."""
+LARGEST = 64 << 20  # bytes of the archive, and of a CSV in it: the largest of the authors' has 4 MB
 HUB_NAME = "Idavidrein/gpqa"
 SPLITS = ("diamond", "main", "extended")
-COLUMNS = (
-    "Record ID",
-    "Question",
-    "Correct Answer",
-    "Incorrect Answer 1",
-    "Incorrect Answer 2",
-    "Incorrect Answer 3",
-)
+COLUMNS = ("Record ID", "Question", "Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3)))
 HOW_TO_GET = (
     f"accept the terms of {HUB_NAME} on the hub and type `hf auth login`, or download dataset.zip from the "
     "authors' repository and give dataset = 'gpqa:/path/to/dataset.zip' (or set SST_INTERP_GPQA to it)"
@@ -49,10 +41,10 @@ HOW_TO_GET = (
     takes_path=True,
 )
 def read_gpqa(split: str = "diamond", path: str | None = None) -> Records:
-    """The items (right answer first: shuffle them), the CSV's sha256, and a word on the source.
+    """The records; the right answer comes first in each, so shuffle them.
 
     Raises:
-        SSTError: no such file, not GPQA, or no access to the hub. Never names a question's text.
+        SSTError: no such file, not GPQA, or no access to the hub. It never quotes a question.
     """
     given = path or os.environ.get("SST_INTERP_GPQA")
     if given:
@@ -91,9 +83,8 @@ def _from_zip(path: Path, split: str) -> HiddenBytes:
             return data
     except (RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
         # a wrong password is a RuntimeError, or looks like damage
-        raise SSTError(
-            f"{path.name} is damaged or is not the authors' archive: {error}", HOW_TO_GET
-        ) from None
+        said = f"{path.name} is damaged or is not the authors' archive: {error}"
+        raise SSTError(said, HOW_TO_GET) from None
 
 
 def _from_hub(split: str) -> HiddenBytes:
@@ -105,9 +96,8 @@ def _from_hub(split: str) -> HiddenBytes:
     except Exception as error:  # gated, no token, offline, proxy, ...: each a class of its own
         response = getattr(error, "response", None)
         code = f" {response.status_code}" if response is not None else ""
-        raise SSTError(
-            f"could not get {HUB_NAME} from the hub ({type(error).__name__}{code})", HOW_TO_GET
-        ) from None
+        said = f"could not get {HUB_NAME} from the hub ({type(error).__name__}{code})"
+        raise SSTError(said, HOW_TO_GET) from None
 
 
 def _parse(data: HiddenBytes, source: str) -> list[Item]:
@@ -119,7 +109,8 @@ def _parse(data: HiddenBytes, source: str) -> list[Item]:
             shown = ", ".join(map(repr, missing))
             raise SSTError(f"{source} is not GPQA: it has no column {shown}", HOW_TO_GET)
         places = [names.index(Hidden(column)) for column in COLUMNS]
-        for number, row in enumerate(map(_hidden, filter(None, rows)), 1):
+        hidden = ([Hidden(cell.strip()) for cell in row] for row in rows if row)
+        for number, row in enumerate(hidden, 1):
             if max(places) >= len(row) or not all(row[place] for place in places):
                 raise SSTError(f"{source}: record {number} has an empty question, choice or id")
             items.append(Item(str(row[places[0]]), row[places[1]], tuple(row[p] for p in places[2:]), 0))
@@ -127,7 +118,3 @@ def _parse(data: HiddenBytes, source: str) -> list[Item]:
         # not chained: a decoding error carries the text
         raise SSTError(f"{source} is not a UTF-8 CSV file", HOW_TO_GET) from None
     return items
-
-
-def _hidden(row: list[str]) -> list[Hidden]:
-    return [Hidden(cell.strip()) for cell in row]

@@ -1,22 +1,27 @@
-"""What a question is: as its dataset has it (`Item`), and as a model is asked it (`Question`).
+"""A question: as its dataset has it, as a model is asked it, and how the answer is read.
 
-The texts are never part of a `repr`: a question in a traceback, a log line or a notebook's last line
-shows its id and its gold answer only. For GPQA that is a promise to its authors. Where a text or its tokens
-are a value of their own, they are a `Hidden`, `HiddenBytes` or `HiddenTokens`: a traceback with local
-variables (pytest -l, IPython's Verbose) shows their size. What is made from
-them (a part, a join, a tensor) is plain.
+Texts are never part of a `repr`: a traceback, a log line or a notebook's last line shows a question's id and
+gold answer only. For GPQA that is a promise to its authors. A text or its tokens as a value of their own are
+`Hidden`, `HiddenBytes` or `HiddenTokens`, which show their size; what is made from them (a part, a join, a
+tensor) is plain.
 """
 
 from __future__ import annotations
 
+import random
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from string import ascii_uppercase
 from typing import Any, Literal
+
+from sst_interp.errors import SSTError
 
 Kind = Literal["choice", "number"]
 
 
 class Hidden(str):
-    """Text that shows its length and not itself."""
+    """Text whose repr is its length."""
 
     __slots__ = ()
 
@@ -25,7 +30,7 @@ class Hidden(str):
 
 
 class HiddenBytes(bytes):
-    """A file's contents that show their length and not themselves."""
+    """Bytes whose repr is their number."""
 
     __slots__ = ()
 
@@ -34,7 +39,7 @@ class HiddenBytes(bytes):
 
 
 class HiddenTokens(list[int]):
-    """Token ids that show their number and not themselves: they decode to a text."""
+    """Token ids whose repr is their number: they decode to a text."""
 
     __slots__ = ()
 
@@ -53,7 +58,7 @@ class Item:
     answer: int | str
     """Index into `choices`, or the number as the dataset writes it."""
     worked: str = field(default="", repr=False)
-    """The worked answer, for a dataset that has one: what a training learns to write."""
+    """The worked answer, if there is one: what a training learns to write."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "text", Hidden(self.text))
@@ -95,3 +100,179 @@ class QuestionSet:
 
     def __len__(self) -> int:
         return len(self.questions)
+
+
+INSTRUCTIONS: dict[str, str] = {
+    "choice": "Start your reply with the letter of the correct answer, then give a short reason.",
+    "number": "Work it out step by step, then give the final number after ####.",
+}
+"""The default instruction of each kind. Of the wordings tried on SmolLM2-135M, the one for choices, with
+"(A)" rather than "A.", got an answer most often (22 of 24 questions)."""
+
+_POINTS_AT_OTHERS = re.compile(
+    r"(?i:\b(?:all|none|both|neither|any|either|two)\b.*\b(?:above|of these|of the following|of them)\b)"
+    r"|^\W*(?:(?:[Bb]oth|[Nn]either|[Oo]nly) )?\(?[A-H]\)?,? (?:and|or|nor) \(?[A-H]\)?\W*$"
+)
+
+
+def ask(item: Item, seed: int = 0, instruction: str | None = None, ordered: bool = True) -> Question:
+    """The question as it is asked: the text, the lettered choices, an instruction.
+
+    The choices are shuffled by `random.Random(f"{seed}:{id}")`, so that a question looks the same whichever
+    others are asked with it. Choices that point at one another ("all of the above") keep their author's
+    order.
+
+    Args:
+        item: the record; `item.answer` indexes its choices.
+        seed: of the shuffle.
+        instruction: replaces the kind's default; `{letters}` becomes "A, B, C or D".
+        ordered: the dataset's order of choices is its author's (GPQA's is not: the right one is first).
+
+    Raises:
+        SSTError: more than 26 choices, or a gold answer that is not a number.
+    """
+    kind: Kind = "choice" if item.choices else "number"
+    instruction = INSTRUCTIONS[kind] if instruction is None else instruction
+    if kind == "number":
+        gold = canonical_number(str(item.answer))
+        if gold is None:
+            raise SSTError(
+                f"question {item.id[:60]}: the answer is not a number",
+                "give it as digits (18, 1,450, -2.5), or give the question choices",
+            )
+        return Question(item.id, message(item.text, instruction), gold, "number", 0)
+    n = len(item.choices)
+    if not 2 <= n <= len(ascii_uppercase):
+        raise SSTError(f"question {item.id[:60]} has {n} choices; 2 to 26 can be lettered")
+    order = list(range(n))
+    if not (ordered and any(_POINTS_AT_OTHERS.search(choice) for choice in item.choices)):
+        random.Random(f"{seed}:{item.id}").shuffle(order)
+    letters = ascii_uppercase[:n]
+    lines = (f"({letter}) {item.choices[i]}" for letter, i in zip(letters, order, strict=True))
+    listed = Hidden("\n".join(lines))
+    instruction = instruction.replace("{letters}", f"{', '.join(letters[:-1])} or {letters[-1]}")
+    gold = letters[order.index(int(item.answer))]
+    shuffled = tuple(item.choices[i] for i in order)
+    return Question(item.id, message(item.text, listed, instruction), gold, "choice", n, shuffled)
+
+
+def message(*parts: str) -> str:
+    """The user's message: its parts, those that are not empty, a blank line apart."""
+    return Hidden("\n\n".join(part for part in parts if part))
+
+
+# Not part of a word or symbol (C++, B/C, A's, D-glucose), and not the article or the pronoun.
+_LETTER = (
+    r"([A-Z])(?![\w'’+°/]|-\w)"
+    r"(?!(?<=[AI])[ \t]+(?!(?:because|since|as|due|is|and|or|which|explanation|reason)\b)\w)"
+)
+_OPEN = r"[\s*_`\"'(\[{$\\]*(?:(?:boxed|text|textbf|mathbf)\s*\{[\s(\\]*)*"
+_STATED = re.compile(
+    r"(?i:\b(?:answer|choice|option|letter)(?: (?:to|for) (?:the|this) question)?[\s*_]*"
+    r"(?::|=|\bis\b|\bwould be\b|\bshould be\b)[\s*_:]*"
+    r"(?:(?:the )?(?:correct |right |best )?(?:letter|option|choice|answer)\b)?[\s:]*)" + _OPEN + _LETTER
+)
+_CHOSEN = re.compile(
+    r"(?i:\b(?:choose|select|pick|go with)(?: (?:option|choice|letter|answer))?)" + _OPEN + _LETTER
+)
+_VERDICT = re.compile(r"(?<!\w)" + _LETTER + r"[)\]*\"']*(?i:\s+is\s+(?:the\s+)?(?:correct|right|best)\b)")
+_BOXED = re.compile(r"boxed\s*\{[\s(\\]*(?:text\w*\s*\{[\s(]*)?" + _LETTER)
+_LEADING = re.compile(r"[\s*_`#>\"'(\[]*(?i:(?:option|choice|letter)\s+)?[*(\[]*" + _LETTER)
+_LABEL = re.compile(r"(?m)^[ \t*_(\[-]*([A-Z])[*_]*[.):\]]")
+_BOLD = re.compile(r"\*\*\(?" + _LETTER + r"\)?[.:)]?[^*\n]*\*\*")
+_NAMED = re.compile(r"(?i:\b(?:option|choice|letter|answer))[\s*(\[\"']+" + _LETTER)
+
+_DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?"
+_NUMBER = rf"((?<![\w)])[-−]\$?|\$[-−]|)\$?((?<!\w)(?<!\d\.){_DIGITS}|(?<![\w.])\.[0-9]+)"
+_ANY_NUMBER = re.compile(_NUMBER)
+_HASHED = re.compile(rf"####[\s*$]*{_NUMBER}")
+
+
+def grade(kind: Kind, text: str, n_choices: int = 0, choices: Sequence[str] = ()) -> str | None:
+    """The answer in a generated text: a letter, or a number in canonical form; None if there is none.
+
+    Letters are looked for in this order: a statement ("the answer is (B)", "B is correct"; the last one
+    counts, since a text may correct itself); the letter that the text begins with; a letter that begins a
+    line, stands in bold, or is named ("option B"). Only capitals count, an article "A" or pronoun "I" does
+    not, and a text that only lists the choices again has not answered.
+
+    A quoted choice counts and not the letter before it: a small model writes "B) rain" where rain is D.
+    SmolLM2-135M does so in a quarter of its answers. Answers found / right on 96 questions, 32 tokens, by
+    letter and with quotes: ARC-Easy 84 / 18 and 93 / 29; ARC-Challenge 80 / 24 and 85 / 25 (at chance either
+    way).
+
+    Args:
+        kind: `choice` or `number`.
+        text: what the model wrote, without the prompt and special tokens.
+        n_choices: letters beyond this many are ignored.
+        choices: their texts in the order asked (`Question.choices`); without them only letters count.
+    """
+    if kind == "choice":
+        return _choice(text, ascii_uppercase[:n_choices], choices)
+    if kind == "number":
+        return _number(text)
+    raise ValueError(f"kind {kind!r} is neither 'choice' nor 'number'")
+
+
+def _choice(text: str, letters: str, choices: Sequence[str]) -> str | None:
+    """The letter found, replaced by the letter of the choice quoted right after it, if one is."""
+    lists_choices = _LABEL.findall(text)[:2] == ["A", "B"]
+    match = _find_letter(text, letters, lists_choices)
+    quotes = [(_plain(choice), letter) for choice, letter in zip(choices, letters, strict=False)]
+    if match:
+        after = _plain(text[match.end(1) :])
+        quoted = [(len(q), letter) for q, letter in quotes if q and f"{after} ".startswith(f"{q} ")]
+        return max(quoted)[1] if quoted else match[1]
+    if lists_choices:
+        return None
+    said = f" {_plain(text)} "
+    named = [(q, letter) for q, letter in quotes if q and f" {q} " in said]
+    named = [
+        (q, x) for q, x in named if not any(q != other and f" {q} " in f" {other} " for other, _ in named)
+    ]
+    return named[0][1] if len(named) == 1 else None
+
+
+def _find_letter(text: str, letters: str, lists_choices: bool) -> re.Match[str] | None:
+    def matches(*patterns: re.Pattern[str]) -> list[re.Match[str]]:
+        return [m for pattern in patterns for m in pattern.finditer(text) if m[1] in letters]
+
+    if stated := matches(_STATED, _CHOSEN, _VERDICT, _BOXED):
+        return max(stated, key=lambda match: match.start(1))
+    leading = _LEADING.match(text)
+    if leading and leading[1] in letters and not (lists_choices and leading[1] == "A"):
+        return leading
+    for pattern in (_BOLD, _NAMED) if lists_choices else (_LABEL, _BOLD, _NAMED):
+        if labels := matches(pattern):
+            return labels[0]
+    return None
+
+
+def _plain(text: str) -> str:
+    """Words only, in lower case: how a quotation is compared."""
+    return " ".join(re.findall(r"[^\W_]+", text.lower()))
+
+
+def _number(text: str) -> str | None:
+    """The last `#### 18`, else the last number of the text."""
+    matches = list(_HASHED.finditer(text)) or list(_ANY_NUMBER.finditer(text))
+    if not matches:
+        return None
+    sign, digits = matches[-1].groups()
+    return _canonical(bool(sign.strip("$")), digits)
+
+
+def canonical_number(text: str) -> str | None:
+    """A gold number in the one form answers are compared in: `$1,450.50` is `1450.5`, `18.0` is `18`.
+
+    None if `text` is not one number and nothing else.
+    """
+    match = _ANY_NUMBER.fullmatch(text.strip().removesuffix("."))
+    return _canonical(bool(match[1].strip("$")), match[2]) if match else None
+
+
+def _canonical(negative: bool, digits: str) -> str:
+    whole, _, fraction = digits.replace(",", "").partition(".")
+    whole, fraction = whole.lstrip("0") or "0", fraction.rstrip("0")
+    number = f"{whole}.{fraction}" if fraction else whole
+    return f"-{number}" if negative and number != "0" else number

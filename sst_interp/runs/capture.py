@@ -1,8 +1,4 @@
-"""Capturing a run: every question at every depth, measured while it is generated.
-
-Batches are fixed by the recipe and committed one by one (`sst_interp.runs.writer`), so a capture that dies
-goes on where it was, and memory does not grow with the number of questions.
-"""
+"""Capturing a run: every question at every depth, measured while it is generated, batch by batch."""
 
 from __future__ import annotations
 
@@ -24,12 +20,9 @@ from sst_interp.questions import Question, grade, load_questions
 from sst_interp.questions.item import Hidden, HiddenTokens
 from sst_interp.runs import manifest
 from sst_interp.runs.controls import Controls
-from sst_interp.runs.provenance import (
-    provenance,
-)
+from sst_interp.runs.provenance import provenance
 from sst_interp.runs.recipe import Recipe
-from sst_interp.runs.recorder import Recorder
-from sst_interp.runs.rollouts import RolloutDecoder
+from sst_interp.runs.recorder import Recorder, RolloutDecoder
 from sst_interp.runs.store import Run, open_run
 from sst_interp.runs.writer import RunWriter
 from sst_interp.tables import bar, say
@@ -95,7 +88,7 @@ def capture(
 
 
 def batches_of(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Question indices per batch: neighbours in length, to pad little. Fixed by lengths and size."""
+    """Question indices per batch: neighbours in length, to pad little."""
     order = sorted(range(len(lengths)), key=lambda r: (lengths[r], r))
     return [order[i : i + size] for i in range(0, len(order), size)]
 
@@ -118,7 +111,7 @@ def capture_batch(
         prompts: token ids per question.
         restricted: record no token ids.
         bar: told of each position (`update`).
-        controls: measures the noise floor and nudges of the questions that get them.
+        controls: measures the noise floor and perturbations of the questions that get them.
 
     Returns:
         (tables, states) as `RunWriter.commit` takes them.
@@ -167,13 +160,13 @@ def answers(
     certificate: Certificate,
 ) -> dict[str, list[Any]]:
     """The `questions` table of a batch: what each depth answered, graded in memory."""
-    found = []
+    rows_of_it = []
     for k, question in enumerate(questions):
         for depth in recipe.depths:
-            said = Hidden(model.tokenizer.decode(texts[depth][k], skip_special_tokens=True))
+            said = model.tokenizer.decode(texts[depth][k], skip_special_tokens=True)
             said = Hidden((recipe.reply_prefix or "") + said)
             answer = grade(question.kind, said, question.n_choices, question.choices)
-            found.append(
+            rows_of_it.append(
                 {
                     "question": rows[k],
                     "id": question.id,
@@ -189,11 +182,11 @@ def answers(
                     "prompt_logit_error": certificate.logit_error,
                 }
             )
-    return {name: [row[name] for row in found] for name in found[0]}
+    return {name: [row[name] for row in rows_of_it] for name in rows_of_it[0]}
 
 
 def refuse_other_model(model: StateStreamModel, recipe: Recipe) -> None:
-    """Raise if a model that was handed in is not the recipe's: the recipe is what gets recorded."""
+    """Raise SSTError if a model that was handed in is not the recipe's, which is what gets recorded."""
     dtype = str(model.backbone.dtype).removeprefix("torch.")
     if dtype != recipe.dtype:
         raise SSTError(f"the model is {dtype}, the recipe says {recipe.dtype}", f"dtype = {dtype!r}")

@@ -1,9 +1,8 @@
 """The controls that need the model: measured while a run is captured, since it may keep no text.
 
-Some questions, evenly spread, are read once more after their batch has been generated: alone, in float32
-(`noise_floor`), and with their states nudged (`nudges`). What comes of it belongs to their batch and is
-committed with it. Which questions they are and every random direction depend on the recipe alone, so a
-resumed run is an uninterrupted one here, too.
+Some questions, evenly spread, are read once more after their batch has been generated: alone, in float32, and
+with their states perturbed (`perturbations`). The rows belong to their batch and are committed with it. The
+questions and all random directions depend on the recipe alone: a resumed run is an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -18,11 +17,9 @@ from torch import Tensor
 
 from sst_interp.models.model import StateStreamModel
 from sst_interp.models.stream import Recurrence
-from sst_interp.runs.noise_floor import Rereading, in_float32, noise_rows
-from sst_interp.runs.perturbations import perturbation_rows, read_alone
+from sst_interp.runs.perturbations import Rereading, in_float32, noise_rows, perturbation_rows, read_alone
 from sst_interp.runs.recipe import Recipe
-from sst_interp.runs.recorder import rounded_columns
-from sst_interp.runs.rollouts import Rollout, RolloutCell, RolloutStep
+from sst_interp.runs.recorder import Rollout, RolloutCell, RolloutStep, rounded_columns
 
 
 class Controls:
@@ -37,7 +34,7 @@ class Controls:
     def __init__(self, model: StateStreamModel, recipe: Recipe, questions: int) -> None:
         self.model, self.recipe = model, recipe
         self.chosen = spread(recipe.controls, questions)
-        """The questions, by index in the run, that get controls."""
+        """The questions with controls, by index in the run."""
 
     def watch(self, rows: Sequence[int]) -> Watch | None:
         """What to show every position of a batch of these questions; None if none gets controls."""
@@ -50,7 +47,7 @@ class Controls:
 
 
 class Watch:
-    """The states of one batch that the controls are compared with, and the controls."""
+    """The controls of one batch, and the captured states that they are compared with."""
 
     def __init__(self, controls: Controls, rows: Sequence[int]) -> None:
         self.controls = controls

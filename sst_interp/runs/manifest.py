@@ -1,8 +1,7 @@
 """manifest.json: the shards a run consists of, what they were captured from, and by which sessions.
 
 A shard exists if and only if the manifest lists it. Timestamps, versions and hosts are in `sessions` and
-nowhere else, so that a resumed run's other entries equal those of an uninterrupted one. What is read is
-checked type by type, and against the manifest's own `sha256`, which older manifests lack.
+nowhere else, so that a resumed run's other entries equal those of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -20,15 +19,15 @@ from sst_interp.files import from_json, read_whole, replace_json, sha256
 from sst_interp.runs.recipe import Recipe
 from sst_interp.runs.schema import TABLES
 
-FORMAT = 1
+FORMAT = 2
+"""Format 1, of version 0.1, has other names for comparisons and choices (`models.choices.BEFORE`)."""
 FILE = "manifest.json"
 PER_SESSION = frozenset(
     {"started", "time", "host", "platform", "python", "versions"}
     | {"git_revision", "git_dirty", "threads", "device", "command"}
 )
-"""Provenance that may differ between the sessions of one run; it is recorded with each session."""
-LARGEST = 64 << 20
-"""Bytes of a manifest at most."""
+"""Provenance that may differ between the sessions of one run."""
+LARGEST = 64 << 20  # bytes
 TYPES: dict[str, type | tuple[type, ...]] = {
     "state": str,
     "recipe": dict,
@@ -70,8 +69,13 @@ def new_manifest(recipe: Recipe, provenance: Mapping[str, Any], n_batches: int |
     }
 
 
+def renewed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest in today's format and names."""
+    return {**manifest, "format": FORMAT, "recipe": Recipe.from_dict(manifest["recipe"]).to_dict()}
+
+
 def session(manifest: Mapping[str, Any], provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """A `sessions` entry: when it started, and all provenance that the run does not already state."""
+    """A `sessions` entry: when it started, and the provenance that the run does not state."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     stated = manifest["provenance"]
     return {"started": now} | {
@@ -85,7 +89,11 @@ def plain(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The folder's manifest; None if it has none. Raises SSTError for one that cannot be understood."""
+    """The folder's manifest; None if it has none.
+
+    Raises:
+        SSTError: it cannot be read or understood.
+    """
     path = folder / FILE
     start_again = f"put a copy back, or `sst-interp capture --run {folder.name} --fresh` starts again"
     try:
@@ -98,26 +106,20 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def parse_manifest(data: bytes, path: str, hint: str) -> dict[str, Any]:
-    """A manifest's bytes as `read_manifest` gives it: without its `sha256`.
+    """A manifest without its `sha256`, from its bytes; errors call it `path`.
 
     Raises:
-        SSTError: they are damaged, of another format, or no manifest; `path` is how it is called.
+        SSTError: it is damaged, of a later format, or no manifest.
     """
     try:
         manifest = from_json(data)
     except ValueError as error:
         raise SSTError(f"{path} is damaged: {error}", hint) from None
-    kind = manifest.get("format") if isinstance(manifest, dict) else None
-    if isinstance(kind, int) and kind > FORMAT:
-        raise SSTError(
-            f"{path} has format {kind}; this sst-interp reads format {FORMAT}", "upgrade sst-interp"
-        )
-    if (
-        not isinstance(manifest, dict)
-        or not _whole(kind)
-        or kind != FORMAT
-        or not manifest.keys() >= TYPES.keys()
-    ):
+    kind: Any = manifest.get("format") if isinstance(manifest, dict) else None
+    if _is(kind, int) and kind > FORMAT:
+        said = f"{path} has format {kind}; this sst-interp reads formats 1 to {FORMAT}"
+        raise SSTError(said, "upgrade sst-interp")
+    if not (_is(kind, int) and kind >= 1 and manifest.keys() >= TYPES.keys()):
         raise SSTError(f"{path} is not a run's manifest", hint)
     own = manifest.pop("sha256", None)
     try:
@@ -172,7 +174,7 @@ def _check(manifest: Mapping[str, Any]) -> None:
                 raise ValueError(f"{file}: a size is below 0")
     published = manifest.get("published", {})
     kept = published.get("iterations", []) if isinstance(published, dict) else None
-    if not isinstance(kept, list) or not all(_whole(i) and i >= 1 for i in kept):
+    if not isinstance(kept, list) or not all(_is(i, int) and i >= 1 for i in kept):
         raise ValueError("published.iterations is not a list of iterations")
 
 
@@ -193,10 +195,6 @@ def _is(value: Any, kind: type | tuple[type, ...]) -> bool:
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
-def _whole(value: Any) -> bool:
-    return _is(value, int)
-
-
 def batches(manifest: Mapping[str, Any]) -> list[int]:
     """The committed batches, ascending."""
     return sorted(int(batch) for batch in manifest["shards"])
@@ -211,7 +209,7 @@ def content_hash(manifest: Mapping[str, Any]) -> str:
 
 
 def lacking(manifest: Mapping[str, Any], batch: int) -> str | None:
-    """A kind of shard that a batch must have and does not list; None if it has them all."""
+    """The kind of shard that a batch must have and does not list; None if it has them all."""
     recipe, files = manifest["recipe"], manifest["shards"][str(batch)]
     needed = ["questions", "steps", *(("outputs", "pairs") if len(recipe.get("depths", (1, 2))) > 1 else ())]
     if recipe.get("keep", "position0") != "none" and manifest.get("published", {}).get("iterations") != []:

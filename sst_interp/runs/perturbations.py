@@ -1,33 +1,26 @@
-"""Nudges of the same size: what the output does when the state is moved as far, in another direction.
+"""Norm-matched perturbations, and the noise floor under every comparison of states.
 
 The argmax is a function of the last layer's state, so that it changes where the state does is partly true by
-construction. The null is "any change of that size would do as much". For one question, alone, on the text
-that depth 1 wrote, this module takes the change that iterating makes and puts others of the same norm in its
-place, position by position. What is compared with what (state a stays where it is):
+construction. The null: any change of that norm would do as much. For one question, alone, on depth 1's text,
+the change from state a to state b is replaced, position by position, by others of the same norm:
 
-| comparison | a | b |
-| --- | --- | --- |
-| teacher-forced | depth 1's pass | depth b's last iteration, for every depth b > 1 |
-| `within` | iteration 1 of the deepest pass | iteration b of it, for every b > 1 |
+- teacher-forced: a is depth 1's pass, b is depth b's last iteration, for every depth b > 1.
+- `within`: a is iteration 1 of the deepest pass, b is its iteration b, for every b > 1.
 
-A nudge is put in at one of two sites:
+A perturbation n is put in at one of two sites:
 
-- `output`: the last layer's output y_L. Nothing is computed again but the logits: y_L(a) + n is unembedded,
-  with |n| = |y_L(b) - y_L(a)|. `true` is y_L(b) itself. This is the part that holds by construction.
-- `stream`: the stream states that a's pass is handed, the only thing by which iterating acts on a position.
-  a's pass is run once more, with s_l(a) + n_l instead of s_l(a) in every layer l, where
-  |n_l| = |s_l(b) - s_l(a)|, for the deepest b. Token, position and the cache of earlier positions stay a's.
-  `true` hands in s(b). In `within` that *is* iteration b. In teacher-forced it is the part of depth b that comes
-  through the state; the rest comes through the deeper cache. A depth-looped model is handed nothing from the
-  position before, so there is no `stream` site.
+- `output`: y_L(a) + n is unembedded, with |n| = |y_L(b) - y_L(a)|. This part holds by construction.
+- `stream`: a's pass is run again with s_l(a) + n_l in every layer l, |n_l| = |s_l(b) - s_l(a)|, for the
+  deepest b. Token, position and the cache of earlier positions stay a's. Iterating acts on a position by the
+  stream alone; a depth-looped model has none, and no such site.
 
-The direction of n is `random` (isotropic) or `elsewhere`: that of the same difference at another position of
-the same text. All are compared with a's own output; at `stream` with the same pass handed s(a), run in the
-same shape, so that no rounding of another shape is counted.
+The direction of n is `true` (y(b) or s(b) itself), `random` (isotropic) or `elsewhere` (of the difference at
+another position of the text). Every output is compared with a's own, run in the same shape.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -38,13 +31,95 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sst_interp.models.backbone import Backbone
 from sst_interp.models.cache import Access, KeyValues
 from sst_interp.models.measures import Readout, compare_outputs, cosine, read_out, relative_l2, wide
+from sst_interp.models.solvers.sequential import Iteration, advance
+from sst_interp.models.solvers.solve import prefill
 from sst_interp.models.stream import Recurrence, Stream, stack_pass
-from sst_interp.runs.noise_floor import Rereading
+from sst_interp.runs.recorder import compare_states
+
+
+class Rereading:
+    """Given texts, read again position by position, at several depths side by side.
+
+    Args:
+        tokens: [question, column] prompts, with `pad` columns of padding on the left.
+        texts: the tokens that were emitted after each prompt; a shorter text is filled up at its end, and
+            what is read there means nothing.
+        depths: each is a rollout; the deepest comes first.
+
+    Iterating reads one position and gives (incoming, iterations): the states handed in from the position
+    before, [layer, row, d_model], and what `advance` returns. Row `rollout * questions + question`.
+    """
+
+    def __init__(
+        self,
+        model: Recurrence,
+        tokens: Int[Tensor, "question column"],
+        pad: Int[Tensor, " question"],
+        texts: Sequence[Sequence[int]],
+        depths: Sequence[int],
+    ) -> None:
+        self.model, self.depths = model, sorted(depths, reverse=True)
+        self.questions, self.length = len(texts), max(map(len, texts))
+        read = [[*text, *[text[-1]] * (self.length - len(text))][:-1] for text in texts]
+        new = torch.tensor(read, dtype=tokens.dtype, device=tokens.device).view(self.questions, -1)
+        self.inputs = torch.cat([tokens[:, -1:], new], dim=1)
+        """[question, position] the token that each position reads."""
+        stream = model.new_stream(pad, tokens.shape[1] + self.length - 1)
+        with torch.no_grad():
+            prefill(model, stream, tokens[:, :-1])
+        self.stream = stream.repeat(len(self.depths))
+        """Where the reading stands."""
+
+    def rows(self, depth: int) -> slice:
+        """The rows of one depth's rollout."""
+        first = self.depths.index(depth) * self.questions
+        return slice(first, first + self.questions)
+
+    def last(self, iterations: list[Iteration], depth: int) -> Float[Tensor, "layer question d_model"]:
+        """Layer outputs of a rollout's last iteration."""
+        return iterations[depth - 1].resid_post[:, self.rows(depth)]
+
+    def __iter__(self) -> Iterator[tuple[Float[Tensor, "layer row d_model"], list[Iteration]]]:
+        per_row = torch.tensor(self.depths).repeat_interleave(self.questions)
+        for position in range(self.length):
+            incoming = self.stream.state.clone()
+            with torch.no_grad():
+                read = self.inputs[:, position].repeat(len(self.depths))
+                iterations = advance(self.model, self.stream, read, per_row)
+            yield incoming, iterations
+
+
+def in_float32(model: Recurrence) -> Recurrence:
+    """The same weights and stream in float32: a copy in memory, nothing is loaded."""
+    upcast = copy.deepcopy(model.backbone.model).to(torch.float32)
+    return Recurrence(Backbone(upcast), model.kind.to(torch.float32), model.choices)
+
+
+def noise_rows(
+    question: int,
+    kind: str,
+    depth: int,
+    a: Float[Tensor, "position layer d_model"],
+    b: Float[Tensor, "position layer d_model"],
+) -> dict[str, np.ndarray]:
+    """Rows of `noise`: states as they were captured (`a`) against the same ones computed anew (`b`)."""
+    positions, layers, _ = a.shape
+    n = positions * layers
+    return {
+        "question": np.full(n, question, np.int32),
+        "kind": np.full(n, kind),
+        "depth": np.full(n, depth, np.int8),
+        "position": np.repeat(np.arange(positions, dtype=np.int16), layers),
+        "layer": np.tile(np.arange(layers, dtype=np.int16), positions),
+        **{name: x.reshape(-1).cpu().numpy() for name, x in compare_states(a, b).items()},
+    }
+
 
 SEEDS = 3
-"""Nudges per change and direction. The same random direction is used for every b: only its size differs."""
+"""Perturbations per change and direction. Every b has the same random directions: only their norms differ."""
 
 
 @dataclass
@@ -105,7 +180,7 @@ class Perturbation(NamedTuple):
     seed: int
     n: Float[Tensor, "layer position d_model"]
     there: Bool[Tensor, " position"]
-    """Where it exists: a direction that is taken from where nothing changed is none."""
+    """Where it exists: the place that it is taken from must have a change."""
 
 
 def perturbations_of(
@@ -167,10 +242,10 @@ def _at_output(model: Recurrence, a: Tensor, b: Tensor, key: tuple[object, ...])
     change = (wide(b) - wide(a))[None]
     size = change[0].norm(dim=-1) / wide(a).norm(dim=-1)
     true = Perturbation("true", 0, change, torch.ones_like(positions, dtype=torch.bool))
-    for nudge in (true, *perturbations_of(change, key)):
-        moved = b if nudge.direction == "true" else (wide(a) + nudge.n[0]).to(a.dtype)
+    for each in (true, *perturbations_of(change, key)):
+        moved = b if each.direction == "true" else (wide(a) + each.n[0]).to(a.dtype)
         after = read_out(model.backbone.unembed(moved))
-        yield _measured(nudge, positions, size, a[None], moved[None], before, after)
+        yield _measured(each, positions, size, a[None], moved[None], before, after)
 
 
 def _at_stream(
@@ -180,10 +255,8 @@ def _at_stream(
     of earlier positions and to its own, and nothing is stored.
     """
     deepest = alone.reading.depths[0]
-    thinking, rollout = (
-        alone.rollout(deepest),
-        alone.rollout(1 if comparison == "teacher_forced" else deepest),
-    )
+    of_a = 1 if comparison == "teacher_forced" else deepest
+    thinking, rollout = alone.rollout(deepest), alone.rollout(of_a)
     columns, tokens = alone.columns, alone.reading.inputs
     at = model.kind.has_state(columns, rollout.origin, 1).nonzero()[:, 0]  # where one is handed in
     if not len(at):
@@ -193,38 +266,37 @@ def _at_stream(
     frozen = model.choices.kv == "first" and comparison == "within"
 
     def one_pass(stream: Stream, state: Tensor, access: Access) -> tuple[Tensor, Tensor]:
-        resid_post, carried = stack_pass(
-            model, stream, tokens[:, at], columns[at], state[:, None], None, access
-        )
+        at_once = (tokens[:, at], columns[at], state[:, None], None, access)
+        resid_post, carried = stack_pass(model, stream, *at_once)
         return resid_post[:, 0], carried[:, 0]
 
     b = handed[alone.reading.rows(deepest)][0]
     for _ in range(deepest - 1):
         b = one_pass(thinking, b, "read" if model.choices.kv == "first" else "beside")[1]
-    a = handed[alone.reading.rows(1 if comparison == "teacher_forced" else deepest)][0]
+    a = handed[alone.reading.rows(of_a)][0]
     change = wide(b) - wide(a)
     size = (change.norm(dim=-1) / wide(a).norm(dim=-1)).median(dim=0).values
     y = one_pass(rollout, a, "read" if frozen else "beside")[0]
     before = read_out(model.backbone.unembed(y[-1]))
     true = Perturbation("true", 0, change, torch.ones_like(at, dtype=torch.bool))
-    for nudge in (true, *perturbations_of(change, key)):
-        state = b if nudge.direction == "true" else (wide(a) + nudge.n).to(a.dtype)
+    for each in (true, *perturbations_of(change, key)):
+        state = b if each.direction == "true" else (wide(a) + each.n).to(a.dtype)
         moved = one_pass(rollout, state, "read" if frozen else "beside")[0]
         after = read_out(model.backbone.unembed(moved[-1]))
-        yield _measured(nudge, at, size, y, moved, before, after)
+        yield _measured(each, at, size, y, moved, before, after)
 
 
 def _measured(
-    nudge: Perturbation, at: Tensor, size: Tensor, y: Tensor, moved: Tensor, before: Readout, after: Readout
+    each: Perturbation, at: Tensor, size: Tensor, y: Tensor, moved: Tensor, before: Readout, after: Readout
 ) -> dict[str, Any]:
-    """What a nudge did, a row per position where it exists; y, moved [layer, position, d_model]."""
+    """What a perturbation did, a row per position where it exists; y, moved [layer, position, d_model]."""
     change = compare_outputs(before, after)._asdict()
     columns = {"position": at, "size": size, **change}
     layers = {"cosine": cosine(y, moved).T, "relative_l2": relative_l2(y, moved).T}
     return {
-        "direction": nudge.direction,
-        "seed": nudge.seed,
-        **{name: x[nudge.there].cpu().numpy() for name, x in (columns | layers).items()},
+        "direction": each.direction,
+        "seed": each.seed,
+        **{name: x[each.there].cpu().numpy() for name, x in (columns | layers).items()},
     }
 
 

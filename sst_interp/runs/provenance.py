@@ -1,8 +1,4 @@
-"""Which kind of model a run is of: what listings, reports and comparisons call it.
-
-It is what the run was captured from (the manifest's provenance), and for a recipe without data what its
-checkpoint says. A stream that cannot change anything (alpha 0) is none: the backbone.
-"""
+"""What a run is of: the kind of its model, what went into it, and whether its tokens may be shown."""
 
 from __future__ import annotations
 
@@ -10,30 +6,34 @@ import hashlib
 import json
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from sst_interp.assets import ASSET_MODELS
 from sst_interp.errors import SSTError
+from sst_interp.models.checkpoint import checkpoint_folder, read_checkpoint
 from sst_interp.models.kinds import kinds
+from sst_interp.models.loading import load_tokenizer
 from sst_interp.models.model import StateStreamModel
 from sst_interp.questions import QuestionSet
 from sst_interp.runs.recipe import Recipe
 
 RunKind = str
-"""Name of a kind, or `backbone`."""
-BACKBONE = "backbone without a stream"
+"""Name of a kind, or `backbone`: a stream that cannot change anything (alpha 0) is none."""
+VERSIONS = ("sst-interp", "torch", "transformers", "numpy", "pandas", "pyarrow")
+CLASSES = ("special", "space", "digit", "punctuation", "word", "piece")
+"""A control token; white space only; with a digit; without letter or digit; the start of a word (a space or
+line before it); the inside of one."""
 
 
 def run_kind(recipe: Recipe, provenance: Mapping[str, Any]) -> RunKind | None:
-    """The kind of a run's model; None where neither says it (no data, and a model that is not at hand).
-
-    Args:
-        recipe: the run's.
-        provenance: of its manifest; empty if it has no data.
+    """The kind of a run's model by its manifest's `provenance`, or by its recipe if it has no data; None if
+    that is not known (a model that is not at hand).
     """
     if provenance:  # runs of before there were kinds are of an SST
         off = provenance.get("off", provenance.get("alpha_range") == [0, 0])
@@ -47,16 +47,13 @@ def run_kind(recipe: Recipe, provenance: Mapping[str, Any]) -> RunKind | None:
 
 def kind_words(kind: RunKind | None) -> str:
     """In words, with a capital letter: `State Stream Transformer`, `Depth-looped model`; empty for None."""
-    named = kinds()
-    words = "" if kind is None else named[kind].words if kind in named else kind
-    words = BACKBONE if kind == "backbone" else words
+    if kind == "backbone":
+        return "Backbone without a stream"
+    words = kinds()[kind].words if kind in kinds() else kind or ""
     return words[:1].upper() + words[1:]
 
 
 def _of_checkpoint(name: str) -> RunKind | None:
-    from sst_interp.assets import ASSET_MODELS
-    from sst_interp.models.checkpoint import checkpoint_folder, read_checkpoint
-
     if name in ASSET_MODELS:
         return "backbone"  # a blend is asked for by `alpha`
     folder = checkpoint_folder(name)
@@ -67,9 +64,6 @@ def _of_checkpoint(name: str) -> RunKind | None:
     except SSTError:
         return None
     return "backbone" if stream.off else stream.name
-
-
-VERSIONS = ("sst-interp", "torch", "transformers", "numpy", "pandas", "pyarrow")
 
 
 def provenance(model: StateStreamModel, questions: QuestionSet) -> dict[str, Any]:
@@ -88,7 +82,7 @@ def provenance(model: StateStreamModel, questions: QuestionSet) -> dict[str, Any
         "device": model.backbone.device.type,
         "dataset": questions.provenance,
         "restricted": questions.restricted,
-        "versions": {name: _version(name) for name in VERSIONS} | {"python": platform.python_version()},
+        "versions": {name: version(name) for name in VERSIONS} | {"python": platform.python_version()},
         "git_revision": _git_revision(),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
@@ -101,10 +95,9 @@ def _of_the_stream(model: StateStreamModel) -> dict[str, Any]:
         alpha = model.alpha
         return {"alpha_mean": float(alpha.mean()), "alpha_range": [float(alpha.min()), float(alpha.max())]}
     gamma = model.kind.weights().get("gamma")
-    found: dict[str, Any] = {"kind": model.kind.name, "stream": str(model.kind)}
-    if model.kind.off:
-        found["off"] = True
-    return found if gamma is None else found | {"gamma": gamma.tolist()}
+    about: dict[str, Any] = {"kind": model.kind.name, "stream": str(model.kind)}
+    about |= {"off": True} if model.kind.off else {}
+    return about if gamma is None else about | {"gamma": gamma.tolist()}
 
 
 def dataset_hash(questions: QuestionSet) -> str:
@@ -113,10 +106,6 @@ def dataset_hash(questions: QuestionSet) -> str:
     for q in questions.questions:
         digest.update(json.dumps([q.id, q.prompt, q.gold, q.kind]).encode())
     return digest.hexdigest()
-
-
-def _version(package: str) -> str:
-    return version(package)
 
 
 def _git_revision() -> str | None:
@@ -129,3 +118,44 @@ def _git_revision() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def shows_text(run: Any) -> bool:
+    """Whether the run's data may be shown: its provenance says that it is not restricted."""
+    return run.manifest.get("provenance", {}).get("restricted") is False
+
+
+def tokenizer_of(run: Any) -> Any:
+    """The tokenizer of a run whose text may be shown; None if it may not, or is not at hand."""
+    if not shows_text(run):
+        return None
+    try:
+        return load_tokenizer(run.recipe.checkpoint)
+    except SSTError:
+        return None
+
+
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """The text of every token by itself, spaces included. Bytes that are no character become U+FFFD."""
+    return tokenizer.batch_decode([[int(i)] for i in ids], skip_special_tokens=False)
+
+
+def token_classes(tokenizer: Any) -> Callable[[np.ndarray], list[str]]:
+    """A function from an array of token ids to the class (`CLASSES`) of each."""
+    special = set(tokenizer.all_special_ids)
+
+    def classes(ids: np.ndarray) -> list[str]:
+        named = zip(ids.tolist(), token_texts(tokenizer, ids.tolist()), strict=True)
+        return ["special" if i in special else _class(text) for i, text in named]
+
+    return classes
+
+
+def _class(text: str) -> str:
+    if not text.strip():
+        return "space"
+    if any(c.isdigit() for c in text):
+        return "digit"
+    if not any(c.isalpha() for c in text):
+        return "punctuation"
+    return "word" if text[0].isspace() else "piece"

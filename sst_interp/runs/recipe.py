@@ -8,7 +8,7 @@ import math
 import os
 import re
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -16,24 +16,26 @@ from typing import Any, Literal, get_args
 from sst_interp import paths
 from sst_interp.errors import SSTError, unknown_name
 from sst_interp.files import read_whole
-from sst_interp.models.choices import ANALYSIS, MAX_DEPTH, Choices
+from sst_interp.models.choices import ANALYSIS, BEFORE, MAX_DEPTH, Choices, shown
 from sst_interp.models.kinds import kind_named, kinds
 
 DType = Literal["bfloat16", "float32", "float64"]
 Keep = Literal["none", "position0", "shifts", "all"]
 LensTokens = Literal["none", "position0", "all"]
 NAME = r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}"
-LARGEST = 1 << 20
-"""Bytes of a recipe's file at most."""
+LARGEST = 1 << 20  # bytes of a recipe's file
 MAX_POSITIONS = 32767
 """Positions are int16 in the tables."""
+Check = tuple[Callable[[Any], bool], str]
+"""Whether a value fits, and the words for what does."""
 
 
 @dataclass(frozen=True)
 class Recipe:
     """What a run captures: which model answers which questions at which depths, and what is recorded.
 
-    Raises SSTError (which key, what is wrong, a value that is right) for anything that cannot be captured.
+    Raises:
+        SSTError: a value that cannot be captured; it names the key and a right value.
     """
 
     name: str
@@ -55,8 +57,8 @@ class Recipe:
     """Token budget of every answer."""
 
     kind: str | None = None
-    """`looped` iterates a plain backbone with no stream (docs/kinds.md). Left out: what the checkpoint says
-    it is, or a plain backbone with the blend `alpha`. A checkpoint of another kind is refused."""
+    """`looped` iterates a plain backbone with no stream (docs/kinds.md). Left out: the checkpoint's own, or a
+    plain backbone with the blend `alpha`. A checkpoint of another kind is refused."""
 
     alpha: float | None = None
     """A fixed blend in [0, 1]; left out, the checkpoint's own, and of a backbone without one, none."""
@@ -85,33 +87,24 @@ class Recipe:
     """Replaces the default instruction that follows every question."""
 
     reply_prefix: str | None = None
-    """How every reply begins, so that a model that seldom answers by letter does: "The answer is (". It is
-    read as part of the prompt (position 0 emits what comes next) and graded as part of the reply."""
+    """How every reply begins, for a model that seldom answers by letter: "The answer is (". The model reads
+    it with the prompt (position 0 emits what comes next); it is graded with the reply."""
 
     controls: int = 0
     """How many questions, evenly spread, also get the controls that need the model: the noise floor and
-    nudges of the same size (docs/run-format.md, noise and nudges). Each takes about half a batch's time."""
+    norm-matched perturbations (docs/run-format.md). Each takes about half a batch's time."""
 
     choices: Choices = field(default_factory=Choices)
     """What the paper leaves open (`sst_interp.models.choices`)."""
 
     def __post_init__(self) -> None:
-        for key, (fits, expected, example) in _CHECKS.items():
-            value = getattr(self, key)
-            if not fits(value):
-                raise SSTError(f"{key} = {_show(value)} is not {expected}", f"for example {key} = {example}")
-        if not isinstance(self.choices, Choices):
-            raise SSTError(
-                f"choices = {_show(self.choices)} is not a table",
-                "for example [choices] on a line of its own",
-            )
+        check_fields(self, _CHECKS)
         # One spelling of each value, so that equal recipes have equal fingerprints.
         object.__setattr__(self, "depths", tuple(sorted(self.depths)))
-        if self.alpha is not None and self.kind not in (None, "sst"):
-            raise SSTError(
-                f"kind = {self.kind!r}: a {kind_named(self.kind).words} has no alpha", "leave one out"
-            )
         if self.alpha is not None:
+            if self.kind not in (None, "sst"):
+                words = kind_named(self.kind).words
+                raise SSTError(f"kind = {self.kind!r}: a {words} has no alpha", "leave one out")
             object.__setattr__(self, "alpha", float(self.alpha) + 0.0)
         if isinstance(threshold := self.choices.threshold, int):
             object.__setattr__(self, "choices", replace(self.choices, threshold=float(threshold)))
@@ -154,15 +147,13 @@ class Recipe:
                 raise unknown_name("recipe key", key, known)
         for key in ("name", "checkpoint", "dataset"):
             if key not in values:
-                raise SSTError(f"{key} is missing", f"for example {key} = {_CHECKS[key][2]}")
+                raise SSTError(f"{key} is missing", f"for example {key} = {_CHECKS[key][1]}")
         choices: Any = values.get("choices", {})
         choices = Choices.from_dict(choices) if isinstance(choices, dict) else choices
         return cls(**{**values, "choices": choices})
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON- and TOML-ready dictionary; what is left to its default of None, or without controls, is
-        left out.
-        """
+        """A JSON- and TOML-ready dictionary, without keys that are None and without `controls = 0`."""
         values = {key: value for key, value in asdict(self).items() if value is not None}
         if not self.controls:
             del values["controls"]
@@ -207,9 +198,12 @@ class Recipe:
     def fingerprint(self) -> str:
         """sha256 of everything that decides the run's contents: not the name, nor choices of analysis."""
         values = _identity(self)
-        for key in _LATER:  # so that it is what it was before there were any
+        for key in _LATER:
             if values[key] == getattr(Recipe, key):
                 del values[key]
+        for old, new in BEFORE.items():
+            if f"choices.{new}" in values:
+                values[f"choices.{old}"] = values.pop(f"choices.{new}")
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def differences(self, now: Recipe) -> list[tuple[str, Any, Any]]:
@@ -219,23 +213,26 @@ class Recipe:
 
 
 _LATER = ("controls", "reply_prefix", "kind", "lens_tokens")
-"""Keys that older recipes do not know; at their defaults they are not in the fingerprint."""
+"""Keys that older recipes do not know: at their defaults they are not in the fingerprint."""
 
 
 def known_recipes() -> dict[str, Path]:
     """Every recipe that `find_recipe` knows by name, and the file it would read."""
-    found: dict[str, Path] = {}
+    known: dict[str, Path] = {}
     for where in (paths.shipped("runs"), paths.shipped("recipes"), paths.runs_dir()):  # the last one wins
-        found |= {path.stem: path for path in where.glob("*.toml")}
-        found |= {path.parent.name: path for path in where.glob("*/run.toml")}
-    return found
+        known |= {path.stem: path for path in where.glob("*.toml")}
+        known |= {path.parent.name: path for path in where.glob("*/run.toml")}
+    return known
 
 
 def find_recipe(name: str, captured: bool = True) -> Recipe:
-    """The recipe called `name`.
+    """The recipe called `name`: a run's own `run.toml`, a file, one of the runs folder, or a shipped one.
 
-    Looked for as a run's own `run.toml` (unless `captured` is False), as a file (a path, or a name that ends
-    in `.toml`), in the runs folder, and among the shipped ones. Raises SSTError with the nearest known names.
+    Args:
+        captured: whether a run's own counts.
+
+    Raises:
+        SSTError: there is none; it has the nearest known names.
     """
     path = Path(name)
     if captured and re.fullmatch(NAME, name) and os.path.isfile(own := paths.runs_dir() / name / "run.toml"):
@@ -263,10 +260,6 @@ def _identity(recipe: Recipe) -> dict[str, Any]:
     return values | {f"choices.{key}": value for key, value in choices.items()}
 
 
-def _show(value: Any) -> str:
-    return text if len(text := repr(value)) <= 60 else text[:57] + "..."
-
-
 def _toml(value: str | bool | int | float | list[Any]) -> str:
     """One TOML value. JSON writes them the same way, but for a character that TOML wants escaped."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
@@ -280,66 +273,87 @@ def _setting(text: str) -> list[Any]:
         return [text]
 
 
-def _number(value: Any, low: float, high: float) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+def number(low: float = -math.inf, high: float = math.inf, open_below: bool = False) -> Check:
+    """A number from `low` (above it, if `open_below`) to `high`."""
+    words = f"above {low:g}" if open_below else f"from {low:g}"
+
+    def fits(value: Any) -> bool:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
+            return False
+        return value > low or not open_below
+
+    return fits, f"a number {words}" + ("" if high == math.inf else f" to {high:g}")
 
 
-def _whole(value: Any, low: int, high: float = math.inf) -> bool:
-    return isinstance(value, int) and _number(value, low, high)
+def whole(low: int, high: float = math.inf) -> Check:
+    """A whole number from `low` to `high`."""
+    fits, words = number(low, high)
+    return lambda value: isinstance(value, int) and fits(value), words.replace("a ", "a whole ", 1)
 
 
-def _text(value: Any) -> bool:
-    """Text that a file can hold (undecodable bytes of a command line are not)."""
-    return isinstance(value, str) and value == value.encode(errors="replace").decode()
+def one_of(values: Iterable[str]) -> Check:
+    """One of these texts."""
+    known = tuple(values)
+    return lambda value: isinstance(value, str) and value in known, f"one of {', '.join(known)}"
 
 
-def _named(value: Any) -> bool:
-    """Text that can be the name of a file."""
-    return _text(value) and value.strip() != "" and "\0" not in value
+def text(what: str = "text", empty: bool = True) -> Check:
+    """Text that a file can hold, unlike undecodable bytes of a command line; not `empty`: a file's name."""
+
+    def fits(value: Any) -> bool:
+        if not isinstance(value, str) or value != value.encode(errors="replace").decode():
+            return False
+        return empty or (value.strip() != "" and "\0" not in value)
+
+    return fits, what
+
+
+def or_none(check: Check, words: str = "") -> Check:
+    """None too; `words` say what it means."""
+    return lambda value: value is None or check[0](value), check[1] + words
+
+
+def check_fields(record: Any, checks: Mapping[str, tuple[Check, str]]) -> None:
+    """Raise SSTError (which field, what it must be, an example) for the first field that does not fit."""
+    for key, ((fits, expected), example) in checks.items():
+        value = getattr(record, key)
+        if not fits(value):
+            raise SSTError(f"{key} = {shown(value)} is not {expected}", f"for example {key} = {example}")
+
+
+FOLDER: Check = (
+    lambda value: isinstance(value, str) and re.fullmatch(NAME, value) is not None,
+    "a plain folder name (letters, digits, '-', '_' and '.', at most 100, no '.' in front)",
+)
 
 
 def _depths(value: Any) -> bool:
-    if not isinstance(value, list | tuple) or not all(_whole(depth, 1, MAX_DEPTH) for depth in value):
+    if not isinstance(value, list | tuple) or not all(map(whole(1, MAX_DEPTH)[0], value)):
         return False
     return 1 in value and len(set(value)) == len(value)
 
 
-_CHECKS: dict[str, tuple[Callable[[Any], bool], str, str]] = {
-    "name": (
-        lambda v: isinstance(v, str) and re.fullmatch(NAME, v) is not None,
-        "a plain folder name (letters, digits, '-', '_' and '.', at most 100, no '.' in front)",
-        '"demo"',
-    ),
-    "checkpoint": (_named, "the name of a model", '"smollm2-135m"'),
-    "dataset": (_named, "the name of a dataset", '"arc-challenge"'),
-    "questions": (lambda v: v is None or _whole(v, 1), "a whole number from 1 (left out: all)", "24"),
-    "depths": (
-        _depths,
-        f"a list of distinct whole numbers from 1 to {MAX_DEPTH} with 1, the reference, among them",
-        "[1, 2, 3, 4]",
-    ),
-    "max_new_tokens": (
-        lambda v: _whole(v, 1, MAX_POSITIONS),
-        f"a whole number from 1 to {MAX_POSITIONS}",
-        "48",
-    ),
+_DEPTHS = _depths, f"a list of distinct whole numbers from 1 to {MAX_DEPTH} with 1, the reference, among them"
+_CHECKS: dict[str, tuple[Check, str]] = {
+    "name": (FOLDER, '"demo"'),
+    "checkpoint": (text("the name of a model", empty=False), '"smollm2-135m"'),
+    "dataset": (text("the name of a dataset", empty=False), '"arc-challenge"'),
+    "questions": (or_none(whole(1), " (left out: all)"), "24"),
+    "depths": (_DEPTHS, "[1, 2, 3, 4]"),
+    "max_new_tokens": (whole(1, MAX_POSITIONS), "48"),
     "kind": (
-        lambda v: v is None or (isinstance(v, str) and v in kinds()),
-        f"one of {', '.join(kinds())}",
+        or_none((lambda v: isinstance(v, str) and v in kinds(), f"one of {', '.join(kinds())}")),
         '"looped"',
     ),
-    "alpha": (lambda v: v is None or _number(v, 0, 1), "a number from 0 to 1", "0.027"),
-    "batch_size": (lambda v: _whole(v, 1), "a whole number from 1", "8"),
-    "dtype": (lambda v: v in get_args(DType), f"one of {', '.join(get_args(DType))}", '"bfloat16"'),
-    "keep": (lambda v: v in get_args(Keep), f"one of {', '.join(get_args(Keep))}", '"position0"'),
-    "lens_tokens": (
-        lambda v: v in get_args(LensTokens),
-        f"one of {', '.join(get_args(LensTokens))}",
-        '"position0"',
-    ),
-    "seed": (lambda v: _whole(v, 0), "a whole number from 0", "0"),
-    "controls": (lambda v: _whole(v, 0), "a whole number from 0 (left out: none)", "24"),
-    "split": (lambda v: v is None or _text(v), "text", '"validation"'),
-    "instruction": (lambda v: v is None or _text(v), "text", '"Answer with one letter."'),
-    "reply_prefix": (lambda v: v is None or (_text(v) and v), "text", '"The answer is ("'),
+    "alpha": (or_none(number(0, 1)), "0.027"),
+    "batch_size": (whole(1), "8"),
+    "dtype": (one_of(get_args(DType)), '"bfloat16"'),
+    "keep": (one_of(get_args(Keep)), '"position0"'),
+    "lens_tokens": (one_of(get_args(LensTokens)), '"position0"'),
+    "seed": (whole(0), "0"),
+    "controls": (whole(0), "24"),
+    "split": (or_none(text()), '"validation"'),
+    "instruction": (or_none(text()), '"Answer with one letter."'),
+    "reply_prefix": (or_none(text(empty=False)), '"The answer is ("'),
+    "choices": ((lambda value: isinstance(value, Choices), "a table"), "{}"),
 }

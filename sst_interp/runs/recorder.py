@@ -1,29 +1,169 @@
-"""From moments to tables: what one batch of a capture leaves behind.
+"""What a capture sees at one generated position, in all rollouts, and the rows that it leaves behind.
 
-A `Recorder` is shown every generated position of a batch, reduces it at once, and at the end gives the
-columns of docs/run-format.md and the states that were asked for.
+A **rollout** is one way to go on with every question of a batch: a depth and the text it reads (`own` or
+`depth1`). All rollouts advance together, deepest first, so at iteration i the rollouts that still iterate are
+the first n rows of one batch. A comparison is then the difference of two rollouts at the same moment, and no
+state has to be kept for later.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sst_interp.models.choices import COMPARISONS
-from sst_interp.models.measures import TOP, bf16_ratio, compare_outputs, cosine, jaccard, relative_l2, wide
-from sst_interp.runs.rollouts import RolloutCell, RolloutDecoder, RolloutStep, pairs_of
+from sst_interp.models.choices import COMPARISONS, Comparison
+from sst_interp.models.generation import decode
+from sst_interp.models.measures import (
+    TOP,
+    Readout,
+    bf16_ratio,
+    compare_outputs,
+    cosine,
+    jaccard,
+    read_out,
+    relative_l2,
+    rows_of,
+    wide,
+)
+from sst_interp.models.stream import Recurrence, Stream
+
+
+class Rollout(NamedTuple):
+    """One depth on one text, `own` or `depth1`."""
+
+    text: str
+    depth: int
+
+    @property
+    def writer(self) -> int:
+        """The depth that writes the text."""
+        return self.depth if self.text == "own" else 1
+
+
+class RolloutCell(NamedTuple):
+    """One iteration of one rollout: where a state was read."""
+
+    rollout: Rollout
+    iteration: int
+
+
+class Pair(NamedTuple):
+    """Two cells whose states are compared, and how the tables call them."""
+
+    comparison: Comparison
+    a: int
+    b: int
+    cell_a: RolloutCell
+    cell_b: RolloutCell
+
+
+def rollouts_of(depths: Sequence[int]) -> list[Rollout]:
+    """Rollouts of these depths, deepest first: each depth's own text, and depth 1's text at every other."""
+    rollouts = []
+    for depth in sorted(depths, reverse=True):
+        rollouts.append(Rollout("own", depth))
+        if depth > 1:
+            rollouts.append(Rollout("depth1", depth))
+    return rollouts
+
+
+def pairs_of(depths: Sequence[int]) -> list[Pair]:
+    """What is compared with what (docs/run-format.md, Words)."""
+    base = RolloutCell(Rollout("own", 1), 1)
+    deeper = [d for d in sorted(depths) if d > 1]
+    pairs = [Pair("teacher_forced", 1, d, base, RolloutCell(Rollout("depth1", d), d)) for d in deeper]
+    pairs += [Pair("free_running", 1, d, base, RolloutCell(Rollout("own", d), d)) for d in deeper]
+    if deeper:
+        deepest = Rollout("own", deeper[-1])
+        steps = {(a, i) for i in range(2, deepest.depth + 1) for a in (1, i - 1)}
+        cells = {i: RolloutCell(deepest, i) for i in range(1, deepest.depth + 1)}
+        pairs += [Pair("within", a, b, cells[a], cells[b]) for a, b in sorted(steps)]
+    return pairs
+
+
+class RolloutStep:
+    """One generated position of a batch, in all rollouts: states and readouts by cell."""
+
+    def __init__(
+        self, rollouts: list[Rollout], batch: int, resid_post: list[Tensor], logits: list[Tensor]
+    ) -> None:
+        self._resid_post, self._logits = resid_post, logits
+        self._read: dict[int, Readout] = {}
+        self._rows = {rollout: slice(k * batch, (k + 1) * batch) for k, rollout in enumerate(rollouts)}
+
+    def states(self, cell: RolloutCell) -> Float[Tensor, "layer question d_model"]:
+        """Layer outputs of one iteration of one rollout."""
+        return self._resid_post[cell.iteration - 1][:, self._rows[cell.rollout]]
+
+    def readout(self, cell: RolloutCell) -> Readout:
+        """The next-token distributions of one iteration of one rollout."""
+        i = cell.iteration - 1
+        if i not in self._read:  # all rollouts at once, when first asked for
+            self._read[i] = read_out(self._logits[i])
+        return rows_of(self._read[i], self._rows[cell.rollout])
+
+
+class RolloutDecoder:
+    """Decodes all rollouts of a batch of questions, greedily, position by position.
+
+    Args:
+        stream: the prompts, read up to their last token; one row per question.
+        last_tokens: [question] each prompt's last token: the input of position 0.
+        stop: ids that end a text.
+    """
+
+    def __init__(
+        self,
+        model: Recurrence,
+        stream: Stream,
+        last_tokens: Int[Tensor, " question"],
+        depths: Sequence[int],
+        stop: Int[Tensor, " stop"],
+    ) -> None:
+        self.model, self.stop, self.batch = model, stop, len(last_tokens)
+        self.rollouts = rollouts_of(depths)
+        self._stream = stream.repeat(len(self.rollouts))
+        self._depths = torch.tensor([r.depth for r in self.rollouts]).repeat_interleave(self.batch)
+        self._current = last_tokens.repeat(len(self.rollouts))
+        started = torch.ones_like(last_tokens, dtype=torch.bool)
+        self.alive: dict[int, Bool[Tensor, " question"]] = {d: started.clone() for d in depths}
+        """By depth: the question's own text has not ended before this position."""
+        self.same_prefix = {d: alive.clone() for d, alive in self.alive.items()}
+        """By depth: its own text so far is depth 1's."""
+        self.emitted: dict[int, Int[Tensor, " question"]] = {}
+        """By depth: the token its own text got at the last position."""
+
+    def step(self) -> RolloutStep:
+        """Compute the next position. `alive` and `same_prefix` describe it until `finish_step`."""
+        iterations, logits, final = decode(self.model, self._stream, self._current, self._depths)
+        winners = final.argmax(-1).view(len(self.rollouts), self.batch)
+        self.emitted = {r.depth: winners[k] for k, r in enumerate(self.rollouts) if r.text == "own"}
+        return RolloutStep(self.rollouts, self.batch, [it.resid_post for it in iterations], logits)
+
+    def finish_step(self) -> bool:
+        """Feed the emitted tokens back; True if any text goes on."""
+        self._current = torch.cat([self.emitted[rollout.writer] for rollout in self.rollouts])
+        for depth, tokens in self.emitted.items():
+            self.same_prefix[depth] = self.same_prefix[depth] & (tokens == self.emitted[1])
+            self.alive[depth] = self.alive[depth] & ~torch.isin(tokens, self.stop)
+        return any(bool(alive.any()) for alive in self.alive.values())
+
+    def alive_in(self, rollout: Rollout) -> Bool[Tensor, " question"]:
+        """Where the rollout's text has not ended before this position."""
+        return self.alive[rollout.writer]
+
 
 SHIFT_KEPT_BELOW = 0.99
 """`keep = "shifts"` keeps pairs below the paper's threshold: a run's own antimode is not known yet."""
 
 
 class Recorder:
-    """Collects one batch.
+    """Reduces every position of one batch at once to rows of the tables, and keeps the states asked for.
 
     Args:
         questions: each row's index in the run.
@@ -66,26 +206,30 @@ class Recorder:
     def _see_steps(self, position: int, moment: RolloutStep, decoder: RolloutDecoder) -> None:
         for rollout in decoder.rollouts:
             alive = _numpy(decoder.alive_in(rollout))
-            token = decoder.emitted[rollout.depth if rollout.text == "own" else 1]
+            token = decoder.emitted[rollout.writer]
             for iteration in range(1, rollout.depth + 1):
-                seen = moment.readout(RolloutCell(rollout, iteration))
-                n = int(alive.sum())
+                cell = RolloutCell(rollout, iteration)
+                seen = moment.readout(cell)
                 ids = {"token": token, "argmax": seen.argmax, "top100": seen.top}
                 self._rows["steps"].append(
-                    {
-                        "question": self.questions[alive],
-                        "text": np.full(n, rollout.text),
-                        "depth": np.full(n, rollout.depth, np.int8),
-                        "position": np.full(n, position, np.int16),
-                        "iteration": np.full(n, iteration, np.int8),
-                        "entropy": _numpy(seen.entropy)[alive],
-                        "margin": _numpy(seen.margin)[alive],
-                        **{
-                            name: np.full(n, None) if self.restricted else _numpy(x)[alive]
-                            for name, x in ids.items()
-                        },
+                    self._where(position, cell, alive)
+                    | {"entropy": _numpy(seen.entropy)[alive], "margin": _numpy(seen.margin)[alive]}
+                    | {
+                        name: np.full(alive.sum(), None) if self.restricted else _numpy(x)[alive]
+                        for name, x in ids.items()
                     }
                 )
+
+    def _where(self, position: int, cell: RolloutCell, alive: np.ndarray) -> dict[str, np.ndarray]:
+        """The key columns of a row per question whose text goes on."""
+        n = alive.sum()
+        return {
+            "question": self.questions[alive],
+            "text": np.full(n, cell.rollout.text),
+            "depth": np.full(n, cell.rollout.depth, np.int8),
+            "position": np.full(n, position, np.int16),
+            "iteration": np.full(n, cell.iteration, np.int8),
+        }
 
     def _lens(self, position: int, moment: RolloutStep, decoder: RolloutDecoder) -> dict[RolloutCell, Tensor]:
         """Leading tokens of the logit lens, [layer, question, k] by cell, where a recipe asks for any."""
@@ -96,17 +240,8 @@ class Recorder:
         tops = lens_tops(decoder.model.backbone.unembed, states, TOP if self.lens else LENS_TOP)
         for cell, top in tops.items() if stored else ():
             alive = _numpy(decoder.alive_in(cell.rollout))
-            n = int(alive.sum())
-            self._rows["lens"].append(
-                {
-                    "question": self.questions[alive],
-                    "text": np.full(n, cell.rollout.text),
-                    "depth": np.full(n, cell.rollout.depth, np.int8),
-                    "position": np.full(n, position, np.int16),
-                    "iteration": np.full(n, cell.iteration, np.int8),
-                    "top5": _numpy(top[:, :, :LENS_TOP].transpose(0, 1).flatten(1))[alive],
-                }
-            )
+            top5 = _numpy(top[:, :, :LENS_TOP].transpose(0, 1).flatten(1))[alive]
+            self._rows["lens"].append(self._where(position, cell, alive) | {"top5": top5})
         return tops
 
     def _see_pairs(
@@ -115,13 +250,7 @@ class Recorder:
         """All pairs and layers of a position in one go: [pair, layer, question]."""
         a = torch.stack([moment.states(p.cell_a) for p in self.pairs])
         b = torch.stack([moment.states(p.cell_b) for p in self.pairs])
-        measured = {
-            "cosine": cosine(a, b),
-            "relative_l2": relative_l2(a, b),
-            "norm_a": wide(a).norm(dim=-1),
-            "norm_b": wide(b).norm(dim=-1),
-            "bf16_ratio": bf16_ratio(a, b),
-        }
+        measured = compare_states(a, b)
         if self.lens:
             both_tops = [(tops[p.cell_a], tops[p.cell_b]) for p in self.pairs]
             measured["lens_jaccard"] = torch.stack([jaccard(a, b) for a, b in both_tops])
@@ -176,10 +305,8 @@ class Recorder:
                 alive = _numpy(decoder.alive_in(rollout))
                 key = f"{rollout.text}.d{rollout.depth}"
                 self._lengths[key] = self._lengths.get(key, 0) + alive.astype(int)
-                for i in range(1, rollout.depth + 1):
-                    self._all.setdefault(RolloutCell(rollout, i), []).append(
-                        moment.states(RolloutCell(rollout, i))
-                    )
+                for cell in (RolloutCell(rollout, i) for i in range(1, rollout.depth + 1)):
+                    self._all.setdefault(cell, []).append(moment.states(cell))
 
     def tables(self) -> dict[str, dict[str, Any]]:
         """Columns of `steps`, `outputs`, `pairs` and `lens`, in the order of docs/run-format.md."""
@@ -205,6 +332,17 @@ class Recorder:
             for row, q in enumerate(self.questions):
                 kept[f"q{q}.{key}"] = whole[: self._lengths[key][row], :, row].contiguous()
         return {name: tensor.cpu() for name, tensor in kept.items()}
+
+
+def compare_states(a: Float[Tensor, "*at d_model"], b: Float[Tensor, "*at d_model"]) -> dict[str, Tensor]:
+    """What `pairs` and `noise` say of two states (docs/run-format.md), each [*at]."""
+    return {
+        "cosine": cosine(a, b),
+        "relative_l2": relative_l2(a, b),
+        "norm_a": wide(a).norm(dim=-1),
+        "norm_b": wide(b).norm(dim=-1),
+        "bf16_ratio": bf16_ratio(a, b),
+    }
 
 
 def _numpy(x: Tensor) -> np.ndarray:
@@ -240,14 +378,10 @@ def lens_tops(
         different.setdefault(same_as[cell], state)
     rows = torch.cat(list(different.values()), 1)
     step = max(1, ROWS_AT_ONCE // rows.shape[1])
-    tops = [_top(unembed(layers), k) for layers in rows.split(step)]
-    found = torch.cat(tops).chunk(len(different), 1)
-    by_cell = dict(zip(different, found, strict=True))
+    logits = (unembed(layers) for layers in rows.split(step))
+    tops = torch.cat([x.topk(min(k, x.shape[-1])).indices for x in logits]).chunk(len(different), 1)
+    by_cell = dict(zip(different, tops, strict=True))
     return {cell: by_cell[same] for cell, same in same_as.items()}
-
-
-def _top(logits: Tensor, k: int) -> Tensor:
-    return logits.topk(min(k, logits.shape[-1])).indices
 
 
 SIGNIFICANT_BITS = 12

@@ -25,23 +25,26 @@ from sst_interp.runs.recipe import Recipe
 from sst_interp.runs.schema import CATEGORIES, KEYS, MAY_BE_EMPTY, OPTIONAL, TABLES, to_frame
 
 
+def _table(name: str, about: str) -> cached_property[pd.DataFrame]:
+    def read(run: Run) -> pd.DataFrame:
+        return run.table(name)
+
+    read.__doc__ = about
+    return cached_property(read)
+
+
 @dataclass(eq=False, repr=False)
 class Run:
-    """A captured run, as far as it has been captured.
-
-    Each shard's sha256 is checked when it is first read. Treat the tables as read-only: they are cached.
-    """
+    """A captured run, as far as it has been captured. Its tables are cached: treat them as read-only."""
 
     name: str
-    """What it is called: the name of its folder."""
+    """The name of its folder."""
     folder: Path
-    """Where it is."""
     recipe: Recipe
-    """What it was captured with."""
     manifest: dict[str, Any]
     """Provenance, sessions and shards (docs/run-format.md)."""
     verify: bool = True
-    """Whether to check shards against the manifest before reading them."""
+    """Whether a shard's sha256 is checked when it is first read."""
     _verified: set[str] = field(default_factory=set)
 
     @property
@@ -49,48 +52,21 @@ class Run:
         """Whether every batch has been captured."""
         return self.manifest["state"] == "complete"
 
-    @cached_property
-    def questions(self) -> pd.DataFrame:
-        """A row per (question, depth)."""
-        return self.table("questions")
-
-    @cached_property
-    def steps(self) -> pd.DataFrame:
-        """A row per (question, text, depth, position, iteration)."""
-        return self.table("steps")
-
-    @cached_property
-    def outputs(self) -> pd.DataFrame:
-        """A row per (question, comparison, position, a, b)."""
-        return self.table("outputs")
-
-    @cached_property
-    def pairs(self) -> pd.DataFrame:
-        """A row per (question, comparison, position, layer, a, b). Large: `table` reads a part of it."""
-        return self.table("pairs")
-
-    @cached_property
-    def lens(self) -> pd.DataFrame:
-        """A row per (question, text, depth, position, iteration) whose logit lens was recorded, if any."""
-        return self.table("lens")
-
-    @cached_property
-    def noise(self) -> pd.DataFrame:
-        """A row per (question, kind, depth, position, layer); empty if the recipe asked for no controls."""
-        return self.table("noise")
-
-    @cached_property
-    def nudges(self) -> pd.DataFrame:
-        """A row per nudge and the change it stands beside; empty if the recipe asked for no controls."""
-        return self.table("nudges")
+    questions = _table("questions", "A row per (question, depth).")
+    steps = _table("steps", "A row per (question, text, depth, position, iteration).")
+    outputs = _table("outputs", "A row per (question, comparison, position, a, b).")
+    pairs = _table("pairs", "A row per (question, comparison, position, layer, a, b): large, see `table`.")
+    lens = _table("lens", "A row per (question, text, depth, position, iteration) with a logit lens, if any.")
+    noise = _table("noise", "A row per (question, kind, depth, position, layer); empty without controls.")
+    nudges = _table("nudges", "A row per norm-matched perturbation; empty without controls.")
 
     def table(
         self, name: str, columns: Sequence[str] | None = None, comparison: str | None = None
     ) -> pd.DataFrame:
-        """A table, or the `columns` and the `comparison` of it that are asked for; no others are kept.
+        """A table, or only some `columns` and one `comparison` of it, sorted by its key columns.
 
-        Rows are sorted by the table's key columns, whatever the batches were. Raises SSTError for a table,
-        column or comparison that is not there and for a damaged shard.
+        Raises:
+            SSTError: there is no such table, column or comparison, or a shard is damaged.
         """
         if name not in TABLES:
             raise unknown_name("table", name, TABLES)
@@ -133,9 +109,42 @@ class Run:
         shards = [str(self._checked(file)) for file in self._listed(name).values()]
         return ds.dataset(shards, format="parquet").schema.names if shards else []
 
+    def sql(self, query: str) -> pd.DataFrame:
+        """The answer to a SELECT over the run's tables, each a view of its shards, in DuckDB's SQL.
+
+            run.sql("select layer, avg(cosine) from pairs where comparison = 'within' group by layer")
+
+        Raises:
+            SSTError: the query is wrong, asks for a file, or does anything but select; a shard is damaged.
+        """
+        import duckdb
+
+        shards = {name: [self._checked(f).resolve() for f in self._whole(name).values()] for name in TABLES}
+        names = {name: ", ".join(map(_quoted, files)) for name, files in shards.items()}
+        today = "".join(f" when {_quoted(old)} then {_quoted(new)}" for old, new in BEFORE.items())
+        with duckdb.connect(config={"python_enable_replacements": False}) as tables:
+            tables.execute(f"set allowed_paths = [{', '.join(filter(None, names.values()))}]")
+            tables.execute("set enable_external_access = false; set lock_configuration = true")
+            for name, files in names.items():
+                if not files:
+                    tables.register(name, TABLES[name].empty_table())
+                    continue
+                renamed = f"case comparison{today} else comparison end as comparison"
+                every = f"* replace ({renamed})" if "comparison" in TABLES[name].names else "*"
+                tables.execute(f"create view {name} as select {every} from read_parquet([{files}])")
+            try:
+                statements = tables.extract_statements(query)
+                if [s.type for s in statements] != [duckdb.StatementType.SELECT]:
+                    raise SSTError("a query is one SELECT", 'for example "select count(*) from pairs"')
+                return tables.execute(statements[0]).df()
+            except duckdb.Error as error:
+                said = " ".join(str(error).partition("\n\n")[0].split())
+                hint = f"there are {', '.join(TABLES)}; `describe pairs` lists the columns of one"
+                raise SSTError(f"the query cannot be answered: {said}", hint) from None
+
     @property
     def kept_iterations(self) -> tuple[int, ...]:
-        """The iterations (1-based) whose states at position 0 are kept: all, but in a published copy."""
+        """The iterations (1-based) whose states at position 0 are kept; a published copy has only some."""
         if self.recipe.keep == "none":
             return ()
         published = self.manifest.get("published")
@@ -145,7 +154,8 @@ class Run:
     def state(self, question: int, iteration: int) -> torch.Tensor:
         """The hidden states [layer, d_model] of one iteration (1-based) at position 0, in the run's dtype.
 
-        Raises SSTError for an iteration that was not captured, or that a published copy left out.
+        Raises:
+            SSTError: the run does not keep that iteration.
         """
         if iteration not in (kept := self.kept_iterations):
             has = ", ".join(map(str, kept)) or "none"
@@ -159,10 +169,15 @@ class Run:
     ) -> torch.Tensor:
         """Kept hidden states [layer, iteration, d_model], in the run's dtype: index i is iteration i + 1.
 
-        `position=None` gives every position, [position, layer, iteration, d_model], if the run kept them.
-        `depth` is the deepest when left out; `text` is whose tokens were read (`own` or `depth1`). Only
-        what is asked for is read from the file. Iterations that a published copy left out are NaN, and the
-        axis ends with the last one kept. Raises SSTError for what was not kept.
+        Args:
+            position: None gives every position, [position, layer, iteration, d_model].
+            depth: the deepest when left out.
+            text: whose tokens were read, `own` or `depth1`.
+
+        In a published copy, iterations that it left out are NaN, and the last one kept ends the axis.
+
+        Raises:
+            SSTError: the run did not keep them.
         """
         keep, deepest = self.recipe.keep, max(self.recipe.depths)
         depth = deepest if depth is None else depth
@@ -198,9 +213,7 @@ class Run:
             return part[position : position + 1][0]
 
     def caches(self, question: int, **how: Any) -> list[Any]:
-        """A question read again with every hook point, a TransformerLens `ActivationCache` per iteration; the
-        options are those of `sst_interp.bridges.run_caches.run_caches`.
-        """
+        """A TransformerLens `ActivationCache` per iteration (`sst_interp.bridges.run_caches.run_caches`)."""
         return upstairs("bridges.run_caches:run_caches")(self, question, **how)
 
     def cache(self, question: int, iteration: int = 1, **how: Any) -> Any:
@@ -216,16 +229,16 @@ class Run:
             self._whole(name)
 
     def question(self, question: int | str, threshold: float | None = None) -> Any:
-        """The explorer of one question, by index or record id: shown in a notebook, with `.table`,
-        `.figure()` and `.write(path)`. `threshold` marks shifted cells (`sst_interp.findings.report.question`).
+        """The explorer of one question, by index or record id (`sst_interp.findings.report.question`).
 
-        Raises SSTError if the run has no such question.
+        Raises:
+            SSTError: the run has no such question.
         """
         return upstairs("findings.report.question:question_view")(self, question, threshold)
 
     @property
     def kind(self) -> RunKind | None:
-        """Which kind of model it is of (`sst_interp.runs.provenance`); None if that is not known."""
+        """The kind of its model (`sst_interp.runs.provenance.run_kind`); None if that is not known."""
         return run_kind(self.recipe, self.manifest["provenance"])
 
     def summary(self) -> dict[str, Any]:
@@ -309,6 +322,11 @@ class Run:
         shards = {batch: self._checked(file) for batch, file in self._listed("questions").items()}
         read = {b: ds.dataset(str(path)).to_table(columns=["question"]) for b, path in shards.items()}
         return {question: b for b, table in read.items() for question in table["question"].to_pylist()}
+
+
+def _quoted(text: object) -> str:
+    """A SQL literal."""
+    return "'" + str(text).replace("'", "''") + "'"
 
 
 def _order(table: pa.Table, keys: list[str]) -> np.ndarray | None:

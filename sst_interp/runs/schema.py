@@ -18,9 +18,9 @@ TEXTS = ("own", "depth1")
 NOISE_KINDS = ("batch", "fp32")
 """What else computed the same tokens at the same depth (`sst_interp.runs.controls`)."""
 SITES = ("output", "stream")
-"""Where a nudge is put in: the last layer's output, or the stream states handed in (`sst_interp.runs.perturbations`)."""
+"""Where a perturbation is put in: the last layer's output, or the stream (`perturbations`)."""
 DIRECTIONS = ("true", "random", "elsewhere")
-"""Where a nudge points: as iterating does, anywhere, or as iterating does at another position."""
+"""Where a perturbation points: as iterating does, anywhere, or as iterating does at another position."""
 CATEGORIES: dict[str, tuple[str, ...]] = {
     "comparison": COMPARISONS,
     "text": TEXTS,
@@ -39,8 +39,16 @@ IDS = ("top100", "top5")
 """Columns of lists of token ids."""
 
 _CATEGORY = pa.dictionary(pa.int8(), pa.string())
+_CELL = {"text": _CATEGORY, "depth": pa.int8(), "position": pa.int16(), "iteration": pa.int8()}
 _PAIR = {"question": pa.int32(), "comparison": _CATEGORY, "position": pa.int16()}
 _AB = {"a": pa.int8(), "b": pa.int8()}
+_CHANGE = {
+    "argmax_changed": pa.bool_(),
+    "replaced": pa.int16(),
+    "winner_rank": pa.int32(),
+    "kl": pa.float32(),
+}
+_STATES = dict.fromkeys(("cosine", "relative_l2", "norm_a", "norm_b", "bf16_ratio"), pa.float32())
 
 
 def _schema(columns: Mapping[str, pa.DataType], nullable: tuple[str, ...] = ()) -> pa.Schema:
@@ -68,10 +76,7 @@ TABLES: dict[str, pa.Schema] = {
     "steps": _schema(
         {
             "question": pa.int32(),
-            "text": _CATEGORY,
-            "depth": pa.int8(),
-            "position": pa.int16(),
-            "iteration": pa.int8(),
+            **_CELL,
             "token": pa.int32(),
             "argmax": pa.int32(),
             "entropy": pa.float32(),
@@ -80,41 +85,18 @@ TABLES: dict[str, pa.Schema] = {
         },
         nullable=("token", "argmax", "top100"),
     ),
-    "outputs": _schema(
-        {
-            **_PAIR,
-            **_AB,
-            "same_prefix": pa.bool_(),
-            "argmax_changed": pa.bool_(),
-            "replaced": pa.int16(),
-            "winner_rank": pa.int32(),
-            "kl": pa.float32(),
-        }
-    ),
+    "outputs": _schema({**_PAIR, **_AB, "same_prefix": pa.bool_(), **_CHANGE}),
     "pairs": _schema(
         {
             **_PAIR,
             "layer": pa.int16(),
             **_AB,
             "same_prefix": pa.bool_(),
-            "cosine": pa.float32(),
-            "relative_l2": pa.float32(),
-            "norm_a": pa.float32(),
-            "norm_b": pa.float32(),
-            "bf16_ratio": pa.float32(),
+            **_STATES,
             "lens_jaccard": pa.float32(),
         }
     ),
-    "lens": _schema(
-        {
-            "question": pa.int32(),
-            "text": _CATEGORY,
-            "depth": pa.int8(),
-            "position": pa.int16(),
-            "iteration": pa.int8(),
-            "top5": pa.list_(pa.int32()),
-        }
-    ),
+    "lens": _schema({"question": pa.int32(), **_CELL, "top5": pa.list_(pa.int32())}),
     "noise": _schema(
         {
             "question": pa.int32(),
@@ -122,11 +104,7 @@ TABLES: dict[str, pa.Schema] = {
             "depth": pa.int8(),
             "position": pa.int16(),
             "layer": pa.int16(),
-            "cosine": pa.float32(),
-            "relative_l2": pa.float32(),
-            "norm_a": pa.float32(),
-            "norm_b": pa.float32(),
-            "bf16_ratio": pa.float32(),
+            **_STATES,
         }
     ),
     "nudges": _schema(
@@ -136,10 +114,7 @@ TABLES: dict[str, pa.Schema] = {
             "site": _CATEGORY,
             "direction": _CATEGORY,
             "seed": pa.int8(),
-            "argmax_changed": pa.bool_(),
-            "replaced": pa.int16(),
-            "winner_rank": pa.int32(),
-            "kl": pa.float32(),
+            **_CHANGE,
             "size": pa.float32(),
             "cosine": pa.list_(pa.float32()),
             "relative_l2": pa.list_(pa.float32()),
@@ -162,10 +137,12 @@ KEYS: dict[str, list[str]] = {
 def to_table(name: str, columns: Mapping[str, Any]) -> pa.Table:
     """The Arrow table `name` from `columns`, in the schema's order and types.
 
-    Each column is one-dimensional (array, list, or Arrow array) with an entry per row; a column of lists may
-    also be an array [row, entry]. Raises ValueError, naming table and column, for a missing or surplus
-    column, unequal lengths, a value that does not fit its type (40,000 in an int16, 0.5 in an int32, a
-    comparison that does not exist) and a null where there must be none.
+    Args:
+        columns: an array or list [row] each; a column of lists may be an array [row, entry].
+
+    Raises:
+        ValueError: a column is missing or surplus, lengths differ, a value does not fit its type (40,000 in
+            an int16, 0.5 in an int32, an unknown comparison), or there is a null where there must be none.
     """
     if name not in TABLES:
         raise ValueError(f"no table {name!r}: there are {', '.join(TABLES)}")
@@ -229,12 +206,14 @@ def write_parquet(table: pa.Table, path: Path) -> None:
 
 
 def to_frame(table: pa.Table) -> pd.DataFrame:
-    """The table as pandas: `comparison` and `text` categorical, integers that may be null `Int32`."""
+    """The table as pandas, in today's names: `CATEGORIES` categorical, integers that may be null `Int32`."""
     integers = [f.name for f in table.schema if f.nullable and pa.types.is_integer(f.type)]
     nullable = {c: table[c].to_pandas(types_mapper={pa.int32(): pd.Int32Dtype()}.get) for c in integers}
     order, table = table.column_names, table.drop_columns(integers)
     frame = table.to_pandas(split_blocks=True)
     for column in CATEGORIES.keys() & set(order):
-        was = frame[column].cat.rename_categories(lambda name: BEFORE.get(name, name))
-        frame[column] = was.cat.set_categories(list(CATEGORIES[column]))
+        known, was = list(CATEGORIES[column]), frame[column].cat
+        place = [known.index(BEFORE.get(name, name)) for name in map(str, was.categories)]
+        codes = np.array([*place, -1], np.int8)[was.codes]
+        frame[column] = pd.Categorical.from_codes(codes, dtype=pd.CategoricalDtype(known))
     return frame.assign(**nullable)[order] if nullable else frame

@@ -1,4 +1,4 @@
-"""Which runs there are, and opening one by name."""
+"""Runs by name: listing, opening, publishing and fetching them."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ __all__ = ["Run", "list_runs", "open_run"]
 
 
 def open_run(name_or_path: str | Path, verify: bool = True) -> Run:
-    """The run in a folder, or the run of that name: the user's own, else a shipped one. A URL of a run's
-    folder, in any form that fsspec reads (`hf://datasets/user/runs/gpqa`), is fetched first.
+    """The run in a folder, of a name (the user's own, else a shipped one), or at a URL (`fetch_run`).
 
-    Raises SSTError with the nearest names if there is none, and if it has no data yet.
+    Raises:
+        SSTError: there is none, with the nearest names, or it has no data yet.
     """
     name = str(name_or_path)
     if "://" in name:
@@ -53,11 +53,9 @@ def open_run(name_or_path: str | Path, verify: bool = True) -> Run:
 
 
 def list_runs() -> list[dict[str, Any]]:
-    """Every run `open_run` finds by name and every recipe without data, by name; JSON-ready.
+    """`Run.summary` of every run that has a name and of every recipe without data, by name.
 
-    Keys: name, state (`complete`, `partial 2 of 3`, `not captured`, or what is wrong with it), kind (`sst`,
-    `lrt`, `looped`, `backbone`), checkpoint, dataset, questions (None: all of them), depths, bytes, where.
-    None: not known.
+    What cannot be read says why in `state`, and has None for what is not known.
     """
     rows: dict[str, dict[str, Any]] = {}
     for name, path in known_recipes().items():
@@ -78,17 +76,17 @@ def list_runs() -> list[dict[str, Any]]:
 
 def _load(folder: Path, verify: bool) -> Run | None:
     """The run in `folder`, whether or not it has data; None if there is no manifest."""
-    found = manifest.read_manifest(folder)
-    if found is None:
+    contents = manifest.read_manifest(folder)
+    if contents is None:
         return None
     if str(folder) != str(folder).encode(errors="replace").decode():
         raise SSTError(f"{folder}: the folder's name is not UTF-8: no table is read there", "rename it")
-    name, recipe = _name(folder), Recipe.from_dict(found["recipe"])
+    name, recipe = _name(folder), Recipe.from_dict(contents["recipe"])
     if (folder / "run.toml").exists():
         now = Recipe.load(folder / "run.toml", recipe.name)
         manifest.refuse_other_recipe(name, recipe, now, "its run.toml now says")
         recipe = now  # the choices of analysis may have changed
-    return Run(name, folder, recipe, found, verify)
+    return Run(name, folder, recipe, contents, verify)
 
 
 def _name(folder: str | Path) -> str:
@@ -102,7 +100,7 @@ def _unreadable(name: str, where: Path, error: SSTError) -> dict[str, Any]:
 
 
 ROUNDED = ("pairs",)
-"""Tables whose floats are rounded; the others are small."""
+"""Tables whose floats are rounded in a published copy; the others are small."""
 
 
 def publish(
@@ -118,16 +116,14 @@ def publish(
     Args:
         run: what to publish.
         folder: where to; it must not exist yet.
-        bits: significant bits of every float in `pairs` (10: within 1 part in 2,000; a cosine by its
-            distance from 1).
+        bits: significant bits of every float in `pairs` (10: within 1 in 2,000; of a cosine, 1 - cosine).
         top: how many of the 100 most likely tokens of a step to keep; None keeps them all.
-        iterations: which iterations' states at position 0 to keep, 1-based, each named once, kept ascending;
-            none drops the states.
+        iterations: whose states at position 0 are kept, 1-based, each named once; none drops the states.
         each: told how many batches are done, of how many.
 
     Raises:
-        SSTError: an incomplete run, a folder that exists or cannot be written, a run that keeps other states
-            than position 0, iterations it does not have, a full disk.
+        SSTError: the run is incomplete, keeps other states than position 0 or lacks an iteration; the folder
+            exists or cannot be written; the disk is full.
     """
     folder, kept = Path(folder), tuple(sorted(iterations))
     if not run.complete:
@@ -235,12 +231,10 @@ PROTOCOLS = ("file", "hf", "http", "https", "s3", "gs", "zip", "memory")
 
 
 def fetch_run(url: str) -> Path:
-    """The folder of a run that is somewhere else: a copy in the cache, every shard checked.
-
-    Shards that were fetched before and are still what the manifest says are not fetched again.
+    """The folder of a run that is somewhere else: a copy in the cache, every shard checked, fetched once.
 
     Args:
-        url: a run's folder, in any form that fsspec reads.
+        url: a run's folder as fsspec reads it (`hf://datasets/user/runs/gpqa`).
 
     Raises:
         SSTError: there is no run, or a shard is not what the manifest says.
@@ -248,10 +242,9 @@ def fetch_run(url: str) -> Path:
     from fsspec.core import url_to_fs
 
     for link in url.split("::"):
-        if (protocol := link.partition("://")[0] if "://" in link else link) not in PROTOCOLS:
-            raise SSTError(
-                f"there is no run at {url}: {protocol!r} is not read", f"there are {', '.join(PROTOCOLS)}"
-            )
+        if (protocol := link.partition("://")[0]) not in PROTOCOLS:
+            said = f"there is no run at {url}: {protocol!r} is not read"
+            raise SSTError(said, f"there are {', '.join(PROTOCOLS)}")
     try:
         files, root = url_to_fs(url)
         with files.open(f"{root.rstrip('/')}/{manifest.FILE}", "rb") as file:
@@ -263,8 +256,12 @@ def fetch_run(url: str) -> Path:
     name = root.rstrip("/").rpartition("/")[2]
     folder = paths.cache_dir() / "runs" / hashlib.sha256(url.encode()).hexdigest()[:16] / (name or "run")
     folder.mkdir(parents=True, exist_ok=True)
-    found = _read_listed(listed, url)
-    for shards in found["shards"].values():
+    try:
+        contents = manifest.parse_manifest(listed, manifest.FILE, "check the URL, or upgrade")
+    except SSTError as error:
+        said = f"what is at {url} is no run that this version reads: {error.message}"
+        raise SSTError(said, error.hint) from None
+    for shards in contents["shards"].values():
         for file, entry in shards.items():
             if manifest.damage(folder, file, entry) is not None:
                 there = f"{root.rstrip('/')}/{file}"
@@ -280,15 +277,6 @@ def fetch_run(url: str) -> Path:
         (folder / "run.toml").unlink(missing_ok=True)
     replace_bytes(folder / manifest.FILE, listed)  # last: what it lists is there
     return folder
-
-
-def _read_listed(listed: bytes, url: str) -> dict[str, Any]:
-    """A manifest from elsewhere, checked as one of our own, that names only files of a run's folder."""
-    try:
-        return manifest.parse_manifest(listed, manifest.FILE, "check the URL, or upgrade")
-    except SSTError as error:
-        said = f"what is at {url} is no run that this version reads: {error.message}"
-        raise SSTError(said, "check the URL, or upgrade") from None
 
 
 def _fetch(files: Any, there: str, here: Path) -> None:

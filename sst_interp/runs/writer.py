@@ -58,7 +58,7 @@ class RunWriter:
         n_batches: int | None = None,
         fresh: bool = False,
     ) -> RunWriter:
-        """Start a run in `folder`, or go on with the one that is there.
+        """Start a run in `folder`, or go on with the one that is there; damaged batches are dropped.
 
         Args:
             folder: the run's folder; made if need be.
@@ -68,9 +68,9 @@ class RunWriter:
             n_batches: how many batches make the run complete, if known already.
             fresh: erase the run that is there, under the lock.
 
-        Raises SSTError, and changes nothing, if another process writes the run, it was begun differently, or
-        one of its folders is a link to somewhere else. Batches with a damaged or missing file are dropped
-        from the manifest (`drop_corrupt`).
+        Raises:
+            SSTError: another process writes the run, it was begun differently, or one of its folders is a
+                link to somewhere else. Nothing is changed then.
         """
         folder = Path(folder)
         with _disk(folder):
@@ -81,9 +81,9 @@ class RunWriter:
             with _disk(folder):
                 if fresh:
                     _erase(folder, recipe)
-                found = manifest.read_manifest(folder)
-                manifest.refuse_other_origin(folder, found, recipe, manifest.plain(provenance), n_batches)
-                writer = cls(folder, found or manifest.new_manifest(recipe, provenance, n_batches), lock)
+                there = manifest.read_manifest(folder)
+                manifest.refuse_other_origin(folder, there, recipe, manifest.plain(provenance), n_batches)
+                writer = cls(folder, there or manifest.new_manifest(recipe, provenance, n_batches), lock)
                 if not (folder / "run.toml").exists():
                     disk.replace_bytes(folder / "run.toml", recipe.to_toml().encode())
             writer.drop_corrupt()
@@ -108,8 +108,9 @@ class RunWriter:
     ) -> None:
         """Write a batch's tables (`schema.to_table`) and kept states, then list them: all or nothing.
 
-        Raises SSTError if the disk is full (batches committed before are safe, temporary files are gone),
-        ValueError for a batch the run already has and for tables that do not fit their schema.
+        Raises:
+            SSTError: the disk is full; earlier batches are safe, and temporary files are gone.
+            ValueError: the run has the batch already, or a table does not fit its schema.
         """
         n_batches = self.manifest["n_batches"]
         if batch in self.committed or batch < 0 or (n_batches is not None and batch >= n_batches):
@@ -135,7 +136,8 @@ class RunWriter:
                     entries[file] = size | {"bytes": staged.stat().st_size, "sha256": disk.sha256(staged)}
                 for path in paths:
                     disk.put_in_place(path)
-            self._save(shards=self.manifest["shards"] | {str(batch): entries})
+            changed = manifest.renewed(self.manifest)  # the new shards have today's names
+            self._save(**changed | {"shards": changed["shards"] | {str(batch): entries}})
         finally:
             for path in paths:
                 disk.temporary(path).unlink(missing_ok=True)
@@ -155,11 +157,7 @@ class RunWriter:
         self._save(state="complete", n_batches=count)
 
     def drop_corrupt(self) -> list[int]:
-        """Check every listed shard's size and sha256, and drop from the manifest the batches with a bad one,
-        or without one that every batch has.
-
-        Returns the dropped batches, ascending, which are then captured again; each is logged as a warning.
-        """
+        """Drop the batches with a damaged or missing shard from the manifest; returns them, ascending."""
         kept, dropped = dict(self.manifest["shards"]), []
         for batch in manifest.batches(self.manifest):
             for file, entry in self.manifest["shards"][str(batch)].items():

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from sst_interp.errors import SSTError, unknown_name
 from sst_interp.models.model import StateStreamModel
-from sst_interp.questions.files import read_file
+from sst_interp.questions.datasets import read_file
 from sst_interp.questions.item import Item
-from sst_interp.questions.prompts import INSTRUCTIONS, ask, message
+from sst_interp.questions.item import INSTRUCTIONS, ask, message
 from sst_interp.training.recipe import TrainingRecipe
 
 GSM8K_HUB = ("openai/gsm8k", "main/train-00000-of-00001.parquet")

@@ -25,7 +25,7 @@ from sst_interp.findings.report import lists as token_lists
 from sst_interp.findings.report.lists import lens_arrays, lens_words
 from sst_interp.findings.report.packing import DISTANCE, OUTPUT, SIZE, Places, implied_l2, pack
 from sst_interp.models.choices import COMPARISONS
-from sst_interp.runs.tokens import shows_text
+from sst_interp.runs.provenance import shows_text
 from sst_interp.tables import visible
 
 LARGEST = 9_300_000

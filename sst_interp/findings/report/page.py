@@ -43,7 +43,7 @@ from sst_interp.findings.report.sections import (
     shown_manifest,
 )
 from sst_interp.models.choices import Choices
-from sst_interp.runs.tokens import shows_text, tokenizer_of
+from sst_interp.runs.provenance import shows_text, tokenizer_of
 from sst_interp.tables import visible, visible_texts
 
 HERE = Path(__file__).parent

@@ -17,7 +17,7 @@ from sst_interp.files import replace_bytes
 from sst_interp.findings.report.explorer import Threshold, explorer_data
 from sst_interp.findings.report.page import EXPLORER_SCRIPTS, page
 from sst_interp.models.choices import COMPARISONS
-from sst_interp.runs.tokens import tokenizer_of
+from sst_interp.runs.provenance import tokenizer_of
 
 HEIGHT = 900
 """Of the frame in a notebook, pixels."""
