@@ -16,8 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from sst_interp.errors import SSTError, Untestable
-from sst_interp.experiments.depth_scores import ORACLE, depth_scores
-from sst_interp.experiments.training_curves import training_curves
+from sst_interp.experiments.training_results import ORACLE, depth_scores, training_curves
 from sst_interp.models.checkpoint import fingerprint, save_checkpoint
 from sst_interp.models.loading import load
 from sst_interp.models.model import attach

@@ -20,8 +20,7 @@ from sst_interp.models.choices import Choices
 from sst_interp.models.model import attach
 from sst_interp.models.solvers.implicit import Chain, Solver, _Solve, exact_states, lay_out
 from sst_interp.models.solvers.sequential import advance
-from sst_interp.training.card import how_well_solved, write_card
-from sst_interp.training.log import ABOUT, read_about, read_log
+from sst_interp.training.card import ABOUT, how_well_solved, read_about, read_log, write_card
 from sst_interp.training.objective import training_loss
 from sst_interp.training.recipe import TrainingRecipe
 from sst_interp.training.trainer import Training

@@ -109,8 +109,8 @@ def test_the_order_of_rows_changes_nothing_and_little_data_is_said():
     with pytest.raises(Untestable, match="the run has no pairs of comparison 'teacher_forced'"):
         compared(50, a=table[:0], b=table[:0])
     half = compared(50, a=table, b=table[table["comparison"] == "free_running"])
-    assert set(half.missing) == {"replayed, b", "within, a", "within, b"}
-    assert "Not testable: replayed, b (the run has no pairs" in half.verdict
+    assert set(half.missing) == {"teacher_forced, b", "within, a", "within, b"}
+    assert "Not testable: teacher_forced, b (the run has no pairs" in half.verdict
 
 
 def answered(right, n=40):
@@ -158,8 +158,8 @@ def test_a_planted_factor_lies_in_its_interval():
     assert rows.loc["none", "factor"] == pytest.approx(1, abs=0.02)
     assert (rows.loc[["half", "none"], "settled"] == 0).all()
     assert rows.loc["exact", "at_once"] == rows.loc["exact", "settled"] == 6
-    assert found.shown[2]["factor per sweep"] == "nothing is left after the first"
-    assert found.verdict.startswith("A sweep shrinks what is left in 2 of 3 models and depths.")
+    assert found.shown[2]["factor per sweep"] == "no residual after the first"
+    assert found.verdict.startswith("A sweep shrinks the residual in 2 of 3 models and depths.")
     assert "none at depth 4 1" in found.verdict
     with pytest.raises(Untestable):
         kinds_contraction({})

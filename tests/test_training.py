@@ -17,11 +17,9 @@ from sst_interp.errors import SSTError
 from sst_interp.models.checkpoint import ADAPTER_CONFIG as CONFIG
 from sst_interp.models.checkpoint import ADAPTER_WEIGHTS as WEIGHTS
 from sst_interp.models.loading import load
-from sst_interp.training.card import write_card
-from sst_interp.training.log import read_about, read_log
-from sst_interp.training.masters import rate
+from sst_interp.training.card import read_about, read_log, write_card
 from sst_interp.training.recipe import TrainingRecipe, find_training_recipe
-from sst_interp.training.trainer import STATE, Training
+from sst_interp.training.trainer import STATE, Training, rate
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ CONFIG, WEIGHTS = "stream.json", "stream.safetensors"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ADAPTERS = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 TRAINED_BY = "training.json"
-"""What a training leaves beside its checkpoint (`training.log`)."""
+"""What a training leaves beside its checkpoint (`training.card`)."""
 NAME = r"[A-Za-z_][A-Za-z0-9_.]{0,199}"
 """Names of modules that adapters may name: nothing that is also a regular expression."""
 
