@@ -235,7 +235,7 @@ def test_what_ships_is_taken_over_and_only_of_the_same_plan(run, model, rows, tm
     first = patch_run(run, shipped / "patching" / run.name, 2, PLAN, model)
     monkeypatch.setattr(study.paths, "shipped", lambda kind: shipped / kind)
     began = []
-    monkeypatch.setattr(study._Study, "patch", lambda *_: began.append(1))
+    monkeypatch.setattr(study._Patching, "patch", lambda *_: began.append(1))
     again = patch_run(run, tmp_path / "again", 2, PLAN)
     assert not began, "nothing is patched twice"
     pd.testing.assert_frame_equal(again, first)

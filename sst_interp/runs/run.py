@@ -199,13 +199,13 @@ class Run:
 
     def caches(self, question: int, **how: Any) -> list[Any]:
         """A question read again with every hook point, a TransformerLens `ActivationCache` per iteration; the
-        options are those of `sst_interp.bridges.run_caches.run_caches`.
+        options are those of `sst_interp.bridges.run_caches`.
         """
-        return upstairs("bridges.run_caches:run_caches")(self, question, **how)
+        return upstairs("bridges:run_caches")(self, question, **how)
 
     def cache(self, question: int, iteration: int = 1, **how: Any) -> Any:
         """The cache of one iteration; see `caches`."""
-        return upstairs("bridges.run_caches:run_cache")(self, question, iteration, **how)
+        return upstairs("bridges:run_cache")(self, question, iteration, **how)
 
     def check(self) -> None:
         """Check every listed shard now, before it is read. Raises SSTError for a damaged one."""
