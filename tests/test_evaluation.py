@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from test_capture import tiny_llama, word_tokenizer
 from test_loading import save_model
+from tiny_training import EXAMPLES
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -34,12 +35,6 @@ from sst_interp.training.evaluation import (
     missing,
     read_evaluation,
 )
-
-EXAMPLES = [
-    Example("a", (5, 6, 7, 8, 9, 10), 2),
-    Example("b", (6, 7, 8), 1),
-    Example("c", (9, 8, 7, 6, 5), 3),
-]
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from test_capture import tiny_llama, word_tokenizer
-from test_evaluation import EXAMPLES
 from test_lrt import lrt
+from tiny_training import EXAMPLES
 
 from sst_interp.models.kinds.lrt import Memory
 from sst_interp.questions.item import Question

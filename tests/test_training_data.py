@@ -1,30 +1,15 @@
 """Examples, their split, and the order they are trained in."""
 
-import json
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from test_capture import tiny_llama, word_tokenizer
-from tiny import COMMON  # noqa: F401  (the tiny models' shape)
+from tiny_training import write_gsm8k
 
 from sst_interp.errors import SSTError
 from sst_interp.models.model import attach
 from sst_interp.training.data import WIDTH, Example, encode, load_split, make_batch, read_items, schedule
 from sst_interp.training.recipe import TrainingRecipe
-
-
-def write_gsm8k(path, n=20):
-    """Worked answers as GSM8K writes them, of different lengths."""
-    rows = [
-        {
-            "question": " ".join(["sun"] * (1 + n_words % 5)) + f" {n_words}",
-            "answer": "moon " * (1 + n_words % 3) + f"is <<1+1=2>>2\n#### {n_words}",
-        }
-        for n_words in range(n)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 @pytest.fixture

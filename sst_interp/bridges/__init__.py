@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sst_interp.bridges.transformer_lens import StateStreamBridge
 
 BEFORE_NNSIGHT = ("anyio.abc._sockets", "anyio.streams.file", "anyio.streams.tls")
-"""Modules of Jupyter and web clients. They cannot be imported after nnsight, which gives all objects a `save`."""
+"""Modules of Jupyter and web clients. They cannot be imported after nnsight, which patches every object."""
 
 
 def bridge(model: StateStreamModel) -> StateStreamBridge:
