@@ -213,12 +213,12 @@ class Run:
             return part[position : position + 1][0]
 
     def caches(self, question: int, **how: Any) -> list[Any]:
-        """A TransformerLens `ActivationCache` per iteration (`sst_interp.bridges.run_caches.run_caches`)."""
-        return upstairs("bridges.run_caches:run_caches")(self, question, **how)
+        """A TransformerLens `ActivationCache` per iteration (`sst_interp.bridges.run_caches`)."""
+        return upstairs("bridges:run_caches")(self, question, **how)
 
     def cache(self, question: int, iteration: int = 1, **how: Any) -> Any:
         """The cache of one iteration; see `caches`."""
-        return upstairs("bridges.run_caches:run_cache")(self, question, iteration, **how)
+        return upstairs("bridges:run_cache")(self, question, iteration, **how)
 
     def check(self) -> None:
         """Check every listed shard now, before it is read. Raises SSTError for a damaged one."""
