@@ -29,6 +29,7 @@ from sst_interp.analyses.statistics.bootstrap import (
     Interval,
     as_columns,
     cluster_bootstrap,
+    mean_over_questions,
     none_seen_bound,
     nothing,
     percent_text,
@@ -381,10 +382,7 @@ def mean_of(
     values: np.ndarray, where: np.ndarray | None = None, resamples: int = RESAMPLES, seed: int = 0
 ) -> Interval:
     """Mean over questions, or over those of a mask: values [question]; the interval resamples questions."""
-    values = np.asarray(values, dtype=float)
-    values = values if where is None else values[where]
-    sums = np.stack([values, np.ones(len(values))], axis=1)
-    return cluster_bootstrap(sums, resamples=resamples, seed=seed)
+    return mean_over_questions(values if where is None else values[where], resamples, seed)
 
 
 class Oracle(NamedTuple):

@@ -20,9 +20,9 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from sst_interp.analyses.contrast import READ, Contrast, Grid, pair_words, same_questions
+from sst_interp.analyses.contrast import READ, Contrast, Grid, same_questions
 from sst_interp.analyses.plots import Dot, dots, empty_figure
-from sst_interp.analyses.result import Result, analysis
+from sst_interp.analyses.result import Compared, analysis
 from sst_interp.analyses.statistics.along_texts import (
     LabelShare,
     Matched,
@@ -43,19 +43,17 @@ DISTANCE, SHIFTED = "distance", "shifted share"
 
 
 @dataclass(frozen=True, eq=False)
-class Content(Result):
+class Content(Compared):
     """What goes with the size of the change along a text, in one comparison. Intervals resample questions."""
 
-    comparison: str
+    named = "Position or content"
+    shown = "measures"
     kind: str
     """Which overlap."""
-    a: int
-    b: int
     threshold: float
     """Overlap below which a pair counts as shifted."""
     provenance: str
     """Where the threshold comes from."""
-    n_questions: int
     n_positions: int
     """(question, position) pairs."""
     measures: pd.DataFrame
@@ -68,21 +66,6 @@ class Content(Result):
     """Shift rate by token class: role (read or emitted), class, share, low, high, pairs, questions."""
     missing: dict[str, str]
     """Measures that are not testable here, and why."""
-
-    @property
-    def title(self) -> str:
-        """What was compared."""
-        return f"Position or content: {self.words}"
-
-    @property
-    def words(self) -> str:
-        """The comparison and its pair, in words."""
-        return pair_words(self.comparison, self.a, self.b)
-
-    @property
-    def table(self) -> pd.DataFrame:
-        """A row per measure and quantity."""
-        return self.measures
 
     def row(self, measure: str, of: str = DISTANCE) -> pd.Series | None:
         """One row of `measures`; None if there is none."""
@@ -136,7 +119,7 @@ class Content(Result):
             if np.isfinite(r["by_position"]):
                 alone.append(Dot(label, "other questions, same positions", r["by_position"], np.nan, np.nan))
         axis = "share of variance (position, classes), mean rank correlation (others)"
-        return dots("Position or content", self._subtitle, axis, [*rows, *alone], reference=0)
+        return dots("Position or content", self.subtitle, axis, [*rows, *alone], reference=0)
 
     def figures(self) -> dict[str, go.Figure]:
         """measures, and classes: shift rate by token class."""
@@ -148,13 +131,9 @@ class Content(Result):
             Dot(r["class"], f"token {r['role']}", r["share"], r["low"], r["high"])
             for r in self.classes.to_dict("records")
         ]
-        classes = dots(title, self._subtitle, "shifted share of pairs", each)
+        classes = dots(title, self.subtitle, "shifted share of pairs", each)
         classes.update_xaxes(tickformat=".0%", rangemode="tozero")
         return {"measures": self.figure(), "classes": classes}
-
-    @property
-    def _subtitle(self) -> str:
-        return f"{self.words}; {questions_words(self.n_questions)}"
 
 
 def interval_of(row: Mapping[Any, Any] | pd.Series) -> Interval:
@@ -210,12 +189,10 @@ def content(c: Contrast) -> Content:
         missing[row["measure"]] = row["note"]
     measures["p_holm"] = holm(measures["p_other"].to_numpy(dtype=float))
     return Content(
-        c.comparison,
-        c.kind,
-        c.a,
-        c.b,
-        c.threshold,
-        c.division.provenance,
+        **c.compared,
+        kind=c.kind,
+        threshold=c.threshold,
+        provenance=c.division.provenance,
         n_questions=len(grid.questions),
         n_positions=int(grid.there.any(axis=-1).sum()),
         measures=measures,

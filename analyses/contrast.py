@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from sst_interp.analyses.result import pair_words
 from sst_interp.analyses.statistics.bootstrap import Resampling, ratio
 from sst_interp.analyses.statistics.modes import Modes, find_modes, question_histograms, to_v
 from sst_interp.errors import SSTError, Untestable, unknown_name
@@ -58,6 +59,7 @@ class Tables:
             SSTError: if a shard of it is damaged.
         """
         if name not in self._read or self._read[name][0] != comparison:
+            self._read.pop(name, None)  # one comparison is in memory at a time
             self._read[name] = (comparison, self._load(name, comparison))
         table = self._read[name][1]
         if not len(table):
@@ -198,12 +200,17 @@ class Contrast:
     def pairs_there(self) -> list[tuple[int, int]]:
         """The pairs (a, b) of this comparison that have rows, in order."""
         rows = self.all_rows
-        codes = np.unique(256 * rows["a"].to_numpy().astype(np.int32) + rows["b"].to_numpy())
-        return [(int(code) // 256, int(code) % 256) for code in codes]
+        codes = pd.unique(256 * rows["a"].to_numpy().astype(np.int16) + rows["b"].to_numpy())
+        return [divmod(code, 256) for code in sorted(codes.tolist())]
+
+    @property
+    def compared(self) -> dict[str, Any]:
+        """The comparison and its pair, as fields of a `result.Compared`."""
+        return {"comparison": self.comparison, "a": self.a, "b": self.b}
 
     @property
     def words(self) -> str:
-        """What a figure or a sentence says was compared: `teacher-forced, depth 1 against depth 4`."""
+        """`teacher-forced, depth 1 against depth 4`."""
         return pair_words(self.comparison, self.a, self.b)
 
     # Its rows
@@ -483,18 +490,6 @@ def overlap_of(pairs: pd.DataFrame, kind: str = "cosine") -> np.ndarray:
         )
     values = pairs[kind].to_numpy(dtype=float)
     return 1 - values if kind == "relative_l2" else values
-
-
-def pair_words(comparison: str, a: int, b: int) -> str:
-    """`teacher-forced, depth 1 against depth 4`: what a figure or a sentence says was compared."""
-    if comparison == "within":
-        return f"within one pass, iteration {a} against iteration {b}"
-    return f"{comparison_words(comparison)}, depth {a} against depth {b}"
-
-
-def comparison_words(comparison: str) -> str:
-    """The comparison as a reader says it."""
-    return {"teacher_forced": "teacher-forced", "free_running": "free-running"}.get(comparison, comparison)
 
 
 def position_key(rows: pd.DataFrame) -> np.ndarray:

@@ -39,7 +39,7 @@ from scipy.special import gammaln
 
 from sst_interp.analyses.contrast import Contrast
 from sst_interp.analyses.plots import BLUE, GREY, ORANGE, Line, canvas, lines
-from sst_interp.analyses.result import Result, analysis
+from sst_interp.analyses.result import Compared, analysis
 from sst_interp.analyses.statistics.bootstrap import (
     Interval,
     Resampling,
@@ -55,16 +55,13 @@ from sst_interp.errors import Untestable
 
 
 @dataclass(frozen=True, eq=False)
-class Dwell(Result):
+class Dwell(Compared):
     """Stable stretches of one comparison and one pair of depths. Lengths are in generated positions."""
 
-    comparison: str
-    words: str
-    """What was compared, in words."""
+    named = "Stable stretches"
+    shown = "by_layer"
     threshold: float
     """Overlap below which a position counts as shifted."""
-    n_questions: int
-    """Questions with such pairs; each interval says how many it rests on."""
     median: Interval
     """Median length of the stretches that begin after a shift; a stretch that the end cuts is censored."""
     median_shuffled: float
@@ -82,16 +79,6 @@ class Dwell(Result):
     high, p, p_layers (sign flips of questions: alone, and for all layers at once)."""
 
     @property
-    def title(self) -> str:
-        """What was compared."""
-        return f"Stable stretches: {self.words}"
-
-    @property
-    def table(self) -> pd.DataFrame:
-        """A row per layer."""
-        return self.by_layer
-
-    @property
     def verdict(self) -> str:
         """Whether shifts come in bursts, and how long the stretches are, with the sample size."""
         words = f"{_answer(self.ratio)}. {self.words.capitalize()}: the mean stable stretch is "
@@ -106,7 +93,7 @@ class Dwell(Result):
         """Stretches of each length, seen and shuffled."""
         figure = canvas(
             "Stable stretches between two shifts",
-            self._subtitle,
+            self.subtitle,
             "length (generated positions)",
             "complete stretches (log scale)",
         )
@@ -128,18 +115,13 @@ class Dwell(Result):
         layers = self.by_layer
         by_layer = lines(
             "Mean stable stretch over that of a shuffle, by layer",
-            f"{self._subtitle}; 95% interval of each layer",
+            f"{self.subtitle}; 95% interval of each layer",
             "layer (0-based)",
             "ratio (1: chance)",
             [Line("ratio", layers["layer"], layers["ratio"], layers["low"], layers["high"])],
         )
         by_layer.add_hline(y=1, line={"color": GREY, "dash": "dot"})
         return {"lengths": self.figure(), "ratio_by_layer": by_layer}
-
-    @property
-    def _subtitle(self) -> str:
-        n = questions_words(self.n_questions)
-        return f"{self.words}; {n}; shifted: overlap below {self.threshold:.4g}"
 
 
 def _positions(length: float) -> str:
@@ -196,9 +178,8 @@ def dwell(c: Contrast) -> Dwell:
 
     shuffled = float(median_length(complete, cut))
     return Dwell(
-        c.comparison,
-        c.words,
-        c.threshold,
+        **c.compared,
+        threshold=c.threshold,
         n_questions=n,
         median=_median(of_question[used], span, c.resampling),
         median_shuffled=shuffled if shuffled <= span else math.nan,

@@ -23,9 +23,9 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from sst_interp.analyses.contrast import PAPER_THRESHOLD, RESOLUTION, Contrast, pair_words
+from sst_interp.analyses.contrast import PAPER_THRESHOLD, RESOLUTION, Contrast
 from sst_interp.analyses.plots import BLUE, GREEN, ORANGE, VERMILLION, Line, canvas, lines
-from sst_interp.analyses.result import Result, analysis
+from sst_interp.analyses.result import Compared, analysis
 from sst_interp.analyses.statistics.bootstrap import (
     LEVEL,
     Interval,
@@ -37,10 +37,10 @@ from sst_interp.analyses.statistics.bootstrap import (
     ratio,
     share,
 )
-from sst_interp.analyses.statistics.dip import dip_test
 from sst_interp.analyses.statistics.modes import (
     BINS,
     Modes,
+    dip_test,
     find_modes,
     grid,
     question_histograms,
@@ -57,17 +57,15 @@ MERGED = 4
 
 
 @dataclass(frozen=True, eq=False)
-class OverlapDistribution(Result):
+class OverlapDistribution(Compared):
     """How the overlaps of one comparison and one pair are spread over all positions and layers."""
 
-    comparison: str
+    named = "Overlap"
+    shown = "quantiles"
     kind: str
     """Which overlap."""
-    a: int
-    b: int
     n_pairs: int
     """(question, position, layer) pairs with an overlap."""
-    n_questions: int
     n_excluded: int
     """Pairs left out because their overlap is NaN."""
     identical: float
@@ -82,21 +80,6 @@ class OverlapDistribution(Result):
     modes: Modes
     identical_share: Interval
     """`identical` with its interval."""
-
-    @property
-    def words(self) -> str:
-        """What was compared."""
-        return pair_words(self.comparison, self.a, self.b)
-
-    @property
-    def title(self) -> str:
-        """What was compared."""
-        return f"Overlap: {self.words}"
-
-    @property
-    def table(self) -> pd.DataFrame:
-        """Quantiles of overlap over pairs."""
-        return self.quantiles
 
     @property
     def left_out(self) -> str:
@@ -125,7 +108,7 @@ class OverlapDistribution(Result):
         left, right = (to_overlap(e, self.resolution) for e in (edges[1:], edges[:-1]))
         figure = canvas(
             "Distribution of overlaps",
-            f"{self.words}; {questions_words(self.n_questions)}, {self.n_pairs:,} pairs",
+            f"{self.subtitle}, {self.n_pairs:,} pairs",
             _axis(self.kind),
             "share of pairs per bin (log scale)",
         )
@@ -196,10 +179,8 @@ def overlap_distribution(c: Contrast) -> OverlapDistribution:
     question = rows["question"].to_numpy()
     identical = share(question, rows["relative_l2"].to_numpy() == 0, *c.resampling)
     return OverlapDistribution(
-        comparison=c.comparison,
+        **c.compared,
         kind=c.kind,
-        a=c.a,
-        b=c.b,
         n_pairs=len(overlap),
         n_questions=len(c.histograms),
         n_excluded=int(np.count_nonzero(~c.there)),
@@ -214,16 +195,13 @@ def overlap_distribution(c: Contrast) -> OverlapDistribution:
 
 
 @dataclass(frozen=True, eq=False)
-class Bimodality(Result):
+class Bimodality(Compared):
     """Modes of the overlaps of one comparison: pooled, by pair, and by layer of the headline pair."""
 
-    comparison: str
+    named = "Modes within layers"
+    shown = "scopes"
     kind: str
     """Which overlap."""
-    a: int
-    b: int
-    """The headline pair: 1 and the deepest."""
-    n_questions: int
     n_pairs: int
     """(question, position, layer) pairs of the headline."""
     scopes: pd.DataFrame
@@ -243,21 +221,6 @@ class Bimodality(Result):
     histograms: np.ndarray
     """Pairs of each of these layers per bin of `statistics.modes.grid`, [layer, BINS]."""
     resolution: float
-
-    @property
-    def words(self) -> str:
-        """The comparison and its pair, in words."""
-        return pair_words(self.comparison, self.a, self.b)
-
-    @property
-    def title(self) -> str:
-        """What was compared."""
-        return f"Modes within layers: {self.words}"
-
-    @property
-    def table(self) -> pd.DataFrame:
-        """A row per distribution."""
-        return self.scopes
 
     @property
     def by_layer(self) -> pd.DataFrame:
@@ -317,7 +280,7 @@ class Bimodality(Result):
 
     def figure(self) -> go.Figure:
         """How overlaps are spread in every layer, with the antimodes of those that have two modes."""
-        figure = canvas("Overlaps of every layer", self._subtitle, _axis(self.kind), "layer (0-based)")
+        figure = canvas("Overlaps of every layer", self.subtitle, _axis(self.kind), "layer (0-based)")
         counts = self.histograms.reshape(len(self.layers), -1, MERGED).sum(axis=-1)
         edges = grid(self.resolution)[::MERGED]
         used = int(np.flatnonzero(counts.any(axis=0))[-1]) + 1
@@ -350,7 +313,7 @@ class Bimodality(Result):
         line = Line("antimode depth", rows["layer"], rows["depth"], rows["depth_low"], rows["depth_high"])
         depth = lines(
             "How deep the valley between two modes is, by layer",
-            f"{self._subtitle}; 0: one hump, 1: nothing in between; 95% intervals",
+            f"{self.subtitle}; 0: one hump, 1: nothing in between; 95% intervals",
             "layer (0-based)",
             "depth below the lower peak",
             [line],
@@ -358,10 +321,6 @@ class Bimodality(Result):
         )
         depth.update_yaxes(range=[-0.02, 1.02])
         return {"by_layer": self.figure(), "depth": depth}
-
-    @property
-    def _subtitle(self) -> str:
-        return f"{self.words}; {questions_words(self.n_questions)}"
 
     def to_dict(self) -> dict[str, object]:
         """As `Result.to_dict`, without the histograms; with the counts the verdict rests on."""
@@ -407,10 +366,8 @@ def bimodality(c: Contrast, every_pair: bool = False) -> Bimodality:
     table, dip_reason = _measure(scopes, RESOLUTION[c.kind], c.resampling)
     own = [scope for scope in scopes if scope.scope == "layer" and (scope.a, scope.b) == (c.a, c.b)]
     return Bimodality(
-        comparison=c.comparison,
+        **c.compared,
         kind=c.kind,
-        a=c.a,
-        b=c.b,
         n_questions=len(c.histograms),
         n_pairs=len(question),
         scopes=table,

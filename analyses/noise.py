@@ -16,9 +16,9 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from sst_interp.analyses.contrast import Contrast, pair_words, position_key
+from sst_interp.analyses.contrast import Contrast, position_key
 from sst_interp.analyses.plots import GREY, Line, empty_figure, lines
-from sst_interp.analyses.result import Result, analysis
+from sst_interp.analyses.result import Compared, analysis
 from sst_interp.analyses.statistics.bootstrap import (
     LEVEL,
     Interval,
@@ -69,12 +69,11 @@ class Floor:
 
 
 @dataclass(frozen=True, eq=False)
-class Bf16Noise(Result):
+class Bf16Noise(Compared):
     """The change of one comparison and one pair of depths over rounding. All intervals resample questions."""
 
-    comparison: str
-    a: int
-    b: int
+    named = "Change over rounding"
+    shown = "by_layer"
     ratio: Interval
     """Median over pairs, all layers, of the change in bf16 roundings (itself a median over dimensions)."""
     deepest: Interval
@@ -83,7 +82,6 @@ class Bf16Noise(Result):
     identical: Interval
     """Share of pairs that are bit-identical (relative L2 of 0)."""
     n_pairs: int
-    n_questions: int
     n_excluded: int
     """Pairs left out because their ratio is NaN."""
     by_layer: pd.DataFrame
@@ -95,21 +93,6 @@ class Bf16Noise(Result):
     """The change over measured noise, per kind and depth."""
     no_floor: str | None
     """Why there is no measured floor; None if there is one."""
-
-    @property
-    def title(self) -> str:
-        """What was compared."""
-        return f"Change over rounding: {self.words}"
-
-    @property
-    def words(self) -> str:
-        """The comparison and its pair, in words."""
-        return pair_words(self.comparison, self.a, self.b)
-
-    @property
-    def table(self) -> pd.DataFrame:
-        """A row per layer."""
-        return self.by_layer
 
     def floor(self, kind: str) -> Floor | None:
         """The measured floor of a kind ("batch", "fp32"), at the depth where it is highest."""
@@ -166,10 +149,10 @@ class Bf16Noise(Result):
 
     def figure(self) -> go.Figure:
         """The change in bf16 roundings by layer."""
-        t, words = self.by_layer, f"{self.words}; {questions_words(self.n_questions)}"
+        t = self.by_layer
         line = Line("median change", t["layer"], t["ratio"], t["low"], t["high"])
         y = "change, in bf16 roundings of the state (log scale)"
-        figure = lines("Change over one bf16 rounding", words, LAYER, y, [line])
+        figure = lines("Change over one bf16 rounding", self.subtitle, LAYER, y, [line])
         figure.add_hline(y=1, line={"color": GREY, "dash": "dot"})
         figure.update_yaxes(type="log")
         return figure
@@ -209,9 +192,7 @@ def bf16_noise(c: Contrast) -> Bf16Noise:
     same = rows["relative_l2"].to_numpy() == 0
     floors, no_floor = noise_floors(c.rows, c.tables.get("noise"), *c.resampling)
     return Bf16Noise(
-        comparison=c.comparison,
-        a=c.a,
-        b=c.b,
+        **c.compared,
         ratio=ratio,
         deepest=deepest,
         deepest_layer=deepest_layer,

@@ -17,9 +17,9 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from sst_interp.analyses.contrast import Contrast, at_positions, overlap_of, pair_words
+from sst_interp.analyses.contrast import Contrast, at_positions, overlap_of
 from sst_interp.analyses.plots import BLUE, VERMILLION, add_line, canvas
-from sst_interp.analyses.result import Result, analysis
+from sst_interp.analyses.result import Compared, analysis
 from sst_interp.analyses.statistics.bootstrap import (
     Interval,
     Resampling,
@@ -43,20 +43,19 @@ LENS = "lens_jaccard"
 
 SOME, NONE, LAST, NOT_LAST = "a layer shifted", "no layer shifted", "last layer shifted", "last layer stable"
 SAME, OTHER = "the same tokens read", "other tokens read"
+MEDIANS = ("shifted", "stable", "last_shifted", "last_stable", "difference", "last_difference")
 SIDES = (("stable", NONE, BLUE), ("shifted", SOME, VERMILLION))
 
 
 @dataclass(frozen=True, eq=False)
-class TokenReplacement(Result):
+class TokenReplacement(Compared):
     """What happens to the output at shifts and at stable positions, in one comparison and one pair of depths.
 
     Medians are over positions; all intervals resample questions.
     """
 
-    comparison: str
-    a: int
-    b: int
-    """Depths or iterations of the headline: 1 and the deepest."""
+    named = "Tokens replaced"
+    shown = "groups"
     threshold: float
     """Overlap below which a pair counts as shifted."""
     kind: str
@@ -94,24 +93,8 @@ class TokenReplacement(Result):
     histogram: pd.DataFrame
     """Columns replaced (0 to 100), shifted, stable: positions."""
     n_positions: int
-    n_questions: int
     n_excluded: int
     """Positions left out because an overlap or a value is missing or NaN."""
-
-    @property
-    def title(self) -> str:
-        """What was compared."""
-        return f"Tokens replaced: {self.words}"
-
-    @property
-    def words(self) -> str:
-        """The comparison and its pair, in words."""
-        return pair_words(self.comparison, self.a, self.b)
-
-    @property
-    def table(self) -> pd.DataFrame:
-        """A row per group of positions."""
-        return self.groups
 
     @property
     def verdict(self) -> str:
@@ -164,7 +147,7 @@ class TokenReplacement(Result):
     def figure(self) -> go.Figure:
         """How many positions replace how many of the top 100 tokens, as shares of each kind."""
         figure = canvas(
-            "Tokens replaced in the top 100", self._subtitle,
+            "Tokens replaced in the top 100", self.subtitle,
             "tokens replaced, of the 100 most likely", "share of such positions",
         )  # fmt: skip
         for side, name, colour in SIDES:
@@ -187,7 +170,7 @@ class TokenReplacement(Result):
             figures["ranks"] = self._ranks()
         if len(self.by_layer):
             figure = canvas(
-                "Tokens replaced by layer, read with the logit lens", self._subtitle, "layer (0-based)",
+                "Tokens replaced by layer, read with the logit lens", self.subtitle, "layer (0-based)",
                 "tokens replaced of 100, median",
             )  # fmt: skip
             for side, _, colour in SIDES:
@@ -199,7 +182,7 @@ class TokenReplacement(Result):
     def _ranks(self) -> go.Figure:
         figure = canvas(
             "Rank the new most likely token came from",
-            self._subtitle,
+            self.subtitle,
             f"rank at {'iteration' if self.comparison == 'within' else 'depth'} {self.a} (0-based)",
             "positions with a new winner",
         )
@@ -212,11 +195,6 @@ class TokenReplacement(Result):
                 hovertemplate="rank %{x}: %{y:,} positions<extra></extra>",
             )  # fmt: skip
         return figure.update_layout(barmode="stack")
-
-    @property
-    def _subtitle(self) -> str:
-        n = f"{questions_words(self.n_questions)}, {self.n_positions:,} positions"
-        return f"{self.words}; {n}; shifted: overlap below {self.threshold:.4g}"
 
 
 @analysis(
@@ -249,10 +227,12 @@ def token_replacement(c: Contrast) -> TokenReplacement:
         no_layers = error.message
     counts = [np.bincount(replaced[mask].astype(int), minlength=TOP + 1) for mask in first[:2]]
     return TokenReplacement(
-        c.comparison, c.a, c.b, c.threshold, c.kind,
-        group_table(rows, groups, c.resampling),
-        per_pair_table(c),
-        *medians,
+        **c.compared,
+        threshold=c.threshold,
+        kind=c.kind,
+        groups=group_table(rows, groups, c.resampling),
+        per_pair=per_pair_table(c),
+        **dict(zip(MEDIANS, medians, strict=True)),
         ranks=rank_table(rank, first[0][changed]),
         n_winners=int(changed.sum()),
         deepest_rank=int(rank.max()) if len(rank) else None,

@@ -28,11 +28,10 @@ from sst_interp.analyses.contrast import (
     Contrast,
     Grid,
     Threshold,
-    pair_words,
     same_questions,
 )
 from sst_interp.analyses.plots import Line, lines
-from sst_interp.analyses.result import Result, analysis
+from sst_interp.analyses.result import Compared, analysis
 from sst_interp.analyses.statistics.along_texts import likeness, over_questions, pair_mean
 from sst_interp.analyses.statistics.bootstrap import (
     Interval,
@@ -112,20 +111,17 @@ class StartUp:
 
 
 @dataclass(frozen=True, eq=False)
-class PositionZero(Result):
+class PositionZero(Compared):
     """Position 0 against later positions, in one comparison. All intervals resample questions."""
 
-    comparison: str
+    named = "Position 0"
+    shown = "per_pair"
     kind: str
     """Which overlap."""
-    a: int
-    b: int
     threshold: float
     """Overlap below which a pair counts as shifted."""
     provenance: str
     """Where the threshold comes from."""
-    n_questions: int
-    """Questions with a position 0."""
     n_shifted: int
     """Of these, questions with a shift there in some layer (claim C8)."""
     questions: Interval
@@ -154,21 +150,6 @@ class PositionZero(Result):
     """A row per (a, b): never pooled."""
     control: StartUp
     """The start-up control."""
-
-    @property
-    def title(self) -> str:
-        """What was compared."""
-        return f"Position 0: {self.words}"
-
-    @property
-    def words(self) -> str:
-        """The comparison and its pair, in words."""
-        return pair_words(self.comparison, self.a, self.b)
-
-    @property
-    def table(self) -> pd.DataFrame:
-        """A row per (a, b)."""
-        return self.per_pair
 
     @property
     def verdict(self) -> str:
@@ -208,7 +189,7 @@ class PositionZero(Result):
             ]
         return lines(
             "Position 0 and later",
-            self._subtitle,
+            self.subtitle,
             "generated position (0 emits the first token)",
             "share of questions, share of layers",
             series,
@@ -220,13 +201,8 @@ class PositionZero(Result):
         t, pairs = self.by_layer, (("position 0", "zero"), ("later positions", "later"))
         series = [Line(name, t["layer"], *(t[f"{c}{end}"] for end in ENDS)) for name, c in pairs]
         title, axis = "Layers at position 0 and later", "layer (0-based)"
-        layers = lines(title, self._subtitle, axis, "shifted share of pairs", series, percent=True)
+        layers = lines(title, self.subtitle, axis, "shifted share of pairs", series, percent=True)
         return {"by_position": self.figure(), "layers": layers}
-
-    @property
-    def _subtitle(self) -> str:
-        n = questions_words(self.n_questions)
-        return f"{self.words}; {n}; shifted: overlap below {self.threshold:.4g}"
 
 
 @analysis("Position 0", "Is a shift at the first position more than a start-up?", claims=("C8",), order=30)
@@ -242,12 +218,10 @@ def position_zero(c: Contrast) -> PositionZero:
         raise Untestable(f"comparison {c.comparison!r} has no pairs at position 0")
     own = at_zero(grid, level)
     return PositionZero(
-        c.comparison,
-        c.kind,
-        c.a,
-        c.b,
-        level,
-        provenance,
+        **c.compared,
+        kind=c.kind,
+        threshold=level,
+        provenance=provenance,
         n_questions=int(np.isfinite(own.any_zero).sum()),
         n_shifted=int(np.nansum(own.any_zero)),
         questions=share_of_questions(own.any_zero, *how),

@@ -1,20 +1,15 @@
 """Precedence (claim C6): does the state move before the argmax does, in iterations and in layers?
 
-At every position: the first iteration (`within`) or depth at which the state of some layer has shifted
-against iteration or depth 1, and the first at which the most likely token is another one.
+At every position: the first iteration (`within`) or depth at which some layer's state has shifted against
+iteration or depth 1, and the first at which the argmax is another token. Three parts of the claim are true by
+construction, and each has its control:
 
-Part of "the state moves first, and never after" is true by construction:
-
-- The argmax is read from the last layer's output. It cannot change while that stays bit for bit what it was,
-  and changes together with a large move of it whatever the direction. `by_construction` shows how much of the
-  order random changes of the same size have; `beside_perturbations`, how often they change the argmax.
-- Where most positions shift at the first step, whatever else happens there comes together with a shift or
-  after one. The column `null` shows what shuffling the shifts over positions gives.
-- Lower layers are computed first, so in layers a shift always comes before the argmax. Only where it begins
-  (`by_layer`) is an observation.
-
-Not by construction: a shift at an *earlier* step more often than shuffling gives, and an argmax that changes
-more (or less) often than random changes of the same size make it.
+- The argmax is a function of the last layer's output: it changes only where that moves. Norm-matched
+  perturbations (table `nudges`) show what any move of the same size does (`beside_perturbations`,
+  `by_construction`).
+- Where most positions shift at the first step, whatever happens there comes with a shift or after one. `null`
+  is what shuffling the shifts over positions gives.
+- Lower layers are computed first. Only where a shift begins (`by_layer`) is an observation.
 """
 
 from __future__ import annotations
@@ -27,13 +22,13 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from sst_interp.analyses.contrast import Contrast, comparison_words, position_key
-from sst_interp.analyses.matched_perturbations import matched_perturbations
+from sst_interp.analyses.contrast import Contrast, position_key
 from sst_interp.analyses.plots import BLUE, GREEN, GREY, ORANGE, SKY, Line, canvas, lines
-from sst_interp.analyses.result import Result, analysis
+from sst_interp.analyses.result import Compared, analysis, comparison_words
 from sst_interp.analyses.statistics.bootstrap import (
     Interval,
     Resampling,
+    bootstrap_ends,
     by,
     cluster_bootstrap,
     points_text,
@@ -41,14 +36,16 @@ from sst_interp.analyses.statistics.bootstrap import (
     ratio,
     share,
 )
-from sst_interp.analyses.statistics.event_order import first_at, order_counts, order_table
+from sst_interp.analyses.statistics.permutation import ORDERS, first_at, order_counts, order_table, orders
 from sst_interp.errors import Untestable
 
 CHANGES, SHIFTS = "the argmax changes", "the state shifts"
 """What is `given` in a row of `orders`."""
 WHEN = {"before": "at an earlier step", "together": "at the same step", "after": "later", "alone": "never"}
 PERTURBED = {"random": "same size, random", "elsewhere": "same size, as elsewhere in the text"}
+"""Directions of perturbations. `elsewhere`: as the state moves at another position of the same text."""
 SITES = {"output": "last layer's output", "stream": "stream states<br>handed in"}
+MEASURES = ("changed", "kl", "replaced")
 RUN, SHUFFLED, TRUE = "this run, any layer", "shifts shuffled", "the true change"
 LAST = "the true change, last layer only"
 COLOURS = {
@@ -61,10 +58,11 @@ Bar = tuple[str, str, float, float, float]
 
 
 @dataclass(frozen=True, eq=False)
-class Precedence(Result):
+class Precedence(Compared):
     """Which came first, in one comparison. All intervals resample questions."""
 
-    comparison: str
+    named = "State and argmax"
+    shown = "orders"
     kind: str
     """Which overlap."""
     threshold: float
@@ -72,7 +70,6 @@ class Precedence(Result):
     steps: tuple[int, ...]
     """The iterations or depths that are compared with the first, ascending."""
     n_positions: int
-    n_questions: int
     n_excluded: int
     """Positions left out: an overlap is NaN, or a depth's own text has ended."""
     orders: pd.DataFrame
@@ -99,17 +96,11 @@ class Precedence(Result):
     """Positions shifted at the last step by the lowest layer that shifted: columns layer, share (of argmaxes
     that changed), low, high, pairs (positions), questions."""
     beside_perturbations: pd.DataFrame
-    """True changes against perturbations of the same size (`matched_perturbations.beside_perturbations`);
-    empty without controls."""
+    """True changes against perturbations of the same norm; empty without controls."""
     by_construction: pd.DataFrame
     """Orders of the last layer's state and the argmax under perturbations (`perturbed_orders`)."""
     no_perturbations: str | None
     """Why there are no perturbations to compare with; None if there are."""
-
-    @property
-    def title(self) -> str:
-        """What was compared."""
-        return f"State and argmax: {self.words}"
 
     @property
     def words(self) -> str:
@@ -119,20 +110,13 @@ class Precedence(Result):
         return f"{comparison_words(self.comparison)}, depths 1 to {self.steps[-1]}"
 
     @property
-    def table(self) -> pd.DataFrame:
-        """Both orders: when the state shifted given that the argmax changes, and the other way round."""
-        return self.orders
-
-    @property
     def given(self) -> pd.DataFrame:
         """When the state shifted, of the positions whose argmax changes; index: order."""
         return self.orders[self.orders["given"] == CHANGES].set_index("order")
 
     @property
     def at_shifts(self) -> dict[str, Any]:
-        """What the last layer's `true` change and a `random` one of its size do at shifted positions: rows of
-        `beside_perturbations` by direction; empty unless both are there.
-        """
+        """Rows of `beside_perturbations`, output at shifted positions, by direction; empty without both."""
         rows: dict[str, Any] = {
             row["direction"]: row
             for row in self.beside_perturbations.to_dict("records")
@@ -268,7 +252,7 @@ def precedence(c: Contrast) -> Precedence:
         why = error.message
     table, difference = changed_by_state(rows, c.resampling)
     return Precedence(
-        comparison=c.comparison,
+        **{**c.compared, "a": 1, "b": steps[-1]},
         kind=c.kind,
         threshold=c.threshold,
         steps=steps,
@@ -363,13 +347,8 @@ def changed_by_state(rows: StateAndArgmax, resampling: Resampling) -> tuple[pd.D
         for where in (shifted, ~shifted)
         for weights in (where & changed, where)
     ]
-
-    def gap(totals: np.ndarray) -> np.ndarray:
-        shares = ratio(totals.reshape(-1, 2, 2))
-        return shares[:, 0] - shares[:, 1]
-
-    sums = np.stack(cells, axis=1)
-    difference = cluster_bootstrap(sums, gap, resampling.resamples, seed=resampling.seed)
+    sums = np.stack(cells, axis=1).reshape(-1, 2, 2)
+    difference = cluster_bootstrap(sums, _gap, resampling.resamples, seed=resampling.seed)
     return pd.DataFrame(records, columns=columns), difference
 
 
@@ -411,3 +390,152 @@ def _grouped(title: str, subtitle: str, x: str, y: str, bars: list[Bar]) -> go.F
 
 def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
     return table.to_dict("records")  # type: ignore[return-value]
+
+
+def matched_perturbations(c: Contrast, shifted: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The tables of `beside_perturbations` and `perturbed_orders`.
+
+    Args:
+        c: the contrast; its run may have a table `nudges`.
+        shifted: columns question, position, shifted: where the run's deepest pair has shifted (for `within`
+            it is read off the perturbed pass: `shifted_within`).
+
+    Raises:
+        Untestable: if the run has no perturbations of this comparison at its positions.
+    """
+    if c.comparison == "free_running":
+        raise Untestable("each depth reads its own text")
+    rows = c.tables.get("nudges", c.comparison)
+    if rows is None:
+        words = comparison_words(c.comparison)
+        raise Untestable(f"the run has no norm-matched perturbations ({words}; `controls` in its recipe)")
+    if c.kind not in rows.columns:
+        raise Untestable(f"norm-matched perturbations have no {c.kind}")
+    if c.comparison == "within":
+        shifted = shifted_within(rows, c.threshold, c.kind)
+    beside = beside_perturbations(rows, shifted, c.resampling)
+    if beside.empty:
+        raise Untestable("no perturbed position has all its overlaps")
+    return beside, perturbed_orders(rows, c.threshold, c.kind, c.resampling)
+
+
+def overlaps(rows: pd.DataFrame, kind: str) -> np.ndarray:
+    """Overlap of each row of `nudges` in every layer it has: [row, layer]; rows of one site."""
+    if not len(rows):
+        return np.ones((0, 1))
+    values = np.stack(rows[kind].to_list()).astype(float)
+    return 1 - values if kind == "relative_l2" else values
+
+
+def shifted_within(rows: pd.DataFrame, threshold: float, kind: str) -> pd.DataFrame:
+    """Which positions shift between iteration 1 and the deepest of the pass that was perturbed: columns
+    question, position, shifted. It reads depth 1's text; the run's own `within` rows read another.
+    """
+    rows = rows[((rows["site"] == "stream") & (rows["direction"] == "true")).to_numpy(dtype=bool)]
+    shifted = np.asarray((overlaps(rows, kind) < threshold).any(axis=1))
+    return rows[["question", "position"]].assign(shifted=shifted)
+
+
+def beside_perturbations(rows: pd.DataFrame, shifted: pd.DataFrame, resampling: Resampling) -> pd.DataFrame:
+    """What true changes and perturbations of the same size do, at shifted and at stable positions; deepest
+    pair.
+
+    Args:
+        rows: the run's `nudges` of one comparison.
+        shifted: columns question, position, shifted.
+        resampling: of questions.
+
+    Returns:
+        A row per site, direction and `where`: positions, questions; `changed` (share of argmaxes), `kl` and
+        `replaced` (means), each with _low and _high; `difference` (of `changed`: true minus this direction,
+        at the same positions) with _low and _high, NaN for the true change itself. No rows: none of them is
+        at these positions.
+    """
+    resamples, seed = resampling
+    rows = rows[(rows["b"] == rows["b"].max()).to_numpy(dtype=bool)]
+    keys = ["question", "position"]
+    rows = rows.astype(dict.fromkeys(keys, "int64")).merge(
+        shifted.astype(dict.fromkeys(keys, "int64")), on=keys
+    )
+    codes, questions = pd.factorize(rows["question"].to_numpy(), sort=True)
+    values = {
+        "changed": rows["argmax_changed"].to_numpy(dtype=float),
+        "kl": rows["kl"].to_numpy(dtype=float),
+        "replaced": rows["replaced"].to_numpy(dtype=float),
+    }
+    there = np.isfinite(np.stack(list(values.values()))).all(axis=0)
+    place = rows.groupby(keys, sort=False).ngroup().to_numpy()
+    at_shift = rows["shifted"].to_numpy(dtype=bool)
+
+    def sums(mask: np.ndarray, name: str) -> np.ndarray:
+        """[question, 2]: total and number of the rows of a mask."""
+        parts = [np.bincount(codes[mask], w, len(questions)) for w in (values[name][mask], None)]
+        return np.stack(parts, axis=-1).astype(float)
+
+    records = []
+    for site in SITES:
+        for where in ("shifted", "stable"):
+            here = there & (rows["site"] == site).to_numpy() & (at_shift == (where == "shifted"))
+            directions = {d: here & (rows["direction"] == d).to_numpy() for d in ("true", *PERTURBED)}
+            for direction, mask in directions.items():
+                if not mask.any():
+                    continue
+                record = [site, direction, where, len(np.unique(place[mask])), len(np.unique(codes[mask]))]
+                used = np.bincount(codes[mask], minlength=len(questions)) > 0
+                for name in MEASURES:
+                    record += _ends(cluster_bootstrap(sums(mask, name)[used], ratio, resamples, seed=seed))
+                gap = [np.nan] * 3
+                if direction != "true":
+                    same = directions["true"] & np.isin(place, place[mask])
+                    both = np.stack([sums(same, "changed"), sums(mask, "changed")], axis=1)[used]
+                    gap = _ends(cluster_bootstrap(both, _gap, resamples, seed=seed))
+                records.append(record + gap)
+    named = [f"{m}{end}" for m in (*MEASURES, "difference") for end in ("", "_low", "_high")]
+    columns = ["site", "direction", "where", "positions", "questions", *named]
+    return pd.DataFrame(records, columns=columns)
+
+
+def perturbed_orders(rows: pd.DataFrame, threshold: float, kind: str, resampling: Resampling) -> pd.DataFrame:
+    """When the last layer's state shifts, seen from the first change of the argmax, for changes without any
+    thought in them: perturbations of the last layer's output that grow from b to b as the true change does.
+
+    Returns:
+        A row per direction (`true` among them, read in the same way) and entry of `ORDERS`: positions (and
+        seeds), questions, share, low, high. No rows: no such perturbations.
+    """
+    rows = rows[(rows["site"] == "output").to_numpy()]
+    steps = np.sort(rows["b"].unique())
+    n_steps = max(len(steps), 1)
+    keys = ["question", "position", "direction", "seed"]
+    rows = rows.sort_values([*keys, "b"])
+    whole = (rows.groupby(keys, observed=True)["b"].transform("size") == len(steps)).to_numpy(dtype=bool)
+    rows = rows[whole]
+    overlap = overlaps(rows, kind)[:, -1]
+    usable = np.isfinite(overlap).reshape(-1, n_steps).all(axis=1)
+    x = first_at((overlap < threshold).reshape(-1, n_steps))
+    y = first_at(rows["argmax_changed"].to_numpy(dtype=bool).reshape(-1, n_steps))
+    first = rows.iloc[::n_steps]
+    tables = []
+    for direction in ("true", *PERTURBED):
+        here = usable & (first["direction"] == direction).to_numpy(dtype=bool)
+        seen = orders(order_counts(first["question"].to_numpy()[here], x[here], y[here], len(steps)))
+        seen = seen[seen.sum(axis=1) > 0]
+        if not len(seen):
+            continue
+        sums = np.stack([seen, np.broadcast_to(seen.sum(axis=1, keepdims=True), seen.shape)], axis=-1)
+        share, low, high = bootstrap_ends(sums, ratio, resampling.resamples, seed=resampling.seed)
+        columns = {"direction": direction, "order": ORDERS, "positions": seen.sum(axis=0)}
+        columns |= {"questions": len(seen), "share": share, "low": low, "high": high}
+        tables.append(pd.DataFrame(columns))
+    columns = ["direction", "order", "positions", "questions", "share", "low", "high"]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
+
+
+def _gap(totals: np.ndarray) -> np.ndarray:
+    """Difference of the two ratios in [..., 2, 2]."""
+    shares = ratio(totals)
+    return shares[..., 0] - shares[..., 1]
+
+
+def _ends(interval: Interval) -> list[float]:
+    return [interval.estimate, interval.low, interval.high]

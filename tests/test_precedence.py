@@ -3,16 +3,16 @@ import pandas as pd
 import pytest
 from synthetic import contrast, pairs_table
 
-from sst_interp.analyses.matched_perturbations import beside_perturbations, perturbed_orders
+from sst_interp.analyses.precedence import beside_perturbations, perturbed_orders
 from sst_interp.analyses.precedence import precedence, state_and_argmax
 from sst_interp.analyses.statistics.bootstrap import Resampling
-from sst_interp.analyses.statistics.event_order import (
+from sst_interp.analyses.statistics.permutation import (
     ORDERS,
     first_at,
     order_counts,
     order_table,
     orders,
-    shuffled,
+    shuffled_orders,
 )
 from sst_interp.errors import SSTError, Untestable
 from sst_interp.models.choices import COMPARISONS, Choices
@@ -124,12 +124,12 @@ def test_a_shuffle_keeps_how_often_each_happens_in_every_question_and_is_one():
     x, y = random_events(questions=6, positions=12, seed=3)
     question = np.repeat(np.arange(6), 12)
     counts = order_counts(question, x.ravel(), y.ravel(), NEVER)
-    drawn = shuffled(counts, resamples=4000, seed=1)
+    drawn = shuffled_orders(counts, resamples=4000, seed=1)
     assert (drawn.sum(axis=1) == counts.sum(axis=(0, 1))).all()
     assert (drawn.sum(axis=2) == counts.sum(axis=(0, 2))).all()
     assert (drawn >= 0).all()
     for q in range(6):  # question by question, too
-        one = shuffled(counts[q : q + 1], resamples=50, seed=q)
+        one = shuffled_orders(counts[q : q + 1], resamples=50, seed=q)
         assert (one.sum(axis=2) == counts[q].sum(axis=1)).all()
     rng = np.random.default_rng(0)
     really = []
