@@ -5,8 +5,8 @@
     c.grid.overlap                       # [question, position, layer]
     c.at(1, 2).threshold                 # another pair of iterations
 
-A contrast reads the run's tables one comparison at a time and keeps what it has read. Comparisons answer
-different questions: pooling them, or pooling depths, makes modes that are in none of them.
+Tables are read one comparison at a time. Comparisons and depths are never pooled: that makes modes which none
+of them has.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ PAPER_THRESHOLD = 0.99
 """The paper's division between stable and shifted (arXiv 2605.00206)."""
 
 RESOLUTION = {"cosine": 1e-3, "relative_l2": 1e-2, "lens_jaccard": 0.1}
-"""Differences of overlap that count as none when modes are counted. Cosine: well above bf16 rounding
-through 30 to 60 layers, well below the paper's 0.01. A relative L2 of 0.01 to 0.04 is the same angle.
-Jaccard of two top-100 sets moves in steps of about 0.02, which must not be counted as modes."""
+"""Differences of overlap that count as none when modes are counted. Cosine: above bf16 rounding through 30 to
+60 layers, below the paper's 0.01. A relative L2 of 0.01 to 0.04 is the same angle. The Jaccard index of two
+top-100 sets moves in steps of about 0.02."""
 
 READ = ("entropy", "margin")
-"""What `steps` knows of a next-token distribution: entropy (nats) and margin (logits)."""
+"""What `steps` records of a next-token distribution: entropy (nats) and margin (logits)."""
 
 DEFAULT = Resampling()
 BESIDE = ("blend_off", "reshuffled", "baseline", "beyond", "lens")
-"""Roles of the runs that may stand beside a run: the start-up control, reshuffled choices, the matched
-baseline, depths beyond the run's, and the logit-lens overlap of some of its questions."""
+"""Roles of companion runs: the start-up control, reshuffled choices, the matched baseline, more depths, and
+the logit-lens overlap of some of the questions."""
 
 
 class Tables:
@@ -63,9 +63,8 @@ class Tables:
             self._read[name] = (comparison, self._load(name, comparison))
         table = self._read[name][1]
         if not len(table):
-            raise Untestable(
-                f"the run has no {name}" + (f" of comparison {comparison!r}" if comparison else "")
-            )
+            of = f" of comparison {comparison!r}" if comparison else ""
+            raise Untestable(f"the run has no {name}{of}")
         return table
 
     def get(self, name: str, comparison: str | None = None) -> pd.DataFrame | None:
@@ -102,7 +101,7 @@ class Threshold(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Contrast:
-    """One comparison of a run at one pair of depths (or iterations), and how it is to be judged."""
+    """One comparison of a run at one pair of depths (or iterations), with its overlap and threshold."""
 
     tables: Tables
     comparison: str
@@ -118,7 +117,7 @@ class Contrast:
     token_class: Callable[[Iterable[int]], list[str]] | None = None
     """Token ids -> names of their classes, if the tokens are known."""
     _deepest_modes: dict[Any, Modes] = field(default_factory=dict, repr=False)
-    """The modes of each comparison's deepest pair, which every contrast of the run shares: found once."""
+    """The modes of each comparison's deepest pair, shared by every contrast of the run."""
 
     @classmethod
     def of(
@@ -173,9 +172,7 @@ class Contrast:
         return replace(self, comparison=comparison, pair=None)
 
     def of_companion(self, role: str) -> Contrast | None:
-        """The same contrast of the run that stands beside this one, at its own deepest pair; None without
-        such a run.
-        """
+        """The same contrast of a companion run, at its own deepest pair; None without such a run."""
         other = self.beside.get(role)
         return None if other is None else replace(self, tables=other, pair=None, beside={}, _deepest_modes={})
 
@@ -193,7 +190,7 @@ class Contrast:
 
     @property
     def b(self) -> int:
-        """Depth or iteration of the second state."""
+        """Of the second."""
         return self._pair[1]
 
     @cached_property
@@ -263,8 +260,8 @@ class Contrast:
     def division(self) -> Threshold:
         """The threshold between stable and shifted, and where it comes from.
 
-        It is that of the comparison, so the same at every pair of depths: the antimode of the deepest pair,
-        or the paper's 0.99 where that has one mode.
+        It is the same at every pair of depths: the antimode of the deepest pair, or the paper's 0.99 if that
+        has one mode.
         """
         if self.fixed is not None:
             return Threshold(float(self.fixed), "given")
@@ -330,8 +327,8 @@ class Contrast:
 
     @cached_property
     def readings(self) -> pd.DataFrame:
-        """A row per (question, position): `entropy_a`, `entropy_b` (nats), `margin_a`, `margin_b` (logits) of
-        both next-token distributions; no rows where the run has no `steps`.
+        """A row per (question, position): `entropy_a`, `entropy_b` (nats), `margin_a`, `margin_b` (logits);
+        no rows if the run has no `steps`.
         """
         columns = ["question", "position", *(f"{name}_{side}" for name in READ for side in "ab")]
         steps = self.tables.get("steps")
@@ -362,35 +359,27 @@ class Contrast:
         rows = self.rows[here]
         if rows.empty:
             raise SSTError(
-                f"question {question} has no pairs of comparison {self.comparison!r} between "
-                f"{self.a} and {self.b}",
+                f"question {question} has no pairs, {self.words}",
                 "questions are numbered from 0 in the run's questions table",
             )
-        values = rows.assign(
-            overlap=self.overlap[here], norm_ratio=(rows["norm_b"] / rows["norm_a"]).astype(float)
-        )
-        return QuestionMap(
-            *(values.pivot(index="position", columns="layer", values=v) for v in ("overlap", "norm_ratio"))
-        )
+        norms = (rows["norm_b"] / rows["norm_a"]).astype(float)
+        values = rows.assign(overlap=self.overlap[here], norm_ratio=norms).set_index(["position", "layer"])
+        return QuestionMap(values["overlap"].unstack(), values["norm_ratio"].unstack())
 
     @cached_property
     def _pair(self) -> tuple[int, int]:
         if self.pair is not None:
             return self.pair
-        deepest = [b for a, b in self.pairs_there if a == 1]
-        if not deepest:
-            raise Untestable(
-                f"no pairs of comparison {self.comparison!r} in this run", "capture at least two depths"
-            )
-        return 1, max(deepest)
+        deepest = max((b for a, b in self.pairs_there if a == 1), default=None)
+        if deepest is None:
+            raise Untestable(f"no pairs of comparison {self.comparison!r}", "capture at least two depths")
+        return 1, deepest
 
     def _at(self, table: pd.DataFrame, a: int, b: int) -> pd.DataFrame:
         keep = (table["a"].to_numpy() == a) & (table["b"].to_numpy() == b)
         if not keep.any():
-            raise Untestable(
-                f"no pairs of comparison {self.comparison!r} between {a} and {b}",
-                "`run.pairs` says which there are",
-            )
+            there = f"no pairs of comparison {self.comparison!r} between {a} and {b}"
+            raise Untestable(there, "`run.pairs` says which there are")
         return table[keep]
 
 
@@ -450,17 +439,10 @@ class Grid(NamedTuple):
         return self._replace(overlap=self.overlap[rows], questions=self.questions[rows])
 
     def where_also(self, other: Grid) -> Grid:
-        """The same, cut to the cells that `other` has, too, so that a longer text has no say.
-
-        The questions of `other` are this one's, in the same order.
-        """
-        mine, theirs = (
-            np.isin(a, b) for a, b in ((self.positions, other.positions), (other.positions, self.positions))
-        )
-        both = self.overlap[:, mine]
-        return self._replace(
-            overlap=np.where(other.there[:, theirs], both, np.nan), positions=self.positions[mine]
-        )
+        """The cells that `other`, a grid of the same questions in the same order, has too."""
+        mine, theirs = np.isin(self.positions, other.positions), np.isin(other.positions, self.positions)
+        both = np.where(other.there[:, theirs], self.overlap[:, mine], np.nan)
+        return self._replace(overlap=both, positions=self.positions[mine])
 
 
 class QuestionMap(NamedTuple):
@@ -476,8 +458,8 @@ def overlap_of(pairs: pd.DataFrame, kind: str = "cosine") -> np.ndarray:
 
     Args:
         pairs: rows of the `pairs` table.
-        kind: "cosine": cosine similarity, in [-1, 1]. "relative_l2": 1 - |b - a| / |a|, at most 1 and
-            without a lower bound. "lens_jaccard": Jaccard index of the logit-lens top-100 sets, in [0, 1].
+        kind: "cosine", in [-1, 1]; "relative_l2": 1 - |b - a| / |a|, at most 1; "lens_jaccard": Jaccard index
+            of the logit-lens top-100 sets.
 
     Raises:
         SSTError: if `kind` is unknown, or was not captured.
@@ -497,12 +479,11 @@ def position_key(rows: pd.DataFrame) -> np.ndarray:
     return (rows["question"].to_numpy(dtype=np.int64) << 32) | rows["position"].to_numpy(dtype=np.int64)
 
 
-def at_positions(table: pd.DataFrame, other: pd.DataFrame, how: str = "left") -> pd.DataFrame:
+def at_positions(table: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
     """`table` with the columns of `other` at the same question and position; NaN where there is none."""
-    keys = ["question", "position"]
-    typed = other.astype({key: "int64" for key in keys})
-    fresh = [c for c in typed.columns if c in keys or c not in table.columns]
-    return table.astype({key: "int64" for key in keys}).merge(typed[fresh], on=keys, how=how)  # type: ignore[arg-type]
+    keys = {"question": "int64", "position": "int64"}
+    fresh = [c for c in other.columns if c in keys or c not in table.columns]
+    return table.astype(keys).merge(other[fresh].astype(keys), on=[*keys], how="left")
 
 
 def same_questions(
@@ -513,8 +494,7 @@ def same_questions(
     Args:
         one: the grid of one run.
         other: of another run.
-        ids: the first run's `questions` table, to pair by the dataset's record id. Without both tables
-            questions are paired by their index in the run.
+        ids: the first run's `questions` table, to pair by record id; by index without both tables.
         other_ids: of the other run.
     """
     sides = []

@@ -328,7 +328,7 @@ def _back(change: Interval, noise: Interval, gap: Interval) -> list[Interval]:
     for one in (change, noise):
         ends = [math.exp(v) if math.isfinite(v) else v for v in (one.estimate, one.low, one.high)]
         estimate, low, high = (0.0 if v < none else v for v in ends)
-        out.append(Interval(estimate, low, high, one.n_questions, one.level, one.reason))
+        out.append(Interval(estimate, low, high, one.n_questions, reason=one.reason))
     if not out[0].n_questions or not out[1].n_questions:
         return [*out, nothing("not measured in this layer")]
     if out[1].estimate == 0:
@@ -337,5 +337,5 @@ def _back(change: Interval, noise: Interval, gap: Interval) -> list[Interval]:
     estimate, low, high = (math.exp(v) if math.isfinite(v) else v for v in (gap.estimate, gap.low, gap.high))
     if out[1].low == 0:
         reason = "in some resamples the median noise is 0"
-        return [*out, Interval(estimate, math.nan, math.nan, gap.n_questions, gap.level, reason)]
-    return [*out, Interval(estimate, low, high, gap.n_questions, gap.level, gap.reason)]
+        return [*out, Interval(estimate, math.nan, math.nan, gap.n_questions, reason=reason)]
+    return [*out, Interval(estimate, low, high, gap.n_questions, reason=gap.reason)]

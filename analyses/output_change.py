@@ -139,7 +139,9 @@ class TokenReplacement(Compared):
         return f"A shift replaces {'less' if fewer else 'no more'} of the output: {against}"
 
     def same_tokens(self, column: str) -> tuple[float, float]:
-        """In free-running, a column of `groups` while both depths have read the same tokens: shifted, stable."""
+        """In free-running, a column of `groups` while both depths have read the same tokens: shifted,
+        stable.
+        """
         rows = self.groups.set_index("where")[column].to_dict()
         some, none = (float(rows.get(f"{where}, {SAME}", math.nan)) for where in (SOME, NONE))
         return some, none

@@ -288,7 +288,7 @@ def start_up(c: Contrast, threshold: float) -> StartUp:
         c.grid, theirs, c.tables.get("questions"), other.tables.get("questions")
     )
     mine, theirs = c.grid.of_questions(own_rows), theirs.of_questions(its_rows)
-    # Positions that both have: further on more has shifted in free-running, and one run's texts may be longer.
+    # Positions that both have: later ones shift more in free-running, and one run's texts may be longer.
     own, its = (at_zero(a.where_also(b), threshold) for a, b in ((mine, theirs), (theirs, mine)))
     both = np.isfinite(own.any_zero) & np.isfinite(its.any_zero)
     if not both.any():

@@ -1,9 +1,7 @@
 """Basin shifts (claims C1, C3): where does extra iteration change the model's state, and how often?
 
-A (position, layer) pair has *shifted* if its overlap between two iteration depths is below a threshold.
-What a shift is depends on the comparison, so each gets its own result, its own threshold and its own
-figures; nothing is pooled over comparisons, and the headline is one pair of depths, (1, deepest).
-Which layers and which questions shift: `shift_profiles`.
+A (position, layer) pair has *shifted* if its overlap between two depths is below a threshold. Each comparison
+has its own threshold; the headline is one pair of depths, (1, deepest).
 """
 
 from __future__ import annotations
@@ -145,14 +143,9 @@ def _rates(table: pd.DataFrame, axis: str, words: str) -> go.Figure:
     return lines(f"Shift rate by {by}", words, axis, "shifted share of pairs", [line], percent=True)
 
 
-def question_figure(values: pd.DataFrame, quantity: str, subtitle: str) -> go.Figure:
-    """One question's `overlap` or `norm ratio` by position and layer (from `Contrast.question_map`)."""
-    if quantity == "overlap":
-        return matrix(values, "Overlap of one question", subtitle, "overlap", zmax=1)
-    return matrix(
-        values.map(np.log2), "Norm ratio of one question", subtitle, "log2 of norm b / norm a",
-        zmid=0, colorscale="RdBu",
-    )  # fmt: skip
+def question_figure(overlap: pd.DataFrame, subtitle: str) -> go.Figure:
+    """One question's overlap by position and layer (from `Contrast.question_map`)."""
+    return matrix(overlap, "Overlap of one question", subtitle, "overlap", zmax=1)
 
 
 @analysis(

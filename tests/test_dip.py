@@ -3,7 +3,13 @@ import pytest
 from synthetic import Planted, pairs_table
 
 from sst_interp.analyses.statistics import modes as dip
-from sst_interp.analyses.statistics.modes import NOT_INSTALLED, dip_test, one_per_question, question_histograms, to_v
+from sst_interp.analyses.statistics.modes import (
+    NOT_INSTALLED,
+    dip_test,
+    one_per_question,
+    question_histograms,
+    to_v,
+)
 
 
 def histograms_of(table):

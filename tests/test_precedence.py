@@ -3,8 +3,12 @@ import pandas as pd
 import pytest
 from synthetic import contrast, pairs_table
 
-from sst_interp.analyses.precedence import beside_perturbations, perturbed_orders
-from sst_interp.analyses.precedence import precedence, state_and_argmax
+from sst_interp.analyses.precedence import (
+    beside_perturbations,
+    perturbed_orders,
+    precedence,
+    state_and_argmax,
+)
 from sst_interp.analyses.statistics.bootstrap import Resampling
 from sst_interp.analyses.statistics.permutation import (
     ORDERS,
