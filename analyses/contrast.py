@@ -74,29 +74,21 @@ class Tables:
         except Untestable:
             return None
 
-    def empty(self, name: str) -> pd.DataFrame:
-        """A table without rows, with the columns that every run has."""
+    def _load(self, name: str, comparison: str | None) -> pd.DataFrame:
+        if hasattr(self.run, "table"):
+            if columns := [c for c in self.run.columns(name) if c not in IDS]:
+                return self.run.table(name, columns, comparison)
+        elif (table := getattr(self.run, name, None)) is not None and len(table):
+            return table if comparison is None else table[(table["comparison"] == comparison).to_numpy(bool)]
         columns = [c for c in TABLES[name].names if c not in OPTIONAL]
         return to_frame(TABLES[name].empty_table().select(columns))
 
-    def _load(self, name: str, comparison: str | None) -> pd.DataFrame:
-        if hasattr(self.run, "table"):
-            columns = [c for c in self.run.columns(name) if c not in IDS]
-            return self.run.table(name, columns, comparison) if columns else self.empty(name)
-        table = getattr(self.run, name, None)
-        if table is None or not len(table):
-            return self.empty(name)
-        if comparison is None:
-            return table
-        return table[(table["comparison"] == comparison).to_numpy(dtype=bool)]
-
 
 class Threshold(NamedTuple):
-    """Overlap below which a (position, layer) pair counts as shifted."""
+    """Overlap below which a (position, layer) pair counts as shifted, and where that comes from."""
 
     value: float
     provenance: str
-    """Where it comes from."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,9 +146,8 @@ class Contrast:
         comparison = comparison or own.comparison
         if comparison not in COMPARISONS:
             raise unknown_name("comparison", comparison, COMPARISONS)
-        for role in beside or {}:
-            if role not in BESIDE:
-                raise unknown_name("role", role, BESIDE)
+        if unknown := set(beside or {}) - set(BESIDE):
+            raise unknown_name("role", min(unknown), BESIDE)
         companions = {role: Tables(other) for role, other in (beside or {}).items() if other is not None}
         return cls(
             Tables(run), comparison, None if a is None or b is None else (a, b), own, threshold,
@@ -293,9 +284,8 @@ class Contrast:
         """A row per (question, position), sorted: `layers`, `shifted` (how many of them), `lowest` overlap
         (NaN where any is) and `last`, that of the last layer.
         """
-        rows, values = self.rows, self.overlap
-        layer = rows["layer"].to_numpy()
-        codes, keys = pd.factorize(position_key(rows), sort=True)
+        values, layer = self.overlap, self.rows["layer"].to_numpy()
+        codes, keys = pd.factorize(position_key(self.rows), sort=True)
         lowest = np.full(len(keys), np.inf)
         with np.errstate(invalid="ignore"):
             np.minimum.at(lowest, codes, values)  # a NaN stays one
@@ -343,8 +333,9 @@ class Contrast:
             cells = ("own", self.a, self.a), (text, self.b, self.b)
         sides = []
         for side, (of_text, of_depth, of_iteration) in zip("ab", cells, strict=True):
-            here = (depth == of_depth) & (iteration == of_iteration)
-            here &= (steps["text"] == of_text).to_numpy(dtype=bool)
+            here = (
+                (depth == of_depth) & (iteration == of_iteration) & (steps["text"] == of_text).to_numpy(bool)
+            )
             rows = steps.loc[here, ["question", "position", *READ]]
             sides.append(rows.rename(columns={name: f"{name}_{side}" for name in READ}))
         return sides[0].merge(sides[1], on=["question", "position"])[columns]
@@ -475,7 +466,7 @@ def overlap_of(pairs: pd.DataFrame, kind: str = "cosine") -> np.ndarray:
 
 
 def position_key(rows: pd.DataFrame) -> np.ndarray:
-    """Question and position in one int64, in the order of both."""
+    """Question and position in one int64, in that order."""
     return (rows["question"].to_numpy(dtype=np.int64) << 32) | rows["position"].to_numpy(dtype=np.int64)
 
 

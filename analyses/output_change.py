@@ -97,6 +97,11 @@ class TokenReplacement(Compared):
     """Positions left out because an overlap or a value is missing or NaN."""
 
     @property
+    def subtitle(self) -> str:
+        """As every figure's, with the number of positions."""
+        return f"{super().subtitle}; {self.n_positions:,} positions"
+
+    @property
     def verdict(self) -> str:
         """Shifted against stable, the sample size, and where the new winners came from."""
         words = f"{self._answer} {self.words.capitalize()}: {self.n_positions:,} positions of "

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import reduce
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,14 +24,16 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from sst_interp.analyses.contrast import Contrast, position_key
-from sst_interp.analyses.plots import BLUE, GREEN, GREY, ORANGE, SKY, Line, canvas, lines
+from sst_interp.analyses.plots import BLUE, GREEN, GREY, ORANGE, SKY, Line, canvas, error_bars, lines
 from sst_interp.analyses.result import Compared, analysis, comparison_words
 from sst_interp.analyses.statistics.bootstrap import (
     Interval,
     Resampling,
+    as_columns,
     bootstrap_ends,
     by,
     cluster_bootstrap,
+    nothing,
     points_text,
     questions_words,
     ratio,
@@ -45,7 +48,6 @@ WHEN = {"before": "at an earlier step", "together": "at the same step", "after":
 PERTURBED = {"random": "same size, random", "elsewhere": "same size, as elsewhere in the text"}
 """Directions of perturbations. `elsewhere`: as the state moves at another position of the same text."""
 SITES = {"output": "last layer's output", "stream": "stream states<br>handed in"}
-MEASURES = ("changed", "kl", "replaced")
 RUN, SHUFFLED, TRUE = "this run, any layer", "shifts shuffled", "the true change"
 LAST = "the true change, last layer only"
 COLOURS = {
@@ -68,33 +70,30 @@ class Precedence(Compared):
     threshold: float
     """A position counts as shifted where the overlap of some layer is below this."""
     steps: tuple[int, ...]
-    """The iterations or depths that are compared with the first, ascending."""
+    """Iterations or depths that are compared with the first, ascending."""
     n_positions: int
     n_excluded: int
     """Positions left out: an overlap is NaN, or a depth's own text has ended."""
     orders: pd.DataFrame
-    """A row per `given` ("the argmax changes", "the state shifts") and order of the other: before, together,
-    after, alone; positions, share, low, high, and what shuffling gives: null, null_low, null_high, p."""
+    """A row per `given` ("the argmax changes", "the state shifts") and order of the other (`order_table`)."""
     before: Interval
-    """Of the positions whose argmax changes, share at which the state had shifted at an earlier step."""
+    """Of the positions whose argmax changes, share whose state had shifted at an earlier step ..."""
     together: Interval
-    """Share at which it shifted at the same step."""
+    """... shifts at the same step ..."""
     after: Interval
-    """Share at which it shifted later: the claim says never."""
+    """... shifts later: the claim says never ..."""
     alone: Interval
-    """Share at which it never shifted: against the claim, too."""
+    """... never shifts: against the claim, too."""
     against: Interval
-    """Share with no shift by then: later or never."""
+    """after + alone."""
     at_first_step: Interval
     """Share at which the argmax changed at the first step, where nothing can have come before."""
     changed: pd.DataFrame
-    """Columns step, where (shifted, stable), positions, questions, changed, low, high: how often the argmax
-    differs at a step, given the state there."""
+    """How often the argmax differs at a step, given the state there (`changed_by_state`)."""
     difference: Interval
     """Of `changed` at the last step: shifted minus stable positions."""
     by_layer: pd.DataFrame
-    """Positions shifted at the last step by the lowest layer that shifted: columns layer, share (of argmaxes
-    that changed), low, high, pairs (positions), questions."""
+    """Share of changed argmaxes by the lowest layer that has shifted at the last step."""
     beside_perturbations: pd.DataFrame
     """True changes against perturbations of the same norm; empty without controls."""
     by_construction: pd.DataFrame
@@ -143,15 +142,13 @@ class Precedence(Compared):
         if self.comparison == "free_running":
             words += " Once two texts have parted, state and argmax differ because the tokens do."
         if self.no_perturbations:
-            return (
-                f"{words} What a random change of the same size does is not known: {self.no_perturbations}."
-            )
+            return f"{words} No random changes of the same size: {self.no_perturbations}."
         return words + self._beside_random
 
     @property
     def _beside_random(self) -> str:
         if not self.at_shifts:
-            return " No perturbed position shifts, so none was moved by the size of a shift."
+            return " No perturbed position shifts."
         true, random = self.at_shifts["true"], self.at_shifts["random"]
         low, high = random["difference_low"], random["difference_high"]
         gap = Interval(random["difference"], low, high, int(random["questions"]), reason="one question")
@@ -161,17 +158,17 @@ class Precedence(Compared):
         return words + f"{true['changed']:.1%} against {random['changed']:.1%} ({points_text(gap)})."
 
     def figure(self) -> go.Figure:
-        """When the state shifted, of the positions whose argmax changes: the run, shuffled, and perturbed."""
+        """When the state shifted, where the argmax changes: the run, shuffled, and perturbed."""
         bars: list[Bar] = []
         for order, row in self.given.to_dict("index").items():
             label = WHEN[str(order)]
             bars.append((label, RUN, row["share"], row["low"], row["high"]))
             bars.append((label, SHUFFLED, row["null"], row["null_low"], row["null_high"]))
-        for row in _rows(self.by_construction):
+        for row in self.by_construction.to_dict("records"):
             series = PERTURBED.get(row["direction"], LAST)
             bars.append((WHEN[row["order"]], series, row["share"], row["low"], row["high"]))
         return _grouped(
-            "When the state shifted, where the argmax changes", self._subtitle,
+            "When the state shifted, where the argmax changes", self.subtitle,
             "when the state shifted, seen from the argmax", "share of changed argmaxes", bars,
         )  # fmt: skip
 
@@ -182,7 +179,7 @@ class Precedence(Compared):
             table = self.by_layer
             line = Line("argmax changed", table["layer"], table["share"], table["low"], table["high"])
             figures["by_layer"] = lines(
-                "Where the shift begins", self._subtitle, "lowest shifted layer (0-based)",
+                "Where the shift begins", self.subtitle, "lowest shifted layer (0-based)",
                 "argmax changed, share<br>of positions", [line], True,
             ).update_traces(showlegend=False)  # fmt: skip
         return figures
@@ -192,22 +189,22 @@ class Precedence(Compared):
         at_last = self.changed[self.changed["step"] == self.steps[-1]]
         bars: list[Bar] = [
             (f"{row['where']}:<br>all positions", RUN, row["changed"], row["low"], row["high"])
-            for row in _rows(at_last)
+            for row in at_last.to_dict("records")
             if row["positions"]
         ]
-        for row in _rows(self.beside_perturbations):
+        for row in self.beside_perturbations.to_dict("records"):
             series = PERTURBED.get(row["direction"], TRUE)
             ends = row["changed"], row["changed_low"], row["changed_high"]
             bars.append((f"{row['where']}:<br>{SITES[row['site']]}", series, *ends))
         return _grouped(
-            "How often the argmax changes", self._subtitle,
+            "How often the argmax changes", self.subtitle,
             "where the state shifted or not, and what was changed", "share of positions", bars,
         )  # fmt: skip
 
     @property
-    def _subtitle(self) -> str:
-        n = f"{questions_words(self.n_questions)}, {self.n_positions:,} positions"
-        return f"{self.words}; {n}; shifted: overlap of some layer below {self.threshold:.4g}"
+    def subtitle(self) -> str:
+        """As every figure's, with the number of positions."""
+        return f"{super().subtitle} in some layer; {self.n_positions:,} positions"
 
 
 @analysis(
@@ -229,9 +226,8 @@ def precedence(c: Contrast) -> Precedence:
         raise Untestable(f"no position of comparison {c.comparison!r} has every overlap")
     n_questions = len(np.unique(question))
     if not changed.any():
-        raise Untestable(
-            f"the argmax never changes, at {len(question):,} positions of {questions_words(n_questions)}"
-        )
+        n = questions_words(n_questions)
+        raise Untestable(f"the argmax never changes, at {len(question):,} positions of {n}")
     x, y = first_at(shifted), first_at(changed)
     counts = order_counts(question, x, y, len(steps))
     orders = [
@@ -244,9 +240,9 @@ def precedence(c: Contrast) -> Precedence:
         return share(question[ever], mask[ever], *c.resampling)
 
     last, at_last = len(steps) - 1, shifted[:, -1]
+    here = pd.DataFrame({"question": question, "position": rows.position, "shifted": at_last})
     beside, constructed, why = pd.DataFrame(), pd.DataFrame(), None
     try:
-        here = pd.DataFrame({"question": question, "position": rows.position, "shifted": at_last})
         beside, constructed = matched_perturbations(c, here)
     except Untestable as error:
         why = error.message
@@ -281,9 +277,7 @@ class StateAndArgmax(NamedTuple):
     """Positions of one comparison, sorted. A step is an iteration or depth compared with the first."""
 
     question: np.ndarray
-    """[position]"""
     position: np.ndarray
-    """[position]"""
     steps: tuple[int, ...]
     shifted: np.ndarray
     """[position, step]: the overlap of some layer is below the threshold."""
@@ -313,16 +307,14 @@ def state_and_argmax(c: Contrast) -> StateAndArgmax:
     ever = reduce(np.union1d, [keys for keys, *_ in (*states, *tokens)])
     both = [keys[known] for keys, known, _ in states] + [keys for keys, _ in tokens]
     whole = reduce(np.intersect1d, both)
-    shifted = [of[np.searchsorted(keys, whole)] for keys, _, of in states]
-    changed = [of[np.searchsorted(keys, whole)] for keys, of in tokens]
     return StateAndArgmax(
-        whole >> 32,
-        whole & 0xFFFFFFFF,
-        steps,
-        np.stack(shifted, axis=1),
-        np.stack(changed, axis=1),
-        _lowest_layer(c.at(1, steps[-1]), whole),
-        len(ever) - len(whole),
+        question=whole >> 32,
+        position=whole & 0xFFFFFFFF,
+        steps=steps,
+        shifted=np.stack([of[np.searchsorted(keys, whole)] for keys, _, of in states], axis=1),
+        changed=np.stack([of[np.searchsorted(keys, whole)] for keys, of in tokens], axis=1),
+        lowest_layer=_lowest_layer(c.at(1, steps[-1]), whole),
+        n_excluded=len(ever) - len(whole),
     )
 
 
@@ -372,24 +364,15 @@ def _grouped(title: str, subtitle: str, x: str, y: str, bars: list[Bar]) -> go.F
         if not own:
             continue
         share, low, high = (np.array([bar[i] for bar in own], dtype=float) for i in (2, 3, 4))
-        error = {
-            "type": "data", "symmetric": False, "thickness": 1.5, "color": GREY,
-            "array": np.nan_to_num(high - share), "arrayminus": np.nan_to_num(share - low),
-        }  # fmt: skip
         figure.add_bar(
-            x=[bar[0] for bar in own], y=share, name=series, error_y=error, marker={"color": colour},
-            customdata=np.stack([low, high], axis=1),
+            x=[bar[0] for bar in own], y=share, name=series, marker={"color": colour},
+            error_y=error_bars(share, low, high, GREY), customdata=np.stack([low, high], axis=1),
             hovertemplate="%{x}: %{y:.1%} [%{customdata[0]:.1%}, %{customdata[1]:.1%}]<extra></extra>",
         )  # fmt: skip
     figure.update_xaxes(categoryorder="array", categoryarray=labels)
     figure.update_yaxes(tickformat=".0%", rangemode="tozero")
     legend = {"yref": "container", "yanchor": "bottom", "y": 0.01, "x": 0}
-    figure.update_layout(barmode="group", height=430, margin={"b": 140}, legend=legend)
-    return figure
-
-
-def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
-    return table.to_dict("records")  # type: ignore[return-value]
+    return figure.update_layout(barmode="group", height=430, margin={"b": 140}, legend=legend)
 
 
 def matched_perturbations(c: Contrast, shifted: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -397,8 +380,8 @@ def matched_perturbations(c: Contrast, shifted: pd.DataFrame) -> tuple[pd.DataFr
 
     Args:
         c: the contrast; its run may have a table `nudges`.
-        shifted: columns question, position, shifted: where the run's deepest pair has shifted (for `within`
-            it is read off the perturbed pass: `shifted_within`).
+        shifted: columns question, position, shifted (at the deepest pair). For `within`, whose perturbed pass
+            reads depth 1's text, the true change says what shifted instead.
 
     Raises:
         Untestable: if the run has no perturbations of this comparison at its positions.
@@ -412,7 +395,9 @@ def matched_perturbations(c: Contrast, shifted: pd.DataFrame) -> tuple[pd.DataFr
     if c.kind not in rows.columns:
         raise Untestable(f"norm-matched perturbations have no {c.kind}")
     if c.comparison == "within":
-        shifted = shifted_within(rows, c.threshold, c.kind)
+        true = rows[((rows["site"] == "stream") & (rows["direction"] == "true")).to_numpy(dtype=bool)]
+        moved = np.asarray((overlaps(true, c.kind) < c.threshold).any(axis=1))
+        shifted = true[["question", "position"]].assign(shifted=moved)
     beside = beside_perturbations(rows, shifted, c.resampling)
     if beside.empty:
         raise Untestable("no perturbed position has all its overlaps")
@@ -427,18 +412,8 @@ def overlaps(rows: pd.DataFrame, kind: str) -> np.ndarray:
     return 1 - values if kind == "relative_l2" else values
 
 
-def shifted_within(rows: pd.DataFrame, threshold: float, kind: str) -> pd.DataFrame:
-    """Which positions shift between iteration 1 and the deepest of the pass that was perturbed: columns
-    question, position, shifted. It reads depth 1's text; the run's own `within` rows read another.
-    """
-    rows = rows[((rows["site"] == "stream") & (rows["direction"] == "true")).to_numpy(dtype=bool)]
-    shifted = np.asarray((overlaps(rows, kind) < threshold).any(axis=1))
-    return rows[["question", "position"]].assign(shifted=shifted)
-
-
 def beside_perturbations(rows: pd.DataFrame, shifted: pd.DataFrame, resampling: Resampling) -> pd.DataFrame:
-    """What true changes and perturbations of the same size do, at shifted and at stable positions; deepest
-    pair.
+    """What true changes and norm-matched perturbations do, at shifted and at stable positions.
 
     Args:
         rows: the run's `nudges` of one comparison.
@@ -446,25 +421,19 @@ def beside_perturbations(rows: pd.DataFrame, shifted: pd.DataFrame, resampling: 
         resampling: of questions.
 
     Returns:
-        A row per site, direction and `where`: positions, questions; `changed` (share of argmaxes), `kl` and
-        `replaced` (means), each with _low and _high; `difference` (of `changed`: true minus this direction,
-        at the same positions) with _low and _high, NaN for the true change itself. No rows: none of them is
-        at these positions.
+        A row per site, direction and `where`: positions, questions; `changed` (share of argmaxes), `kl`,
+        `replaced` (means) and `difference` (`changed` of the true change minus this direction, at the same
+        positions), each with `_low` and `_high`. No rows if the tables share no position.
     """
-    resamples, seed = resampling
+    how = resampling._asdict()
     rows = rows[(rows["b"] == rows["b"].max()).to_numpy(dtype=bool)]
-    keys = ["question", "position"]
-    rows = rows.astype(dict.fromkeys(keys, "int64")).merge(
-        shifted.astype(dict.fromkeys(keys, "int64")), on=keys
-    )
+    keys = {"question": "int64", "position": "int64"}
+    rows = rows.astype(keys).merge(shifted.astype(keys), on=[*keys])
     codes, questions = pd.factorize(rows["question"].to_numpy(), sort=True)
-    values = {
-        "changed": rows["argmax_changed"].to_numpy(dtype=float),
-        "kl": rows["kl"].to_numpy(dtype=float),
-        "replaced": rows["replaced"].to_numpy(dtype=float),
-    }
+    recorded = {"changed": "argmax_changed", "kl": "kl", "replaced": "replaced"}
+    values = {name: rows[column].to_numpy(dtype=float) for name, column in recorded.items()}
     there = np.isfinite(np.stack(list(values.values()))).all(axis=0)
-    place = rows.groupby(keys, sort=False).ngroup().to_numpy()
+    place = rows.groupby([*keys], sort=False).ngroup().to_numpy()
     at_shift = rows["shifted"].to_numpy(dtype=bool)
 
     def sums(mask: np.ndarray, name: str) -> np.ndarray:
@@ -473,35 +442,32 @@ def beside_perturbations(rows: pd.DataFrame, shifted: pd.DataFrame, resampling: 
         return np.stack(parts, axis=-1).astype(float)
 
     records = []
-    for site in SITES:
-        for where in ("shifted", "stable"):
-            here = there & (rows["site"] == site).to_numpy() & (at_shift == (where == "shifted"))
-            directions = {d: here & (rows["direction"] == d).to_numpy() for d in ("true", *PERTURBED)}
-            for direction, mask in directions.items():
-                if not mask.any():
-                    continue
-                record = [site, direction, where, len(np.unique(place[mask])), len(np.unique(codes[mask]))]
-                used = np.bincount(codes[mask], minlength=len(questions)) > 0
-                for name in MEASURES:
-                    record += _ends(cluster_bootstrap(sums(mask, name)[used], ratio, resamples, seed=seed))
-                gap = [np.nan] * 3
-                if direction != "true":
-                    same = directions["true"] & np.isin(place, place[mask])
-                    both = np.stack([sums(same, "changed"), sums(mask, "changed")], axis=1)[used]
-                    gap = _ends(cluster_bootstrap(both, _gap, resamples, seed=seed))
-                records.append(record + gap)
-    named = [f"{m}{end}" for m in (*MEASURES, "difference") for end in ("", "_low", "_high")]
-    columns = ["site", "direction", "where", "positions", "questions", *named]
-    return pd.DataFrame(records, columns=columns)
+    for site, where in product(SITES, ("shifted", "stable")):
+        here = there & (rows["site"] == site).to_numpy() & (at_shift == (where == "shifted"))
+        directions = {d: here & (rows["direction"] == d).to_numpy() for d in ("true", *PERTURBED)}
+        for direction, mask in directions.items():
+            if not mask.any():
+                continue
+            used = np.bincount(codes[mask], minlength=len(questions)) > 0
+            record: dict[str, Any] = {"site": site, "direction": direction, "where": where}
+            record |= {"positions": len(np.unique(place[mask])), "questions": int(used.sum())}
+            means = {name: cluster_bootstrap(sums(mask, name)[used], **how) for name in values}
+            gap = nothing("the true change itself")
+            if direction != "true":
+                same = directions["true"] & np.isin(place, place[mask])
+                both = np.stack([sums(same, "changed"), sums(mask, "changed")], axis=1)[used]
+                gap = cluster_bootstrap(both, _gap, **how)
+            records.append(record | as_columns(**means, difference=gap))
+    return pd.DataFrame(records)
 
 
 def perturbed_orders(rows: pd.DataFrame, threshold: float, kind: str, resampling: Resampling) -> pd.DataFrame:
-    """When the last layer's state shifts, seen from the first change of the argmax, for changes without any
-    thought in them: perturbations of the last layer's output that grow from b to b as the true change does.
+    """When the last layer's state shifts, seen from the first change of the argmax, under perturbations of
+    the last layer's output that grow from b to b as the true change does.
 
     Returns:
-        A row per direction (`true` among them, read in the same way) and entry of `ORDERS`: positions (and
-        seeds), questions, share, low, high. No rows: no such perturbations.
+        A row per direction (`true` among them) and entry of `ORDERS`: positions (and seeds), questions,
+        share, low, high.
     """
     rows = rows[(rows["site"] == "output").to_numpy()]
     steps = np.sort(rows["b"].unique())
@@ -535,7 +501,3 @@ def _gap(totals: np.ndarray) -> np.ndarray:
     """Difference of the two ratios in [..., 2, 2]."""
     shares = ratio(totals)
     return shares[..., 0] - shares[..., 1]
-
-
-def _ends(interval: Interval) -> list[float]:
-    return [interval.estimate, interval.low, interval.high]

@@ -392,27 +392,27 @@ def test_without_perturbations_that_part_is_not_known():
     table = nudges_table(nudged(), "teacher_forced")
     for nudges in (None, table[:0], table):  # the last: of another comparison
         found = found_in(pairs, outputs, nudges=nudges)
-        assert "is not known: the run has no norm-matched perturbations (within; " in found.verdict
+        assert "No random changes of the same size: the run has no norm-matched perturbations (within; " in found.verdict
         assert found.beside_perturbations.empty
         assert found.by_construction.empty
         assert np.isfinite(found.before.estimate), "the rest is there"
         found.figures()
     free = found_in(*tables(*random_events(seed=1), "free_running"), "free_running", nudges=table)
-    assert "is not known: each depth reads its own text." in free.verdict
+    assert "No random changes of the same size: each depth reads its own text." in free.verdict
     jaccard = found_in(
         pairs.assign(lens_jaccard=pairs["cosine"]),
         outputs,
         nudges=nudges_table(nudged(), "within"),
         choices=Choices(overlap="lens_jaccard"),
     )
-    assert "is not known: norm-matched perturbations have no lens_jaccard" in jaccard.verdict
+    assert "No random changes of the same size: norm-matched perturbations have no lens_jaccard" in jaccard.verdict
 
 
 def test_nudges_elsewhere_than_the_run_are_said_to_be_useless():
     x, y = random_events(seed=1, questions=3)
     table = nudges_table(nudged(questions=3)).assign(question=lambda t: t["question"] + 50)
     found = found_in(*tables(x, y, "teacher_forced"), "teacher_forced", nudges=table)
-    assert "is not known: no perturbed position has all its overlaps" in found.verdict
+    assert "No random changes of the same size: no perturbed position has all its overlaps" in found.verdict
     stable = found_in(
         *tables(np.full_like(x, NEVER), y, "teacher_forced"),
         "teacher_forced",
