@@ -1,12 +1,10 @@
 """Do positions shift because of what is said there, or because of where they are? (claim C9)
 
-Measured along each question's text, questions being the unit: what the position index alone accounts for; and
-what goes with how far a position moved, beyond that: entropy and margin of the output there, the class of the
-token, and the same question in a second run with reshuffled choices. Each has a null that keeps the position:
-other questions at the same positions (`statistics.along_texts`).
-
-At a generated position one token is read (the one before it in the text) and one is emitted. What position 0
-reads is the last token of the prompt, which a run does not record.
+What goes with how far a position moved: the position index alone; and beyond that entropy and margin of the
+output there, the class of the token, and the same question in a second run with reshuffled choices. Questions
+are the unit, and the null keeps the position: other questions at the same positions
+(`statistics.along_texts`). At a generated position one token is read (the one before it) and one is emitted;
+position 0 reads the last token of the prompt, which a run does not record.
 """
 
 from __future__ import annotations
@@ -44,7 +42,7 @@ DISTANCE, SHIFTED = "distance", "shifted share"
 
 @dataclass(frozen=True, eq=False)
 class Content(Compared):
-    """What goes with the size of the change along a text, in one comparison. Intervals resample questions."""
+    """What the size of the change along a text goes with. Intervals resample questions."""
 
     named = "Position or content"
     shown = "measures"
@@ -222,21 +220,16 @@ def matched_row(measure: str, of: str, tie: Matched) -> dict[str, object]:
 def _row(
     measure: str, of: str, share: Interval, by_position: float, p_circular: float, p_other: float
 ) -> dict[str, object]:
-    return {
+    row: dict[str, object] = {
         "measure": measure,
         "of": of,
         "estimate": share.estimate,
         "low": share.low,
         "high": share.high,
-        "by_position": by_position,
-        "beyond": math.nan,
-        "beyond_low": math.nan,
-        "beyond_high": math.nan,
-        "p_circular": p_circular,
-        "p_other": p_other,
-        "questions": share.n_questions,
-        "note": share.reason,
     }
+    row |= {"by_position": by_position, "beyond": math.nan, "beyond_low": math.nan, "beyond_high": math.nan}
+    row |= {"p_circular": p_circular, "p_other": p_other}
+    return row | {"questions": share.n_questions, "note": share.reason}
 
 
 def second_run(c: Contrast) -> tuple[tuple[np.ndarray, dict[str, np.ndarray]] | None, str]:

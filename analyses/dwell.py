@@ -1,29 +1,19 @@
-"""Dwell: how long a layer's state stays stable between two shifts, and whether longer than by chance.
+"""Dwell: how long does a layer's state stay stable between two shifts, and is that longer than by chance?
 
-One row is one question and one layer, its positions in order. A *stretch* is a longest sequence of
-neighbouring stable positions. It is *complete* if a shift stands on both sides; a text's beginning and end
-cut stretches short (censoring), and so does a position without an overlap.
+A row is one question and one layer. A *stretch* is a longest sequence of neighbouring stable positions,
+*complete* if a shift stands on both sides. A text's beginning and end, and a position without an overlap, cut
+it short (censoring).
 
-**The effect.** If shifts come in bursts, the stable stretches between them are longer than those of a text
-whose shifts fall anywhere:
-
-    ratio = mean stretch / mean stretch after a shuffle of positions within (question, layer)
-
-1 is chance. The shuffle keeps the rate of every question and layer, and the ends of the text cut shuffled
-stretches just as often. It does not keep *where* in the text shifts are frequent: if they are mostly early,
-in every question, the ratio is above 1 without any burst. The rates by position say so
+**The effect.** ratio = mean stretch / mean stretch after a shuffle of positions within (question, layer). 1
+is chance; bursts of shifts make it larger, and so do shifts that are mostly early in every text
 (`BasinShifts.by_position`).
 
-**The shuffle.** Of n positions with k shifts all arrangements are as likely, and the k + 1 gaps beside the
-shifts are alike, so
+**The shuffle.** Of n positions with k shifts all arrangements are as likely, so nothing has to be drawn:
 
     P(a gap holds L positions) = C(n - L - 1, k - 1) / C(n, k)        expected stretches = (n - k) (k + 1) / n
 
-are exact, and nothing has to be drawn.
-
-**Censoring.** Long stretches are cut more often than short ones, so the median of the complete ones is too
-small. `median_length` is Kaplan and Meier's, over the stretches that begin after a shift: one that the end of
-the text cuts counts as "at least this long". What a text begins with has no known beginning and is left out.
+**Censoring.** Long stretches are cut more often. `median_length` is Kaplan and Meier's, over the stretches
+that begin after a shift: one that the end of the text cuts counts as "at least this long".
 """
 
 from __future__ import annotations

@@ -1,16 +1,13 @@
 """One mode or two, within layers and within pairs of iterations as well as pooled (claim C2).
 
-A pool of distributions that each have one mode, at different places, has several: if layers sit at different
-overlaps, "two modes" of all pairs together say only that layers differ. So the count of modes
-(`statistics.modes`) and the dip test (`statistics.dip`) are made three times:
+A pool of distributions that each have one mode, at different places, has several. So the count of modes and
+the dip test (`statistics.modes`) are made three times:
 
-- *pooled*: all layers and all pairs of depths or iterations of one comparison. Shown for what pooling does;
-  no claim rests on it.
+- *pooled*: all layers and all pairs of depths. It shows what pooling does; no claim rests on it.
 - *pair*: all layers of one pair (a, b), as in `overlap_distribution`.
-- *layer*: one layer of the deepest pair (of every pair, if asked). Layers are counted at a false discovery
-  rate of 5% over the layers of the pair: Holm's rule would ask too much of thirty layers that go together.
+- *layer*: one layer of the deepest pair. Layers are counted at a false discovery rate of 5%.
 
-`between_layers` is how much of the spread lies between layers: a share near 1 is a pool of places.
+`between_layers` is the share of the spread that lies between layers: near 1 it is a pool of places.
 """
 
 from __future__ import annotations
@@ -113,15 +110,12 @@ class OverlapDistribution(Compared):
             "share of pairs per bin (log scale)",
         )
         figure.add_bar(
-            x=-(edges[1:] + edges[:-1]) / 2,
-            y=np.where(counts > 0, counts / counts.sum(), np.nan),
-            width=np.diff(edges),
-            marker={"color": BLUE, "line": {"width": 0}},
+            x=-(edges[1:] + edges[:-1]) / 2, y=np.where(counts > 0, counts / counts.sum(), np.nan),
+            width=np.diff(edges), marker={"color": BLUE, "line": {"width": 0}}, showlegend=False,
             customdata=np.stack([left, right, counts], axis=1),
             hovertemplate="overlap %{customdata[0]:.5f} to %{customdata[1]:.5f}<br>%{y:.3%} of pairs "
             "(%{customdata[2]:,})<extra></extra>",
-            showlegend=False,
-        )
+        )  # fmt: skip
         lowest, highest = 0.6 / counts.sum(), 1.5 * counts.max() / counts.sum()
 
         def at(overlap: float) -> float:
@@ -205,11 +199,10 @@ class Bimodality(Compared):
     n_pairs: int
     """(question, position, layer) pairs of the headline."""
     scopes: pd.DataFrame
-    """A row per distribution. scope (pooled, pair, layer), a, b, layer (NaN where pooled over), pairs,
-    questions; modes (one, two, not tested), antimode, depth of the valley with low and high, missing (share
-    of the pairs that would fill it), p, p_layers (Benjamini and Hochberg's, over the layers of the pair);
-    identical (share of bit-identical pairs), at_one (share that cannot be told from overlap 1); dip, dip_p,
-    dip_p_questions."""
+    """A row per distribution: scope (pooled, pair, layer), a, b, layer (NaN where pooled over), pairs,
+    questions; modes (one, two, not tested), antimode, depth with low and high, missing, p, p_layers
+    (Benjamini and Hochberg's, over the layers of the pair); identical (share of bit-identical pairs), at_one
+    (share in the bin of overlap 1); dip, dip_p, dip_p_questions."""
     between_layers: Interval
     """Share of the variance of log(1 - overlap + r) that lies between layers, in the headline pair."""
     identical: Interval
@@ -285,17 +278,11 @@ class Bimodality(Compared):
         edges = grid(self.resolution)[::MERGED]
         used = int(np.flatnonzero(counts.any(axis=0))[-1]) + 1
         figure.add_heatmap(
-            x=-(edges[1:] + edges[:-1])[:used] / 2,
-            y=self.layers,
+            x=-(edges[1:] + edges[:-1])[:used] / 2, y=self.layers, zmin=0, colorscale="Cividis",
             z=(counts / counts.sum(axis=1, keepdims=True))[:, :used],
-            zmin=0,
-            colorscale="Cividis",
-            colorbar={
-                "title": {"text": "share of the layer's pairs per bin", "side": "right"},
-                "thickness": 14,
-            },
+            colorbar={"title": {"text": "share of the layer's pairs per bin", "side": "right"}},
             hovertemplate="layer %{y}: %{z:.1%} of its pairs<extra></extra>",
-        )
+        )  # fmt: skip
         two = self.by_layer[(self.by_layer["modes"] == "two") & (self.by_layer["p_layers"] < 1 - LEVEL)]
         if len(two):
             figure.add_scatter(

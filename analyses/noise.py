@@ -1,10 +1,9 @@
 """Is a change between depths more than rounding? (claim C7)
 
 Two references. The paper's is one bf16 rounding of the state itself, which is lenient: a state has been
-rounded in every layer below. The other is measured: how large is a change that nobody asked for? The run's
-`noise` table has the same tokens at the same depth, computed once more: in another batch shape ("batch") and
-in float32 ("fp32"). A change between depths is set against the change such noise makes to the same states, in
-relative L2, as a ratio of medians. A ratio of 1 is the reference itself.
+rounded in every layer below. The other is measured: the run's `noise` table has the same tokens at the same
+depth computed again, in another batch shape ("batch") and in float32 ("fp32"). The change is set against it
+in relative L2, as a ratio of medians.
 """
 
 from __future__ import annotations
@@ -35,10 +34,8 @@ from sst_interp.errors import Untestable
 LAYER = "layer (0-based)"
 ENDS = ("", "_low", "_high")
 KINDS = {"batch": "another batch shape", "fp32": "float32"}
-"""What was changed, in words."""
-
 TINY = 1e-30
-"""Stands for 0 where logarithms are taken: medians of logarithms are logarithms of medians."""
+"""Stands for 0 in logarithms: medians of logarithms are logarithms of medians."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,7 +222,7 @@ def _by_layer(
 
 
 def _per_pair(c: Contrast) -> pd.DataFrame:
-    """A row per (a, b): median ratio over all layers and in the deepest, share of bit-identical pairs."""
+    """A row per (a, b): never pooled."""
     records = []
     for a, b in c.pairs_there:
         every = c.at(a, b).rows
@@ -249,8 +246,8 @@ def noise_floors(
 
     Args:
         rows: `pairs` rows of one comparison and one pair of depths.
-        noise: the run's `noise` table, or None. It was measured on depth 1's own text: for teacher-forced the
-            questions and positions of both tables are the same tokens, for other comparisons the same places.
+        noise: the run's `noise` table, or None. It is of depth 1's own text: the same tokens as
+            teacher-forced, the same positions as other comparisons.
         resamples: question resamples.
         seed: of the resampling.
 
@@ -326,7 +323,7 @@ def _back(change: Interval, noise: Interval, gap: Interval) -> list[Interval]:
     none = 2 * TINY
     out = []
     for one in (change, noise):
-        ends = [math.exp(v) if math.isfinite(v) else v for v in (one.estimate, one.low, one.high)]
+        ends = [math.exp(v) for v in (one.estimate, one.low, one.high)]
         estimate, low, high = (0.0 if v < none else v for v in ends)
         out.append(Interval(estimate, low, high, one.n_questions, reason=one.reason))
     if not out[0].n_questions or not out[1].n_questions:
@@ -334,7 +331,7 @@ def _back(change: Interval, noise: Interval, gap: Interval) -> list[Interval]:
     if out[1].estimate == 0:
         reason = "the median noise is 0: at least half of it is bit-identical"
         return [*out, nothing(reason, gap.n_questions)]
-    estimate, low, high = (math.exp(v) if math.isfinite(v) else v for v in (gap.estimate, gap.low, gap.high))
+    estimate, low, high = (math.exp(v) for v in (gap.estimate, gap.low, gap.high))
     if out[1].low == 0:
         reason = "in some resamples the median noise is 0"
         return [*out, Interval(estimate, math.nan, math.nan, gap.n_questions, reason=reason)]

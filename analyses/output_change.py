@@ -1,10 +1,9 @@
 """Tokens replaced (claims C4, C5): does the output move where the state does?
 
 At every position: how many of the 100 most likely tokens are replaced from one depth to another, from which
-rank the new most likely token came, how far apart the two distributions are, and how sharp each is. A
-position counts as shifted if any of its layers shifted; beside it stands the last layer alone. The output is
-a function of the last layer's state, so *that* it moves there with the state is true by construction; how
-much, and whether a shift further down reaches the output, is not.
+rank the new most likely token came, how far apart the distributions are, and how sharp each is. A position
+has shifted if any of its layers has; beside it stands the last layer alone, of which the output is a
+function: that it moves there is true by construction, how much is not.
 """
 
 from __future__ import annotations
@@ -49,9 +48,8 @@ SIDES = (("stable", NONE, BLUE), ("shifted", SOME, VERMILLION))
 
 @dataclass(frozen=True, eq=False)
 class TokenReplacement(Compared):
-    """What happens to the output at shifts and at stable positions, in one comparison and one pair of depths.
-
-    Medians are over positions; all intervals resample questions.
+    """The output at shifts and at stable positions. Medians are over positions; intervals resample
+    questions.
     """
 
     named = "Tokens replaced"
@@ -67,12 +65,12 @@ class TokenReplacement(Compared):
     """A row per (a, b): medians of tokens replaced where some layer shifted, where none did, and their
     difference; share of positions with a shift, and with a new winner. Never pooled."""
     shifted: Interval
-    """Median of tokens replaced, of 100, at positions where some layer shifted ..."""
+    """Median of tokens replaced, of 100, at positions where some layer shifted."""
     stable: Interval
-    """... where none did ..."""
+    """The same where none did."""
     last_shifted: Interval
-    """The same by the last layer alone."""
     last_stable: Interval
+    """Both by the last layer alone."""
     difference: Interval
     """shifted - stable."""
     last_difference: Interval
@@ -111,9 +109,7 @@ class TokenReplacement(Compared):
         words += ". "
         if self.deepest_rank is None:
             bound = percent_text(none_seen_bound(self.n_questions))
-            words += (
-                f"The most likely token never changes; at most {bound} of such questions have a change (95%)."
-            )
+            words += f"The most likely token never changes; at most {bound} of such questions have a change."
         else:
             words += f"{self.n_winners:,} new winners come from as deep as rank {self.deepest_rank:,}; "
             beyond = self.beyond.text(percent=True)

@@ -55,8 +55,7 @@ COLOURS = {
     PERTURBED["random"]: ORANGE, PERTURBED["elsewhere"]: GREEN,
 }  # fmt: skip
 
-Bar = tuple[str, str, float, float, float]
-"""Label, series, share and its ends."""
+Bar = tuple[str, str, float, float, float]  # label, series, share and its ends
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +65,6 @@ class Precedence(Compared):
     named = "State and argmax"
     shown = "orders"
     kind: str
-    """Which overlap."""
     threshold: float
     """A position counts as shifted where the overlap of some layer is below this."""
     steps: tuple[int, ...]

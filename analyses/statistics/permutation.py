@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 from scipy.stats import binom, false_discovery_control, wilcoxon
 
 from sst_interp.analyses.statistics.along_texts import ranks
@@ -124,7 +125,7 @@ def _of_tested(p_values: np.ndarray, adjust: Callable[[np.ndarray], np.ndarray])
     return adjusted
 
 
-def sign_test(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+def sign_test(above: ArrayLike, below: ArrayLike) -> np.ndarray:
     """Exact two-sided sign test, which is McNemar's of paired answers: counts [...] above and below the
     reference -> p-values [...]. Ties are left out beforehand; NaN where no question is left.
     """
