@@ -19,8 +19,8 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from sst_interp.analyses import plots
-from sst_interp.analyses.contrast import PAPER_THRESHOLD, RESOLUTION, Contrast, pair_words
-from sst_interp.analyses.result import Result
+from sst_interp.analyses.contrast import PAPER_THRESHOLD, RESOLUTION, Contrast
+from sst_interp.analyses.result import Result, pair_words
 from sst_interp.analyses.statistics.bootstrap import (
     LEVEL,
     ONE_QUESTION,

@@ -99,9 +99,12 @@ class Run:
                 [comparison, *(old for old, new in BEFORE.items() if new == comparison)]
             )
         wanted = list(columns) if columns is not None else present
-        read = dataset.to_table(columns=list(dict.fromkeys([*wanted, *KEYS[name]])), filter=where)
+        columns = list(dict.fromkeys([*wanted, *KEYS[name]]))
+        read = dataset.to_table(columns, filter=where, batch_readahead=2, fragment_readahead=1)  # memory
         order = _order(read, KEYS[name])
         frame = to_frame(read.select(wanted))
+        del read
+        pa.default_memory_pool().release_unused()
         return frame if order is None else frame.take(order).reset_index(drop=True)
 
     def columns(self, name: str) -> list[str]:
