@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
@@ -23,7 +24,40 @@ from sst_interp.tables import NOT_YET, fill, markdown
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = paths.shipped("studies")
+SHIPPED_RESULTS = {}
 EVERY = ["lrt-equivalence", "lrt-schedules", "pretraining", "recall", "small", "two-pass"]
+
+
+@pytest.fixture(autouse=True)
+def shipped_once(monkeypatch):
+    """What ships is evaluated once for all tests of this file."""
+    results = Study.results
+
+    def once(study: Study, folder: str | Path):
+        if Path(folder) != SHIPPED:
+            return results(study, folder)
+        if study.name not in SHIPPED_RESULTS:
+            SHIPPED_RESULTS[study.name] = results(study, folder)
+        return SHIPPED_RESULTS[study.name]
+
+    monkeypatch.setattr(Study, "results", once)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Name -> the tables of a tiny study that was not stopped, and the passes that it took."""
+
+    @cache
+    def run(name: str) -> tuple[dict[str, pd.DataFrame], int]:
+        study, more = tiny_study(name)
+        calls: list[tuple[int, int]] = []
+        folder = tmp_path_factory.mktemp("whole")
+        tables = study.run(folder, seeds=(0, 1), progress=lambda _, *n: calls.append(n), **more)
+        total = calls[-1][1]
+        assert calls[-1] == (total, total)
+        return tables, total
+
+    return run
 
 
 class StoppedError(Exception):
@@ -39,12 +73,9 @@ def same(a: pd.DataFrame, b: pd.DataFrame) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("where", ["between two tables", "in a training"])
-def test_a_study_goes_on_where_it_was_stopped(tmp_path, monkeypatch, name, where):
+def test_a_study_goes_on_where_it_was_stopped(tmp_path, monkeypatch, whole, name, where):
     study, more = tiny_study(name)
-    calls: list[tuple[int, int]] = []
-    whole = study.run(tmp_path / "whole", seeds=(0, 1), progress=lambda _, *n: calls.append(n), **more)
-    total = calls[-1][1]
-    assert calls[-1] == (total, total)
+    tables, total = whole(name)
     put, puts, steps = Table.put, [], []
 
     def stopped_put(self, folder, rows):
@@ -71,7 +102,7 @@ def test_a_study_goes_on_where_it_was_stopped(tmp_path, monkeypatch, name, where
     resumed = study.run(cut, seeds=(0, 1), progress=lambda _, *n: taken.append(n), **more)
     assert taken[-1] == (left, left)
     for table in resumed:
-        same(whole[table], resumed[table])
+        same(tables[table], resumed[table])
     again = study.run(cut, seeds=(0, 1), progress=lambda *_: pytest.fail("nothing is missing"), **more)
     assert all(again[table].equals(resumed[table]) for table in again)
 
