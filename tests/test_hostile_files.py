@@ -604,7 +604,7 @@ def test_ctrl_c_in_the_first_moments_is_one_line(here):
 
 
 def test_ctrl_c_that_a_library_turns_into_another_error_is_one_line(command, monkeypatch):
-    app = importlib.import_module("sst_interp.cli.commands")
+    app = importlib.import_module("sst_interp.cli.common")
 
     def half_imported():
         try:

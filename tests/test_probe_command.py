@@ -129,7 +129,7 @@ BAD = {
     "a class of one": ({"broken": lambda q: q == 3}, (), "have 1 positive question of 12"),
     "constant features": ({"state": torch.ones(2, 2, 3)}, (), "features are constant: every layer"),
     "a constant layer": ({"state": torch.ones(2, 2, 3)}, ("--layer", 0), "features are constant: layer 0"),
-    "no states": ({"keep": "none"}, (), "has no states"),
+    "no states": ({"keep": "none"}, (), "keeps no states"),
     "a run that is not there": ({}, ("--run", "other"), "unknown run 'other'"),
 }
 

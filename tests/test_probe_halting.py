@@ -313,7 +313,7 @@ def test_bad_input_is_a_line(run, tmp_path):
     with pytest.raises(Untestable, match="all equal"):
         halting(bare)
     bare.questions = run.questions[run.questions["question"] < 6]
-    with pytest.raises(SSTError, match="has no states"):
+    with pytest.raises(SSTError, match="keeps no states"):
         halting(bare)
     same = features_of(torch.ones(6, 2, 4))
     with pytest.raises(Untestable, match="features are constant"):

@@ -122,7 +122,7 @@ def test_what_was_not_captured_is_said_in_a_line(captured, tmp_path):
     with pytest.raises(Untestable, match="no questions"):
         position0(captured, [])
     nothing = open_run(tiny_run.capture(tmp_path / "none", tiny_run.tiny_recipe("none", keep="none")))
-    with pytest.raises(SSTError, match="has no states"):
+    with pytest.raises(SSTError, match="keeps no states"):
         position0(nothing, [0])
 
 

@@ -12,23 +12,33 @@ import typer
 
 from sst_interp import __version__, paths
 from sst_interp.cli.common import (
-    FreshFlag,
-    HtmlOption,
     JsonFlag,
     Resamples,
     RunOption,
     Seed,
-    captured_run,
     given_path,
+    place,
+    print_json,
+    progress,
     stopping,
+    takes_run,
+    whole_numbers,
 )
 from sst_interp.errors import SSTError
 from sst_interp.files import check_output
 from sst_interp.models.choices import COMPARISONS
 from sst_interp.runs.provenance import kind_words
-from sst_interp.tables import bar, print_table, say, write_text
+from sst_interp.tables import print_table, say, write_text
+
+HtmlOption = Annotated[
+    Path | None, place("FILE", "Where the report goes; default: report.html in the run's folder.", "--html")
+]
+FreshFlag = Annotated[
+    bool, typer.Option("--fresh", help="Erase what the run already has and capture it anew.")
+]
 
 
+@takes_run
 def capture(
     run: RunOption,
     keep: Annotated[
@@ -89,20 +99,10 @@ def publish(
     from sst_interp.runs.store import open_run
     from sst_interp.runs.store import publish as publish_run
 
-    try:
-        kept = tuple(int(i) for i in iterations.split(",") if i.strip())
-    except ValueError:
-        raise SSTError(
-            f"--iterations {iterations!r} is not a list of whole numbers", "for example 1,4"
-        ) from None
+    kept = whole_numbers("--iterations", iterations, "1,4") if iterations.strip() else []
     original = open_run(run)
-    with bar(f"publishing {original.name}", unit="batch", total=0) as shown:
-
-        def show(done: int, of: int) -> None:
-            shown.total = of
-            shown.update(done - shown.n)
-
-        copy = publish_run(original, out, bits, top, kept, show)
+    with progress(f"publishing {original.name}", "batch", 0) as show:
+        copy = publish_run(original, out, bits, top, tuple(kept), show)
     say(f"published: {copy.folder}, {copy.summary()['bytes'] / 1e6:.1f} MB")
 
 
@@ -112,28 +112,21 @@ def runs(as_json: JsonFlag = False) -> None:
     Example:
         sst-interp runs --json
     """
-    from sst_interp.runs.provenance import kind_words
     from sst_interp.runs.store import list_runs
 
     rows = list_runs()
     if as_json:
-        print(json.dumps(rows, indent=2))
-        return
+        return print_json(rows)
+    columns = "name", "state", "kind", "checkpoint", "dataset", "questions", "depths", "size", "where"
     shown = [
-        {
-            "name": row["name"],
-            "state": row["state"],
-            "kind": kind_words(row["kind"]),
-            "checkpoint": row["checkpoint"] or "",
-            "dataset": row["dataset"] or "",
-            "questions": row["questions"] or ("all" if row["dataset"] else ""),
-            "depths": " ".join(map(str, row["depths"] or [])),
-            "size": f"{row['bytes'] / 1e6:.1f} MB" if row["bytes"] else "",
-            "where": row["where"],
-        }
+        row
+        | {key: row[key] or "" for key in ("checkpoint", "dataset")}
+        | {"kind": kind_words(row["kind"]), "depths": " ".join(map(str, row["depths"] or []))}
+        | {"questions": row["questions"] or ("all" if row["dataset"] else "")}
+        | {"size": f"{row['bytes'] / 1e6:.1f} MB" if row["bytes"] else ""}
         for row in rows
     ]
-    print_table(shown)
+    print_table([{column: row[column] for column in columns} for row in shown])
 
 
 def datasets(as_json: JsonFlag = False) -> None:
@@ -144,38 +137,24 @@ def datasets(as_json: JsonFlag = False) -> None:
     """
     from sst_interp.questions import known_datasets
 
-    rows = [
-        {
-            "name": name,
-            "splits": list(known.splits),
-            "licence": known.licence,
-            "restricted": known.restricted,
-            "about": known.about,
-        }
+    told = "splits", "licence", "restricted", "about"
+    rows: list[dict[str, Any]] = [
+        {"name": name} | {key: getattr(known, key) for key in told}
         for name, known in known_datasets().items()
     ]
     if as_json:
-        print(json.dumps(rows, indent=2))
-    else:
-        print_table(
-            [
-                row | {"splits": " ".join(row["splits"]), "restricted": "yes" if row["restricted"] else ""}
-                for row in rows
-            ]
-        )
+        return print_json(rows)
+    for row in rows:
+        row |= {"splits": " ".join(row["splits"]), "restricted": "yes" if row["restricted"] else ""}
+    print_table(rows)
 
 
+@takes_run
 def basin_shifts(
     run: RunOption,
     html: HtmlOption = None,
     json_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--json",
-            parser=given_path,
-            metavar="FILE",
-            help="Also write the results as JSON; `-` prints them instead.",
-        ),
+        Path | None, place("FILE", "Also write the results as JSON; `-` prints them instead.", "--json")
     ] = None,
     fresh: FreshFlag = False,
 ) -> None:
@@ -207,14 +186,14 @@ def basin_shifts(
         say(f"\n{ledger.verdict}\n`sst-interp claims --run {run}` says more\n")
         if json_file is not None:
             write_text(json_file, as_json + "\n")
-    written = write_report(captured, page, ledger)
-    say(f"report: {written}", sys.stderr if str(json_file) == "-" else sys.stdout)
+    say(f"report: {write_report(captured, page, ledger)}", sys.stderr if str(json_file) == "-" else None)
     _exit_if_failed(ledger, captured)
 
 
+@takes_run
 def claims(
     run: RunOption,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the whole ledger as JSON.")] = False,
+    as_json: JsonFlag = False,
     resamples: Resamples = 2000,
     seed: Seed = 0,
     document: Annotated[
@@ -241,7 +220,7 @@ def claims(
         filled = fill(document, ledger.blocks(), others=True)
         say(f"{document}: {', '.join(filled) or 'no place for this run'}", sys.stderr)
     if as_json:
-        print(json.dumps(ledger.to_dict(), indent=2))
+        print_json(ledger.to_dict())
         _exit_if_failed(ledger, captured)
         return
     for row in ledger.rows:
@@ -256,6 +235,7 @@ def claims(
     _exit_if_failed(ledger, captured)
 
 
+@takes_run
 def report(run: RunOption, html: HtmlOption = None) -> None:
     """Write the HTML report of a captured run: one file that works offline.
 
@@ -275,6 +255,41 @@ def report(run: RunOption, html: HtmlOption = None) -> None:
     _exit_if_failed(ledger, captured)
 
 
+def captured_run(name: str, fresh: bool) -> Any:
+    """The run, captured if need be. A complete run (or a shipped one) is opened as it is."""
+    from sst_interp.runs.capture import capture as capture_run
+    from sst_interp.runs.recipe import find_recipe
+    from sst_interp.runs.store import open_run
+
+    if not fresh and not name.endswith(".toml"):
+        try:
+            opened = open_run(name)
+        except SSTError as error:
+            if "no data yet" not in error.message:
+                raise
+        else:
+            if opened.complete:
+                _note_changed_recipe(opened)
+                return opened
+    recipe = find_recipe(name, captured=not fresh)
+    with stopping():
+        return capture_run(recipe, fresh=fresh)
+
+
+def _note_changed_recipe(run: Any) -> None:
+    """Say so if the recipe of that name is no longer what the run was captured with."""
+    from sst_interp.runs.recipe import find_recipe
+
+    try:
+        changed = run.recipe.differences(find_recipe(run.name, captured=False))
+    except SSTError:
+        return
+    for key, then, now in changed:
+        say(f"note: {run.name} was captured with {key} = {then!r}; its recipe now says {now!r}", sys.stderr)
+    if changed:
+        say("  --fresh captures it again", sys.stderr)
+
+
 def ledger_with_bar(run: Any, resamples: int = 2000, seed: int = 0) -> Any:
     """The claims ledger of a run, with a bar over its analyses."""
     from sst_interp.findings.of_run import companions, ledger_of
@@ -283,13 +298,7 @@ def ledger_with_bar(run: Any, resamples: int = 2000, seed: int = 0) -> Any:
     beside = companions(run)
     for note in beside.notes:
         say(f"note: {note}", sys.stderr)
-    with bar(f"analysing {run.name}", unit="analysis", total=1) as shown:
-
-        def show(done: int, of: int, name: str) -> None:
-            shown.total = of
-            shown.set_postfix_str(name)
-            shown.update(done - shown.n)
-
+    with progress(f"analysing {run.name}", "analysis", 1) as show:
         return ledger_of(run, resamples, seed, progress=show)
 
 
@@ -313,11 +322,9 @@ def _as_dict(ledger: Any, comparison: str) -> dict[str, Any]:
 def _print_basin_shifts(run: Any, ledger: Any) -> None:
     n = run.questions["question"].nunique()
     say(f"{run.name}: {kind_words(run.kind)}, {run.recipe.checkpoint}, {n} questions\n")
-    rows = []
+    rows, columns = [], ("pair", "shifted", "threshold", "below 0.99", "modes")
     for name in COMPARISONS:
-        row = {"comparison": name} | dict.fromkeys(
-            ("pair", "shifted", "threshold", "below 0.99", "modes"), "-"
-        )
+        row = {"comparison": name} | dict.fromkeys(columns, "-")
         if (shifts := ledger.results.get(f"basin_shifts.{name}")) is not None:
             row["pair"], row["threshold"] = f"{shifts.a} vs {shifts.b}", f"{shifts.threshold:.4g}"
             row["shifted"] = shifts.share.text(percent=True)
