@@ -1,0 +1,81 @@
+"""The examples of docs/extending.md run from a temporary folder: the command line and the report see them."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import sst_interp as sst
+from sst_interp import cli
+from sst_interp.models.kinds import _KINDS, kinds
+from sst_interp.questions.datasets import _DATASETS, known_datasets
+from test_loading import save_model
+
+PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
+EXAMPLES = {
+    re.search(r"\((\w+\.py)\)", code)[1]: code  # type: ignore[index]
+    for code in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+}
+"""File -> the example of the documentation."""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, registries):
+    """A working folder with the examples as plugins, a tiny backbone and a recipe."""
+    for registry in (kinds(), known_datasets()):
+        assert registry
+    for registry in (_KINDS, _DATASETS):
+        monkeypatch.setattr(
+            f"{registry is _KINDS and 'sst_interp.models.kinds._KINDS' or 'sst_interp.questions.datasets._DATASETS'}",
+            dict(registry),
+        )
+    for name, code in EXAMPLES.items():
+        (tmp_path / name).write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SST_INTERP_PLUGINS", ":".join(str(tmp_path / name) for name in EXAMPLES))
+    save_model(tmp_path / "tiny", max_position_embeddings=256)
+    (tmp_path / "r.toml").write_text(
+        'checkpoint = "tiny"\ndataset = "riddles"\nkind = "damped"\ndepths = [1, 2]\n'
+        'max_new_tokens = 4\nbatch_size = 2\ndtype = "float32"\n'
+    )
+    return tmp_path
+
+
+def command(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["sst-interp", *words])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    return stopped.value.code
+
+
+def test_the_page_has_an_analysis_a_kind_and_a_dataset():
+    assert set(EXAMPLES) == {"halves.py", "damped.py", "riddles.py"}
+
+
+def test_the_examples_are_captured_listed_and_reported(here, monkeypatch, capsys):
+    assert command(monkeypatch, "datasets") in (0, None)
+    assert "riddles" in capsys.readouterr().out
+    assert command(monkeypatch, "capture", "r.toml") in (0, None)
+    capsys.readouterr()
+    assert command(monkeypatch, "runs", "--json") in (0, None)
+    row = next(row for row in json.loads(capsys.readouterr().out) if row["name"] == "r")
+    assert (row["kind"], row["dataset"], row["state"]) == ("damped", "riddles", "complete")
+    assert command(monkeypatch, "report", "r", "--html", "r.html") in (0, None)
+    page = Path("r.html").read_text()
+    for words in ("Damped loop", "Two halves", "riddles"):
+        assert words in page, words
+
+
+def test_the_kind_is_the_backbone_at_depth_1_and_solves_in_parallel(here):
+    from sst_interp.plugins import load_plugins
+
+    load_plugins()
+    plain, damped = (sst.load("tiny", dtype="float64", kind=kind) for kind in ("sst", "damped"))
+    ids = [5, 6, 7, 8, 9]
+    assert torch.equal(plain.replay([ids]).resid_post, damped.replay([ids]).resid_post)
+    parallel, sequential = (damped.replay([ids], 3, method=m).resid_post for m in ("parallel", "sequential"))
+    assert torch.allclose(parallel, sequential, atol=1e-9)
+    assert not torch.allclose(parallel[:, :, :, 0], parallel[:, :, :, 2])
