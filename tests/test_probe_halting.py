@@ -12,7 +12,7 @@ from sklearn.metrics import brier_score_loss, roc_auc_score
 from synthetic_states import labels, states
 
 from sst_interp.errors import SSTError, Untestable
-from sst_interp.experiments.probe.data import features_of
+from sst_interp.experiments.probe import features_of
 from sst_interp.experiments.probe.finding import Halting, halting, halting_of
 from sst_interp.experiments.probe.fit import Design
 from sst_interp.experiments.probe.saved import layer_of, load_probe, probe_run

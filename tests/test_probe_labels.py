@@ -9,7 +9,7 @@ from synthetic_outputs import questions_table
 
 from sst_interp.analyses.answers import answers_of
 from sst_interp.errors import SSTError, Untestable
-from sst_interp.experiments.probe.data import RULES, features_of, halting_labels, position0, usable_layers
+from sst_interp.experiments.probe import RULES, features_of, halting_labels, position0, usable_layers
 from sst_interp.runs.store import open_run, publish
 
 PATTERNS = ["1111", "1000", "0100", "0111", "1011", "0000", "0001", "1110", "0010"]

@@ -10,8 +10,7 @@ import torch
 from synthetic_outputs import questions_table
 
 from sst_interp.errors import Untestable
-from sst_interp.experiments.probe.data import THRESHOLDS, traces
-from sst_interp.experiments.probe.routing import ORACLE, PROBE, routing
+from sst_interp.experiments.probe.routing import ORACLE, PROBE, THRESHOLDS, routing, traces
 from sst_interp.models.halting import Convergence
 
 

@@ -22,7 +22,7 @@ from sst_interp.cli.common import (
     whole_numbers,
 )
 from sst_interp.errors import SSTError, Untestable
-from sst_interp.experiments.probe.data import RULES
+from sst_interp.experiments.probe import RULES
 from sst_interp.files import check_output
 from sst_interp.tables import bar, print_table, say, write_text
 
