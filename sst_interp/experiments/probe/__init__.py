@@ -34,9 +34,9 @@ class Rule(NamedTuple):
     """How the answers decide a label."""
 
     definition: str
-    """Which questions are positive ..."""
+    """The positive questions."""
     others: str
-    """... and which negative; questions that are neither are left out."""
+    """The negative ones; questions that are neither are left out."""
     positive: Callable[[np.ndarray, Any], np.ndarray]
     """(correct [question, depth], answer codes [question, depth]) -> bool [question]."""
     counted: Callable[[np.ndarray, Any], np.ndarray]
@@ -102,7 +102,7 @@ class Labels:
     definition: str
     """Which questions are positive, which negative, and at which depths."""
     questions: np.ndarray
-    """Index of each question in the run [question]."""
+    """Indices in the run [question]."""
     ids: np.ndarray
     positive: np.ndarray
     """[question] bool."""
@@ -115,7 +115,7 @@ class Labels:
 
     @property
     def n_positive(self) -> int:
-        """How many questions are positive."""
+        """Positive questions."""
         return int(self.positive.sum())
 
     @property
@@ -124,49 +124,43 @@ class Labels:
         return len(self.positive) - self.n_positive
 
 
+def check_depths(answers: Answers, words: str) -> None:
+    """Raise Untestable, saying `words`, unless there are questions with several depths."""
+    if not len(answers.questions):
+        raise Untestable("no question has a row at every depth", "capture the rest of the run")
+    if len(answers.depths) < 2:
+        one = f"the run has one depth, {answers.depths[0]}: {words}"
+        raise Untestable(one, "capture it with depths = [1, 4], for example")
+
+
 def halting_labels(answers: Answers, name: str = "must-halt") -> Labels:
     """The labels called `name`, from a run's answers (`analyses.answers.answers_of`).
 
     Raises:
         SSTError: an unknown name.
-        Untestable: one depth only, no answers recorded where they are needed, labels that are all equal, or a
-            class of fewer than two questions.
+        Untestable: one depth, no answers where they are needed, equal labels, or a class of one question.
     """
     if name not in RULES:
         raise unknown_name("label", name, RULES)
+    check_depths(answers, "iterating cannot break or change anything")
     rule, depths = RULES[name], answers.depths
-    if not len(answers.questions):
-        raise Untestable("no question has a row at every depth", "capture the rest of the run")
-    if len(depths) < 2:
-        raise Untestable(
-            f"the run has one depth, {depths[0]}: iterating cannot break or change anything",
-            "capture it with depths = [1, 4], for example",
-        )
     if rule.needs_answers and answers.codes is None:
         raise Untestable(f"label {name!r} needs the answers, and the run has none", "try --label must-halt")
     counted = rule.counted(answers.correct, answers.codes)
     positive = rule.positive(answers.correct, answers.codes)[counted]
     n, n1 = len(positive), int(positive.sum())
-    hint = (
-        f"try --label {' or '.join([rule for rule in RULES if rule != name][:3])}, or capture more questions"
-    )
+    others = [other for other in RULES if other != name]
+    hint = f"try --label {' or '.join(others[:3])}, or capture more questions"
     if n1 in (0, n):
         which = "none" if n1 == 0 else "all"
         raise Untestable(f"labels {name!r} are all equal: {which} of {n} questions are positive", hint)
     if min(n1, n - n1) < 2:
         side = "positive" if n1 == 1 else "negative"
         raise Untestable(f"labels {name!r} have 1 {side} question of {n}: each class needs 2", hint)
-    return Labels(
-        name,
-        f"{name}: {rule.definition} (depths {', '.join(map(str, depths))}); against: {rule.others}",
-        answers.questions[counted],
-        answers.ids[counted],
-        positive,
-        rule.halts,
-        int(depths[0]),
-        int(depths[-1]),
-        answers.n_excluded + int((~counted).sum()),
-    )
+    definition = f"{name}: {rule.definition} (depths {', '.join(map(str, depths))}); against: {rule.others}"
+    about = answers.questions[counted], answers.ids[counted], positive
+    n_excluded = answers.n_excluded + int((~counted).sum())
+    return Labels(name, definition, *about, rule.halts, int(depths[0]), int(depths[-1]), n_excluded)
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,19 +225,16 @@ def usable_layers(features: Features, layer: int | None = None) -> tuple[int, ..
     """
     n = features.states.shape[1]
     if layer is not None and not 0 <= layer < n:
-        raise SSTError(
-            f"layer {layer} was not captured: there are layers 0 to {n - 1}",
-            "--layer auto chooses among all of them",
-        )
+        absent = f"layer {layer} was not captured: there are layers 0 to {n - 1}"
+        raise SSTError(absent, "--layer auto chooses among all of them")
     asked = range(n) if layer is None else [layer]
     usable = tuple(place for place in asked if place not in features.constant)
     if not usable:
-        which = "every layer" if layer is None else f"layer {layer}"
-        raise Untestable(
-            f"features are constant: {which} has the same state at position 0 of all {len(features.states)} "
-            "questions",
-            "capture more questions" if layer is None else "--layer auto chooses among the others",
-        )
+        which, hint = "every layer", "capture more questions"
+        if layer is not None:
+            which, hint = f"layer {layer}", "--layer auto chooses among the others"
+        alike = f"has the same state at position 0 of all {len(features.states)} questions"
+        raise Untestable(f"features are constant: {which} {alike}", hint)
     return usable
 
 

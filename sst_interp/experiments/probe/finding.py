@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -210,29 +210,14 @@ class Halting(Result):
         return {name: each(self, words) for name, each in draw.items()}
 
 
-def halting(
-    run: Run,
-    label: str = "must-halt",
-    layer: int | None = None,
-    design: Design | None = None,
-    iteration: int = 1,
-    permutations: int = PERMUTATIONS,
-    repeats: int = REPEATS,
-    resamples: int = RESAMPLES,
-    progress: Progress | None = None,
-) -> Halting:
+def halting(run: Run, label: str = "must-halt", iteration: int = 1, **options: Any) -> Halting:
     """The halting probe of a captured run.
 
     Args:
         run: captured with `keep = "position0"` (the default) or more.
         label: a name in `RULES`.
-        layer: which layer's output to read; None chooses one inside each fold.
-        design: the kind of probe and its candidates; its `layers` are set by `layer`.
-        iteration: after which iteration of position 0.
-        permutations: B; 0 tests nothing.
-        repeats: divisions into folds.
-        resamples: question resamples.
-        progress: called with (what, done, of).
+        iteration: after which iteration of position 0 the states are read.
+        options: those of `halting_of`.
 
     Raises:
         Untestable: no questions, equal labels, a class of one question, missing states, constant features.
@@ -243,8 +228,8 @@ def halting(
     answers = answers_of(run.questions)
     labels = halting_labels(answers, label)
     features = position0(run, labels.questions, iteration)
-    halting = halting_of(features, labels, layer, design, permutations, repeats, resamples, progress)
-    return replace(halting, at_chance=at_chance(answers, label, resamples))
+    noise = at_chance(answers, label, options.get("resamples", RESAMPLES))
+    return replace(halting_of(features, labels, **options), at_chance=noise)
 
 
 def halting_of(
@@ -257,7 +242,18 @@ def halting_of(
     resamples: int = RESAMPLES,
     progress: Progress | None = None,
 ) -> Halting:
-    """The same from features and labels in memory; arguments as for `halting`."""
+    """The same from features and labels in memory.
+
+    Args:
+        features: what the probe reads.
+        labels: of the same questions.
+        layer: whose output to read; None chooses one inside each fold.
+        design: the kind of probe and its candidates; its `layers` are set by `layer`.
+        permutations: B; 0 tests nothing.
+        repeats: divisions into folds.
+        resamples: question resamples.
+        progress: called with (what, done, of).
+    """
     design = replace(design or Design(), layers=usable_layers(features, layer))
     inputs, positive = Inputs(features.states), labels.positive
     y = torch.from_numpy(positive[None].astype(np.float32))
@@ -307,7 +303,10 @@ def halting_of(
         base_brier=labels.n_positive * labels.n_negative / len(positive) ** 2,
         calibration=calibration(chance, positive, resamples=resamples, seed=design.seed),
         permutations=permutations,
-        **{f"p_{name}": value for name, value in p.items()},
+        p_auc=p["auc"],
+        p_fold_auc=p["fold_auc"],
+        p_balanced=p["balanced"],
+        p_hits=p["hits"],
         null=null,
         readings=binomial_readings(Hits(hits, labels.n_positive), called, len(positive), permuted, action),
         fitted=float(loo.fitted.mean()),

@@ -39,6 +39,8 @@ from torch import Tensor
 
 from sst_interp.errors import SSTError, unknown_name
 
+Rows = Float[Tensor, "problem question"]
+LabelRows = Float[Tensor, "row question"]
 Kind = Literal["two_layer", "l2", "l1"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
@@ -144,7 +146,7 @@ class Problems(NamedTuple):
 class Fits(NamedTuple):
     """Probes in the order of the problems."""
 
-    logits: Float[Tensor, "problem question"]
+    logits: Rows
     """Of all questions, those learnt from included."""
     read: list[Int[Tensor, " k"]]
     """Dimensions that each probe reads, the most separated first; empty without `keep`."""
@@ -168,7 +170,7 @@ class TwoLayer(NamedTuple):
     u: Float[Tensor, "problem hidden"]
     c: Float[Tensor, " problem"]
 
-    def logits(self, z: Float[Tensor, "problem k question"]) -> Float[Tensor, "problem question"]:
+    def logits(self, z: Float[Tensor, "problem k question"]) -> Rows:
         """Of standardised inputs."""
         h = torch.baddbmm(self.b[..., None], self.w, z).relu_()
         return torch.baddbmm(self.c[:, None, None], self.u[:, None], h)[:, 0]
@@ -182,13 +184,7 @@ class Linear(NamedTuple):
 
 
 @torch.no_grad()
-def fit(
-    design: Design,
-    inputs: Inputs,
-    labels: Float[Tensor, "row question"],
-    problems: Problems,
-    keep: bool = False,
-) -> Fits:
+def fit(design: Design, inputs: Inputs, labels: LabelRows, problems: Problems, keep: bool = False) -> Fits:
     """Fit every problem; labels are 0 or 1. `keep`: return the dimensions read and the weights, too."""
     n = len(problems.row)
     logits = torch.empty(n, inputs.n_questions)
@@ -264,7 +260,7 @@ def precondition(x: Float[Tensor, "question d"]) -> tuple[Tensor, Tensor, Tensor
     return ((wide - mean) * scale).float(), mean.float(), scale.float()
 
 
-def moments(x: Float[Tensor, "question d"], use: Float[Tensor, "problem question"]) -> Moments:
+def moments(x: Float[Tensor, "question d"], use: Rows) -> Moments:
     """Over the questions in `use` (1 or 0)."""
     n = use.sum(-1, keepdim=True).clamp_min(1)
     mean = use @ x / n
@@ -273,10 +269,7 @@ def moments(x: Float[Tensor, "question d"], use: Float[Tensor, "problem question
 
 
 def separation(
-    x: Float[Tensor, "question d"],
-    y: Float[Tensor, "problem question"],
-    use: Float[Tensor, "problem question"],
-    own: Moments,
+    x: Float[Tensor, "question d"], y: Rows, use: Rows, own: Moments
 ) -> Float[Tensor, "problem d"]:
     """Distance of the classes' means in standard deviations: it ranks dimensions as a two-sample t test does.
     0 where the dimension is constant.
@@ -296,9 +289,7 @@ def gather(
     return (x.T[dims] - mean[..., None]) * scale[..., None]
 
 
-def balanced_weights(
-    y: Float[Tensor, "problem question"], use: Float[Tensor, "problem question"]
-) -> Float[Tensor, "problem question"]:
+def balanced_weights(y: Rows, use: Rows) -> Rows:
     """Each class weighs one half (a class alone: 1), questions not in `use` nothing."""
     ones, zeros = use * y, use * (1 - y)
     n1, n0 = ones.sum(-1, keepdim=True), zeros.sum(-1, keepdim=True)
@@ -308,13 +299,13 @@ def balanced_weights(
 
 def train_two_layer(
     z: Float[Tensor, "problem k question"],
-    y: Float[Tensor, "problem question"],
-    weight: Float[Tensor, "problem question"],
+    y: Rows,
+    weight: Rows,
     penalty: Float[Tensor, " problem"],
     hidden: int = 10,
     steps: int = 30,
     seed: int = 0,
-) -> tuple[Float[Tensor, "problem question"], TwoLayer]:
+) -> tuple[Rows, TwoLayer]:
     """One two-layer probe per problem, from the same initial weights: logits of all questions, and weights.
 
     Args:
@@ -377,12 +368,12 @@ def train_logistic(
     x: Float[Tensor, "question d"],
     mean: Float[Tensor, "problem d"],
     scale: Float[Tensor, "problem d"],
-    y: Float[Tensor, "problem question"],
-    weight: Float[Tensor, "problem question"],
+    y: Rows,
+    weight: Rows,
     penalty: Float[Tensor, " problem"],
     l1: bool = False,
     steps: int = 100,
-) -> tuple[Float[Tensor, "problem question"], Linear]:
+) -> tuple[Rows, Linear]:
     """One logistic regression per problem: logits of all questions, and weights.
 
     Args:

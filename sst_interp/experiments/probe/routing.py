@@ -32,6 +32,7 @@ from sst_interp.analyses.statistics.bootstrap import (
     share_of_questions,
 )
 from sst_interp.errors import Untestable
+from sst_interp.experiments.probe import check_depths
 from sst_interp.experiments.probe.finding import Halting, crosses
 from sst_interp.experiments.probe.validate import random_keys
 from sst_interp.models.halting import Convergence, Entropy, OutputChange, Threshold
@@ -167,9 +168,7 @@ def routing(
     """Route every question by every policy.
 
     Args:
-        questions: the run's `questions` table.
-        steps, outputs, pairs: its tables (of the last two the `within` rows at position 0), for the rules; a
-            rule without its table is left out.
+        questions, steps, outputs, pairs: the run's tables; a rule without its table is left out.
         probe: the halting probe of the same run, for its out-of-fold scores.
         resamples: question resamples.
         seed: of the resampling and of the folds.
@@ -180,26 +179,26 @@ def routing(
     if not len(questions):
         raise Untestable("the table questions of this run is empty", "capture the run first")
     answers = answers_of(questions)
-    if not len(answers.questions):
-        raise Untestable("no question has a row at every depth", "capture the rest of the run")
-    depths = [int(depth) for depth in answers.depths]
-    if len(depths) < 2:
-        raise Untestable(
-            f"the run has one depth, {depths[0]}: there is nothing to choose",
-            "capture it with depths = [1, 4], for example",
-        )
+    check_depths(answers, "there is nothing to choose")
+    depths, no_probe = [int(depth) for depth in answers.depths], None
     costs = costs_of(questions, answers)
     routed = [*flat(costs), *rules(costs, traces(answers.questions, depths[-1], steps, outputs, pairs), seed)]
-    no_probe, line = _no_probe(probe, answers), pd.DataFrame(columns=["threshold", "accuracy", "passes"])
+    if probe is None:
+        no_probe = "none was given"
+    elif not np.isin(answers.questions, probe.scores["question"]).all():
+        no_probe = f"label {probe.label!r} is about some questions only, and which is not known beforehand"
+    curve = []
     if probe is not None and no_probe is None:
         own = probe.scores.set_index("question")["score"].loc[answers.questions].to_numpy(dtype=float)
         routed.append(by_score(costs, probe, own))
-        line = curve(costs, probe, own)
+        for threshold in [-np.inf, *np.unique(own)]:
+            at = by_score(costs, probe, own, threshold)
+            curve.append((threshold, costs.right(at.place).mean(), costs.passes(at.place, at.looks).mean()))
     routed.append(oracle(costs))
     named = {r.name: costs.depths[r.place] for r in routed if r.kind != "flat"}
     return Routing(
         policies=pd.DataFrame([scored(r, costs, resamples, seed) for r in routed]),
-        curve=line,
+        curve=pd.DataFrame(curve, columns=["threshold", "accuracy", "passes"]),
         of_question=pd.DataFrame({"question": answers.questions, "id": answers.ids} | named),
         label=probe.label if probe is not None else "",
         base=depths[0],
@@ -228,46 +227,34 @@ def traces(
     outputs: pd.DataFrame | None = None,
     pairs: pd.DataFrame | None = None,
 ) -> dict[str, np.ndarray]:
-    """The numbers of every rule that the tables have for every question: name -> [iteration, question]. They
-    are those of `sst_interp.models.halting`: the same rule gives the same depth in `model.generate` and here.
+    """The numbers of every rule that the tables have for every question: name -> [iteration, question]. A
+    rule gives the same depth by them as in `model.generate`.
 
     Args:
         questions: indices in the run.
-        deepest: its deepest depth, whose pass is read.
-        steps: for the entropy of each iteration.
-        outputs: `within` rows, for KL(iteration i || i - 1).
-        pairs: `within` rows, for the relative L2 change of each layer's state, of which the median is taken.
+        deepest: the depth whose pass is read.
+        steps: for the entropy (nats).
+        outputs: `within` rows, for KL(iteration i || i - 1) (nats).
+        pairs: `within` rows, for the median over layers of the state's relative L2 change.
     """
     rows = {}
     if steps is not None:
         own = (steps["position"] == 0) & (steps["depth"] == deepest) & (steps["text"] == "own")
         rows["entropy"] = steps[own.to_numpy(dtype=bool)].set_index(["iteration", "question"])["entropy"]
-    for name, table, column in (
-        ("KL between iterations", outputs, "kl"),
-        ("convergence of the state", pairs, "relative_l2"),
-    ):
+    columns = {"KL between iterations": (outputs, "kl"), "convergence of the state": (pairs, "relative_l2")}
+    for name, (table, column) in columns.items():
         if table is not None:
             here = (table["position"] == 0) & (table["comparison"] == "within")
             here &= table["b"] == table["a"] + 1
             changes = table[here.to_numpy(dtype=bool)].groupby(["b", "question"], observed=True)
             rows[name] = changes[column].median()
     numbers = {}
-    for name in THRESHOLDS:
-        if name in rows:
-            iterations = range(THRESHOLDS[name].first, deepest + 1)
-            every = pd.MultiIndex.from_product([iterations, questions])
-            values = rows[name].reindex(every).to_numpy(dtype=float).reshape(-1, len(questions))
-            if len(values) and np.isfinite(values).all():
-                numbers[name] = values
+    for name in (name for name in THRESHOLDS if name in rows):
+        every = pd.MultiIndex.from_product([range(THRESHOLDS[name].first, deepest + 1), questions])
+        values = rows[name].reindex(every).to_numpy(dtype=float, copy=True).reshape(-1, len(questions))
+        if len(values) and np.isfinite(values).all():
+            numbers[name] = values
     return numbers
-
-
-def _no_probe(probe: Halting | None, answers: Answers) -> str | None:
-    if probe is None:
-        return "none was given"
-    if not np.isin(answers.questions, probe.scores["question"]).all():
-        return f"label {probe.label!r} is about some questions only, and which is not known beforehand"
-    return None
 
 
 class Routed(NamedTuple):
@@ -328,12 +315,8 @@ def oracle(costs: Costs) -> Routed:
 
 
 def rules(costs: Costs, seen: dict[str, np.ndarray], seed: int = 0) -> list[Routed]:
-    """Every rule, its threshold chosen on the other folds: most right, then fewest passes.
-
-    Args:
-        costs: of every depth.
-        seen: the numbers of each rule, [iteration, question] (`traces`).
-        seed: of the folds.
+    """Every rule (its numbers from `traces`), its threshold chosen on the other folds: most right, then
+    fewest passes.
     """
     depths, n = costs.depths, len(costs.tokens)
     fold = np.argsort(np.argsort(random_keys(n, seed))) % min(FOLDS, n)
@@ -357,16 +340,6 @@ def by_score(costs: Costs, probe: Halting, scores: np.ndarray, threshold: float 
     """The probe: shallowest or deepest, by whether a score [question] is above the threshold."""
     halt = (scores > threshold) == (probe.action == "halt")
     return Routed(PROBE, "policy", np.where(halt, 0, len(costs.depths) - 1), looks=probe.iteration)
-
-
-def curve(costs: Costs, probe: Halting, scores: np.ndarray) -> pd.DataFrame:
-    """Columns threshold, accuracy, passes: the probe at every threshold."""
-    records = []
-    for threshold in [-np.inf, *np.unique(scores)]:
-        routed = by_score(costs, probe, scores, threshold)
-        passes = costs.passes(routed.place, routed.looks)
-        records.append((threshold, costs.right(routed.place).mean(), passes.mean()))
-    return pd.DataFrame(records, columns=["threshold", "accuracy", "passes"])
 
 
 def scored(routed: Routed, costs: Costs, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, object]:

@@ -138,7 +138,7 @@ class HaltingProbe(HaltingPolicy):
 
     def check(self, model: StateStreamModel) -> None:
         """Raise SSTError if it was trained on the states of another model."""
-        refuse_other(self.model, model_identity(model), "the probe was trained on", "this model has")
+        refuse_other(self.model, model_identity(model))
 
     def save(self, folder: str | Path) -> Path:
         """Write it to a folder."""
@@ -226,15 +226,14 @@ def run_identity(run: Run) -> dict[str, Any]:
     return stated | {name: getattr(run.recipe.choices, name) for name in STREAM}
 
 
-def refuse_other(ours: Mapping[str, Any], theirs: Mapping[str, Any], was: str, now: str) -> None:
+def refuse_other(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
     """Raise if an identity differs from a model's or lacks a part of it."""
     for key, value in theirs.items():
         if ours.get(key) != value:
             before, after = (str(v)[:12] for v in (ours.get(key, "unknown"), value))
-            raise SSTError(
-                f"this probe belongs to another model: {was} {key} = {before}, {now} {after}",
-                "train one on a run of this model: `sst-interp probe --run NAME`",
-            )
+            wrong = f"it was trained on {key} = {before}, this model has {after}"
+            hint = "train one on a run of this model: `sst-interp probe --run NAME`"
+            raise SSTError(f"this probe belongs to another model: {wrong}", hint)
 
 
 class Probed(NamedTuple):
@@ -290,7 +289,7 @@ def probe_run(
     if save is not None:
         check_save(save)
     asked = layer_of(layer)
-    halting = validated(run, label, asked, design, permutations=permutations, progress=progress)
+    halting = validated(run, label, layer=asked, design=design, permutations=permutations, progress=progress)
     labels = halting_labels(answers_of(run.questions), label)
     features = position0(run, labels.questions)
     design = replace(design or Design(), layers=usable_layers(features, asked))

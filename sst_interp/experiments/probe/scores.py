@@ -128,12 +128,8 @@ def decisions(
             return (totals[..., 0] / totals[..., 1] + totals[..., 2] / totals[..., 3]) / 2
 
     sums = np.stack([positive & called, positive, ~positive & ~called, ~positive], axis=1)
-    return Decisions(
-        share(called, positive),
-        share(~called, ~positive),
-        cluster_bootstrap(sums, balanced, resamples, seed=seed),
-        float(called.mean()),
-    )
+    mean = cluster_bootstrap(sums, balanced, resamples, seed=seed)
+    return Decisions(share(called, positive), share(~called, ~positive), mean, float(called.mean()))
 
 
 def balanced_accuracies(
@@ -213,16 +209,11 @@ def dims_read(read: Sequence[np.ndarray], layers: np.ndarray, d_model: int, n_la
     count = len(dims) / probes if probes else math.nan
     core = table.loc[table["share"] >= 0.5, "dim"].to_numpy()
     values, counts = np.unique(np.asarray(layers, dtype=int), return_counts=True)
-    return DimsRead(
-        table,
-        count,
-        count / d_model,
-        dict(zip(values.tolist(), counts.tolist(), strict=True)),
-        stability([len(r) for r in read], times, probes, d_model * n_layers),
-        float(kstest((dims + 0.5) / d_model, "uniform", method="asymp").statistic) if len(dims) else math.nan,
-        len(core),
-        float(kstest((core + 0.5) / d_model, "uniform").pvalue) if len(core) else math.nan,
-    )
+    spread = kstest((dims + 0.5) / d_model, "uniform", method="asymp").statistic if len(dims) else math.nan
+    core_p = kstest((core + 0.5) / d_model, "uniform").pvalue if len(core) else math.nan
+    agree = stability([len(r) for r in read], times, probes, d_model * n_layers)
+    of_layer = dict(zip(values.tolist(), counts.tolist(), strict=True))
+    return DimsRead(table, count, count / d_model, of_layer, agree, float(spread), len(core), float(core_p))
 
 
 def stability(sizes: Sequence[int], times: np.ndarray, probes: int, candidates: int) -> float:
@@ -264,18 +255,12 @@ def fisher_p(hits: Hits, called: int, questions: int) -> float:
 
 
 def binomial_readings(
-    hits: Hits,
-    called: int,
-    questions: int,
-    others: Mapping[str, float] | None = None,
-    action: str = "halt",
+    hits: Hits, called: int, questions: int, others: Mapping[str, float] | None = None, action: str = "halt"
 ) -> pd.DataFrame:
     """The paper's hits and a run's own against every rate (docs/probe.md says why the rate decides).
 
     Args:
-        hits: of the run.
-        called: how many of all its questions were called positive.
-        questions: how many there are.
+        hits, called, questions: of the run; `called` counts all questions called positive.
         others: further p-values of the run's hits by name (permutation).
         action: for a positive question, `halt` or `iterate`.
 

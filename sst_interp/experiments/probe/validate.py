@@ -23,12 +23,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from sst_interp.analyses.statistics.bootstrap import Interval, as_columns
 from sst_interp.experiments.probe import SCALARS, Features, Labels
-from sst_interp.experiments.probe.fit import Design, Inputs, Problems, fit
+from sst_interp.experiments.probe.fit import Design, Inputs, LabelRows, Problems, fit
 from sst_interp.experiments.probe.scores import (
     Decisions,
     Pairs,
@@ -111,20 +110,13 @@ def blocks_of(labels: np.ndarray, blocks: int, keys: np.ndarray) -> np.ndarray:
 
 
 def choose(
-    design: Design,
-    inputs: Inputs,
-    labels: Float[Tensor, "row question"],
-    blocks: np.ndarray,
-    excluded: Excluded,
+    design: Design, inputs: Inputs, labels: LabelRows, blocks: np.ndarray, excluded: Excluded
 ) -> Choice:
     """The best candidate for every label row (0 or 1) and every excluded set of blocks [row, question]; the
     empty set chooses for a probe that is trained on everything.
     """
-    axes = (
-        design.candidate_layers(inputs.n_layers),
-        design.candidate_dims(inputs.d_model),
-        design.candidate_penalties,
-    )
+    layers, dims = design.candidate_layers(inputs.n_layers), design.candidate_dims(inputs.d_model)
+    axes = layers, dims, design.candidate_penalties
     shape = len(labels), len(excluded)
     current = [np.full(shape, axis[len(axis) // 2]) for axis in axes]
     best: np.ndarray | None = None
@@ -238,18 +230,13 @@ def leave_pair_out(labels: np.ndarray, blocks: np.ndarray, seed: int) -> Splits:
     return Splits(test, ~test, excluded, which, pairs=True)
 
 
-SCHEMES: dict[str, Callable[[np.ndarray, np.ndarray, int], Splits]] = {
-    "leave_one_out": leave_one_out,
-    "plain_leave_one_out": plain_leave_one_out,
-    "folds": folds,
-    "leave_pair_out": leave_pair_out,
-}
+SCHEMES = {each.__name__: each for each in (leave_one_out, plain_leave_one_out, folds, leave_pair_out)}
 
 
 def score(
     design: Design,
     inputs: Inputs,
-    labels: Float[Tensor, "row question"],
+    labels: LabelRows,
     schemes: Sequence[str] = ("leave_one_out",),
     repeat: int = 0,
     keep: bool = False,
@@ -283,10 +270,12 @@ def score(
             parts[scheme].append(_score(design, inputs, rows, splits, choice, keep and start == 0))
         if progress is not None:
             progress(start + len(rows))
-    return {
-        scheme: Scores(*map(np.concatenate, zip(*(part[:-1] for part in some), strict=True)), some[0].read)
+    arrays = Scores._fields[:-1]
+    joined = {
+        scheme: {name: np.concatenate([getattr(part, name) for part in some]) for name in arrays}
         for scheme, some in parts.items()
     }
+    return {scheme: Scores(**whole, read=parts[scheme][0].read) for scheme, whole in joined.items()}
 
 
 def _score(
@@ -309,28 +298,14 @@ def _score(
     return Scores(out_of_fold, layer, dims, penalty, fitted, read)
 
 
-def permuted(labels: np.ndarray, permutations: int, seed: int = 0) -> Float[Tensor, "row question"]:
+def permuted(labels: np.ndarray, permutations: int, seed: int = 0) -> LabelRows:
     """The labels [question] in random orders, one per row. The same seed gives the same orders."""
     rng = np.random.default_rng([seed, 2])
     rows = np.tile(np.asarray(labels, dtype=np.float32), (permutations, 1))
     return torch.from_numpy(rng.permuted(rows, axis=1))
 
 
-def permutation_scores(
-    design: Design,
-    inputs: Inputs,
-    labels: np.ndarray,
-    permutations: int = 1000,
-    schemes: tuple[str, ...] = ("leave_one_out", "folds"),
-    seed: int = 0,
-    progress: Callable[[int], Any] | None = None,
-) -> tuple[np.ndarray, dict[str, Scores]]:
-    """Permuted labels [permutation, question] bool, and their out-of-fold scores by scheme."""
-    rows = permuted(labels, permutations, seed)
-    return rows.numpy() > 0.5, score(design, inputs, rows, schemes, progress=progress)
-
-
-def pair_auc(design: Design, inputs: Inputs, y: Float[Tensor, "row question"], resamples: int) -> Interval:
+def pair_auc(design: Design, inputs: Inputs, y: LabelRows, resamples: int) -> Interval:
     """The leave-pair-out AUC of one labelling; none where there are more than `MOST_PAIRS` pairs."""
     positive = y[0].numpy() > 0.5
     n = int(positive.sum() * (~positive).sum())
@@ -341,9 +316,7 @@ def pair_auc(design: Design, inputs: Inputs, y: Float[Tensor, "row question"], r
     return auc(pairs_scored(scores, positive), resamples, design.seed)
 
 
-def in_folds(
-    own: Scores, design: Design, inputs: Inputs, y: Float[Tensor, "row question"], repeats: int
-) -> tuple[float, Pairs]:
+def in_folds(own: Scores, design: Design, inputs: Inputs, y: LabelRows, repeats: int) -> tuple[float, Pairs]:
     """The AUC within folds: of the first division alone, and the pairs of all divisions."""
     positive = y[0].numpy() > 0.5
     higher = compared = np.zeros((len(positive), len(positive)))
@@ -358,31 +331,23 @@ def in_folds(
 
 
 def null_scores(
-    design: Design,
-    inputs: Inputs,
-    positive: np.ndarray,
-    permutations: int,
-    progress: Progress | None,
+    design: Design, inputs: Inputs, positive: np.ndarray, permutations: int, progress: Progress | None
 ) -> pd.DataFrame:
     """The scores of permuted labels, a row per permutation (columns `NULL`)."""
     if permutations < 1:
         return pd.DataFrame(columns=list(NULL), dtype=float)
     each = None if progress is None else lambda done: progress("permutations", done, permutations)
-    labels, scored = permutation_scores(
-        design, inputs, positive, permutations, seed=design.seed, progress=each
+    rows = permuted(positive, permutations, design.seed)
+    labels, scored = (
+        rows.numpy() > 0.5,
+        score(design, inputs, rows, ("leave_one_out", "folds"), progress=each),
     )
     loo, folds = scored["leave_one_out"], scored["folds"]
     blocks = blocks_of(labels.astype(np.float32), design.blocks, random_keys(len(positive), design.seed))
     called = loo.logits > 0
-    values = (
-        aucs(loo.logits, labels),
-        aucs(folds.logits, labels, blocks),
-        balanced_accuracies(labels, called),
-        (labels & called).sum(axis=1),
-        called.sum(axis=1),
-        loo.fitted.mean(axis=1),
-    )
-    return pd.DataFrame(dict(zip(NULL, values, strict=True)))
+    areas = aucs(loo.logits, labels), aucs(folds.logits, labels, blocks)
+    decided = balanced_accuracies(labels, called), (labels & called).sum(axis=1), called.sum(axis=1)
+    return pd.DataFrame(dict(zip(NULL, (*areas, *decided, loo.fitted.mean(axis=1)), strict=True)))
 
 
 def constants(action: str) -> tuple[str, str]:
