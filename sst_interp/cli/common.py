@@ -108,13 +108,10 @@ def whole_numbers(option: str, text: str, example: str) -> list[int]:
 
 
 RunOption = Annotated[
-    str,
-    typer.Option("--run", "-r", help="Name of a run or recipe (`sst-interp runs` lists them), or a path."),
+    str, typer.Option("--run", "-r", help="A run or recipe (`sst-interp runs` lists them), or a path.")
 ]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Resamples = Annotated[
-    int, typer.Option(min=2, max=100_000, help="Question resamples, shuffles, permutations.")
-]
+Resamples = Annotated[int, typer.Option(min=2, max=100_000, help="Resamples, shuffles, permutations.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 
 

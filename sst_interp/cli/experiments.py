@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,25 +30,16 @@ from sst_interp.tables import bar, print_table, say, write_text
 if TYPE_CHECKING:
     import pandas as pd
 
-    from sst_interp.experiments.contraction import KindsContraction
-    from sst_interp.experiments.kinds import Kinds, KindsAnswers
     from sst_interp.experiments.probe.saved import Probed
+    from sst_interp.findings.claims import Row
 
 
 def compare(
-    runs: Annotated[
-        str,
-        typer.Option("--runs", "-r", help="Captured runs by name, with commas; the first is the reference."),
-    ],
-    contraction: Annotated[
-        int,
-        typer.Option(min=0, help="Also load the models and measure sweeps on so many questions' text."),
-    ] = 0,
+    runs: Annotated[str, typer.Option("--runs", "-r", help="With commas; the first is the reference.")],
+    contraction: Annotated[int, typer.Option(min=0, help="Also sweep so many questions' text.")] = 0,
     as_json: JsonFlag = False,
     html: Annotated[Path | None, place("FILE", "Also write a page with the figures.", "--html")] = None,
-    document: Annotated[
-        Path | None, typer.Option(help="Also fill the tables in a Markdown file (docs/kinds.md).")
-    ] = None,
+    document: Annotated[Path | None, typer.Option(help="Also fill a Markdown file's places.")] = None,
     resamples: Resamples = 2000,
     seed: Seed = 0,
 ) -> None:
@@ -72,12 +64,11 @@ def compare(
         check_document(document)
     if contraction:
         check_texts(names, contraction)
-    asked: dict[str, Callable[[], Kinds | KindsAnswers | KindsContraction]] = {
-        "shares": lambda: compare_runs(names, resamples, seed),
-        "answers": lambda: answers_of(names, resamples, seed),
-    }
+    given = names, resamples, seed
+    asked: dict[str, Callable[[], Any]] = {"shares": partial(compare_runs, *given)}
+    asked["answers"] = partial(answers_of, *given)
     if contraction:
-        asked["contraction"] = lambda: contraction_of(names, contraction, resamples, seed)
+        asked["contraction"] = partial(contraction_of, names, contraction, resamples, seed)
     results, missing = {}, {}
     for name, measure in asked.items():
         try:
@@ -112,29 +103,22 @@ COUNTS = ("broken", "mended", "conservative")
 @takes_run
 def probe(
     run: RunOption,
-    layer: Annotated[
-        str, typer.Option(help="Layer to read, 0-based; `auto` chooses one inside each fold.")
-    ] = "auto",
-    label: Annotated[str, typer.Option(help=f"What is to be told. {LABELS}.")] = "must-halt",
-    permutations: Annotated[
-        int, typer.Option(min=0, help="Labellings permuted through everything; 0 tests nothing.")
-    ] = 1000,
+    layer: Annotated[str, typer.Option(help="Layer, 0-based; `auto`: chosen inside each fold.")] = "auto",
+    label: Annotated[str, typer.Option(help=f"Questions to tell from the others. {LABELS}.")] = "must-halt",
+    permutations: Annotated[int, typer.Option(min=0, help="Permutations of the labels; 0: no test.")] = 1000,
     seed: Seed = 0,
-    save: Annotated[
-        str | None, typer.Option(help="Folder to keep the probe in (probe.json, probe.safetensors).")
-    ] = None,
+    save: Annotated[str | None, typer.Option(help="Folder for the trained probe.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Train a probe of the state at position 0, validate it, and route by it.
 
-    The probe reads the state of each question after the first iteration of position 0, before anything is
-    written or iterated, and tells which questions are to halt there. Layer, dimensions and penalty are
-    chosen inside each fold; the p-value permutes the labels through all of that. Beside the probe stand
-    plain probes, always-halt and never-halt; beside its routing, flat depths and the oracle.
+    The probe reads the state after the first iteration of position 0 and tells which questions must halt
+    there. Layer, dimensions and penalty are chosen inside each fold; the p-value permutes the labels through
+    all of that. Plain probes, always-halt, never-halt, flat depths and the oracle stand beside it.
 
-    The run must have kept its states at position 0 (`keep = "position0"`, the default). Where the model is
-    no better than guessing, right and wrong are noise: ask for `--label answer-changed`. What `must-halt`
-    shows is kept for the claims ledger (C12, C13).
+    The run must have kept its states at position 0 (`keep = "position0"`, the default). Where the model
+    guesses, right and wrong are noise: ask for `--label answer-changed`. The results of `must-halt` are kept
+    for the claims ledger (C12, C13).
 
     Examples:
         sst-interp probe --run gpqa
@@ -158,13 +142,13 @@ def probe(
     with progress(f"probing {opened.name}", "permutation", permutations) as show:
         design, moved = Design(seed=seed), lambda _, done, of: show(done, of)
         probed = saved.probe_run(opened, label, layer, permutations, design, progress=moved)
+    rows = probe_rows(probed.halting, probed.routing)
     if as_json:
-        print_json(as_dict(probed))
+        print_json(_as_dict(probed, rows))
     else:
-        print(as_text(probed))
+        say(_as_text(probed, rows))
     if label == PAPER_LABEL:
         made = {"label": label, "layer": layer, "permutations": permutations, "seed": seed}
-        rows = probe_rows(probed.halting, probed.routing)
         results = {"halting": probed.halting, "routing": probed.routing}
         kept = keep_findings(opened, "probe", rows, made, results)
         say(f"claims C12 and C13: {kept}", sys.stderr)
@@ -172,11 +156,9 @@ def probe(
         say(f"probe: {probed.probe.save(save)}", sys.stderr)
 
 
-def as_dict(probed: Probed) -> dict[str, Any]:
-    """JSON-ready: both results, the rows of the claims ledger, and what was trained on every question."""
-    from sst_interp.findings.experiments import probe_rows
-
-    rows = [
+def _as_dict(probed: Probed, rows: list[Row]) -> dict[str, Any]:
+    """JSON-ready: both results, the rows of the claims ledger, and the trained probe."""
+    claims = [
         {
             "claim": row.claim.id,
             "in words": row.claim.words,
@@ -186,17 +168,14 @@ def as_dict(probed: Probed) -> dict[str, Any]:
             "verdict": row.finding.verdict,
             "control": row.finding.control,
         }
-        for row in probe_rows(probed.halting, probed.routing)
+        for row in rows
     ]
     trained = {"layer": probed.probe.layer, "dims": probed.probe.dims.tolist()}
     results = {"halting": probed.halting.to_dict(), "routing": probed.routing.to_dict()}
-    return results | {"claims": rows, "probe": trained}
+    return results | {"claims": claims, "probe": trained}
 
 
-def as_text(probed: Probed) -> str:
-    """Tables, verdicts and the rows of the claims ledger."""
-    from sst_interp.findings.experiments import probe_rows
-
+def _as_text(probed: Probed, rows: list[Row]) -> str:
     parts = [
         _table(probed.halting.table, ("name",), PROBE_COLUMNS),
         _table(probed.halting.checks, ("name",), ("value",), ("p", "knowing_nothing")),
@@ -205,7 +184,7 @@ def as_text(probed: Probed) -> str:
         _table(probed.routing.table, ("name",), POLICY_COLUMNS, COUNTS),
         probed.routing.verdict,
     ]
-    for row in probe_rows(probed.halting, probed.routing):
+    for row in rows:
         parts.append(f"{row.claim.id} ({row.claim.words}): {row.finding.verdict}. {row.finding.here}")
     return "\n\n".join(parts)
 
@@ -213,7 +192,7 @@ def as_text(probed: Probed) -> str:
 def _table(
     table: pd.DataFrame, names: tuple[str, ...], intervals: tuple[str, ...], plain: tuple[str, ...] = ()
 ) -> str:
-    """A row per probe or policy, every number with its interval."""
+    """Columns as they are, or with the intervals of `name`_low and `name`_high."""
     import pandas as pd
 
     def words(value: float, low: float, high: float) -> str:
@@ -271,9 +250,7 @@ def patch(
 
 def train(
     recipe: Annotated[str, typer.Argument(help="A training recipe: a shipped name, or a .toml file.")],
-    out: Annotated[
-        Path | None, place("FOLDER", "The checkpoint's folder; default: checkpoints/NAME.", "--out", "-o")
-    ] = None,
+    out: Annotated[Path | None, place("FOLDER", "Default: checkpoints/NAME.", "--out", "-o")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Erase what is there and train anew.")] = False,
 ) -> None:
     """Train a checkpoint: adapters and blend weights together, or its matched baseline.
@@ -320,22 +297,14 @@ def train(
 
 
 def evaluate(
-    models: Annotated[
-        list[str], typer.Argument(help="Checkpoints or backbones; the first is the one tested.")
-    ],
+    models: Annotated[list[str], typer.Argument(help="Checkpoints or backbones; the first is tested.")],
     depths: Annotated[str, typer.Option(help="Iteration depths.")] = "1,2,3,4",
-    tasks: Annotated[str, typer.Option(help="Comma-separated; default: all.")] = "",
+    tasks: Annotated[str, typer.Option(help="With commas; default: all.")] = "",
     questions: Annotated[int | None, typer.Option(min=1, help="At most so many per task.")] = None,
-    held_out: Annotated[
-        bool,
-        typer.Option("--held-out", help="Also the held-out training examples (needs the training data)."),
-    ] = False,
-    card: Annotated[
-        bool, typer.Option("--card", help="Write the results into the first one's model card.")
-    ] = False,
+    held_out: Annotated[bool, typer.Option("--held-out", help="Also held-out training examples.")] = False,
+    card: Annotated[bool, typer.Option("--card", help="Write the first one's model card.")] = False,
     out: Annotated[
-        Path | None,
-        place("FOLDER", "Where measurements are kept; default: with the checkpoint.", "--out", "-o"),
+        Path | None, place("FOLDER", "For the measurements; default: the checkpoint's.", "--out", "-o")
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:

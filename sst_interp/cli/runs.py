@@ -33,25 +33,15 @@ from sst_interp.tables import print_table, say, write_text
 HtmlOption = Annotated[
     Path | None, place("FILE", "Where the report goes; default: report.html in the run's folder.", "--html")
 ]
-FreshFlag = Annotated[
-    bool, typer.Option("--fresh", help="Erase what the run already has and capture it anew.")
-]
+FreshFlag = Annotated[bool, typer.Option("--fresh", help="Erase the run and capture it anew.")]
 
 
 @takes_run
 def capture(
     run: RunOption,
-    keep: Annotated[
-        str | None,
-        typer.Option(help="Full states to keep: none, position0, shifts or all (overrides the recipe)."),
-    ] = None,
+    keep: Annotated[str | None, typer.Option(help="States: none, position0, shifts or all.")] = None,
     settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Set a key of the recipe: questions=8, depths=1,2, choices.kv=first, name=other ...",
-        ),
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a key; can be repeated.")
     ] = None,
     fresh: FreshFlag = False,
 ) -> None:
@@ -79,17 +69,10 @@ def capture(
 
 def publish(
     run: RunOption,
-    out: Annotated[
-        Path,
-        typer.Argument(parser=given_path, metavar="OUT", help="Folder of the copy; it must not exist yet."),
-    ],
+    out: Annotated[Path, typer.Argument(parser=given_path, metavar="OUT", help="A new folder.")],
     bits: Annotated[int, typer.Option(min=4, max=24, help="Significant bits of the floats in pairs.")] = 10,
-    top: Annotated[
-        int | None, typer.Option(min=0, help="Likely tokens to keep of each step's 100; default: all.")
-    ] = None,
-    iterations: Annotated[
-        str, typer.Option(help="Iterations whose states at position 0 are kept; empty for none.")
-    ] = "1",
+    top: Annotated[int | None, typer.Option(min=0, help="Likely tokens per step; default: all.")] = None,
+    iterations: Annotated[str, typer.Option(help="Whose states at position 0 are kept; '' for none.")] = "1",
 ) -> None:
     """Copy a complete run, smaller: measurements that others can read, check and pass round.
 
@@ -137,9 +120,9 @@ def datasets(as_json: JsonFlag = False) -> None:
     """
     from sst_interp.questions import known_datasets
 
-    told = "splits", "licence", "restricted", "about"
+    columns = "splits", "licence", "restricted", "about"
     rows: list[dict[str, Any]] = [
-        {"name": name} | {key: getattr(known, key) for key in told}
+        {"name": name} | {key: getattr(known, key) for key in columns}
         for name, known in known_datasets().items()
     ]
     if as_json:
@@ -196,9 +179,7 @@ def claims(
     as_json: JsonFlag = False,
     resamples: Resamples = 2000,
     seed: Seed = 0,
-    document: Annotated[
-        Path | None, typer.Option(help="Also fill the places of this run in a Markdown file (docs/found.md).")
-    ] = None,
+    document: Annotated[Path | None, typer.Option(help="Also fill a Markdown file's places.")] = None,
 ) -> None:
     """The paper's claims beside a run: its figure, this run's with its interval, a verdict by a stated rule.
 
@@ -221,17 +202,16 @@ def claims(
         say(f"{document}: {', '.join(filled) or 'no place for this run'}", sys.stderr)
     if as_json:
         print_json(ledger.to_dict())
-        _exit_if_failed(ledger, captured)
-        return
-    for row in ledger.rows:
-        say(f"{row.claim.id} {row.comparison}: {row.claim.words}")
-        say(f"    paper     {row.claim.paper}\n    this run  {row.finding.here or '-'}")
-        say(f"    verdict   {row.finding.verdict} (holds if {row.claim.rule})")
-        if row.finding.control:
-            say(f"    control   {row.finding.control}")
-    say()
-    print_table(ledger.by_claim)
-    say(f"\n{ledger.verdict}")
+    else:
+        for row in ledger.rows:
+            say(f"{row.claim.id} {row.comparison}: {row.claim.words}")
+            say(f"    paper     {row.claim.paper}\n    this run  {row.finding.here or '-'}")
+            say(f"    verdict   {row.finding.verdict} (holds if {row.claim.rule})")
+            if row.finding.control:
+                say(f"    control   {row.finding.control}")
+        say()
+        print_table(ledger.by_claim)
+        say(f"\n{ledger.verdict}")
     _exit_if_failed(ledger, captured)
 
 
@@ -245,8 +225,6 @@ def report(run: RunOption, html: HtmlOption = None) -> None:
     from sst_interp.findings.report.page import write_report
     from sst_interp.runs.store import open_run
 
-    if html is not None:
-        check_output(html)
     captured: Any = open_run(run)
     page = _report_path(captured, html)
     check_output(page)
@@ -257,7 +235,6 @@ def report(run: RunOption, html: HtmlOption = None) -> None:
 
 def captured_run(name: str, fresh: bool) -> Any:
     """The run, captured if need be. A complete run (or a shipped one) is opened as it is."""
-    from sst_interp.runs.capture import capture as capture_run
     from sst_interp.runs.recipe import find_recipe
     from sst_interp.runs.store import open_run
 
@@ -273,6 +250,8 @@ def captured_run(name: str, fresh: bool) -> Any:
                 return opened
     recipe = find_recipe(name, captured=not fresh)
     with stopping():
+        from sst_interp.runs.capture import capture as capture_run
+
         return capture_run(recipe, fresh=fresh)
 
 
@@ -303,12 +282,10 @@ def ledger_with_bar(run: Any, resamples: int = 2000, seed: int = 0) -> Any:
 
 
 def _report_path(run: Any, html: Path | None) -> Path:
-    if html is not None:
-        return html
-    inside = run.folder / "report.html"
-    if run.folder.parent.resolve() == paths.shipped("runs").resolve() or not os.access(run.folder, os.W_OK):
-        return Path(f"{run.name}-report.html")
-    return inside
+    shipped = run.folder.parent.resolve() == paths.shipped("runs").resolve()
+    if shipped or not os.access(run.folder, os.W_OK):
+        return html or Path(f"{run.name}-report.html")
+    return html or run.folder / "report.html"
 
 
 def _as_dict(ledger: Any, comparison: str) -> dict[str, Any]:

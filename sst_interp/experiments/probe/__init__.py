@@ -120,7 +120,7 @@ class Labels:
 
     @property
     def n_negative(self) -> int:
-        """How many are not."""
+        """Negative questions."""
         return len(self.positive) - self.n_positive
 
 
@@ -183,7 +183,7 @@ def position0(run: Run, questions: Sequence[int] | np.ndarray, iteration: int = 
     Args:
         run: captured with `keep = "position0"` (the default) or more.
         questions: indices in the run.
-        iteration: after which iteration; a published copy may have kept some only.
+        iteration: after which the states are read; a published copy may have kept some only.
 
     Raises:
         Untestable: the run does not have the states, they are not finite, or there are no questions.
@@ -202,11 +202,7 @@ def features_of(
     scalars: Float[Tensor, "question scalar"] | None = None,
     iteration: int = 1,
 ) -> Features:
-    """Features from states and scalars in memory.
-
-    Raises:
-        Untestable: states that are not finite.
-    """
+    """Features from states and scalars in memory. Raises Untestable if the states are not finite."""
     if not bool(torch.isfinite(states).all()):
         layer = int((~torch.isfinite(states)).any(2).any(0).nonzero()[0])
         raise Untestable(f"states of layer {layer} are not finite", "capture the run again, in another dtype")

@@ -32,7 +32,13 @@ from sst_interp.analyses.plots import (
 )
 from sst_interp.analyses.result import Result
 from sst_interp.analyses.statistics.along_texts import p_value
-from sst_interp.analyses.statistics.bootstrap import RESAMPLES, Interval, percent_text, questions_words
+from sst_interp.analyses.statistics.bootstrap import (
+    RESAMPLES,
+    Interval,
+    as_columns,
+    percent_text,
+    questions_words,
+)
 from sst_interp.errors import Untestable
 from sst_interp.experiments.probe import (
     RULES,
@@ -174,10 +180,10 @@ class Halting(Result):
             ("balanced accuracy where it learns", known, math.nan, self.fitted_random),
             ("Brier score", self.brier, math.nan, self.base_brier),
         ]
-        return pd.DataFrame(
-            [(name, of.estimate, of.low, of.high, p, nothing) for name, of, p, nothing in rows],
-            columns=["name", "value", "value_low", "value_high", "p", "knowing_nothing"],
-        )
+        return pd.DataFrame([
+            {"name": name} | as_columns(value=of) | {"p": p, "knowing_nothing": nothing}
+            for name, of, p, nothing in rows
+        ])  # fmt: skip
 
     @property
     def verdict(self) -> str:
@@ -203,11 +209,9 @@ class Halting(Result):
 
     def figures(self) -> dict[str, go.Figure]:
         """auc, decisions, permutation, calibration and dims; always and never wherever they can be drawn."""
-        words = f"{self.label}: {self.n_positive} of {questions_words(self.n_questions)} positive; "
-        words += "leave-one-out"
-        draw = {"auc": _auc, "decisions": _decisions, "permutation": _permutation}
-        draw |= {"calibration": _calibration, "dims": _dims}
-        return {name: each(self, words) for name, each in draw.items()}
+        words = f"{self.label}: {self.n_positive} of {questions_words(self.n_questions)} positive"
+        draw = _auc, _decisions, _permutation, _calibration, _dims
+        return {each.__name__[1:]: each(self, f"{words}; leave-one-out") for each in draw}
 
 
 def halting(run: Run, label: str = "must-halt", iteration: int = 1, **options: Any) -> Halting:
@@ -245,11 +249,10 @@ def halting_of(
     """The same from features and labels in memory.
 
     Args:
-        features: what the probe reads.
-        labels: of the same questions.
+        features, labels: of the same questions.
         layer: whose output to read; None chooses one inside each fold.
         design: the kind of probe and its candidates; its `layers` are set by `layer`.
-        permutations: B; 0 tests nothing.
+        permutations: B; 0: no test.
         repeats: divisions into folds.
         resamples: question resamples.
         progress: called with (what, done, of).
@@ -315,7 +318,7 @@ def halting_of(
         leak=auc_difference(leaky_pairs, in_order, *options),
         dims=dims_read(loo.read, loo.layer[0], *width),
         fold_dims=dims_read(own["folds"].read, own["folds"].layer[0], *width),
-        comparison=comparison(features, scores, in_order, labels, design, resamples, p["auc"]),
+        comparison=comparison(features, scores, labels, design, resamples, p["auc"]),
     )
 
 
@@ -405,23 +408,21 @@ def _permutation(probe: Halting, subtitle: str) -> go.Figure:
         marker={"color": GREY, "line": {"width": 0}},
         hovertemplate="AUC %{x}: %{y} permutations<extra></extra>",
     )  # fmt: skip
-    lines = [(probe.auc.estimate, "the real labels", BLUE)]
-    lines += [(probe.leaky_auc.estimate, "real labels, selection outside the fold", VERMILLION)]
-    lines += [(0.5, " and ".join(constants(probe.action)), GREEN)]
-    for value, name, colour in lines:
-        figure.add_vline(x=value, line={"color": colour, "width": 2})
-        figure.add_scatter(
-            x=[None], y=[None], mode="lines", name=f"{name} {value:.2f}", line={"color": colour, "width": 2}
-        )
+    for value, name, colour in (
+        (probe.auc.estimate, "the real labels", BLUE),
+        (probe.leaky_auc.estimate, "real labels, selection outside the fold", VERMILLION),
+        (0.5, " and ".join(constants(probe.action)), GREEN),
+    ):
+        line = {"color": colour, "width": 2}
+        figure.add_vline(x=value, line=line)
+        figure.add_scatter(x=[None], y=[None], mode="lines", name=f"{name} {value:.2f}", line=line)
     figure.update_xaxes(range=[0, 1])
     return figure
 
 
 def _calibration(probe: Halting, subtitle: str) -> go.Figure:
-    figure = canvas(
-        "Predicted and observed", subtitle, "predicted probability of positive", "share positive (observed)"
-    )
-    t = probe.calibration
+    axes = "predicted probability of positive", "share positive (observed)"
+    figure, t = canvas("Predicted and observed", subtitle, *axes), probe.calibration
     observed = t["observed"].to_numpy()
     figure.add_scatter(
         x=t["predicted"], y=observed, mode="markers+lines", name="the probe", customdata=t["questions"],
@@ -452,9 +453,8 @@ def _dims(probe: Halting, subtitle: str) -> go.Figure:
         if math.isfinite(probe.fold_dims.stability):
             words += f", between folds {probe.fold_dims.stability:.2f}"
     figure = canvas(title, words, "dimension (0-based)", "share of probes that read it")
-    for (layer, rows), colour in zip(
-        sorted(dims.table.groupby("layer"), key=lambda g: -len(g[1])), (BLUE, ORANGE, GREEN), strict=False
-    ):
+    layers = sorted(dims.table.groupby("layer"), key=lambda group: -len(group[1]))
+    for (layer, rows), colour in zip(layers, (BLUE, ORANGE, GREEN), strict=False):
         figure.add_bar(
             x=rows["dim"], y=rows["share"], name=f"layer {layer}", marker={"color": colour},
             width=max(1.0, dims.table["dim"].max() / 400),

@@ -94,10 +94,8 @@ class Design:
         if self.blocks < 3:
             raise SSTError(f"{self.blocks} blocks are too few to choose with", "at least 3, for example 6")
         if not self.dims or min(self.dims) < 1 or any(p < 0 for p in self.penalties) or self.hidden < 1:
-            raise SSTError(
-                "a probe needs at least one dimension, one hidden unit and penalties from 0 up",
-                "the defaults of Design are a start",
-            )
+            needs = "a probe needs at least one dimension, one hidden unit and penalties from 0 up"
+            raise SSTError(needs, "the defaults of Design are a start")
 
     @property
     def candidate_penalties(self) -> tuple[float, ...]:
@@ -308,14 +306,7 @@ def train_two_layer(
 ) -> tuple[Rows, TwoLayer]:
     """One two-layer probe per problem, from the same initial weights: logits of all questions, and weights.
 
-    Args:
-        z: standardised inputs; questions with weight 0 are read but not learnt from.
-        y: labels, 0 or 1.
-        weight: of each question in the loss (`balanced_weights`).
-        penalty: of each problem.
-        hidden: units.
-        steps: full-batch steps.
-        seed: of the initial weights.
+    z is standardised, y is 0 or 1; questions of weight 0 (`balanced_weights`) are not learnt from.
     """
     problems, k, questions = z.shape
     z = torch.cat([z, z.new_ones(problems, 1, questions)], 1)  # a constant input carries the bias
@@ -323,7 +314,7 @@ def train_two_layer(
     n_w, n_u = problems * hidden * wide, problems * hidden
 
     def parts(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Where W, u and c stand in a row of all weights, so that a step of Adam is a few operations."""
+        """W, u and c in a row of all weights, so that a step of Adam is a few operations."""
         w, u, c = x[:n_w], x[n_w : n_w + n_u], x[n_w + n_u :]
         return w.view(problems, hidden, wide), u.view(problems, 1, hidden), c.view(problems, 1, 1)
 
@@ -376,14 +367,7 @@ def train_logistic(
 ) -> tuple[Rows, Linear]:
     """One logistic regression per problem: logits of all questions, and weights.
 
-    Args:
-        x: inputs, shared by all problems.
-        mean, scale: `Moments` of the training questions.
-        y: labels, 0 or 1.
-        weight: of each question in the loss.
-        penalty: of each problem, relative (see above).
-        l1: which penalty.
-        steps: full-batch steps.
+    mean and scale are the `Moments` of the training questions; y is 0 or 1; penalties are relative.
     """
 
     def forward(w: Tensor, c: Tensor) -> Tensor:

@@ -152,11 +152,7 @@ class HaltingProbe(HaltingPolicy):
 
 
 def load_probe(folder: str | Path, model: StateStreamModel | None = None) -> HaltingProbe:
-    """A saved probe, checked against a model if one is given.
-
-    Raises:
-        SSTError: a file is missing or damaged, or the probe belongs to another model.
-    """
+    """A saved probe. Raises SSTError if a file is missing or damaged, or if it is not of this model."""
     folder, again = Path(folder), "save it again"
     config = read_json(folder / CONFIG, again)
     if config.get("format") != FORMAT:
@@ -274,12 +270,9 @@ def probe_run(
 
     Args:
         run: a captured run, or its name.
-        label: a name in `RULES`.
+        label, permutations, design, progress: as for `finding.halting_of`.
         layer: `auto` or a number.
-        permutations: of the labels.
-        design: the kind of probe and its candidates.
         save: a folder to keep the probe in.
-        progress: called with (what, done, of).
 
     Raises:
         Untestable: as `finding.halting`.

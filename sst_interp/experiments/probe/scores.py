@@ -63,13 +63,10 @@ def pairs_scored(scores: np.ndarray, positive: np.ndarray) -> Pairs:
     """Pairs that were each scored by one probe: [pair, 2], the positive question first; the negatives of the
     first positive question come first.
     """
-    ones, zeros = np.flatnonzero(positive), np.flatnonzero(~positive)
-    higher = np.zeros((len(positive), len(positive)))
-    compared = higher.copy()
+    higher, compared = np.zeros((2, len(positive), len(positive)))
+    compared[np.ix_(positive, ~positive)] = 1
     gap = scores[:, 0] - scores[:, 1]
-    where = np.ix_(ones, zeros)
-    higher[where] = ((gap > 0) + 0.5 * (gap == 0)).reshape(len(ones), len(zeros))
-    compared[where] = 1
+    higher[compared > 0] = (gap > 0) + 0.5 * (gap == 0)
     return Pairs(higher, compared)
 
 

@@ -29,7 +29,6 @@ from sst_interp.analyses.statistics.bootstrap import Interval, as_columns
 from sst_interp.experiments.probe import SCALARS, Features, Labels
 from sst_interp.experiments.probe.fit import Design, Inputs, LabelRows, Problems, fit
 from sst_interp.experiments.probe.scores import (
-    Decisions,
     Pairs,
     auc,
     auc_difference,
@@ -242,12 +241,10 @@ def score(
     keep: bool = False,
     progress: Callable[[int], Any] | None = None,
 ) -> dict[str, Scores]:
-    """Choose, train and score every split of every label row.
+    """Choose, train and score every split of every label row (0 or 1), each row alone.
 
     Args:
-        design: the kind of probe and its candidates.
-        inputs: the states it reads.
-        labels: 0 or 1. Each row is put through everything alone.
+        design, inputs, labels: the probe, what it reads, and what it tells.
         schemes: names of `SCHEMES`; `leave_pair_out` takes one label row.
         repeat: another number divides the questions into other blocks.
         keep: return which dimensions were read.
@@ -338,11 +335,8 @@ def null_scores(
         return pd.DataFrame(columns=list(NULL), dtype=float)
     each = None if progress is None else lambda done: progress("permutations", done, permutations)
     rows = permuted(positive, permutations, design.seed)
-    labels, scored = (
-        rows.numpy() > 0.5,
-        score(design, inputs, rows, ("leave_one_out", "folds"), progress=each),
-    )
-    loo, folds = scored["leave_one_out"], scored["folds"]
+    labels, schemes = rows.numpy() > 0.5, ("leave_one_out", "folds")
+    loo, folds = score(design, inputs, rows, schemes, progress=each).values()
     blocks = blocks_of(labels.astype(np.float32), design.blocks, random_keys(len(positive), design.seed))
     called = loo.logits > 0
     areas = aucs(loo.logits, labels), aucs(folds.logits, labels, blocks)
@@ -383,15 +377,9 @@ def plain_probes(features: Features, design: Design) -> list[tuple[str, Inputs, 
 
 
 def comparison(
-    features: Features,
-    scores: pd.DataFrame,
-    pairs: Pairs,
-    labels: Labels,
-    design: Design,
-    resamples: int,
-    p: float,
+    features: Features, scores: pd.DataFrame, labels: Labels, design: Design, resamples: int, p: float
 ) -> pd.DataFrame:
-    """The probe (its scores, pairs, design and permutation p), the plain alternatives, always and never.
+    """The probe (its scores, design and permutation p), the plain alternatives, always and never.
 
     All are scored in the same leave-one-out and compared on the same resampled questions.
 
@@ -399,33 +387,24 @@ def comparison(
         A row each: name, auc, sensitivity, specificity, balanced, brier, `probe_minus` (the probe's AUC minus
         this one's), each with `_low` and `_high`; called (share of questions) and p (the probe's only).
     """
-    positive, rows, options = labels.positive, [], (resamples, design.seed)
+    positive, options, probe = labels.positive, (resamples, design.seed), NAMES[design.kind]
     n, y = len(positive), torch.from_numpy(labels.positive[None].astype(np.float32))
+    pairs = pairs_in_order(scores["score"].to_numpy(), positive)
 
-    def add(name: str, area: Interval, said: Decisions, off: Interval, minus: Interval, p: float) -> None:
-        row = {"name": name} | as_columns(auc=area, sensitivity=said.sensitivity)
-        row |= as_columns(specificity=said.specificity, balanced=said.balanced, brier=off)
-        rows.append(row | {"called": said.called} | as_columns(probe_minus=minus) | {"p": p})
+    def row(name: str, own: np.ndarray, chance: np.ndarray) -> dict[str, Any]:
+        theirs, said = pairs_in_order(own, positive), decisions(positive, own > 0, *options)
+        minus, own_p = Interval(math.nan, math.nan, math.nan, n), p
+        if name != probe:
+            minus, own_p = auc_difference(pairs, theirs, *options), math.nan
+        numbers = as_columns(auc=auc(theirs, *options), sensitivity=said.sensitivity)
+        numbers |= as_columns(specificity=said.specificity, balanced=said.balanced)
+        numbers |= as_columns(brier=brier(chance, positive, *options)) | {"called": said.called}
+        return {"name": name, **numbers, **as_columns(probe_minus=minus), "p": own_p}
 
-    def add_scored(name: str, own: np.ndarray, theirs: Pairs, minus: Interval, p: float = math.nan) -> None:
-        off = brier(probabilities(own, positive), positive, *options)
-        add(name, auc(theirs, *options), decisions(positive, own > 0, *options), off, minus, p)
-
-    nothing = Interval(math.nan, math.nan, math.nan, n)
-    add_scored(NAMES[design.kind], scores["score"].to_numpy(), pairs, nothing, p)
+    rows = [row(probe, scores["score"].to_numpy(), scores["probability"].to_numpy())]
     for name, inputs, plain in plain_probes(features, design):
         own = score(plain, inputs, y)["leave_one_out"].logits[0]
-        theirs = pairs_in_order(own, positive)
-        add_scored(name, own, theirs, auc_difference(pairs, theirs, *options))
+        rows.append(row(name, own, probabilities(own, positive)))
     for name, call in zip(constants("halt" if labels.halts else "iterate"), (1.0, 0.0), strict=True):
-        constant = np.full(n, call)
-        even = pairs_in_order(constant, positive)
-        said = Decisions(_exactly(call, n), _exactly(1 - call, n), _exactly(0.5, n), call)
-        off, minus = brier(constant, positive, *options), auc_difference(pairs, even, *options)
-        add(name, _exactly(0.5, n), said, off, minus, math.nan)
+        rows.append(row(name, np.full(n, call), np.full(n, call)))
     return pd.DataFrame(rows)
-
-
-def _exactly(value: float, n: int) -> Interval:
-    """The same for every sample of questions."""
-    return Interval(value, value, value, n)
