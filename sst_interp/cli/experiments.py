@@ -143,7 +143,7 @@ def probe(
     """
     from sst_interp.experiments.probe import saved
     from sst_interp.experiments.probe.fit import Design
-    from sst_interp.findings.experiments import PAPER_LABEL, probe_rows
+    from sst_interp.findings.answers import PAPER_LABEL, probe_rows
     from sst_interp.findings.of_run import keep_findings
     from sst_interp.runs.store import open_run
     from sst_interp.tables import bar as progress_bar
@@ -173,7 +173,7 @@ def probe(
 
 def as_dict(probed: Probed) -> dict[str, Any]:
     """JSON-ready: both results, the rows of the claims ledger, and what was trained on every question."""
-    from sst_interp.findings.experiments import probe_rows
+    from sst_interp.findings.answers import probe_rows
 
     rows = [
         {
@@ -198,7 +198,7 @@ def as_dict(probed: Probed) -> dict[str, Any]:
 
 def as_text(probed: Probed) -> str:
     """Tables, verdicts and the rows of the claims ledger."""
-    from sst_interp.findings.experiments import probe_rows
+    from sst_interp.findings.answers import probe_rows
 
     parts = [
         _table(probed.halting.table, ("name",), PROBE_COLUMNS),
@@ -251,7 +251,7 @@ def patch(
     """
     from sst_interp.experiments.patching.finding import patching
     from sst_interp.experiments.patching.run import Plan, patch_run
-    from sst_interp.findings.experiments import patching_rows
+    from sst_interp.findings.answers import patching_rows
     from sst_interp.findings.of_run import keep_findings
     from sst_interp.runs.store import open_run
     from sst_interp.tables import bar as progress_bar
