@@ -330,18 +330,11 @@ class _Suite:
                 continue
             key = analysis.name if per == "run" else f"{analysis.name}.{c.comparison}"
             self.tell(key)
-            try:
-                for table in analysis.needs:
-                    if per == "comparison" or table not in COMPARED:
-                        c.tables(table, c.comparison if table in COMPARED else None)
-                with np.errstate(all="ignore"):
-                    self.results[key] = analysis.call(c)
-            except SSTError as error:
-                self.missing[key] = error.message
-            except MemoryError:
-                raise
-            except Exception as error:
-                self.missing[key], self.failed[key] = FAILED, said(error)
+            result, why = self._attempt(key, _call, analysis, c)
+            if why is None:
+                self.results[key] = result
+            else:
+                self.missing[key] = why
 
     def judge(self, c: Contrast, per: str) -> list[Row]:
         """Judge the claims of one comparison, or of the whole run."""
@@ -355,25 +348,38 @@ class _Suite:
         ]
 
     def _judge(self, entry: Registered, evidence: Evidence, where: str) -> Sequence[Finding]:
-        key = entry.claim.id if where == EVERYWHERE else f"{entry.claim.id}.{where}"
-        self.asked = key
+        self.asked = entry.claim.id if where == EVERYWHERE else f"{entry.claim.id}.{where}"
+        findings, why = self._attempt(self.asked, entry.judge, evidence)
+        if why is not None:
+            return [untestable(why)]
+        return [findings] if isinstance(findings, Finding) else findings
+
+    def _attempt(self, key: str, call: Callable[..., Any], *given: Any) -> tuple[Any, str | None]:
+        """(result, None), or (None, why there is none); a crash is noted in `failed`."""
         try:
             with np.errstate(all="ignore"):
-                findings = entry.judge(evidence)
+                return call(*given), None
         except SSTError as error:
-            findings = untestable(error.message)
+            return None, error.message
         except MemoryError:
             raise
         except Exception as error:
             self.failed[key] = said(error)
-            findings = untestable(FAILED)
-        return [findings] if isinstance(findings, Finding) else findings
+            return None, FAILED
 
     def in_order(self, of: Mapping[str, Any], order: Sequence[str]) -> dict[str, Any]:
         """The entries comparison by comparison, those of the run last."""
         keys = [f"{a.name}.{where}" for where in order for a in self.analyses if a.per == "comparison"]
         keys += [a.name for a in self.analyses if a.per == "run"]
         return {key: of[key] for key in keys if key in of}
+
+
+def _call(analysis: Analysis, c: Contrast) -> Result:
+    """The result of an analysis, whose tables are read first."""
+    for table in analysis.needs:
+        if analysis.per == "comparison" or table not in COMPARED:
+            c.tables(table, c.comparison if table in COMPARED else None)
+    return analysis.call(c)
 
 
 def said(error: Exception) -> str:
