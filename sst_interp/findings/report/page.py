@@ -141,9 +141,9 @@ def page(
         style=Markup(style),
         script=Markup(script),
         data=Markup(script_json(data)),
-        script_src=" ".join(map(script_hash, (script, *more))),
+        script_src=Markup(" ".join(map(script_hash, (script, *more)))),
         # plotly writes style elements and attributes; without it the page's own style is all there is.
-        style_src="'unsafe-inline'" if more else script_hash(style),
+        style_src=Markup("'unsafe-inline'" if more else script_hash(style)),
         **values,
     )
 
