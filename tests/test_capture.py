@@ -10,7 +10,18 @@ import pyarrow.parquet as pq
 import pytest
 import tiny_run
 import torch
-from tiny_capture import ALPHA, DEPTHS, NEW, capture, capture_module, interrupt, recipe_for, tiny_llama, word_tokenizer, write_questions
+from tiny_capture import (
+    ALPHA,
+    DEPTHS,
+    NEW,
+    capture,
+    capture_module,
+    interrupt,
+    recipe_for,
+    tiny_llama,
+    word_tokenizer,
+    write_questions,
+)
 
 from sst_interp.analyses import Contrast, all_comparisons
 from sst_interp.errors import SSTError

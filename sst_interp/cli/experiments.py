@@ -129,7 +129,7 @@ def probe(
     """
     from sst_interp.experiments.probe import saved
     from sst_interp.experiments.probe.fit import Design
-    from sst_interp.findings.experiments import PAPER_LABEL, probe_rows
+    from sst_interp.findings.answers import PAPER_LABEL, probe_rows
     from sst_interp.findings.of_run import keep_findings
     from sst_interp.runs.store import open_run
 
@@ -228,7 +228,7 @@ def patch(
     """
     from sst_interp.experiments.patching.finding import patching
     from sst_interp.experiments.patching.run import Plan, patch_run
-    from sst_interp.findings.experiments import patching_rows
+    from sst_interp.findings.answers import patching_rows
     from sst_interp.findings.of_run import keep_findings
     from sst_interp.runs.store import open_run
 
