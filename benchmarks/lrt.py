@@ -125,7 +125,7 @@ def with_memories(backbone: StateStreamModel) -> dict[str, StateStreamModel]:
     models = {BACKBONE: backbone}
     for pathway, name in (("residual", "LRT, residual"), ("both", "LRT, residual and key/value")):
         kind = random_memory(backbone, SIZE, pathway)
-        models[name] = StateStreamModel(backbone.backbone, backbone.tokenizer, kind=kind)
+        models[name] = StateStreamModel(backbone.backbone, kind, backbone.tokenizer)
     return models
 
 

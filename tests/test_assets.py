@@ -10,8 +10,7 @@ import zipfile
 
 import pytest
 
-from sst_interp.assets import gguf as gguf_folder
-from sst_interp.assets import wheels as assets
+from sst_interp import assets
 from sst_interp.errors import SSTError
 
 
@@ -130,7 +129,7 @@ def convert(pip, monkeypatch):
         if isinstance(calls[0], Exception):
             raise calls[0]
 
-    monkeypatch.setattr(gguf_folder, "convert", fake)
+    monkeypatch.setattr(assets, "convert", fake)
     return calls
 
 
@@ -175,7 +174,7 @@ def test_a_full_disk_names_the_path_and_leaves_nothing(convert, tmp_path, failur
 
 
 def test_too_little_room_is_said_before_any_work(pip, convert, monkeypatch):
-    monkeypatch.setattr(assets.shutil, "disk_usage", lambda path: type("Usage", (), {"free_running": 1000}))
+    monkeypatch.setattr(assets.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     with pytest.raises(SSTError, match=r"no room for .*smollm2-135m"):
         assets.smollm2_folder()
     assert convert == []

@@ -19,8 +19,8 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from typer.testing import CliRunner
 
 import sst_interp
-from sst_interp.assets import wheels as assets
-from sst_interp.assets.wheels import ASSET_MODELS
+from sst_interp import assets
+from sst_interp.assets import ASSET_MODELS
 from sst_interp.models.checkpoint import save_checkpoint
 from sst_interp.models.loading import load
 from sst_interp.questions.item import Item

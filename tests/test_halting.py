@@ -6,7 +6,7 @@ from tiny import prompts, tiny
 
 from sst_interp.errors import SSTError
 from sst_interp.models.choices import Choices
-from sst_interp.models.generation import in_order, look_ahead
+from sst_interp.models.generation import look_ahead
 from sst_interp.models.halting import Convergence, Entropy, Flat, HaltingPolicy, Look, OutputChange
 from sst_interp.models.measures import compare_outputs, read_out, relative_l2
 from sst_interp.models.model import attach
@@ -80,9 +80,9 @@ def test_a_stream_in_another_order_is_the_same_questions(model):
     model.prefill(stream, tokens[:, :-1])
     order = torch.tensor([2, 0, 1])
     straight = look_ahead(model, stream, tokens[:, -1], 2)
-    turned = look_ahead(model, in_order(stream, order), tokens[order, -1], 2)
+    turned = look_ahead(model, stream.take(order), tokens[order, -1], 2)
     assert torch.allclose(turned.resid_post, straight.resid_post[:, :, order], atol=1e-12)
-    assert torch.equal(stream.state, in_order(in_order(stream, order), torch.argsort(order)).state)
+    assert torch.equal(stream.state, stream.take(order).take(torch.argsort(order)).state)
 
 
 def look(iterations=4, layers=3, rows=5, seed=0):

@@ -10,8 +10,8 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_lrt import lrt
 from test_training import backbone, recipe  # noqa: F401 (fixtures)
+from tiny import lrt
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sst_interp.errors import SSTError

@@ -9,11 +9,12 @@ from safetensors.torch import load_file, save_file
 from tiny_capture import tiny_llama, word_tokenizer
 
 from sst_interp import paths
-from sst_interp.assets.wheels import ASSET_MODELS
+from sst_interp.assets import ASSET_MODELS
 from sst_interp.errors import SSTError
 from sst_interp.models.checkpoint import CONFIG, WEIGHTS, save_checkpoint
 from sst_interp.models.choices import Choices
-from sst_interp.models.loading import PAPER_ALPHA, load
+from sst_interp.models.kinds.sst import PAPER_ALPHA
+from sst_interp.models.loading import load
 from sst_interp.models.model import attach
 
 THEIRS = Choices(carry="ffn_output", blend="additive", kv="first", initial_guess="scan")

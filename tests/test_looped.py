@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from test_loading import save_model
-from tiny import FAMILIES, prompts, tiny
+from tiny import FAMILIES, prompts, relative, tiny
 from transformers import DynamicCache
 
 import sst_interp as sst
@@ -13,16 +13,13 @@ from sst_interp.errors import SSTError
 from sst_interp.models.checkpoint import save_checkpoint
 from sst_interp.models.choices import Choices
 from sst_interp.models.hooks import Record, at
-from sst_interp.models.model import attach_looped
+from sst_interp.models.model import attach, attach_looped
 from sst_interp.models.solvers.sequential import advance
+from sst_interp.models.stream import Kind, Reading, run_layer
 
 ROUNDING = 1e-12
 """float64, and other matrix shapes."""
 BLENDS = ["convex", "additive"]
-
-
-def relative(a, b):
-    return ((a - b).norm() / b.norm()).item()
 
 
 def looped(family="llama", blend="convex", **choices):
@@ -214,3 +211,60 @@ def test_another_kind_is_refused_in_one_line(tmp_path):
         _ = loop.alpha
     with pytest.raises(SSTError, match="depth-looped model does not go into TransformerLens"):
         loop.bridge()
+
+
+class CoreLoop(Kind):
+    """A loop over a part of the stack: from iteration 2 on only the layers from the second one up run."""
+
+    words, first = "core-looped model", 1
+
+    def slots(self, backbone):
+        return backbone.n_layers
+
+    def weights(self):
+        return {}
+
+    def with_weights(self, weights):
+        return self
+
+    def has_state(self, columns, origin, iteration):
+        return super().has_state(columns, origin, iteration) & (iteration > 1)
+
+    def reading(self, choices, state, has_state, visit):
+        return Reading()
+
+    def next_state(self, backbone, choices, resid_post, ffn):
+        return resid_post
+
+    @property
+    def off(self):
+        return False
+
+    def run(self, model, p):
+        if p.iteration == 1:
+            return super().run(model, p)
+        at, x, outputs = p.inputs(model.backbone), p.state[-1], list(p.state[: self.first])
+        for index in range(self.first, model.backbone.n_layers):
+            x, _ = run_layer(model.backbone.layers[index], index, x, at, Reading(), p.visit)
+            outputs.append(x)
+        resid_post = torch.stack(outputs)
+        return resid_post, resid_post
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kv", ["last", "first"])
+def test_a_kind_can_loop_over_a_part_of_the_stack(kv):
+    hf, rows = tiny("llama"), prompts()
+    model = attach(hf, kind=CoreLoop(), choices=Choices(kv=kv))
+    ours = model.replay(rows, 3)
+    assert relative(ours.resid_post, model.replay(rows, 3, "sequential").resid_post) < ROUNDING
+    assert torch.equal(ours.resid_post[:, :, 0, 0], ours.resid_post[:, :, 0, 2])
+    if kv == "last":
+        x = ours.resid_post[:1, :1, -1, 0]  # a first token attends to itself alone: each layer can run alone
+        for layer in hf.model.layers[1:]:
+            x = layer(x, position_embeddings=hf.model.rotary_emb(x, torch.zeros(1, 1, dtype=torch.long)))
+        assert relative(ours.resid_post[0, 0, -1, 1], x.flatten()) < ROUNDING
+    record = Record(["resid_pre"])
+    model.generate(rows[:1], 2, 2, edit=record)
+    assert {key[1] for key in record.kept if key[3] == 1} == {0, 1, 2}
+    assert {key[1] for key in record.kept if key[3] == 2} == {1, 2}

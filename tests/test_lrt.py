@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import FAMILIES, prompts, tiny
+from tiny import FAMILIES, lrt, prompts, relative, tiny
 
 from sst_interp.errors import SSTError
 from sst_interp.models.choices import Choices
@@ -11,23 +11,6 @@ from sst_interp.models.solvers.sequential import advance
 
 ROUNDING = 1e-12
 """float64, and other matrix shapes."""
-GAMMA = (0.3, -0.2, 0.4)
-
-
-def relative(a, b):
-    return ((a - b).norm() / b.norm()).item()
-
-
-def lrt(pathway="both", hf=None, seed=0, size=0.15, **how):
-    """A tiny LRT with random weights in every pathway that is on."""
-    model = attach_lrt(hf if hf is not None else tiny("llama"), pathway=pathway, **how)
-    g = torch.Generator().manual_seed(seed)
-    weights = model.kind.weights()
-    drawn = {name: size * torch.randn(w.shape, generator=g, dtype=w.dtype) for name, w in weights.items()}
-    if "gamma" in drawn:
-        drawn["gamma"] = torch.tensor(GAMMA, dtype=torch.float64)
-    model.kind = model.kind.with_weights(drawn)
-    return model
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from test_evaluation import EXAMPLES
-from test_lrt import lrt
+from tiny import lrt
 from tiny_capture import tiny_llama, word_tokenizer
 
 from sst_interp.models.kinds.lrt import Memory

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from test_lrt import lrt, relative
-from tiny import tiny
+from tiny import lrt, relative, tiny
 
 from sst_interp.errors import SSTError
 from sst_interp.models.model import attach

@@ -23,8 +23,7 @@ from sst_interp.models import checkpoint as adapters
 from sst_interp.models import loading
 from sst_interp.models.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, WEIGHTS, save_checkpoint
 from sst_interp.models.choices import Choices
-from sst_interp.models.hub import fetch_checkpoint, push_to_hub
-from sst_interp.models.loading import load
+from sst_interp.models.loading import fetch_checkpoint, load, push_to_hub
 from sst_interp.runs import manifest
 from sst_interp.runs.store import fetch_run, open_run
 

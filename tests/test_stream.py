@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import FAMILIES, prompts, tiny
+from tiny import FAMILIES, prompts, relative, tiny
 
 from sst_interp.errors import SSTError
 from sst_interp.models.choices import Choices
@@ -15,10 +15,6 @@ ALPHA = 0.3
 
 ROUNDING = 1e-12
 """float64, and other matrix shapes."""
-
-
-def relative(a, b):
-    return ((a - b).norm() / b.norm()).item()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -49,7 +49,7 @@ from sst_interp.experiments.studies.tasks import (
     read_text,
     text_of,
 )
-from sst_interp.models.solvers.solve import solve_exactly
+from sst_interp.models.solvers import solve_exactly
 from sst_interp.training.objective import last_layer, run_passes, training_loss
 from sst_interp.training.recipe import EVERY_PASS
 

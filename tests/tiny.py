@@ -17,6 +17,8 @@ from transformers import (
 )
 from transformers.masking_utils import eager_mask
 
+from sst_interp.models.model import attach_lrt
+
 COMMON = {
     "vocab_size": 97,
     "hidden_size": 32,
@@ -93,3 +95,23 @@ def prompts(rows: int = 3, longest: int = 11, seed: int = 0) -> list[list[int]]:
     g = torch.Generator().manual_seed(seed)
     lengths = [longest - 3 * (r % 3) for r in range(rows)]
     return [torch.randint(3, 97, (n,), generator=g).tolist() for n in lengths]
+
+
+def relative(a, b):
+    """|a - b| / |b| over everything."""
+    return ((a - b).norm() / b.norm()).item()
+
+
+GAMMA = (0.3, -0.2, 0.4)
+
+
+def lrt(pathway="both", hf=None, seed=0, size=0.15, **how):
+    """A tiny LRT with random weights in every pathway that is on."""
+    model = attach_lrt(hf if hf is not None else tiny("llama"), pathway=pathway, **how)
+    g = torch.Generator().manual_seed(seed)
+    weights = model.kind.weights()
+    drawn = {name: size * torch.randn(w.shape, generator=g, dtype=w.dtype) for name, w in weights.items()}
+    if "gamma" in drawn:
+        drawn["gamma"] = torch.tensor(GAMMA, dtype=torch.float64)
+    model.kind = model.kind.with_weights(drawn)
+    return model

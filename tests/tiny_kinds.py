@@ -4,7 +4,7 @@ import importlib
 from dataclasses import replace
 
 import torch
-from test_lrt import lrt
+from tiny import lrt
 from tiny_capture import recipe_for, tiny_llama, word_tokenizer, write_questions
 
 from sst_interp.models.model import attach, attach_looped

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from sst_interp.bridges.parallel_hooks import read_sequentially
 from sst_interp.errors import SSTError
-from sst_interp.models.generation import Generation, check_iterations, generate
+from sst_interp.models.choices import check_iterations
+from sst_interp.models.generation import Generation, generate
 from sst_interp.models.hooks import SITES, Site, Visit, alike
 from sst_interp.models.model import Prompt, Prompts, StateStreamModel, check_stop, listed
 

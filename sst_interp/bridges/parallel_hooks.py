@@ -17,9 +17,8 @@ from torch import Tensor
 from sst_interp.errors import SSTError
 from sst_interp.models.cache import Access
 from sst_interp.models.hooks import Hook
-from sst_interp.models.solvers.sequential import advance
-from sst_interp.models.solvers.solution import TOLERANCE, relative_change
-from sst_interp.models.solvers.solve import solve_exactly
+from sst_interp.models.solvers import solve_exactly
+from sst_interp.models.solvers.sequential import TOLERANCE, advance, relative_change
 from sst_interp.models.stream import Recurrence, Stream, stack_pass
 
 
@@ -75,9 +74,11 @@ def read_in_parallel(
     for _ in range(positions + 1):  # k passes make the first k positions exact
         outputs, state = [], incoming
         for number in range(1, iterations + 1):
-            has_state = (columns > 0 if number == 1 else columns >= 0).expand(rows, -1)
+            has_state = model.kind.has_state(columns, stream.origin[:, None], number)
             access = _access(number, iterations, model.choices.kv)
-            y, state = stack_pass(hooked, stream, tokens, columns, state, has_state, access, hook(0, number))
+            y, state = stack_pass(
+                hooked, stream, tokens, columns, state, has_state, access, hook(0, number), number
+            )
             outputs.append(y)
         now = torch.stack(outputs, dim=3)
         if float(relative_change(now, before).max()) < TOLERANCE[model.backbone.dtype]:

@@ -30,7 +30,8 @@ from sst_interp.bridges.asked import Method, NamesFilter, refuse_options
 from sst_interp.bridges.parallel_hooks import read_in_parallel, read_sequentially
 from sst_interp.bridges.points import Now, Placed, firing, twin_of
 from sst_interp.errors import SSTError, unknown_name
-from sst_interp.models.generation import Generation, check_iterations, generate
+from sst_interp.models.choices import check_iterations
+from sst_interp.models.generation import Generation, generate
 from sst_interp.models.hooks import SITES, Site, Visit, alike
 from sst_interp.models.model import Prompts, StateStreamModel, check_stop
 from sst_interp.models.stream import Recurrence

@@ -33,7 +33,7 @@ from sst_interp.errors import SSTError, Untestable
 from sst_interp.experiments.kinds import SHOWN, open_together
 from sst_interp.models.loading import load
 from sst_interp.models.model import StateStreamModel
-from sst_interp.models.solvers.solution import TOLERANCE
+from sst_interp.models.solvers.sequential import TOLERANCE
 from sst_interp.models.solvers.sweeps import solve_by_sweeps
 from sst_interp.questions import load_questions
 from sst_interp.runs.run import Run

@@ -1,13 +1,13 @@
 """A backbone: a pretrained decoder LM taken apart at the points the stream needs, and checked.
 
-Knows Hugging Face module names and nothing about the stream. A layer is two branches that each read the
-residual and add to it; the point between them is TransformerLens' `resid_mid`, where the blend goes in:
+It knows Hugging Face module names and nothing about the stream. A layer is two branches that each read the
+residual and add to it; between them is TransformerLens' `resid_mid`, where the blend goes in:
 
     m = x + attention_branch(x)
     y = m + ffn_branch(m)
 
-Families differ in the names of their norms and in whether a branch is normed again on its way out, so
-the parts are found by name and then *validated by numbers*: put together again without a blend they must
+Families differ in the names of their norms and in whether a branch is normed again on its way out. So the
+parts are looked up by name and then *validated by numbers*: put together again without a blend, they must
 give the model's own layer outputs and logits bit for bit, or the model is refused.
 """
 
@@ -68,7 +68,7 @@ class Layer:
 
 
 class Backbone:
-    """A Hugging Face causal LM seen as embed, layers, unembed.
+    """A Hugging Face causal LM as embed, layers, unembed.
 
     Args:
         model: any `AutoModelForCausalLM` of a supported family, in memory. It is put into eval mode.
@@ -155,26 +155,18 @@ class Backbone:
         return dict.fromkeys(kinds, self._rotary(x, position_ids))
 
     def unembed(self, y: Float[Tensor, "... d_model"]) -> Float[Tensor, "... vocab"]:
-        """Logits from a residual: final norm, unembedding, soft cap. On the last layer's output these are
-        the model's logits; on an earlier layer's they are its *logit lens*.
-        """
+        """Final norm, unembedding, soft cap: the model's logits, or an earlier layer's *logit lens*."""
         logits = self.model.get_output_embeddings()(self.final_norm(y))
         cap = getattr(self.config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     @property
     def content_hash(self) -> str:
-        """Which backbone this is: see `content_hash`. Computed from the weights as they are now, each time
-        (0.13 s for 135 million of them), because they may be edited after the model is attached.
-        """
+        """`content_hash` of the weights as they are now: they may be edited after the model is attached."""
         return content_hash(self.model)
 
     def refuse_dropout(self) -> None:
-        """Raise if the model was put back into training mode and has dropout: its states would be random.
-
-        Raises:
-            SSTError: a module drops out values.
-        """
+        """Raise SSTError if the model was put back into training mode and a module drops out values."""
         for name, module in self.model.named_modules():
             if module.training and (rate := dropout_rate(module)):
                 raise SSTError(
@@ -185,7 +177,7 @@ class Backbone:
 
     @contextmanager
     def naming_weights(self) -> Iterator[None]:
-        """States that overflow inside are put down to a weight that is not finite, if there is one."""
+        """If states overflow inside, an error names the weight that is not finite, if there is one."""
         try:
             yield
         except SSTError:
@@ -193,15 +185,7 @@ class Backbone:
             raise
 
     def refuse_nonfinite(self, values: Tensor) -> None:
-        """Raise if computed values are not finite, naming the cause.
-
-        Args:
-            values: states or logits of any shape.
-
-        Raises:
-            SSTError: a weight is not finite (it was edited after the model was attached), or the states grew
-                beyond the dtype.
-        """
+        """Raise SSTError if computed states or logits are not finite, because of a weight or an overflow."""
         if not bool(torch.isfinite(values).all()):
             refuse_nonfinite(self.model)
             raise SSTError(
@@ -211,9 +195,7 @@ class Backbone:
 
     @torch.no_grad()
     def validate(self) -> None:
-        """Put the parts together again without a blend: every layer output and the logits must be the
-        model's own, bit for bit.
-        """
+        """Raise SSTError unless the parts, put together again, give the model's own outputs bit for bit."""
         n = min(8, self.max_length or 8, self.window or 8)
         tokens = (torch.arange(2 * n, device=self.device).view(2, n) * 37 + 11) % self.config.vocab_size
         seen: list[Tensor] = []
@@ -270,7 +252,7 @@ class Backbone:
 
 
 def take_apart(family: str, block: Any, kind: str) -> Layer:
-    """Find a decoder layer's parts by the names its family uses.
+    """A decoder layer's parts, by the names its family uses.
 
     Raises:
         SSTError: a part is missing (an encoder layer, parallel residual, norms after the branch only).
@@ -304,9 +286,7 @@ def take_apart(family: str, block: Any, kind: str) -> Layer:
 
 
 def content_hash(model: nn.Module) -> str:
-    """sha256 over every weight's name, shape and values: which model this is. Values are rounded to bfloat16
-    first, so that it is the same model in every dtype it is loaded in.
-    """
+    """sha256 of every weight's name, shape and values, rounded to bfloat16: it is the same in every dtype."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(value.shape)}\n".encode())
@@ -316,22 +296,18 @@ def content_hash(model: nn.Module) -> str:
 
 
 def dropout_rate(module: nn.Module) -> float:
-    """The share of values that a module drops out in training mode: its own, not its children's."""
+    """The share of values that a module itself, not its children, drops out in training mode."""
     rates = [v for k, v in vars(module).items() if "drop" in k and isinstance(v, float)]
     return max([module.p, *rates] if isinstance(module, _DropoutNd) else rates, default=0.0)
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, in one line of at most 300 characters."""
+    """The first line of an exception's message, at most 300 characters."""
     return next((line.strip()[:300] for line in str(error).splitlines() if line.strip()), "no reason given")
 
 
 def refuse_other_objects(model: object) -> None:
-    """Raise for what is not a causal LM with all its weights in memory.
-
-    Raises:
-        SSTError: with what it is instead.
-    """
+    """Raise SSTError for anything but a causal LM with all its weights in memory."""
     hint = "pass what AutoModelForCausalLM.from_pretrained(...) returns"
     kind = type(model).__name__
     if not isinstance(model, nn.Module):
@@ -347,7 +323,7 @@ def refuse_other_objects(model: object) -> None:
 
 
 def refuse_nonfinite(model: nn.Module) -> None:
-    """Raise if any weight is NaN or infinite, naming the first such tensor."""
+    """Raise SSTError if any weight is NaN or infinite."""
     for name, value in model.state_dict().items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise SSTError(

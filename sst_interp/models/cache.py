@@ -1,8 +1,8 @@
 """Keys and values of a batch of token sequences, one entry per column, overwritten by each iteration.
 
 Hugging Face's `DynamicCache` appends, so a second iteration at a position would leave two entries there.
-Here columns are allocated once and written in place. An attention module sees an object with the cache's
-`update` method; which keys it gets back is the pass's `Access`.
+Here columns are allocated once and written in place. An attention module gets an object with the cache's
+`update` method (`View`); the pass's `Access` says which keys that returns.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ Access = Literal["write", "beside", "read"]
 
 `write`: store them in their columns and attend to the store (a plain forward, or the last iteration).
 `beside`: leave the store alone; attend to it strictly before the column, and to one's own beside it (an
-earlier iteration of many positions at once: everybody else is read as of *their* last iteration).
-`read`: leave the store alone and attend to it (the store is frozen after the first iteration)."""
+earlier iteration of many positions at once: every other position is read as of its last iteration).
+`read`: leave the store alone and attend to it (frozen after the first iteration)."""
 
 
 def put(target: Tensor, at: Tensor | slice, new: Tensor, dim: int) -> Tensor:
@@ -49,7 +49,7 @@ class KeyValues:
         self.values: list[Tensor | None] = [None] * n_layers
 
     def view(self, columns: Tensor | slice, end: int, access: Access) -> View:
-        """What one pass over `columns` sees: the store up to column `end`, with `access`."""
+        """The cache object of one pass over `columns`: the store up to column `end`."""
         return View(self, columns, end, access)
 
     def save_column(self, column: int) -> list[tuple[Tensor, Tensor]]:
@@ -67,18 +67,18 @@ class KeyValues:
             assert value is not None
             key[:, :, column], value[:, :, column] = k, v
 
-    def repeat(self, times: int) -> KeyValues:
-        """A copy with every row `times` over, copy by copy: rows 0..R-1, 0..R-1, ..."""
+    def take(self, rows: Tensor) -> KeyValues:
+        """An independent copy of these rows, in this order; a row may be named several times."""
         copy = KeyValues(len(self.keys), self.columns)
-        copy.keys = [k if k is None else k.repeat(times, 1, 1, 1) for k in self.keys]
-        copy.values = [v if v is None else v.repeat(times, 1, 1, 1) for v in self.values]
+        copy.keys = [k if k is None else k[rows] for k in self.keys]
+        copy.values = [v if v is None else v[rows] for v in self.values]
         return copy
 
 
 @dataclass(frozen=True)
 class View:
-    """The cache object handed to attention modules during one pass. Rows beyond the pass's are untouched,
-    so a pass over the first n rows of a batch needs no copy.
+    """The cache object that attention modules get during one pass. A pass over the first n rows of a batch
+    leaves the other rows untouched, and needs no copy.
     """
 
     store: KeyValues
@@ -90,10 +90,7 @@ class View:
         self, keys: Tensor, values: Tensor, layer_idx: int, *_args, **_kwargs
     ) -> tuple[Tensor, Tensor]:
         """Store and return keys and values [row, head, key, d_head], as `access` says."""
-        return (
-            self._one(self.store.keys, keys, layer_idx),
-            self._one(self.store.values, values, layer_idx),
-        )
+        return self._one(self.store.keys, keys, layer_idx), self._one(self.store.values, values, layer_idx)
 
     def _one(self, store: list[Tensor | None], new: Tensor, layer: int) -> Tensor:
         rows, heads, _, d_head = new.shape

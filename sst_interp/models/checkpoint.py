@@ -1,4 +1,4 @@
-"""A state stream on disk: its weights in safetensors, its choices and its backbone in JSON.
+"""A checkpoint on disk: a stream's weights, its choices, its backbone's name, and trained adapters.
 
 folder/stream.safetensors         SST: alpha [layer, d_model]; LRT: gamma, key, value, gates; looped: none
 folder/stream.json                kind, choices, whether there are adapters, and the backbone's name, revision
@@ -36,9 +36,7 @@ CONFIG, WEIGHTS = "stream.json", "stream.safetensors"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ADAPTERS = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 TRAINED_BY = "training.json"
-"""What a training leaves beside its checkpoint (`training.log`)."""
-NAME = r"[A-Za-z_][A-Za-z0-9_.]{0,199}"
-"""Names of modules that adapters may name: nothing that is also a regular expression."""
+"""Training leaves it beside its checkpoint."""
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -48,11 +46,8 @@ def is_checkpoint(folder: Path) -> bool:
 
 def checkpoint_folder(name: str | Path) -> Path | None:
     """Where the checkpoint of that name is: a folder, the user's, or a shipped one; None if nowhere."""
-    here = (Path(name), paths.checkpoints_dir() / str(name), paths.shipped("checkpoints") / str(name))
-    for folder in here:
-        if is_checkpoint(folder):
-            return folder
-    return None
+    places = (Path(name), paths.checkpoints_dir() / str(name), paths.shipped("checkpoints") / str(name))
+    return next(filter(is_checkpoint, places), None)
 
 
 def save_checkpoint(
@@ -65,9 +60,9 @@ def save_checkpoint(
     """Write a model's stream (not its backbone) to `folder`.
 
     Args:
-        backbone_name: what `sst.load` loads the backbone by: an asset, a hub id or a folder.
+        backbone_name: for `sst.load`: an asset, a hub id or a folder.
         adapters: the `peft.PeftModel` around the backbone, if adapters were trained with the stream.
-        content_hash: the backbone's, without the adapters; None takes the model's own.
+        content_hash: of the backbone without the adapters; None takes the model's own.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -98,10 +93,7 @@ def save_checkpoint(
 
 
 def read_checkpoint(folder: Path, kind: str | None = None) -> tuple[dict[str, Any], Kind, Choices]:
-    """(config, the stream with its weights, choices) of a checkpoint folder.
-
-    Args:
-        kind: the only kind that will do; None for any.
+    """(config, kind with its weights, choices) of a checkpoint folder; `kind` refuses any other kind.
 
     Raises:
         SSTError: a file is missing or damaged, or holds other tensors than it must; another kind; a newer
@@ -116,15 +108,15 @@ def read_checkpoint(folder: Path, kind: str | None = None) -> tuple[dict[str, An
     if isinstance(config, dict) and config.get("format", FORMAT) != FORMAT:
         written = shown(config["format"])
         raise SSTError(f"checkpoint {folder} has format {written}; this version reads {FORMAT}", "upgrade")
-    found = config.get("kind", "sst") if isinstance(config, dict) else "sst"
-    if not isinstance(found, str) or found not in kinds():
+    name = config.get("kind", "sst") if isinstance(config, dict) else "sst"
+    if not isinstance(name, str) or name not in kinds():
         raise SSTError(
-            f"checkpoint {folder} has an unknown kind {shown(found)}", "a newer version may know it"
+            f"checkpoint {folder} has an unknown kind {shown(name)}", "a newer version may know it"
         )
-    refuse_kind(folder, found, kind)
-    of = kind_named(found)
-    if set(weights) not in of.holds:
-        must = " or ".join(str(sorted(names)) for names in of.holds)
+    refuse_kind(folder, name, kind)
+    kind_class = kind_named(name)
+    if set(weights) not in kind_class.holds:
+        must = " or ".join(str(sorted(names)) for names in kind_class.holds)
         raise SSTError(
             f"checkpoint {folder} holds {sorted(weights)} where it must hold {must}", "fetch it again"
         )
@@ -137,11 +129,11 @@ def read_checkpoint(folder: Path, kind: str | None = None) -> tuple[dict[str, An
     for name, value in weights.items():
         if not value.is_floating_point():
             raise SSTError(f"checkpoint {folder}: {name} is of {value.dtype}, not real", "fetch it again")
-    return config, of.restore(weights, config), Choices.from_dict(config.get("choices", {}))
+    return config, kind_class.restore(weights, config), Choices.from_dict(config.get("choices", {}))
 
 
 def fingerprint(folder: Path) -> str:
-    """sha256 over everything that decides what a checkpoint computes: its stream, adapters and backbone.
+    """sha256 of a checkpoint's stream, adapters and backbone.
 
     Raises:
         SSTError: the checkpoint cannot be read.
@@ -156,13 +148,10 @@ def fingerprint(folder: Path) -> str:
 
 
 def refuse_other_adapters(folder: Path, config: dict[str, Any]) -> None:
-    """Raise if the adapters of a checkpoint are not there as a whole, or are not its own.
+    """Raise SSTError if an adapter file is missing, or lies in the folder of a checkpoint without adapters.
 
-    `stream.json` says whether there are any. Older ones do not: a trained checkpoint (`training.json`) always
-    has them, and of the two files there is none or both.
-
-    Raises:
-        SSTError: with the file that is missing, or that should not be there.
+    `stream.json` says whether there are any. Where an older one does not, a trained checkpoint
+    (`training.json`) has them, and of the two files there is none or both.
     """
     there = {name: (folder / name).is_file() for name in ADAPTERS}
     own = config.get("adapters")
@@ -192,9 +181,7 @@ def refuse_kind(name: str | Path, found: str, wanted: str | None) -> None:
 
 
 def add_adapters(model: nn.Module, rank: int, lora_alpha: int, targets: tuple[str, ...], seed: int) -> Any:
-    """Put fresh adapters on a model's linear layers, in place; everything else is frozen.
-
-    The adapters take the model's own dtype: an optimiser keeps what it trains in fp32 (`optimiser.MasterWeights`).
+    """Put fresh adapters, in the model's dtype, on its linear layers in place; the rest is frozen.
 
     Args:
         targets: ends of the names of the linear layers; empty for all but the unembedding.
@@ -242,7 +229,7 @@ def trainable(peft_model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def save_adapters(peft_model: Any, folder: Path, backbone_name: str) -> None:
-    """Write the adapters as `peft` does, with the backbone's name instead of where it happened to lie."""
+    """Write the adapters as `peft` does, with the backbone's name in place of its folder."""
     from peft import get_peft_model_state_dict
 
     weights: dict[str, Tensor] = {
@@ -263,11 +250,39 @@ def save_adapters(peft_model: Any, folder: Path, backbone_name: str) -> None:
     )
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """What `adapter_config.json` says of plain LoRA adapters, for `peft.LoraConfig`.
+NAME = r"[A-Za-z_][A-Za-z0-9_.]{0,199}"
+"""Names of modules that adapters may name: nothing that is also a regular expression."""
 
-    The file may come from anywhere, and PEFT acts on more of it than numbers: it loads tokenizers, imports
-    modules, and reads names as regular expressions. So it sees the numbers and plain names only.
+
+def _names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(v, str) and re.fullmatch(NAME, v) for v in value)
+
+
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 1_000_000
+
+
+PEFT_SETTINGS: dict[str, Callable[[Any], bool]] = {
+    "r": _count,
+    "lora_alpha": lambda v: isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v),
+    "target_modules": lambda v: _names(v) and len(v) > 0,
+    "exclude_modules": lambda v: v is None or _names(v),
+    "fan_in_fan_out": lambda v: isinstance(v, bool),
+    "use_rslora": lambda v: isinstance(v, bool),
+}
+"""Settings that PEFT is given, and what each may be."""
+IGNORED = (
+    "base_model_name_or_path", "inference_mode", "lora_dropout", "peft_type", "peft_version", "revision",
+    "task_type",
+)  # fmt: skip
+"""Settings that do not matter once adapters are merged."""
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The settings of plain LoRA adapters in `adapter_config.json`, for `peft.LoraConfig`.
+
+    The file may come from anywhere, and PEFT would load tokenizers, import modules and read names as regular
+    expressions that it names. So PEFT is given numbers and plain names only.
 
     Raises:
         SSTError: another type than LORA, or a setting that is neither a known number nor PEFT's default.
@@ -283,47 +298,26 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder / ADAPTER_CONFIG} is nested too deeply", "fetch or train the adapters again"
         ) from None
     if not isinstance(given, dict) or given.get("peft_type") != "LORA":
-        found = given.get("peft_type") if isinstance(given, dict) else None
+        written = given.get("peft_type") if isinstance(given, dict) else None
         raise SSTError(
-            f"{folder / ADAPTER_CONFIG}: the adapters are of type {shown(found)}, not 'LORA'", hint
+            f"{folder / ADAPTER_CONFIG}: the adapters are of type {shown(written)}, not 'LORA'", hint
         )
     usual = LoraConfig().to_dict()
     for key, value in given.items():
-        fits = READ[key](value) if key in READ else key in ABOUT or value in (None, False, {}, usual.get(key))
+        if key in PEFT_SETTINGS:
+            fits = PEFT_SETTINGS[key](value)
+        else:
+            fits = key in IGNORED or value in (None, False, {}, usual.get(key))
         if not fits:
             raise SSTError(f"{folder / ADAPTER_CONFIG}: {shown(key)} = {shown(value)} is not read", hint)
-    return {key: given[key] for key in READ if key in given} | {"task_type": "CAUSAL_LM"}
-
-
-def _names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(v, str) and re.fullmatch(NAME, v) for v in value)
-
-
-def _count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 1_000_000
-
-
-READ: dict[str, Callable[[Any], bool]] = {
-    "r": _count,
-    "lora_alpha": lambda v: isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v),
-    "target_modules": lambda v: _names(v) and len(v) > 0,
-    "exclude_modules": lambda v: v is None or _names(v),
-    "fan_in_fan_out": lambda v: isinstance(v, bool),
-    "use_rslora": lambda v: isinstance(v, bool),
-}
-"""Settings that PEFT is given, and what each may be."""
-ABOUT = (
-    "base_model_name_or_path", "inference_mode", "lora_dropout", "peft_type", "peft_version", "revision",
-    "task_type",
-)  # fmt: skip
-"""Settings that change nothing about adapters that are merged."""
+    return {key: given[key] for key in PEFT_SETTINGS if key in given} | {"task_type": "CAUSAL_LM"}
 
 
 def merge_adapters(model: nn.Module, folder: Path) -> nn.Module:
-    """The model with the adapters of `folder` added to its weights. Without any, the model itself.
+    """The model with the adapters of `folder` added to its weights. Without adapters, the model itself.
 
     Raises:
-        SSTError: the adapters are damaged, no plain LoRA, or not exactly those that the model has places for.
+        SSTError: the adapters are damaged, are not plain LoRA, or do not fit the model.
     """
     if not (folder / ADAPTER_CONFIG).is_file():
         return model

@@ -1,14 +1,14 @@
-"""What the paper leaves open: one field per choice, a documented default, recorded in every capture.
+"""What the paper leaves open, one field per choice, each with a default and recorded in every capture.
 
-The formulas these choices select are in `sst_interp.models.stream`; the comparisons in `analyses`.
+Beside them stand the checks of numbers, depths and weights that a person gives.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ MAX_DEPTH = 127
 Comparison = Literal["teacher_forced", "within", "free_running"]
 COMPARISONS: tuple[Comparison, ...] = get_args(Comparison)
 BEFORE = {"replayed": "teacher_forced", "free": "free_running", "handoff": "initial_guess"}
-"""Names of version 0.1 -> today's: old runs, recipes and checkpoints are read with them."""
+"""Names of version 0.1 -> today's, for old runs, recipes and checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Choices:
 
     overlap: Literal["cosine", "relative_l2", "lens_jaccard"] = "cosine"
     """Similarity of two hidden states. `relative_l2`: 1 - |b - a| / |a|. `lens_jaccard`: Jaccard index of
-    their logit-lens top-100 token sets (costs one unembedding per layer, so it is measured on request)."""
+    their logit-lens top-100 token sets (it costs one unembedding per layer)."""
 
     comparison: Comparison = "teacher_forced"
     """The comparison a summary leads with. All three are always measured, and never pooled."""
@@ -58,12 +58,11 @@ class Choices:
     labelled as the paper's, where the distribution has one mode), or a fixed number."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value, allowed = getattr(self, field.name), _ALLOWED.get(field.name)
-            if allowed is not None and value not in allowed:
+        for name, allowed in _ALLOWED.items():
+            if (value := getattr(self, name)) not in allowed:
                 raise SSTError(
-                    f"choice {field.name} = {value!r} is not one of {', '.join(map(repr, allowed))}",
-                    f"for example {field.name} = {allowed[0]!r}",
+                    f"choice {name} = {value!r} is not one of {', '.join(map(repr, allowed))}",
+                    f"for example {name} = {allowed[0]!r}",
                 )
         if self.threshold != "antimode" and (
             not isinstance(self.threshold, int | float)
@@ -92,6 +91,31 @@ class Choices:
         return asdict(self)
 
 
+_ALLOWED: dict[str, tuple[Any, ...]] = {
+    name: get_args(hint) for name, hint in get_type_hints(Choices).items() if get_origin(hint) is Literal
+}
+
+TRAINED = ("carry", "blend", "kv", "initial_guess")
+"""Choices that a checkpoint is trained with."""
+
+ANALYSIS = ("comparison", "threshold")
+"""Choices that only matter when a run is read: changing them needs no new capture."""
+
+
+def check_choices(choices: Any) -> Choices:
+    """The choices that were given, or the defaults for None.
+
+    Raises:
+        SSTError: something else than `Choices` was given.
+    """
+    if choices is not None and not isinstance(choices, Choices):
+        raise SSTError(
+            f"choices = {shown(choices)} is a {type(choices).__name__}, not Choices",
+            'for example choices=Choices(prompt="blend_off"); Choices.from_dict reads a dictionary',
+        )
+    return choices or Choices()
+
+
 def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
     """`value` as an int, if it is a whole number from `low` to `high`: Python's, NumPy's, or a tensor's.
 
@@ -112,41 +136,24 @@ def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
     return number
 
 
+def check_iterations(depths: Iterable[Any], name: str = "iterations") -> list[int]:
+    """Depths as ints.
+
+    Raises:
+        SSTError: there are none, or one is not a whole number from 1 to 127.
+    """
+    if isinstance(depths, str) or not isinstance(depths, Iterable):
+        raise SSTError(f"{name} = {shown(depths)} is not a list of depths", f"for example {name} = [1, 2]")
+    found = [whole(name, depth, 1, MAX_DEPTH) for depth in depths]
+    if not found:
+        raise SSTError(f"{name} names no depth", f"for example {name} = [1, 2]")
+    return found
+
+
 def shown(value: Any) -> str:
     """A value as an error shows it: one short line."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def check_choices(choices: Any) -> Choices:
-    """The choices that were given, or the defaults for None.
-
-    Raises:
-        SSTError: something else than `Choices` was given.
-    """
-    if choices is not None and not isinstance(choices, Choices):
-        raise SSTError(
-            f"choices = {shown(choices)} is a {type(choices).__name__}, not Choices",
-            'for example choices=Choices(prompt="blend_off"); Choices.from_dict reads a dictionary',
-        )
-    return choices or Choices()
-
-
-TRAINED = ("carry", "blend", "kv", "initial_guess")
-"""Choices that a checkpoint is trained with."""
-
-ANALYSIS = ("comparison", "threshold")
-"""Choices that only matter when a run is read: changing them needs no new capture."""
-
-_ALLOWED: dict[str, tuple[Any, ...]] = {
-    "carry": ("layer_output", "ffn_output"),
-    "blend": ("convex", "additive"),
-    "prompt": ("exact", "blend_off", "two_pass"),
-    "kv": ("last", "first"),
-    "initial_guess": ("shift", "scan"),
-    "overlap": ("cosine", "relative_l2", "lens_jaccard"),
-    "comparison": COMPARISONS,
-}
 
 
 def as_weights(name: str, value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -1,32 +1,27 @@
 """Greedy generation at any depth, in batches of prompts of different length.
 
-`Decoder` is the loop's body: one position for all rows. `generate` drives it with each row's own text;
-the capture (`sst_interp.runs.capture`) drives it with several depths and texts side by side.
+`decode` is the loop's body: one position for all rows. `generate` runs it with each row's own text; the
+capture (`sst_interp.runs.capture`) runs it with several depths and texts side by side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from sst_interp.errors import SSTError
-from sst_interp.models.cache import KeyValues
-from sst_interp.models.choices import MAX_DEPTH, shown, whole
+from sst_interp.models.choices import check_iterations, shown, whole
 from sst_interp.models.halting import HaltingPolicy, Look
 from sst_interp.models.hooks import Edit, Hook, Visit, editing, refuse_unused
-from sst_interp.models.solvers.sequential import Iteration, advance
-from sst_interp.models.solvers.solution import Certificate
-from sst_interp.models.solvers.solve import prefill
+from sst_interp.models.solvers import prefill
+from sst_interp.models.solvers.sequential import Certificate, Iteration, advance
 from sst_interp.models.stream import Recurrence, Stream
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass
@@ -74,20 +69,6 @@ def check_room(model: Recurrence, prompt_tokens: int, max_new_tokens: int) -> No
         )
 
 
-def check_iterations(depths: Iterable[Any], name: str = "iterations") -> list[int]:
-    """Depths as ints.
-
-    Raises:
-        SSTError: there are none, or one is not a whole number from 1 to 127.
-    """
-    if isinstance(depths, str) or not isinstance(depths, Iterable):
-        raise SSTError(f"{name} = {shown(depths)} is not a list of depths", f"for example {name} = [1, 2]")
-    found = [whole(name, depth, 1, MAX_DEPTH) for depth in depths]
-    if not found:
-        raise SSTError(f"{name} names no depth", f"for example {name} = [1, 2]")
-    return found
-
-
 @torch.no_grad()
 def decode(
     model: Recurrence,
@@ -101,7 +82,7 @@ def decode(
     Args:
         tokens: [row] input tokens.
         depths: [row] on the CPU, descending.
-        hook: iteration -> what its pass asks.
+        hook: iteration -> the visit of its pass.
     """
     iterations = advance(model, stream, tokens, depths, hook)
     logits = [model.backbone.unembed(it.resid_post[-1]) for it in iterations]
@@ -129,7 +110,7 @@ def generate(
     Args:
         tokens: prompts, with `pad` columns of padding on the left.
         depths: one per row, or the policy that picks them at position 0.
-        hook: (position, iteration) -> what its pass asks, rows deepest first; instead of an `edit`.
+        hook: instead of an `edit`; rows are deepest first.
     """
     if not isinstance(depths, HaltingPolicy) and len(depths) != len(pad):
         raise SSTError(f"{len(depths)} depths for {len(pad)} prompts", "give one number, or one per prompt")
@@ -140,9 +121,10 @@ def generate(
                 f"{name} = {shown(given)} cannot be called", f"give a function, or leave {name} out"
             )
     check_room(model, tokens.shape[1], max_new_tokens)
+    columns = tokens.shape[1] + max_new_tokens - 1
     read: tuple[Stream, Certificate] | None = None
     if isinstance(depths, HaltingPolicy):
-        policy, stream = depths, model.new_stream(pad, tokens.shape[1] + max_new_tokens - 1)
+        policy, stream = depths, model.new_stream(pad, columns)
         read = stream, prefill(model, stream, tokens[:, :-1])
         depths = policy.depths(look_ahead(model, stream, tokens[:, -1], policy.looks)).tolist()
     depths = check_iterations(depths)
@@ -150,10 +132,10 @@ def generate(
     per_row = torch.tensor(depths)[order.cpu()]
     tokens, pad = tokens[order], pad[order]
     if read is None:
-        stream = model.new_stream(pad, tokens.shape[1] + max_new_tokens - 1)
+        stream = model.new_stream(pad, columns)
         certificate = prefill(model, stream, tokens[:, :-1])
     else:
-        stream, certificate = in_order(read[0], order), read[1]
+        stream, certificate = read[0].take(order), read[1]
     hook = hook if edit is None else editing(edit, order)
     new, stopped = _write(
         model, stream, tokens[:, -1], per_row, max_new_tokens, stop_tokens, order, observe, progress, hook
@@ -207,11 +189,11 @@ def generate_at_depths(
         None,
         progress,
     )
-    found = {}
+    by_depth = {}
     for k, depth in enumerate(ordered):
         here = slice(k * rows, (k + 1) * rows)
-        found[depth] = Generation(new[here], None, stopped[here], [depth] * rows, certificate)
-    return found
+        by_depth[depth] = Generation(new[here], None, stopped[here], [depth] * rows, certificate)
+    return by_depth
 
 
 def _write(
@@ -251,13 +233,12 @@ def _write(
 
 @torch.no_grad()
 def look_ahead(model: Recurrence, stream: Stream, tokens: Int[Tensor, " row"], iterations: int) -> Look:
-    """The next position of every row at this depth, computed on a copy: the stream stays where it is.
+    """The next position of every row at this depth, computed on a copy of the stream.
 
     Args:
-        model: the model.
         stream: the prompts, read up to their last token.
         tokens: each prompt's last token.
-        iterations: how many; 0 computes nothing, and the look is empty.
+        iterations: 0 computes nothing, and the look is empty.
     """
     if iterations == 0:
         b, rows = model.backbone, len(tokens)
@@ -267,11 +248,3 @@ def look_ahead(model: Recurrence, stream: Stream, tokens: Int[Tensor, " row"], i
     seen = [it.resid_post for it in advance(model, stream.repeat(1), tokens, iterations)]
     logits = [model.backbone.unembed(states[-1]) for states in seen]
     return Look(torch.stack(seen), torch.stack(logits))
-
-
-def in_order(stream: Stream, order: Int[Tensor, " row"]) -> Stream:
-    """A copy of the stream with its rows in another order."""
-    kv = KeyValues(len(stream.kv.keys), stream.kv.columns)
-    kv.keys = [k if k is None else k[order] for k in stream.kv.keys]
-    kv.values = [v if v is None else v[order] for v in stream.kv.values]
-    return Stream(kv, stream.state[:, order], stream.pad[order], stream.origin[order], stream.column)

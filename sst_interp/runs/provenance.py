@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sst_interp.assets.wheels import ASSET_MODELS
+from sst_interp.assets import ASSET_MODELS
 from sst_interp.errors import SSTError
 from sst_interp.models.checkpoint import checkpoint_folder, read_checkpoint
 from sst_interp.models.kinds import kinds

@@ -17,16 +17,16 @@ import torch
 from tqdm import tqdm
 
 from sst_interp import paths
-from sst_interp.assets.wheels import ASSET_MODELS, ASSETS, FOLDER_FORMAT
+from sst_interp.assets import ASSET_MODELS, ASSETS, FOLDER_FORMAT
 from sst_interp.errors import SSTError, unknown_name
 from sst_interp.files import check_place, read_json, read_table, replace_json, sha256, stage
 from sst_interp.files import put_in_place as publish
 from sst_interp.models.checkpoint import checkpoint_folder, fingerprint, read_checkpoint
-from sst_interp.models.choices import TRAINED, whole
-from sst_interp.models.generation import Step, check_iterations
+from sst_interp.models.choices import TRAINED, check_iterations, whole
+from sst_interp.models.generation import Step
 from sst_interp.models.loading import load
 from sst_interp.models.model import StateStreamModel
-from sst_interp.models.solvers.solve import solve_exactly
+from sst_interp.models.solvers import solve_exactly
 from sst_interp.models.solvers.sweeps import solve_by_sweeps
 from sst_interp.questions import Question, grade, load_questions
 from sst_interp.questions.datasets import load_items

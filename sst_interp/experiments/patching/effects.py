@@ -45,8 +45,8 @@ from sst_interp.models.cache import KeyValues
 from sst_interp.models.hooks import Site, Visit
 from sst_interp.models.measures import compare_outputs, cosine, read_out, wide
 from sst_interp.models.model import StateStreamModel
+from sst_interp.models.solvers import prefill
 from sst_interp.models.solvers.sequential import advance
-from sst_interp.models.solvers.solve import prefill
 from sst_interp.models.stream import Recurrence, Stream
 from sst_interp.runs.perturbations import generator
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sst_interp.errors import SSTError
 from sst_interp.models.kinds.lrt import MemoryDesign, Pathway
-from sst_interp.models.loading import PAPER_ALPHA
+from sst_interp.models.kinds.sst import PAPER_ALPHA
 from sst_interp.training.recipe import Method, TrainingRecipe
 
 

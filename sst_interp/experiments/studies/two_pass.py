@@ -29,11 +29,11 @@ from sst_interp.experiments.studies.study import Finding, Progress, Study, regis
 from sst_interp.experiments.table import Table
 from sst_interp.files import check_place
 from sst_interp.models.checkpoint import checkpoint_folder, read_checkpoint
+from sst_interp.models.kinds.sst import LayerBlend
 from sst_interp.models.loading import load
 from sst_interp.models.model import StateStreamModel
 from sst_interp.models.solvers.layerwise import solve_layerwise
-from sst_interp.models.solvers.sequential import advance
-from sst_interp.models.solvers.solution import relative_change
+from sst_interp.models.solvers.sequential import advance, relative_change
 from sst_interp.models.solvers.sweeps import solve_by_sweeps
 from sst_interp.models.stream import Recurrence
 from sst_interp.questions.datasets import load_items
@@ -145,7 +145,7 @@ class TwoPass(Study):
             backbone = model.backbone
             for condition in grid(backbone.n_layers) if self.conditions is None else self.conditions:
                 alpha = condition.weights(backbone.n_layers)
-                blended = StateStreamModel(backbone, model.tokenizer, alpha, model.choices, name)
+                blended = StateStreamModel(backbone, LayerBlend(alpha), model.tokenizer, model.choices, name)
                 yield blended, label, condition.layers, condition.schedules
             return
         yield model, label, "all", TWO_PASSES + CYCLIC

@@ -21,7 +21,7 @@ _KINDS: dict[str, type[Kind]] = {}
 
 
 def kind(name: str, words: str) -> Callable[[K], K]:
-    """Register a class as the kind of that name; `words` is what sentences call it.
+    """Register a class as the kind of that name; sentences call it `words`.
 
     Raises:
         SSTError: if another class has the name.

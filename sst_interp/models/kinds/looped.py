@@ -8,8 +8,8 @@ The recurrence over depth of the Universal Transformer (arXiv 1807.03819) on a p
     x_0(t, i) = e(t) + y_L(t, i-1)      # blend = "additive": the token is put in again ("input injection")
 
 This is the blend of an SST at the stack's input, with an alpha of 1. It has no weights, and at depth 1 it is
-the backbone bit for bit. Iterations attend, as those of the other kinds do, to the keys and
-values that `choices.kv` keeps of earlier positions: only by them does depth at one position reach the next.
+the backbone bit for bit. As in the other kinds, iterations attend to the keys and values that `choices.kv`
+keeps of earlier positions: only through them does depth at one position reach the next.
 (A Universal Transformer attends to those of the same iteration, and adds an embedding of the iteration.)
 """
 
@@ -32,7 +32,7 @@ from sst_interp.models.stream import Kind, Reading
 @kind("looped", "depth-looped model")
 @dataclass(frozen=True, eq=False)
 class Looped(Kind):
-    """The last layer's output is read by the first layer at the next iteration of the same position."""
+    """The first layer reads the last layer's output of the iteration before, at the same position."""
 
     own = "loop of its own"
 
@@ -49,7 +49,7 @@ class Looped(Kind):
         return self
 
     def has_state(self, columns: int | Int[Tensor, " position"], origin: Tensor, iteration: int) -> Tensor:
-        """From the second iteration on; the first never reads what another position left."""
+        """From the second iteration on; the first never reads another position's state."""
         return super().has_state(columns, origin, iteration) & (iteration > 1)
 
     def reading(
@@ -77,7 +77,7 @@ class Looped(Kind):
                 )
 
     def label(self) -> str:
-        """What it is: there are no weights to tell."""
+        """Its name: it has no weights."""
         return "looped"
 
     def __str__(self) -> str:

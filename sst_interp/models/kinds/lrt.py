@@ -1,9 +1,7 @@
 """The Latent Recurrent Transformer (arXiv 2605.26797) as a kind of stream: one state per position.
 
 Memory `m` at position `t`, iteration `i`, is the source layer's output at (t, i-1), or, when i = 1, of the
-last iteration at t-1; zeros at the first position. By default the source is the last layer, after the final
-norm.
-It is read on two pathways, each an option:
+last iteration at t-1; zeros at the first position. Layers read it on two pathways, each an option:
 
     residual:     x_l <- x_l + gamma_l * m                  # before layer l, one scalar per layer
     key/value:    k   <- g_loc * k + g_fb * (W_k m)         # before rotary embedding and QK norm
@@ -32,6 +30,49 @@ from sst_interp.models.hooks import Visit
 from sst_interp.models.kinds import kind
 from sst_interp.models.stream import Kind, Reading
 
+Pathway = Literal["residual", "kv", "both"]
+Projections = Literal["shared", "per_layer"]
+
+
+@dataclass(frozen=True)
+class MemoryDesign:
+    """The shape of a memory and its start: a training recipe's `[lrt]` table."""
+
+    source: int | None = None
+    """The layer whose output is the memory, from 0; left out, the last after the final norm."""
+
+    pathway: Pathway = "residual"
+    """Where the memory is read."""
+
+    gamma: float = 0.0
+    """Where every residual scalar starts. 0 leaves a pretrained backbone as it is; 0.1 is the published start
+    for training from scratch."""
+
+    projections: Projections = "shared"
+    """Whether all layers share W_k and W_v, or have their own."""
+
+    def __post_init__(self) -> None:
+        if self.source is not None and (type(self.source) is not int or self.source < 0):
+            raise SSTError(f"source layer {self.source!r} does not exist", "layers are counted from 0")
+        for key, allowed in (("pathway", Pathway), ("projections", Projections)):
+            if getattr(self, key) not in get_args(allowed):
+                raise SSTError(
+                    f"{key} = {shown(getattr(self, key))} is not one of {', '.join(get_args(allowed))}",
+                    f"for example {key} = {get_args(allowed)[0]!r}",
+                )
+        number = isinstance(self.gamma, int | float) and not isinstance(self.gamma, bool)
+        if not number or not abs(self.gamma) < float("inf"):
+            raise SSTError(f"gamma = {shown(self.gamma)} is not a finite number", "for example gamma = 0.1")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> MemoryDesign:
+        """From a recipe's table; an unknown key is an error with the nearest name."""
+        known = [field.name for field in fields(cls)]
+        for key in values:
+            if key not in known:
+                raise unknown_name("key of [lrt]", key, known)
+        return cls(**values)
+
 
 @kind("lrt", "Latent Recurrent Transformer")
 @dataclass(frozen=True, eq=False)
@@ -56,7 +97,7 @@ class Memory(Kind):
 
     @classmethod
     def start(cls, backbone: Backbone, alpha: Any = None) -> Memory:
-        """None: a memory is trained, or attached to a model by hand (SSTError)."""
+        """SSTError: a memory is trained, or attached to a model in memory."""
         raise SSTError(f"{backbone.family} has no memory", "sst.attach_lrt(hf_model, tokenizer) attaches one")
 
     @classmethod
@@ -69,7 +110,7 @@ class Memory(Kind):
         return {"source": self.source}
 
     def fit(self, backbone: Backbone) -> Memory:
-        """Weights of the shapes that `build_memory` makes, finite, in its dtype."""
+        """Weights like those of `build_memory`: their shapes and dtype, and finite."""
         shared = self.key is None or len(self.key) == 1 < backbone.n_layers
         design = MemoryDesign(self.source, self.pathway, 0.0, "shared" if shared else "per_layer")
         fresh = build_memory(design, backbone).weights()
@@ -137,8 +178,54 @@ class Memory(Kind):
         return not any(bool(value.any()) for value in self.weights().values())
 
 
+def build_memory(design: MemoryDesign, backbone: Backbone) -> Memory:
+    """Fresh weights for a backbone.
+
+    Raises:
+        SSTError: an unknown source layer, or a key/value pathway into attention that has no `k_proj`.
+    """
+    n, d = backbone.n_layers, backbone.d_model
+    if design.source is not None and design.source >= n:
+        raise SSTError(
+            f"source layer {design.source!r} does not exist: the model has {n} layers",
+            f"give 0 to {n - 1}, or leave it out for the last layer after the final norm",
+        )
+    wide = torch.promote_types(backbone.dtype, torch.float32)
+    how: dict[str, Any] = {"dtype": wide, "device": backbone.device}
+    gamma = None if design.pathway == "kv" else torch.full((n,), float(design.gamma), **how)
+    if design.pathway == "residual":
+        return Memory(design.source, gamma)
+    widths = {key_value_width(backbone.family, layer) for layer in backbone.layers}
+    if len(widths) > 1:
+        raise SSTError(
+            f"the layers of {backbone.family!r} have keys of different widths", 'pathway="residual"'
+        )
+    (width,) = widths
+    config = backbone.config
+    heads = width // (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    shape = (1 if design.projections == "shared" else n, width, d)
+    gates = torch.zeros(n, 2, 2, heads, d, **how)
+    return Memory(design.source, gamma, torch.zeros(shape, **how), torch.zeros(shape, **how), gates)
+
+
+def key_value_width(family: str, layer: Layer) -> int:
+    """Width of a layer's keys and of its values.
+
+    Raises:
+        SSTError: its attention does not project keys and values on their own, or not to the same width.
+    """
+    projections = [getattr(layer.attention, name, None) for name in ("k_proj", "v_proj")]
+    widths: set[Any] = {getattr(module, "out_features", None) for module in projections}
+    if None in widths or len(widths) != 1:
+        raise SSTError(
+            f"family {family!r} has no key/value pathway: its attention has no `k_proj` and `v_proj` alike",
+            'pathway="residual" needs neither',
+        )
+    return int(widths.pop())
+
+
 class _Remembering(Reading):
-    """One pass's memory, zero where there is no state, and what the projections make of it."""
+    """Reads the memory of one pass, zero where there is no state, and its projections."""
 
     def __init__(self, kind: Memory, m: Tensor | None, has_state: Tensor | None, visit: Visit) -> None:
         self.kind, self.visit, self.given = kind, visit, m
@@ -190,7 +277,7 @@ class _Remembering(Reading):
 
 
 def _gated(gate: Float[Tensor, "2 head d_model"], fed: Tensor | None) -> Any:
-    """A hook on `k_proj` or `v_proj`: its output gated, and what is fed back added."""
+    """A hook on `k_proj` or `v_proj`: gates its output and adds the projected memory `fed`."""
 
     def hook(_module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
         h, heads = args[0], gate.shape[1]
@@ -202,100 +289,3 @@ def _gated(gate: Float[Tensor, "2 head d_model"], fed: Tensor | None) -> Any:
         return mixed.flatten(-2).to(out.dtype)
 
     return hook
-
-
-Pathway = Literal["residual", "kv", "both"]
-Projections = Literal["shared", "per_layer"]
-
-
-@dataclass(frozen=True)
-class MemoryDesign:
-    """What is decided before any weight is trained: a training recipe's `[lrt]` table."""
-
-    source: int | None = None
-    """The layer whose output is the memory, from 0; left out, the last after the final norm."""
-
-    pathway: Pathway = "residual"
-    """Where the memory is read."""
-
-    gamma: float = 0.0
-    """Where every residual scalar starts. 0 leaves a pretrained backbone as it is; 0.1 is the published start
-    for training from scratch."""
-
-    projections: Projections = "shared"
-    """Whether all layers share W_k and W_v."""
-
-    def __post_init__(self) -> None:
-        if self.source is not None and (type(self.source) is not int or self.source < 0):
-            raise SSTError(
-                f"source layer {self.source!r} does not exist",
-                "layers are counted from 0",
-            )
-        for key, allowed in (("pathway", Pathway), ("projections", Projections)):
-            if getattr(self, key) not in get_args(allowed):
-                raise SSTError(
-                    f"{key} = {shown(getattr(self, key))} is not one of {', '.join(get_args(allowed))}",
-                    f"for example {key} = {get_args(allowed)[0]!r}",
-                )
-        number = isinstance(self.gamma, int | float) and not isinstance(self.gamma, bool)
-        if not number or not abs(self.gamma) < float("inf"):
-            raise SSTError(f"gamma = {shown(self.gamma)} is not a finite number", "for example gamma = 0.1")
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> MemoryDesign:
-        """From a recipe's table; an unknown key is an error with the nearest name."""
-        known = [field.name for field in fields(cls)]
-        for key in values:
-            if key not in known:
-                raise unknown_name("key of [lrt]", key, known)
-        return cls(**values)
-
-
-def build_memory(design: MemoryDesign, backbone: Backbone) -> Memory:
-    """Fresh weights for a backbone.
-
-    Raises:
-        SSTError: an unknown source layer, or a key/value pathway into attention that has no `k_proj`.
-    """
-    n, d = backbone.n_layers, backbone.d_model
-    if design.source is not None and design.source >= n:
-        raise SSTError(
-            f"source layer {design.source!r} does not exist: the model has {n} layers",
-            f"give 0 to {n - 1}, or leave it out for the last layer after the final norm",
-        )
-    wide = torch.promote_types(backbone.dtype, torch.float32)
-    how: dict[str, Any] = {"dtype": wide, "device": backbone.device}
-    gamma = None if design.pathway == "kv" else torch.full((n,), float(design.gamma), **how)
-    if design.pathway == "residual":
-        return Memory(design.source, gamma)
-    widths = {key_value_width(backbone.family, layer) for layer in backbone.layers}
-    if len(widths) > 1:
-        raise SSTError(
-            f"the layers of {backbone.family!r} have keys of different widths", 'pathway="residual"'
-        )
-    (width,) = widths
-    heads = width // _d_head(backbone)
-    shape = (1 if design.projections == "shared" else n, width, d)
-    gates = torch.zeros(n, 2, 2, heads, d, **how)
-    return Memory(design.source, gamma, torch.zeros(shape, **how), torch.zeros(shape, **how), gates)
-
-
-def key_value_width(family: str, layer: Layer) -> int:
-    """Numbers per position that a layer's keys (and its values) have.
-
-    Raises:
-        SSTError: its attention does not project keys and values on their own, or not to the same width.
-    """
-    found = [getattr(layer.attention, name, None) for name in ("k_proj", "v_proj")]
-    widths: set[Any] = {getattr(module, "out_features", None) for module in found}
-    if None in widths or len(widths) != 1:
-        raise SSTError(
-            f"family {family!r} has no key/value pathway: its attention has no `k_proj` and `v_proj` alike",
-            'pathway="residual" needs neither',
-        )
-    return int(widths.pop())
-
-
-def _d_head(backbone: Backbone) -> int:
-    config = backbone.config
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -26,6 +26,9 @@ from sst_interp.models.hooks import Visit
 from sst_interp.models.kinds import kind
 from sst_interp.models.stream import Kind, Reading
 
+PAPER_ALPHA = 0.027
+"""Mean of the learned blend weights in arXiv 2605.00206."""
+
 
 def blend(
     m: Float[Tensor, "row position d_model"],
@@ -33,7 +36,7 @@ def blend(
     alpha: Float[Tensor, "... d_model"],
     choices: Choices,
 ) -> Float[Tensor, "row position d_model"]:
-    """The blend m~, computed in the wider of the two dtypes and rounded once; `alpha` 0 gives `m` exactly."""
+    """m~, computed in the wider of the dtypes and rounded once; `alpha` 0 gives `m` exactly."""
     keep = (1 - alpha) * m if choices.blend == "convex" else m
     return (keep + alpha * s).to(m.dtype)
 
@@ -41,7 +44,7 @@ def blend(
 @kind("sst", "State Stream Transformer")
 @dataclass(frozen=True, eq=False)
 class LayerBlend(Kind):
-    """The State Stream Transformer: every layer's output is carried, and blended in after its attention."""
+    """Every layer's output is carried, and blended in after its attention."""
 
     alpha: Float[Tensor, "layer d_model"]
     """Blend weights in [0, 1]. `fit` also takes a number, and a number per layer [layer]."""
@@ -52,8 +55,9 @@ class LayerBlend(Kind):
 
     @classmethod
     def start(cls, backbone: Backbone, alpha: Any = None) -> LayerBlend:
-        """With the alpha that was asked for; without one the blend is off."""
-        return cls(0.0 if alpha is None else alpha).fit(backbone)
+        """With this alpha; None turns the blend off."""
+        given: Any = 0.0 if alpha is None else alpha
+        return cls(given).fit(backbone)
 
     def fit(self, backbone: Backbone) -> LayerBlend:
         """`alpha` as [layer, d_model] in fp32 (fp64 for a float64 backbone), checked."""
@@ -92,14 +96,14 @@ class LayerBlend(Kind):
         self, choices: Choices, state: Tensor | None, has_state: Tensor | None, visit: Visit
     ) -> Reading:
         """The blend, where there is a state."""
-        return (
-            Reading() if state is None else _Blending(self.alpha, choices, state.unbind(0), has_state, visit)
-        )
+        if state is None:
+            return Reading()
+        return _Blending(self.alpha, choices, state.unbind(0), has_state, visit)
 
     def next_state(
         self, backbone: Backbone, choices: Choices, resid_post: Tensor, ffn: list[Tensor]
     ) -> Float[Tensor, "layer row position d_model"]:
-        """What `choices.carry` says (the layer outputs are the same tensor)."""
+        """The layers' outputs (the same tensor), or their FFN branches."""
         return torch.stack(ffn) if choices.carry == "ffn_output" else resid_post
 
     def __str__(self) -> str:

@@ -5,17 +5,17 @@ a chain through the FFN alone,
 
     y_t = G(m_t, y_(t-1)),   G(m, s) = u + FFN(norm2(u)),   u = (1 - alpha) m + alpha s.
 
-The gradient lambda_t of the loss with respect to y_t is the same chain read backwards, and linear:
+The gradient lambda_t of the loss with respect to y_t is the same chain read backwards, and linear; the layers
+above hand down g_t:
 
-    lambda_t = g_t + (dG_(t+1) / ds)^T lambda_(t+1),
+    lambda_t = g_t + (dG_(t+1) / ds)^T lambda_(t+1).
 
-where g_t is what the layers above hand down. Both chains forget by a factor of about alpha (1 + gain) per
-link. So the chain is cut into segments that run beside each other, each from a guess of the state before it
-(backwards: from nothing). Then what a segment hands on replaces the guess, and the first links of the next
-segment are mended, one link per *sweep*, until nothing moves. A few links are computed twice. All others are
-computed once, as they are token by token. There are never more sweeps than links, by when all is exact.
+Both chains forget by a factor of about alpha (1 + gain) per link. So the chain is cut into segments that run
+beside each other, each from a guess of the state before it (backwards: from nothing). Then the state that a
+segment hands on replaces the guess, and the first links of the next segment are mended, one link per *sweep*,
+until nothing moves. After as many sweeps as links all is exact.
 
-What is still missing at the seams is the residual that `Solver` reports. The definition is `sequential`:
+The residual that `Solver` reports is what is still missing at the seams. The definition is `sequential`:
 back-propagation through time. A stream whose state goes to another layer (LRT) cannot be solved so.
 """
 
@@ -40,9 +40,9 @@ from sst_interp.models.kinds.sst import blend
 from sst_interp.models.stream import Recurrence, attention_masks
 
 SHORTEST = 8
-"""Links of a segment, at least: shorter ones would be mended for as long as they are."""
+"""Fewest links of a segment: a shorter one would be mended throughout."""
 AT_ONCE = {"cpu": 128}
-"""Links that are computed together, so the number of segments: as few as the processor multiplies fast."""
+"""Links that are computed together, which is the number of segments, by device."""
 AT_ONCE_ELSEWHERE = 2048  # a guess: no other device was measured
 
 
@@ -52,7 +52,7 @@ class Solved(NamedTuple):
     sweeps: int
     """Links of every segment that were computed again."""
     residual: Tensor | float
-    """What the equations still miss: relative, root mean square over all links."""
+    """Error of the equations: relative, root mean square over all links."""
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Solver:
     sweeps: tuple[int, int] | None = None
     """Exactly so many, forwards and backwards, instead of a tolerance (fewer where that is exact)."""
     remember: bool = True
-    """Keep what the backward pass needs. False computes each layer again there: slower, less memory."""
+    """Keep the graphs for the backward pass. False computes each layer again there: slower, less memory."""
     at_once: int | None = None
     """Links that are computed together; None lets the device decide."""
     states: list[Solved] = field(default_factory=list)
@@ -73,10 +73,10 @@ class Solver:
     def line(self) -> dict[str, float]:
         """The worst layer's sweeps and residuals, forwards and backwards, for a log."""
         return {
-            f"{way}_{what}": max(float(getattr(solved, name)) for solved in found)
-            for way, found in (("state", self.states), ("adjoint", self.adjoints))
-            for what, name in (("sweeps", "sweeps"), ("residual", "residual"))
-            if found
+            f"{way}_{name}": max(float(getattr(solved, name)) for solved in layers)
+            for way, layers in (("state", self.states), ("adjoint", self.adjoints))
+            for name in Solved._fields
+            if layers
         }
 
     def settle(
@@ -111,16 +111,14 @@ def exact_states(
     origin: Int[Tensor, " row"] | None = None,
     until: Int[Tensor, " row"] | None = None,
 ) -> Float[Tensor, "row position d_model"]:
-    """The last layer's outputs at every position's last iteration, with the gradient that they have when they
-    are computed token by token.
+    """The last layer's outputs at every position's last iteration, with their exact gradient.
 
     Args:
-        solver: takes the record of this solution, and of its backward pass when that has run.
+        solver: records this solution, and its backward pass when that has run.
         iterations: depth of every position.
         pad: columns of padding on the left; None: none.
         origin: first column that takes part in the recurrence; None: the first that is no padding.
-        until: columns from here on are not computed (padding on the right; what no loss reads). Their
-            outputs mean nothing. None: all are.
+        until: columns from here on are not computed, and their outputs mean nothing. None: all are.
 
     Raises:
         SSTError: the state does not return to its own layer.
@@ -176,7 +174,8 @@ def exact_states(
 
 
 class Links(NamedTuple):
-    """Who computes when: the chains of all rows, one behind the other, cut into segments of equal length.
+    """The chains of all rows, one behind the other, cut into segments of equal length.
+
     Step `j` computes the `j`-th link of every segment.
     """
 
@@ -287,14 +286,14 @@ class Chain:
             """From the gradients of y and of what is handed on to that of the states that were read."""
             (m, s, alpha), *outputs = self.graph(step)
             given = [(o, g) for o, g in zip(outputs, gradients, strict=True) if g is not None]
-            found = torch.autograd.grad(
+            pulled = torch.autograd.grad(
                 [o for o, _ in given], [m, s, alpha, *self.parameters], [g for _, g in given],
                 retain_graph=True, materialize_grads=True,
             )  # fmt: skip
-            of_m[step] = found[0] if gradients[0] is not None else of_m[step] + found[0]
-            for total, part in zip(rest, found[2:], strict=True):
+            of_m[step] = pulled[0] if gradients[0] is not None else of_m[step] + pulled[0]
+            for total, part in zip(rest, pulled[2:], strict=True):
                 total += part
-            return found[1]
+            return pulled[1]
 
         carried = torch.zeros_like(g[0])
         for step in reversed(range(steps)):

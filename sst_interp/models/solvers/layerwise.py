@@ -22,7 +22,7 @@ from sst_interp.models.backbone import Layer
 from sst_interp.models.cache import Access
 from sst_interp.models.choices import Choices
 from sst_interp.models.kinds.sst import blend
-from sst_interp.models.solvers.solution import TOLERANCE, Certificate, Solution, relative_change
+from sst_interp.models.solvers.sequential import TOLERANCE, Certificate, Solution, relative_change
 from sst_interp.models.stream import Recurrence, Stream, attention_masks
 
 
@@ -66,11 +66,10 @@ def solve_layerwise(
     embedded = backbone.embed(tokens, position_ids)
     rotary = backbone.rotary(embedded, position_ids)
     # The entries that later positions see are written first; the other iterations then stand beside them.
-    kept_iteration = 0 if choices.kv == "first" else D - 1
-    order = [kept_iteration, *(i for i in range(D) if i != kept_iteration)]
-    access: list[Access] = ["write" if i == kept_iteration else "read" for i in range(D)]
-    if choices.kv == "last":
-        access = ["write" if i == D - 1 else "beside" for i in range(D)]
+    kept = 0 if choices.kv == "first" else D - 1
+    order = [kept, *(i for i in range(D) if i != kept)]
+    other: Access = "read" if choices.kv == "first" else "beside"
+    access: list[Access] = ["write" if i == kept else other for i in range(D)]
     masks = {
         way: attention_masks(backbone, stream.pad, columns, end, way, embedded.dtype) for way in set(access)
     }
@@ -87,10 +86,10 @@ def solve_layerwise(
             )
         m = (x + branch).reshape(rows, T * D, d)
         before = stream.state[index]
-        y, handed, *found = solve_chain(
+        y, handed, changes, dropped = solve_chain(
             layer, m, before, model.alpha[index], choices, real & has_state, tolerance
         )
-        swept.append(found)
+        swept.append((changes, dropped))
         x = y.view(rows, T, D, d)
         if keep:
             outputs.append(x)

@@ -16,8 +16,8 @@ just written: a sweep still costs one pass over all positions, but carries state
 more than one iteration per position two sources of keys and values are needed: at iteration i a position
 attends to the *last-iteration* entries of earlier positions and to its own current entry.
 
-To solve for the exact states of an SST, `layerwise` is several times cheaper; it needs the state to come
-from the layer it goes back to, which this solver does not, so that it is the exact solver of the other kinds.
+For the exact states of an SST `layerwise` is several times cheaper. It needs a state that returns to its own
+layer; this solver does not, so it is the exact solver of the other kinds.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sst_interp.models.cache import put
-from sst_interp.models.solvers.solution import TOLERANCE, Certificate, Solution, relative_change
+from sst_interp.models.solvers.sequential import TOLERANCE, Certificate, Solution, relative_change
 from sst_interp.models.stream import Recurrence, Stream, stack_pass
 
 
@@ -50,6 +50,9 @@ def solve_by_sweeps(
 ) -> Solution:
     """States of `tokens`, continuing `stream`, which afterwards stands behind them.
 
+    While gradients are enabled nothing is written in place, so that the result can be differentiated through
+    every pass, and with a fixed number of sweeps no residual is measured.
+
     Args:
         tokens: in columns `stream.column` onwards; left padding as `stream.pad` says.
         iterations: depth of every position.
@@ -57,15 +60,11 @@ def solve_by_sweeps(
         sweeps: exactly this many sweeps instead of a tolerance.
         tolerance: stop when the residual is below it; None takes the dtype's default. Never more sweeps
             than positions, by when every position is exact.
-        most: give up, unconverged, once more sweeps than this would be needed at the pace of the last ones;
-            None never does.
+        most: give up, unconverged, once more sweeps than this would be needed at the pace of the last ones.
         keep: return every layer's outputs (`resid_post`), not only the last layer's.
         check: positions whose incoming states are returned for `spot_check`.
-        watch: called after every pass, the first one without states included, with the positions it
-            computed and the last layer's outputs there [row, position, d_model].
-
-    While gradients are enabled (training) nothing is written in place, so that the result can be
-    differentiated through every pass, and with a fixed number of sweeps no residual is measured.
+        watch: called after every pass, also the first one without states, with its positions and the last
+            layer's outputs there [row, position, d_model].
 
     Raises:
         SSTError: states overflow (alpha too large for this backbone).
@@ -119,7 +118,7 @@ def solve_by_sweeps(
 def needs_more(residuals: list[float], tolerance: float, most: int | None) -> bool:
     """Whether it takes more than `most` sweeps, at the pace of the last two, to get below a tolerance.
 
-    Below a tolerance of 0 no pace leads: with `most` given that is always more.
+    No pace leads to a tolerance of 0: that is always more than `most`.
     """
     if most is None or len(residuals) < 3:
         return False
@@ -140,7 +139,9 @@ def _iterate(
             access = "write" if number == 1 else "read"
         else:
             access = "write" if number == iterations else "beside"
-        resid_post, state = stack_pass(model, stream, tokens, columns, state, has_state, access)
+        resid_post, state = stack_pass(
+            model, stream, tokens, columns, state, has_state, access, iteration=number
+        )
         outputs.append(resid_post)
     return outputs, state
 
