@@ -1,13 +1,11 @@
 """Answers (claims C10, C11): does thinking longer about every question help or break the answer?
 
 Accuracy at each flat depth; which right answers of the shallowest depth are broken at a deeper one and which
-wrong ones mended; and the best of the depths. The last is an *oracle*: it needs the right answer to choose
-the depth, so it is no policy. It is never below the best depth, and it rises with every further depth however
-random the answers are: four blind guesses at a question with four choices contain the right one in 68% of
-cases. Its controls stand beside it.
+wrong ones mended; and the best of the depths. The last is an *oracle*, not a policy: it needs the right
+answer to choose the depth, and it rises with every depth however random the answers are (four blind guesses
+among four choices contain the right one in 68% of cases). Its controls stand beside it.
 
-An answer that was not found (null) is wrong, and is an answer of its own where answers are compared: going
-from C to no answer is a change.
+A missing answer (null) is wrong, and is an answer of its own where answers are compared.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from scipy.stats import binom
+from numpy.typing import ArrayLike
 
 from sst_interp.analyses.contrast import Contrast
 from sst_interp.analyses.plots import BLUE, GREEN, GREY, ORANGE, SKY, VERMILLION, add_line, canvas
@@ -29,13 +27,14 @@ from sst_interp.analyses.statistics.bootstrap import (
     Interval,
     as_columns,
     cluster_bootstrap,
+    mean_over_questions,
     none_seen_bound,
     nothing,
     percent_text,
     points_text,
     questions_words,
 )
-from sst_interp.analyses.statistics.permutation import holm
+from sst_interp.analyses.statistics.permutation import holm, sign_test
 from sst_interp.errors import Untestable
 
 NO_ANSWER = -1
@@ -72,24 +71,19 @@ class Overthinking(Result):
     changed: Interval
     """Share of questions whose answer is another one at some depth."""
     oracle: Interval
-    """Share of questions that are right at some depth: an oracle over depths, not a policy."""
+    """Share of questions that are right at some depth. This and the next four: `Oracle`."""
     guessing: float
-    """The same for as many blind guesses as there are depths; NaN if answers are not lettered. (This and the
-    next three: `Oracle`.)"""
     unrelated: Interval
-    """The oracle were the depths' right answers unrelated."""
     blind: Interval
-    """The oracle had each new answer been a blind guess."""
     beyond_blind: Interval
-    """oracle - blind."""
     choices: int | None
     """How many lettered choices a question has; None: not lettered."""
     baseline: Interval
     """Accuracy of the matched baseline on the same questions, at its shallowest depth."""
     over_baseline: Interval
-    """oracle - baseline, and ..."""
+    """oracle - baseline."""
     base_over_baseline: Interval
-    """... accuracy at the base - baseline: what needs no oracle."""
+    """Accuracy at the base - baseline, which needs no oracle."""
     of_question: pd.DataFrame
     """Columns question, id, kind (right, broken, mended, wrong: base against deepest) and right_at, at how
     many depths it is right."""
@@ -113,13 +107,12 @@ class Overthinking(Result):
         answer = "Thinking longer changes accuracy by no more than chance."
         if self.p_value < 0.05:
             answer = f"Thinking longer {'costs' if self.broken > self.mended else 'gains'} right answers."
-        wrong = self.n_questions - self.right
-        words = (
-            f"{answer} {questions_words(self.n_questions)}: accuracy {percent_text(self.accuracy.estimate)} "
-        )
-        words += f"at depth {self.base}, {percent_text(self.deep_accuracy.estimate)} at depth {self.deepest} "
+        words = f"{answer} {questions_words(self.n_questions)}: accuracy "
+        words += f"{percent_text(self.accuracy.estimate)} at depth {self.base}, "
+        words += f"{percent_text(self.deep_accuracy.estimate)} at depth {self.deepest} "
         words += f"({points_text(self.difference)}). {self.broken} of {self.right} right answers are broken, "
-        words += f"{self.mended} of {wrong} wrong ones mended (exact McNemar p = {self.p_value:.2g})."
+        words += f"{self.mended} of {self.n_questions - self.right} wrong ones mended (exact McNemar "
+        words += f"p = {self.p_value:.2g})."
         if not self.broken and self.right:
             words += f" At most {percent_text(none_seen_bound(self.right))} of right answers break (95%)."
         words += f" The best of the depths, an oracle and not a policy, has {self.oracle.text(percent=True)}"
@@ -127,10 +120,8 @@ class Overthinking(Result):
             words += f"; had each new answer been a blind guess, {percent_text(self.blind.estimate)}"
         words += f"; were the depths unrelated, {percent_text(self.unrelated.estimate)}."
         if math.isfinite(self.baseline.estimate):
-            words += (
-                f" The matched baseline has {percent_text(self.baseline.estimate)}; depth {self.base} alone "
-            )
-            words += f"is {points_text(self.base_over_baseline)} from it."
+            words += f" The matched baseline has {percent_text(self.baseline.estimate)}; depth {self.base} "
+            words += f"alone is {points_text(self.base_over_baseline)} from it."
         if self.n_excluded:
             words += f" {questions_words(self.n_excluded)} without a row at every depth left out."
         return words
@@ -243,7 +234,7 @@ def overthinking(c: Contrast) -> Overthinking:
 
 
 def _beside_baseline(c: Contrast, answers: Answers) -> dict[str, Interval]:
-    """The accuracy of the baseline on the same records, and the oracle and the base depth less that."""
+    """Accuracy of the baseline on the same records, and the oracle and the base depth minus it."""
     names = ("baseline", "over_baseline", "base_over_baseline")
     beside = c.beside.get("baseline")
     table = None if beside is None else beside.get("questions")
@@ -260,7 +251,7 @@ def _beside_baseline(c: Contrast, answers: Answers) -> dict[str, Interval]:
 
 
 class Answers(NamedTuple):
-    """What was answered, of the questions that have a row at every depth."""
+    """The answers of the questions that have a row at every depth."""
 
     questions: np.ndarray
     """Index of each question in the run, ascending [question]."""
@@ -319,21 +310,16 @@ def _choices(questions: pd.DataFrame) -> int | None:
     return max(2, ord(max(seen)) - ord("A") + 1)
 
 
-def mcnemar(broken: np.ndarray | int, mended: np.ndarray | int) -> np.ndarray:
-    """Exact two-sided McNemar test: could as many be broken and mended by tossing a coin for each? [...]
-
-    The sign test of the questions that changed; 1 where none did.
-    """
-    few, both = np.minimum(broken, mended), np.asarray(broken) + np.asarray(mended)
-    return np.minimum(1.0, 2 * binom.cdf(few, both, 0.5))
+def mcnemar(broken: ArrayLike, mended: ArrayLike) -> np.ndarray:
+    """Exact two-sided McNemar test, the sign test of the questions that changed [...]; 1 where none did."""
+    return np.nan_to_num(sign_test(broken, mended), nan=1.0)
 
 
 def depths_permutation(correct: np.ndarray, resamples: int, seed: int = 0) -> float:
     """P-value of "depth makes no difference to accuracy": right and wrong permuted over depths in a question.
 
-    The statistic is the variance of the accuracy over depths (Cochran's Q, by permutation). It needs
-    questions that are right at some depths only; NaN if there are none. An oracle over depths is the same
-    after every such permutation, so it needs other controls (`oracle`).
+    The statistic is the variance of the accuracy over depths (Cochran's Q). NaN if no question is right at
+    some depths only.
     """
     mixed = correct[correct.any(axis=1) & ~correct.all(axis=1)].astype(np.int8)
     if not len(mixed):
@@ -381,10 +367,7 @@ def mean_of(
     values: np.ndarray, where: np.ndarray | None = None, resamples: int = RESAMPLES, seed: int = 0
 ) -> Interval:
     """Mean over questions, or over those of a mask: values [question]; the interval resamples questions."""
-    values = np.asarray(values, dtype=float)
-    values = values if where is None else values[where]
-    sums = np.stack([values, np.ones(len(values))], axis=1)
-    return cluster_bootstrap(sums, resamples=resamples, seed=seed)
+    return mean_over_questions(values if where is None else values[where], resamples, seed)
 
 
 class Oracle(NamedTuple):
@@ -423,19 +406,15 @@ def oracle(answers: Answers, resamples: int = RESAMPLES, seed: int = 0) -> Oracl
 def blind_oracle(answers: Answers) -> np.ndarray | None:
     """Chance per question that some depth would be right had each *new* answer been a blind guess [question].
 
-    The first depth keeps its answer. Every other answer that appears at a deeper depth is replaced by a
-    random one of the remaining choices, as many different ones as there were: a question answered C, B, B, D
-    gets two guesses out of three. What an oracle gains beyond this is not owed to merely changing the answer.
-
-    Returns:
-        None if answers are not lettered or not recorded.
+    The first depth keeps its answer. Every other answer is replaced by a random one of the remaining choices,
+    as many different ones as there were: C, B, B, D gets two guesses out of three. None if answers are not
+    lettered or not recorded.
     """
     if answers.codes is None or answers.choices is None:
         return None
     first = answers.codes[:, :1]
     ordered = np.sort(np.where(answers.codes == NO_ANSWER, first, answers.codes), axis=1)
-    different = 1 + (np.diff(ordered, axis=1) != 0).sum(axis=1)  # with the first, answered or not
+    guesses = (np.diff(ordered, axis=1) != 0).sum(axis=1)  # different answers, without the first
     without = answers.codes[:, 0] == NO_ANSWER
-    guesses = different - 1
     left = np.where(without, answers.choices, answers.choices - 1)
     return np.where(answers.correct[:, 0], 1.0, np.minimum(1.0, guesses / left))

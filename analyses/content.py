@@ -1,12 +1,10 @@
 """Do positions shift because of what is said there, or because of where they are? (claim C9)
 
-Measured along each question's text, questions being the unit: what the position index alone accounts for; and
-what goes with how far a position moved, beyond that: entropy and margin of the output there, the class of the
-token, and the same question in a second run with reshuffled choices. Each has a null that keeps the position:
-other questions at the same positions (`statistics.along_texts`).
-
-At a generated position one token is read (the one before it in the text) and one is emitted. What position 0
-reads is the last token of the prompt, which a run does not record.
+What goes with how far a position moved: the position index alone; and beyond that entropy and margin of the
+output there, the class of the token, and the same question in a second run with reshuffled choices. Questions
+are the unit, and the null keeps the position: other questions at the same positions
+(`statistics.along_texts`). At a generated position one token is read (the one before it) and one is emitted;
+position 0 reads the last token of the prompt, which a run does not record.
 """
 
 from __future__ import annotations
@@ -20,9 +18,9 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from sst_interp.analyses.contrast import READ, Contrast, Grid, pair_words, same_questions
+from sst_interp.analyses.contrast import READ, Contrast, Grid, same_questions
 from sst_interp.analyses.plots import Dot, dots, empty_figure
-from sst_interp.analyses.result import Result, analysis
+from sst_interp.analyses.result import Compared, analysis
 from sst_interp.analyses.statistics.along_texts import (
     LabelShare,
     Matched,
@@ -43,19 +41,17 @@ DISTANCE, SHIFTED = "distance", "shifted share"
 
 
 @dataclass(frozen=True, eq=False)
-class Content(Result):
-    """What goes with the size of the change along a text, in one comparison. Intervals resample questions."""
+class Content(Compared):
+    """What the size of the change along a text goes with. Intervals resample questions."""
 
-    comparison: str
+    named = "Position or content"
+    shown = "measures"
     kind: str
     """Which overlap."""
-    a: int
-    b: int
     threshold: float
     """Overlap below which a pair counts as shifted."""
     provenance: str
     """Where the threshold comes from."""
-    n_questions: int
     n_positions: int
     """(question, position) pairs."""
     measures: pd.DataFrame
@@ -68,21 +64,6 @@ class Content(Result):
     """Shift rate by token class: role (read or emitted), class, share, low, high, pairs, questions."""
     missing: dict[str, str]
     """Measures that are not testable here, and why."""
-
-    @property
-    def title(self) -> str:
-        """What was compared."""
-        return f"Position or content: {self.words}"
-
-    @property
-    def words(self) -> str:
-        """The comparison and its pair, in words."""
-        return pair_words(self.comparison, self.a, self.b)
-
-    @property
-    def table(self) -> pd.DataFrame:
-        """A row per measure and quantity."""
-        return self.measures
 
     def row(self, measure: str, of: str = DISTANCE) -> pd.Series | None:
         """One row of `measures`; None if there is none."""
@@ -136,7 +117,7 @@ class Content(Result):
             if np.isfinite(r["by_position"]):
                 alone.append(Dot(label, "other questions, same positions", r["by_position"], np.nan, np.nan))
         axis = "share of variance (position, classes), mean rank correlation (others)"
-        return dots("Position or content", self._subtitle, axis, [*rows, *alone], reference=0)
+        return dots("Position or content", self.subtitle, axis, [*rows, *alone], reference=0)
 
     def figures(self) -> dict[str, go.Figure]:
         """measures, and classes: shift rate by token class."""
@@ -148,13 +129,9 @@ class Content(Result):
             Dot(r["class"], f"token {r['role']}", r["share"], r["low"], r["high"])
             for r in self.classes.to_dict("records")
         ]
-        classes = dots(title, self._subtitle, "shifted share of pairs", each)
+        classes = dots(title, self.subtitle, "shifted share of pairs", each)
         classes.update_xaxes(tickformat=".0%", rangemode="tozero")
         return {"measures": self.figure(), "classes": classes}
-
-    @property
-    def _subtitle(self) -> str:
-        return f"{self.words}; {questions_words(self.n_questions)}"
 
 
 def interval_of(row: Mapping[Any, Any] | pd.Series) -> Interval:
@@ -210,12 +187,10 @@ def content(c: Contrast) -> Content:
         missing[row["measure"]] = row["note"]
     measures["p_holm"] = holm(measures["p_other"].to_numpy(dtype=float))
     return Content(
-        c.comparison,
-        c.kind,
-        c.a,
-        c.b,
-        c.threshold,
-        c.division.provenance,
+        **c.compared,
+        kind=c.kind,
+        threshold=c.threshold,
+        provenance=c.division.provenance,
         n_questions=len(grid.questions),
         n_positions=int(grid.there.any(axis=-1).sum()),
         measures=measures,
@@ -245,21 +220,16 @@ def matched_row(measure: str, of: str, tie: Matched) -> dict[str, object]:
 def _row(
     measure: str, of: str, share: Interval, by_position: float, p_circular: float, p_other: float
 ) -> dict[str, object]:
-    return {
+    row: dict[str, object] = {
         "measure": measure,
         "of": of,
         "estimate": share.estimate,
         "low": share.low,
         "high": share.high,
-        "by_position": by_position,
-        "beyond": math.nan,
-        "beyond_low": math.nan,
-        "beyond_high": math.nan,
-        "p_circular": p_circular,
-        "p_other": p_other,
-        "questions": share.n_questions,
-        "note": share.reason,
     }
+    row |= {"by_position": by_position, "beyond": math.nan, "beyond_low": math.nan, "beyond_high": math.nan}
+    row |= {"p_circular": p_circular, "p_other": p_other}
+    return row | {"questions": share.n_questions, "note": share.reason}
 
 
 def second_run(c: Contrast) -> tuple[tuple[np.ndarray, dict[str, np.ndarray]] | None, str]:

@@ -5,8 +5,8 @@
     c.grid.overlap                       # [question, position, layer]
     c.at(1, 2).threshold                 # another pair of iterations
 
-A contrast reads the run's tables one comparison at a time and keeps what it has read. Comparisons answer
-different questions: pooling them, or pooling depths, makes modes that are in none of them.
+Tables are read one comparison at a time. Comparisons and depths are never pooled: that makes modes which none
+of them has.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from sst_interp.analyses.result import pair_words
 from sst_interp.analyses.statistics.bootstrap import Resampling, ratio
 from sst_interp.analyses.statistics.modes import Modes, find_modes, question_histograms, to_v
 from sst_interp.errors import SSTError, Untestable, unknown_name
@@ -29,17 +30,17 @@ PAPER_THRESHOLD = 0.99
 """The paper's division between stable and shifted (arXiv 2605.00206)."""
 
 RESOLUTION = {"cosine": 1e-3, "relative_l2": 1e-2, "lens_jaccard": 0.1}
-"""Differences of overlap that count as none when modes are counted. Cosine: well above bf16 rounding
-through 30 to 60 layers, well below the paper's 0.01. A relative L2 of 0.01 to 0.04 is the same angle.
-Jaccard of two top-100 sets moves in steps of about 0.02, which must not be counted as modes."""
+"""Differences of overlap that count as none when modes are counted. Cosine: above bf16 rounding through 30 to
+60 layers, below the paper's 0.01. A relative L2 of 0.01 to 0.04 is the same angle. The Jaccard index of two
+top-100 sets moves in steps of about 0.02."""
 
 READ = ("entropy", "margin")
-"""What `steps` knows of a next-token distribution: entropy (nats) and margin (logits)."""
+"""What `steps` records of a next-token distribution: entropy (nats) and margin (logits)."""
 
 DEFAULT = Resampling()
 BESIDE = ("blend_off", "reshuffled", "baseline", "beyond", "lens")
-"""Roles of the runs that may stand beside a run: the start-up control, reshuffled choices, the matched
-baseline, depths beyond the run's, and the logit-lens overlap of some of its questions."""
+"""Roles of companion runs: the start-up control, reshuffled choices, the matched baseline, more depths, and
+the logit-lens overlap of some of the questions."""
 
 
 class Tables:
@@ -58,12 +59,12 @@ class Tables:
             SSTError: if a shard of it is damaged.
         """
         if name not in self._read or self._read[name][0] != comparison:
+            self._read.pop(name, None)  # one comparison is in memory at a time
             self._read[name] = (comparison, self._load(name, comparison))
         table = self._read[name][1]
         if not len(table):
-            raise Untestable(
-                f"the run has no {name}" + (f" of comparison {comparison!r}" if comparison else "")
-            )
+            of = f" of comparison {comparison!r}" if comparison else ""
+            raise Untestable(f"the run has no {name}{of}")
         return table
 
     def get(self, name: str, comparison: str | None = None) -> pd.DataFrame | None:
@@ -73,34 +74,26 @@ class Tables:
         except Untestable:
             return None
 
-    def empty(self, name: str) -> pd.DataFrame:
-        """A table without rows, with the columns that every run has."""
+    def _load(self, name: str, comparison: str | None) -> pd.DataFrame:
+        if hasattr(self.run, "table"):
+            if columns := [c for c in self.run.columns(name) if c not in IDS]:
+                return self.run.table(name, columns, comparison)
+        elif (table := getattr(self.run, name, None)) is not None and len(table):
+            return table if comparison is None else table[(table["comparison"] == comparison).to_numpy(bool)]
         columns = [c for c in TABLES[name].names if c not in OPTIONAL]
         return to_frame(TABLES[name].empty_table().select(columns))
 
-    def _load(self, name: str, comparison: str | None) -> pd.DataFrame:
-        if hasattr(self.run, "table"):
-            columns = [c for c in self.run.columns(name) if c not in IDS]
-            return self.run.table(name, columns, comparison) if columns else self.empty(name)
-        table = getattr(self.run, name, None)
-        if table is None or not len(table):
-            return self.empty(name)
-        if comparison is None:
-            return table
-        return table[(table["comparison"] == comparison).to_numpy(dtype=bool)]
-
 
 class Threshold(NamedTuple):
-    """Overlap below which a (position, layer) pair counts as shifted."""
+    """Overlap below which a (position, layer) pair counts as shifted, and where that comes from."""
 
     value: float
     provenance: str
-    """Where it comes from."""
 
 
 @dataclass(frozen=True, eq=False)
 class Contrast:
-    """One comparison of a run at one pair of depths (or iterations), and how it is to be judged."""
+    """One comparison of a run at one pair of depths (or iterations), with its overlap and threshold."""
 
     tables: Tables
     comparison: str
@@ -116,7 +109,7 @@ class Contrast:
     token_class: Callable[[Iterable[int]], list[str]] | None = None
     """Token ids -> names of their classes, if the tokens are known."""
     _deepest_modes: dict[Any, Modes] = field(default_factory=dict, repr=False)
-    """The modes of each comparison's deepest pair, which every contrast of the run shares: found once."""
+    """The modes of each comparison's deepest pair, shared by every contrast of the run."""
 
     @classmethod
     def of(
@@ -153,9 +146,8 @@ class Contrast:
         comparison = comparison or own.comparison
         if comparison not in COMPARISONS:
             raise unknown_name("comparison", comparison, COMPARISONS)
-        for role in beside or {}:
-            if role not in BESIDE:
-                raise unknown_name("role", role, BESIDE)
+        if unknown := set(beside or {}) - set(BESIDE):
+            raise unknown_name("role", min(unknown), BESIDE)
         companions = {role: Tables(other) for role, other in (beside or {}).items() if other is not None}
         return cls(
             Tables(run), comparison, None if a is None or b is None else (a, b), own, threshold,
@@ -171,9 +163,7 @@ class Contrast:
         return replace(self, comparison=comparison, pair=None)
 
     def of_companion(self, role: str) -> Contrast | None:
-        """The same contrast of the run that stands beside this one, at its own deepest pair; None without
-        such a run.
-        """
+        """The same contrast of a companion run, at its own deepest pair; None without such a run."""
         other = self.beside.get(role)
         return None if other is None else replace(self, tables=other, pair=None, beside={}, _deepest_modes={})
 
@@ -191,19 +181,24 @@ class Contrast:
 
     @property
     def b(self) -> int:
-        """Depth or iteration of the second state."""
+        """Of the second."""
         return self._pair[1]
 
     @cached_property
     def pairs_there(self) -> list[tuple[int, int]]:
         """The pairs (a, b) of this comparison that have rows, in order."""
         rows = self.all_rows
-        codes = np.unique(256 * rows["a"].to_numpy().astype(np.int32) + rows["b"].to_numpy())
-        return [(int(code) // 256, int(code) % 256) for code in codes]
+        codes = pd.unique(256 * rows["a"].to_numpy().astype(np.int16) + rows["b"].to_numpy())
+        return [divmod(code, 256) for code in sorted(codes.tolist())]
+
+    @property
+    def compared(self) -> dict[str, Any]:
+        """The comparison and its pair, as fields of a `result.Compared`."""
+        return {"comparison": self.comparison, "a": self.a, "b": self.b}
 
     @property
     def words(self) -> str:
-        """What a figure or a sentence says was compared: `teacher-forced, depth 1 against depth 4`."""
+        """`teacher-forced, depth 1 against depth 4`."""
         return pair_words(self.comparison, self.a, self.b)
 
     # Its rows
@@ -256,8 +251,8 @@ class Contrast:
     def division(self) -> Threshold:
         """The threshold between stable and shifted, and where it comes from.
 
-        It is that of the comparison, so the same at every pair of depths: the antimode of the deepest pair,
-        or the paper's 0.99 where that has one mode.
+        It is the same at every pair of depths: the antimode of the deepest pair, or the paper's 0.99 if that
+        has one mode.
         """
         if self.fixed is not None:
             return Threshold(float(self.fixed), "given")
@@ -289,9 +284,8 @@ class Contrast:
         """A row per (question, position), sorted: `layers`, `shifted` (how many of them), `lowest` overlap
         (NaN where any is) and `last`, that of the last layer.
         """
-        rows, values = self.rows, self.overlap
-        layer = rows["layer"].to_numpy()
-        codes, keys = pd.factorize(position_key(rows), sort=True)
+        values, layer = self.overlap, self.rows["layer"].to_numpy()
+        codes, keys = pd.factorize(position_key(self.rows), sort=True)
         lowest = np.full(len(keys), np.inf)
         with np.errstate(invalid="ignore"):
             np.minimum.at(lowest, codes, values)  # a NaN stays one
@@ -323,8 +317,8 @@ class Contrast:
 
     @cached_property
     def readings(self) -> pd.DataFrame:
-        """A row per (question, position): `entropy_a`, `entropy_b` (nats), `margin_a`, `margin_b` (logits) of
-        both next-token distributions; no rows where the run has no `steps`.
+        """A row per (question, position): `entropy_a`, `entropy_b` (nats), `margin_a`, `margin_b` (logits);
+        no rows if the run has no `steps`.
         """
         columns = ["question", "position", *(f"{name}_{side}" for name in READ for side in "ab")]
         steps = self.tables.get("steps")
@@ -339,8 +333,9 @@ class Contrast:
             cells = ("own", self.a, self.a), (text, self.b, self.b)
         sides = []
         for side, (of_text, of_depth, of_iteration) in zip("ab", cells, strict=True):
-            here = (depth == of_depth) & (iteration == of_iteration)
-            here &= (steps["text"] == of_text).to_numpy(dtype=bool)
+            here = (
+                (depth == of_depth) & (iteration == of_iteration) & (steps["text"] == of_text).to_numpy(bool)
+            )
             rows = steps.loc[here, ["question", "position", *READ]]
             sides.append(rows.rename(columns={name: f"{name}_{side}" for name in READ}))
         return sides[0].merge(sides[1], on=["question", "position"])[columns]
@@ -355,35 +350,27 @@ class Contrast:
         rows = self.rows[here]
         if rows.empty:
             raise SSTError(
-                f"question {question} has no pairs of comparison {self.comparison!r} between "
-                f"{self.a} and {self.b}",
+                f"question {question} has no pairs, {self.words}",
                 "questions are numbered from 0 in the run's questions table",
             )
-        values = rows.assign(
-            overlap=self.overlap[here], norm_ratio=(rows["norm_b"] / rows["norm_a"]).astype(float)
-        )
-        return QuestionMap(
-            *(values.pivot(index="position", columns="layer", values=v) for v in ("overlap", "norm_ratio"))
-        )
+        norms = (rows["norm_b"] / rows["norm_a"]).astype(float)
+        values = rows.assign(overlap=self.overlap[here], norm_ratio=norms).set_index(["position", "layer"])
+        return QuestionMap(values["overlap"].unstack(), values["norm_ratio"].unstack())
 
     @cached_property
     def _pair(self) -> tuple[int, int]:
         if self.pair is not None:
             return self.pair
-        deepest = [b for a, b in self.pairs_there if a == 1]
-        if not deepest:
-            raise Untestable(
-                f"no pairs of comparison {self.comparison!r} in this run", "capture at least two depths"
-            )
-        return 1, max(deepest)
+        deepest = max((b for a, b in self.pairs_there if a == 1), default=None)
+        if deepest is None:
+            raise Untestable(f"no pairs of comparison {self.comparison!r}", "capture at least two depths")
+        return 1, deepest
 
     def _at(self, table: pd.DataFrame, a: int, b: int) -> pd.DataFrame:
         keep = (table["a"].to_numpy() == a) & (table["b"].to_numpy() == b)
         if not keep.any():
-            raise Untestable(
-                f"no pairs of comparison {self.comparison!r} between {a} and {b}",
-                "`run.pairs` says which there are",
-            )
+            there = f"no pairs of comparison {self.comparison!r} between {a} and {b}"
+            raise Untestable(there, "`run.pairs` says which there are")
         return table[keep]
 
 
@@ -443,17 +430,10 @@ class Grid(NamedTuple):
         return self._replace(overlap=self.overlap[rows], questions=self.questions[rows])
 
     def where_also(self, other: Grid) -> Grid:
-        """The same, cut to the cells that `other` has, too, so that a longer text has no say.
-
-        The questions of `other` are this one's, in the same order.
-        """
-        mine, theirs = (
-            np.isin(a, b) for a, b in ((self.positions, other.positions), (other.positions, self.positions))
-        )
-        both = self.overlap[:, mine]
-        return self._replace(
-            overlap=np.where(other.there[:, theirs], both, np.nan), positions=self.positions[mine]
-        )
+        """The cells that `other`, a grid of the same questions in the same order, has too."""
+        mine, theirs = np.isin(self.positions, other.positions), np.isin(other.positions, self.positions)
+        both = np.where(other.there[:, theirs], self.overlap[:, mine], np.nan)
+        return self._replace(overlap=both, positions=self.positions[mine])
 
 
 class QuestionMap(NamedTuple):
@@ -469,8 +449,8 @@ def overlap_of(pairs: pd.DataFrame, kind: str = "cosine") -> np.ndarray:
 
     Args:
         pairs: rows of the `pairs` table.
-        kind: "cosine": cosine similarity, in [-1, 1]. "relative_l2": 1 - |b - a| / |a|, at most 1 and
-            without a lower bound. "lens_jaccard": Jaccard index of the logit-lens top-100 sets, in [0, 1].
+        kind: "cosine", in [-1, 1]; "relative_l2": 1 - |b - a| / |a|, at most 1; "lens_jaccard": Jaccard index
+            of the logit-lens top-100 sets.
 
     Raises:
         SSTError: if `kind` is unknown, or was not captured.
@@ -485,29 +465,16 @@ def overlap_of(pairs: pd.DataFrame, kind: str = "cosine") -> np.ndarray:
     return 1 - values if kind == "relative_l2" else values
 
 
-def pair_words(comparison: str, a: int, b: int) -> str:
-    """`teacher-forced, depth 1 against depth 4`: what a figure or a sentence says was compared."""
-    if comparison == "within":
-        return f"within one pass, iteration {a} against iteration {b}"
-    return f"{comparison_words(comparison)}, depth {a} against depth {b}"
-
-
-def comparison_words(comparison: str) -> str:
-    """The comparison as a reader says it."""
-    return {"teacher_forced": "teacher-forced", "free_running": "free-running"}.get(comparison, comparison)
-
-
 def position_key(rows: pd.DataFrame) -> np.ndarray:
-    """Question and position in one int64, in the order of both."""
+    """Question and position in one int64, in that order."""
     return (rows["question"].to_numpy(dtype=np.int64) << 32) | rows["position"].to_numpy(dtype=np.int64)
 
 
-def at_positions(table: pd.DataFrame, other: pd.DataFrame, how: str = "left") -> pd.DataFrame:
+def at_positions(table: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
     """`table` with the columns of `other` at the same question and position; NaN where there is none."""
-    keys = ["question", "position"]
-    typed = other.astype({key: "int64" for key in keys})
-    fresh = [c for c in typed.columns if c in keys or c not in table.columns]
-    return table.astype({key: "int64" for key in keys}).merge(typed[fresh], on=keys, how=how)  # type: ignore[arg-type]
+    keys = {"question": "int64", "position": "int64"}
+    fresh = [c for c in other.columns if c in keys or c not in table.columns]
+    return table.astype(keys).merge(other[fresh].astype(keys), on=[*keys], how="left")
 
 
 def same_questions(
@@ -518,8 +485,7 @@ def same_questions(
     Args:
         one: the grid of one run.
         other: of another run.
-        ids: the first run's `questions` table, to pair by the dataset's record id. Without both tables
-            questions are paired by their index in the run.
+        ids: the first run's `questions` table, to pair by record id; by index without both tables.
         other_ids: of the other run.
     """
     sides = []

@@ -1,13 +1,10 @@
-"""Divergence: when two depths' texts part, how much of the free-running shifts is that, and can it be foretold?
+"""Divergence: where do two depths' texts part, and how many of the free-running shifts come from that?
 
-In free-running each depth writes its own text. As soon as one token differs the two read different tokens, and
-their states differ for that reason alone. This says where that happens, how undecided the output was there,
-which share of the shifts lies after it, what is left of them on one text (teacher-forced), and whether the state
-at that position is one by which it could be told.
-
-The texts part at the position whose output first differs: both depths have read the same tokens up to and
-including it, and from the next position on they have not. Up to it teacher-forced and free-running are one and the same
-computation, so a shift there is not yet the text's doing.
+In free-running each depth writes its own text. Once a token differs, the two depths read different tokens,
+and their states differ for that reason alone. The texts part at the position whose output differs first: up
+to and including it both depths have read the same tokens, so teacher-forced and free-running are one
+computation there. Reported beside it: margin and entropy of the output there, the share of the shifts after
+it, how many are left teacher-forced (both depths on depth 1's text), and whether the overlap predicts it.
 """
 
 from __future__ import annotations
@@ -20,9 +17,9 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from sst_interp.analyses.contrast import Contrast, at_positions, pair_words
+from sst_interp.analyses.contrast import Contrast, at_positions
 from sst_interp.analyses.plots import BLUE, GREY, ORANGE, VERMILLION, add_line, canvas, error_bars
-from sst_interp.analyses.result import Result, analysis
+from sst_interp.analyses.result import Compared, analysis
 from sst_interp.analyses.statistics.bootstrap import (
     Interval,
     Resampling,
@@ -40,7 +37,7 @@ from sst_interp.analyses.statistics.permutation import concordance, holm
 from sst_interp.errors import Untestable
 
 WHEN = ("before", "at", "after")
-"""Relative to the position where the texts part; all of a question whose texts do not is before."""
+"""Relative to the position where the texts part. A question whose texts never part is all before."""
 READ = ("margin_a", "margin_b", "entropy_a", "entropy_b", "replaced", "kl")
 SCORES = (
     "lowest overlap",
@@ -53,12 +50,11 @@ SCORES = (
 
 
 @dataclass(frozen=True, eq=False)
-class Divergence(Result):
-    """Where two depths' texts part, and what that has to do with shifts. All intervals resample questions."""
+class Divergence(Compared):
+    """Where two depths' texts part, and the shifts around it. All intervals resample questions."""
 
-    a: int
-    b: int
-    """Depths of the headline: 1 and the deepest."""
+    named = "When texts part"
+    shown = "per_pair"
     threshold: float
     """Overlap below which a pair counts as shifted."""
     kind: str
@@ -71,83 +67,60 @@ class Divergence(Result):
     """A row per (a, b) and question: `position` of the first differing token (NaN: none), and `positions`,
     how many both texts have."""
     by_position: pd.DataFrame
-    """Columns position, diverged (share of questions by then), parted_low, parted_high."""
+    """Columns position, diverged (share of questions by then), diverged_low, diverged_high."""
     readings: pd.DataFrame
     """A row per quantity: median where the texts part, at other positions up to there, and the difference.
     Margins in logits, entropies and KL in nats; `_a` is of depth a."""
     shifts: pd.DataFrame
-    """A row for before, at and after the divergence: share of pairs, share of the shifts of free-running, shift rate
-    in free-running and on one text at the same positions (`shift_table`)."""
+    """A row for before, at and after the divergence (`shift_table`)."""
     after: Interval
-    """Share of the shifts of free-running that lie after the first differing token."""
+    """Share of the free-running shifts that lie after the first differing token."""
     explained: Interval
-    """Share of the shifts of free-running that are not there on one text."""
+    """Share of the free-running shifts that are absent teacher-forced."""
     predictors: pd.DataFrame
     """A row per score: AUC for the position where the texts part (`predictor_table`)."""
     agreement: float
-    """Largest difference between lowest overlaps of teacher-forced and free-running up to there: 0 but for rounding."""
-    n_questions: int
+    """Largest difference of the lowest overlaps, teacher-forced and free-running, up to there: 0 but for
+    rounding."""
     n_excluded: int
     """Positions left out because an overlap or a value is missing or NaN."""
     no_replay: str | None
-    """Why nothing is said of teacher-forced; None if it is."""
-    per_pair: pd.DataFrame | None = None
-    """A row per (a, b): questions, diverged, position, after, explained, each of the last four with `_low` and
-    `_high`."""
-
-    @property
-    def title(self) -> str:
-        """What was compared."""
-        return f"When texts part: {self.words}"
-
-    @property
-    def words(self) -> str:
-        """The comparison and its pair, in words."""
-        return pair_words("free_running", self.a, self.b)
+    """Why there is nothing teacher-forced to compare with; None if there is."""
+    per_pair: pd.DataFrame
+    """A row per (a, b): questions, diverged, position, after, explained; the last four with ends."""
 
     @property
     def left(self) -> Interval:
-        """Shifts on one text as a share of those of free-running: 1 - explained."""
+        """Teacher-forced shifts as a share of the free-running ones: 1 - explained."""
         e = self.explained
         return replace(e, estimate=1 - e.estimate, low=1 - e.high, high=1 - e.low)
 
     @property
-    def table(self) -> pd.DataFrame:
-        """A row per (a, b)."""
-        return pd.DataFrame() if self.per_pair is None else self.per_pair
-
-    @property
     def verdict(self) -> str:
-        """Where the texts part, how many of the shifts are left on one text, and whether it can be told."""
+        """How many shifts come from the texts, where those part, and whether the overlap predicts it."""
         n = questions_words(self.n_questions)
         if not self.diverged.estimate:
             bound = percent_text(none_seen_bound(self.n_questions))
             return f"No two texts part. {self.words.capitalize()}: {n}; at most {bound} of such do (95%)."
+        shifts = np.isfinite(self.after.estimate)
         explained = np.isfinite(self.explained.estimate) and self.no_replay is None
-        if not np.isfinite(self.after.estimate):
-            words = f"Texts part, but nothing shifts (below {self.threshold:.4g}): nothing to explain."
+        answer = "Texts part; how many shifts that makes is not known."
+        if not shifts:
+            answer = f"Texts part, but nothing shifts (below {self.threshold:.4g}): nothing to explain."
         elif explained and self.explained.low > 0:
-            explains = percent_text(self.explained.estimate)
-            words = f"{explains} of the shifts come from the texts, not from the depth."
+            share = percent_text(self.explained.estimate)
+            answer = f"{share} of the shifts come from the texts, not from the depth."
         elif explained:
-            words = "The shifts do not come from the texts."
-        else:
-            words = "Texts part; how many shifts that makes is not known."
-        words += (
-            f" {self.words.capitalize()}: the texts of {percent_text(self.diverged.estimate)} of {n} part, "
-        )
-        words += f"at position {self.position.text()} (median)."
-        if np.isfinite(self.after.estimate):
-            of_pairs = self.shifts.set_index("when")["of_pairs"].to_dict()["after"]
-            words += f" {self.after.text(percent=True)} of the shifts lie after that, as do "
-            words += f"{percent_text(of_pairs)} of all pairs"
-            if explained:
-                words += f"; on one text {self.left.text(percent=True)} of the shifts are left"
-            words += "."
+            answer = "The shifts do not come from the texts."
+        words = f"{answer} {self.words.capitalize()}: the texts of {percent_text(self.diverged.estimate)} of "
+        words += f"{n} part, at position {self.position.text()} (median)."
+        if shifts:
+            words += f" {self.after.text(percent=True)} of the shifts lie after that"
+            words += f"; teacher-forced {self.left.text(percent=True)} are left." if explained else "."
         if self.n_excluded:
             words += f" {self.n_excluded:,} positions with a missing overlap or value are left out."
         if self.no_replay:
-            return f"{words} What is left on one text is not known: {self.no_replay}."
+            return f"{words} What is left teacher-forced is not known: {self.no_replay}."
         return words + predictors_words(self.predictors)
 
     def figure(self) -> go.Figure:
@@ -166,16 +139,16 @@ class Divergence(Result):
         return figures | ({"predictors": self._predictors(known)} if len(known) else {})
 
     def _shifts_around(self) -> go.Figure:
-        """Shift rate before, at and after the first differing token, in free-running and on one text."""
+        """Shift rate before, at and after the first differing token, free-running and teacher-forced."""
         figure = canvas(
             "Shifts and the first differing token",
-            f"{self.words}; {questions_words(self.n_questions)}; shifted: overlap below {self.threshold:.4g}",
+            self.subtitle,
             "position, relative to the first differing token",
             "shifted share of pairs",
         )
         for column, name, colour in (
-            ("rate", "free-running: each its own text", VERMILLION),
-            ("rate_teacher_forced", "teacher-forced: the same positions on one text", BLUE),
+            ("rate", "free-running: each depth's own text", VERMILLION),
+            ("rate_teacher_forced", "teacher-forced: the same positions, depth 1's text", BLUE),
         ):
             values = self.shifts[column].to_numpy(dtype=float)
             low, high = (self.shifts[f"{column}_{end}"].to_numpy() for end in ("low", "high"))
@@ -188,7 +161,7 @@ class Divergence(Result):
     def _predictors(self, known: pd.DataFrame) -> go.Figure:
         """How well each score says where the texts part."""
         figure = canvas(
-            "Can it be told where the texts part?",
+            "Does the state predict where the texts part?",
             f"{self.words}; {known['questions'].max():.0f} questions that part after position 0",
             "AUC (one half is chance)",
             "",
@@ -216,26 +189,26 @@ class Divergence(Result):
     order=110,
 )
 def divergence(c: Contrast) -> Divergence:
-    """Where the texts of two depths part in free-running, for every pair of depths; the deepest is the headline.
+    """Where free-running texts part, for every pair of depths; the deepest pair is the headline.
 
-    One threshold, that of free-running, for both comparisons, since their shifts are subtracted.
+    Both comparisons are judged at the threshold of free-running, since their shifts are subtracted.
 
     Raises:
         Untestable: if the run has no free-running, or every position of it has a NaN.
     """
-    free_running = c.to("free_running")
-    outputs = free_running.all_outputs
+    free = c.to("free_running")
+    outputs = free.all_outputs
     pairs = sorted(set(map(tuple, outputs[["a", "b"]].drop_duplicates().to_numpy().tolist())))
-    # One comparison after the other: only one is held in memory.
-    read = {pair: (free_running.at(*pair).positions, free_running.at(*pair).readings) for pair in pairs}
-    own = replace(c.to("teacher_forced"), fixed=free_running.threshold)
+    # One comparison after the other: only one is in memory.
+    read = {pair: (free.at(*pair).positions, free.at(*pair).readings) for pair in pairs}
+    forced = replace(c.to("teacher_forced"), fixed=free.threshold)
     teacher_forced: dict[tuple[int, int], pd.DataFrame | str] = {}
     for pair in pairs:
         try:
-            teacher_forced[pair] = own.at(*pair).positions
+            teacher_forced[pair] = forced.at(*pair).positions
         except Untestable as error:
             teacher_forced[pair] = error.message
-    each = [_pair(free_running.at(*pair), outputs, *read[pair], teacher_forced[pair]) for pair in pairs]
+    each = [_pair(free.at(*pair), outputs, *read[pair], teacher_forced[pair]) for pair in pairs]
     names = ("diverged", "position", "after", "explained")
     records = [
         {"a": e.a, "b": e.b, "questions": e.n_questions} | as_columns(**{n: getattr(e, n) for n in names})
@@ -248,15 +221,20 @@ def divergence(c: Contrast) -> Divergence:
 def _pair(
     c: Contrast,
     outputs: pd.DataFrame,
-    free_running: pd.DataFrame,
-    read: pd.DataFrame,
-    teacher_forced: pd.DataFrame | str,
+    free: pd.DataFrame,
+    readings: pd.DataFrame,
+    forced: pd.DataFrame | str,
 ) -> Divergence:
-    """One pair of depths: the outputs of free-running, the positions of both comparisons (or why there are none)
-    and what was read there.
+    """One pair of depths.
+
+    Args:
+        c: free-running at this pair.
+        outputs: of free-running, every pair.
+        free: `Contrast.positions` free-running.
+        readings: `Contrast.readings` free-running.
+        forced: `Contrast.positions` teacher-forced, or why there are none.
     """
-    a, b = c.a, c.b
-    rows = outputs[((outputs["a"] == a) & (outputs["b"] == b)).to_numpy(dtype=bool)]
+    rows = outputs[((outputs["a"] == c.a) & (outputs["b"] == c.b)).to_numpy(dtype=bool)]
     known = ~rows[["same_prefix", "argmax_changed"]].isna().any(axis=1).to_numpy()
     rows = rows[known]
     if rows.empty:
@@ -265,12 +243,12 @@ def _pair(
     parts = np.isfinite(divergence["position"].to_numpy())
     question = divergence["question"].to_numpy()
     same = with_divergence(rows[rows["same_prefix"].to_numpy(dtype=bool)], divergence)
-    same = at_positions(same, read)
-    n_excluded, no_replay = int((~known).sum()), None
-    if isinstance(teacher_forced, str):
-        no_replay, teacher_forced = teacher_forced, free_running[:0]
+    same = at_positions(same, readings)
+    no_replay = None
+    if isinstance(forced, str):
+        no_replay, forced = forced, free[:0]
     theirs = {name: f"{name}_teacher_forced" for name in ("shifted", "lowest", "last")}
-    both = at_positions(free_running, teacher_forced.drop(columns="layers").rename(columns=theirs))
+    both = at_positions(free, forced.drop(columns="layers").rename(columns=theirs))
     there = np.isfinite(both["lowest"].to_numpy())
     if no_replay is None:
         there &= np.isfinite(both["lowest_teacher_forced"].to_numpy(dtype=float))
@@ -279,10 +257,13 @@ def _pair(
     upto = both[both["when"].to_numpy() < 2]
     upto = at_positions(upto, same[["question", "position", "margin_a", "entropy_a"]])
     return Divergence(
-        a, b, c.threshold, c.kind,
+        **c.compared,
+        n_questions=len(divergence),
+        threshold=c.threshold,
+        kind=c.kind,
         diverged=share(question, parts, *c.resampling),
         position=grouped_medians(question, divergence["position"].to_numpy(), [parts], (), *c.resampling)[0],
-        where=divergence.assign(a=a, b=b)[["a", "b", *divergence.columns]],
+        where=divergence.assign(a=c.a, b=c.b)[["a", "b", *divergence.columns]],
         by_position=diverged_by(divergence, c.resampling),
         readings=reading_table(same, c.resampling),
         shifts=shifts,
@@ -290,21 +271,21 @@ def _pair(
         explained=explained,
         predictors=predictor_table(upto, c.resampling),
         agreement=float((upto["lowest"] - upto["lowest_teacher_forced"]).abs().max()),
-        n_questions=len(divergence),
-        n_excluded=n_excluded + int((~there).sum()),
+        n_excluded=int((~known).sum() + (~there).sum()),
         no_replay=no_replay,
-    )  # fmt: skip
+        per_pair=pd.DataFrame(),
+    )
 
 
 def divergence_positions(free_running: pd.DataFrame) -> pd.DataFrame:
     """Where the texts of each question part.
 
     Args:
-        free_running: rows of `outputs` of comparison free-running and one pair of depths.
+        free_running: `outputs` of free-running at one pair of depths.
 
     Returns:
-        A row per question, ascending: `question`, `position` (NaN if the texts are the same to the end of
-        the shorter) and `positions`, how many both depths have.
+        A row per question, ascending: `question`, `position` (NaN if the shorter text begins the other) and
+        `positions`, how many both depths have.
     """
     same = free_running["same_prefix"].to_numpy(dtype=bool)
     changed = free_running["argmax_changed"].to_numpy(dtype=bool)
@@ -312,10 +293,7 @@ def divergence_positions(free_running: pd.DataFrame) -> pd.DataFrame:
     # The flag turns one position later; a text that ends there has no later position.
     at = np.where(same & changed, position, np.where(same, np.nan, position - 1))
     by = pd.DataFrame({"question": free_running["question"].to_numpy(), "position": at}).groupby("question")
-    found = by["position"].min()
-    return pd.DataFrame(
-        {"question": found.index.to_numpy(), "position": found.to_numpy(), "positions": by.size().to_numpy()}
-    )
+    return by["position"].agg(position="min", positions="size").reset_index()
 
 
 def with_divergence(table: pd.DataFrame, divergence: pd.DataFrame) -> pd.DataFrame:
@@ -334,7 +312,9 @@ def diverged_by(divergence: pd.DataFrame, resampling: Resampling) -> pd.DataFram
     estimate, low, high = bootstrap_ends(
         np.stack([done, np.ones_like(done)], axis=-1), ratio, resampling.resamples, seed=resampling.seed
     )
-    return pd.DataFrame({"position": positions, "diverged": estimate, "parted_low": low, "parted_high": high})
+    return pd.DataFrame(
+        {"position": positions, "diverged": estimate, "diverged_low": low, "diverged_high": high}
+    )
 
 
 def reading_table(rows: pd.DataFrame, resampling: Resampling) -> pd.DataFrame:
@@ -351,24 +331,24 @@ def reading_table(rows: pd.DataFrame, resampling: Resampling) -> pd.DataFrame:
     records = []
     for name in READ:
         values = rows[name].to_numpy(dtype=float) if name in rows.columns else np.full(len(rows), np.nan)
-        found = grouped_medians(question, values, [at, ~at], [(0, 1)], *resampling)
-        columns = as_columns(**dict(zip(("divergence", "other", "difference"), found, strict=True)))
+        medians = grouped_medians(question, values, [at, ~at], [(0, 1)], *resampling)
+        columns = as_columns(**dict(zip(("divergence", "other", "difference"), medians, strict=True)))
         records.append({"quantity": name, **columns})
     return pd.DataFrame(records)
 
 
 def shift_table(rows: pd.DataFrame, resampling: Resampling) -> tuple[pd.DataFrame, Interval, Interval]:
-    """Shifts before, at and after the position where the texts part, and what the divergence explains of them.
+    """Shifts before, at and after the position where the texts part.
 
     Args:
-        rows: a row per (question, position) with `when`, `layers` (pairs), `shifted` in free-running, and
+        rows: a row per (question, position) with `when`, `layers` (pairs), `shifted` free-running, and
             `shifted_teacher_forced` at the same position (NaN if the run has no such comparison).
         resampling: of questions.
 
     Returns:
-        The table, a row per `WHEN`: pairs, `of_pairs`, `of_shifts` (share of the shifts of free-running), `rate`
-        and `rate_teacher_forced` (shifted share of the pairs there), the last three with `_low` and `_high`. Then
-        the share of the shifts of free-running that lie after, and the share that is missing on one text.
+        A row per `WHEN`: pairs, `of_pairs`, `of_shifts` (share of the free-running shifts), `rate` and
+        `rate_teacher_forced` (shifted share of the pairs there), the last three with `_low` and `_high`. Then
+        the share of the free-running shifts that lie after, and the share that is absent teacher-forced.
     """
     codes, names = pd.factorize(rows["question"].to_numpy())
     flat, size = codes * 3 + rows["when"].to_numpy(), len(names) * 3
@@ -398,11 +378,11 @@ def shift_table(rows: pd.DataFrame, resampling: Resampling) -> tuple[pd.DataFram
 
 
 def predictor_table(rows: pd.DataFrame, resampling: Resampling) -> pd.DataFrame:
-    """How well each of `SCORES` says where the texts part (`concordance`), from teacher-forced alone.
+    """How well each of `SCORES` predicts where the texts part (`concordance`), all read teacher-forced.
 
     Args:
-        rows: positions up to the divergence, with `when`, the readings, and `lowest_teacher_forced`, `last_teacher_forced`
-            and `shifted_teacher_forced`.
+        rows: positions up to the divergence, with `when`, the readings, and `lowest`, `last` and `shifted`,
+            each with the ending `_teacher_forced`.
         resampling: of questions, and of permutations.
 
     Returns:
@@ -429,24 +409,23 @@ def predictor_table(rows: pd.DataFrame, resampling: Resampling) -> pd.DataFrame:
     )
     event, records = rows["when"].to_numpy() == 1, []
     for name, score in zip(SCORES, values, strict=True):
-        found = concordance(question, position, event, score, *resampling)
-        within = found.within
-        record = {"score": name, **as_columns(within=within), "p": found.p_value}
-        record |= {"questions": within.n_questions, **as_columns(across=found.across)}
-        records.append(record | {"reason": within.reason})
+        auc = concordance(question, position, event, score, *resampling)
+        record = {"score": name, **as_columns(within=auc.within), "p": auc.p_value}
+        record |= {"questions": auc.within.n_questions, **as_columns(across=auc.across)}
+        records.append(record | {"reason": auc.within.reason})
     table = pd.DataFrame(records)
     table.insert(list(table.columns).index("p") + 1, "p_holm", holm(table["p"].to_numpy(dtype=float)))
     return table
 
 
 def predictors_words(table: pd.DataFrame) -> str:
-    """What `predictor_table` says of the overlap, beside the margin, as a sentence."""
+    """Whether the overlap predicts the divergence, beside the margin."""
     rows = table.set_index("score").to_dict("index")
     overlap, margin = rows["lowest overlap"], rows["margin of the shallower depth"]
     if not np.isfinite(overlap["within"]):
-        return f" Whether the overlap tells where is {overlap['reason']}."
+        return f" Whether the overlap predicts where is {overlap['reason']}."
     chance = overlap["p"] >= 0.05
-    words = f" The lowest overlap on one text {'does not tell' if chance else 'tells'} where "
+    words = f" The lowest teacher-forced overlap {'does not predict' if chance else 'predicts'} where "
     words += f"(AUC {_auc(overlap, 'within')}, p = {overlap['p']:.2g}, {overlap['questions']:.0f} questions)"
     if np.isfinite(margin["within"]):
         words += f"; the margin alone has {_auc(margin, 'within')}"

@@ -1,29 +1,19 @@
-"""Dwell: how long a layer's state stays stable between two shifts, and whether longer than by chance.
+"""Dwell: how long does a layer's state stay stable between two shifts, and is that longer than by chance?
 
-One row is one question and one layer, its positions in order. A *stretch* is a longest sequence of
-neighbouring stable positions. It is *complete* if a shift stands on both sides; a text's beginning and end
-cut stretches short (censoring), and so does a position without an overlap.
+A row is one question and one layer. A *stretch* is a longest sequence of neighbouring stable positions,
+*complete* if a shift stands on both sides. A text's beginning and end, and a position without an overlap, cut
+it short (censoring).
 
-**The effect.** If shifts come in bursts, the stable stretches between them are longer than those of a text
-whose shifts fall anywhere:
-
-    ratio = mean stretch / mean stretch after a shuffle of positions within (question, layer)
-
-1 is chance. The shuffle keeps the rate of every question and layer, and the ends of the text cut shuffled
-stretches just as often. It does not keep *where* in the text shifts are frequent: if they are mostly early,
-in every question, the ratio is above 1 without any burst. The rates by position say so
+**The effect.** ratio = mean stretch / mean stretch after a shuffle of positions within (question, layer). 1
+is chance; bursts of shifts make it larger, and so do shifts that are mostly early in every text
 (`BasinShifts.by_position`).
 
-**The shuffle.** Of n positions with k shifts all arrangements are as likely, and the k + 1 gaps beside the
-shifts are alike, so
+**The shuffle.** Of n positions with k shifts all arrangements are as likely, so nothing has to be drawn:
 
     P(a gap holds L positions) = C(n - L - 1, k - 1) / C(n, k)        expected stretches = (n - k) (k + 1) / n
 
-are exact, and nothing has to be drawn.
-
-**Censoring.** Long stretches are cut more often than short ones, so the median of the complete ones is too
-small. `median_length` is Kaplan and Meier's, over the stretches that begin after a shift: one that the end of
-the text cuts counts as "at least this long". What a text begins with has no known beginning and is left out.
+**Censoring.** Long stretches are cut more often. `median_length` is Kaplan and Meier's, over the stretches
+that begin after a shift: one that the end of the text cuts counts as "at least this long".
 """
 
 from __future__ import annotations
@@ -39,7 +29,7 @@ from scipy.special import gammaln
 
 from sst_interp.analyses.contrast import Contrast
 from sst_interp.analyses.plots import BLUE, GREY, ORANGE, Line, canvas, lines
-from sst_interp.analyses.result import Result, analysis
+from sst_interp.analyses.result import Compared, analysis
 from sst_interp.analyses.statistics.bootstrap import (
     Interval,
     Resampling,
@@ -55,16 +45,13 @@ from sst_interp.errors import Untestable
 
 
 @dataclass(frozen=True, eq=False)
-class Dwell(Result):
+class Dwell(Compared):
     """Stable stretches of one comparison and one pair of depths. Lengths are in generated positions."""
 
-    comparison: str
-    words: str
-    """What was compared, in words."""
+    named = "Stable stretches"
+    shown = "by_layer"
     threshold: float
     """Overlap below which a position counts as shifted."""
-    n_questions: int
-    """Questions with such pairs; each interval says how many it rests on."""
     median: Interval
     """Median length of the stretches that begin after a shift; a stretch that the end cuts is censored."""
     median_shuffled: float
@@ -82,16 +69,6 @@ class Dwell(Result):
     high, p, p_layers (sign flips of questions: alone, and for all layers at once)."""
 
     @property
-    def title(self) -> str:
-        """What was compared."""
-        return f"Stable stretches: {self.words}"
-
-    @property
-    def table(self) -> pd.DataFrame:
-        """A row per layer."""
-        return self.by_layer
-
-    @property
     def verdict(self) -> str:
         """Whether shifts come in bursts, and how long the stretches are, with the sample size."""
         words = f"{_answer(self.ratio)}. {self.words.capitalize()}: the mean stable stretch is "
@@ -106,7 +83,7 @@ class Dwell(Result):
         """Stretches of each length, seen and shuffled."""
         figure = canvas(
             "Stable stretches between two shifts",
-            self._subtitle,
+            self.subtitle,
             "length (generated positions)",
             "complete stretches (log scale)",
         )
@@ -128,18 +105,13 @@ class Dwell(Result):
         layers = self.by_layer
         by_layer = lines(
             "Mean stable stretch over that of a shuffle, by layer",
-            f"{self._subtitle}; 95% interval of each layer",
+            f"{self.subtitle}; 95% interval of each layer",
             "layer (0-based)",
             "ratio (1: chance)",
             [Line("ratio", layers["layer"], layers["ratio"], layers["low"], layers["high"])],
         )
         by_layer.add_hline(y=1, line={"color": GREY, "dash": "dot"})
         return {"lengths": self.figure(), "ratio_by_layer": by_layer}
-
-    @property
-    def _subtitle(self) -> str:
-        n = questions_words(self.n_questions)
-        return f"{self.words}; {n}; shifted: overlap below {self.threshold:.4g}"
 
 
 def _positions(length: float) -> str:
@@ -196,9 +168,8 @@ def dwell(c: Contrast) -> Dwell:
 
     shuffled = float(median_length(complete, cut))
     return Dwell(
-        c.comparison,
-        c.words,
-        c.threshold,
+        **c.compared,
+        threshold=c.threshold,
         n_questions=n,
         median=_median(of_question[used], span, c.resampling),
         median_shuffled=shuffled if shuffled <= span else math.nan,

@@ -1,16 +1,13 @@
 """One mode or two, within layers and within pairs of iterations as well as pooled (claim C2).
 
-A pool of distributions that each have one mode, at different places, has several: if layers sit at different
-overlaps, "two modes" of all pairs together say only that layers differ. So the count of modes
-(`statistics.modes`) and the dip test (`statistics.dip`) are made three times:
+A pool of distributions that each have one mode, at different places, has several. So the count of modes and
+the dip test (`statistics.modes`) are made three times:
 
-- *pooled*: all layers and all pairs of depths or iterations of one comparison. Shown for what pooling does;
-  no claim rests on it.
+- *pooled*: all layers and all pairs of depths. It shows what pooling does; no claim rests on it.
 - *pair*: all layers of one pair (a, b), as in `overlap_distribution`.
-- *layer*: one layer of the deepest pair (of every pair, if asked). Layers are counted at a false discovery
-  rate of 5% over the layers of the pair: Holm's rule would ask too much of thirty layers that go together.
+- *layer*: one layer of the deepest pair. Layers are counted at a false discovery rate of 5%.
 
-`between_layers` is how much of the spread lies between layers: a share near 1 is a pool of places.
+`between_layers` is the share of the spread that lies between layers: near 1 it is a pool of places.
 """
 
 from __future__ import annotations
@@ -23,9 +20,9 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from sst_interp.analyses.contrast import PAPER_THRESHOLD, RESOLUTION, Contrast, pair_words
+from sst_interp.analyses.contrast import PAPER_THRESHOLD, RESOLUTION, Contrast
 from sst_interp.analyses.plots import BLUE, GREEN, ORANGE, VERMILLION, Line, canvas, lines
-from sst_interp.analyses.result import Result, analysis
+from sst_interp.analyses.result import Compared, analysis
 from sst_interp.analyses.statistics.bootstrap import (
     LEVEL,
     Interval,
@@ -37,10 +34,10 @@ from sst_interp.analyses.statistics.bootstrap import (
     ratio,
     share,
 )
-from sst_interp.analyses.statistics.dip import dip_test
 from sst_interp.analyses.statistics.modes import (
     BINS,
     Modes,
+    dip_test,
     find_modes,
     grid,
     question_histograms,
@@ -57,17 +54,15 @@ MERGED = 4
 
 
 @dataclass(frozen=True, eq=False)
-class OverlapDistribution(Result):
+class OverlapDistribution(Compared):
     """How the overlaps of one comparison and one pair are spread over all positions and layers."""
 
-    comparison: str
+    named = "Overlap"
+    shown = "quantiles"
     kind: str
     """Which overlap."""
-    a: int
-    b: int
     n_pairs: int
     """(question, position, layer) pairs with an overlap."""
-    n_questions: int
     n_excluded: int
     """Pairs left out because their overlap is NaN."""
     identical: float
@@ -82,21 +77,6 @@ class OverlapDistribution(Result):
     modes: Modes
     identical_share: Interval
     """`identical` with its interval."""
-
-    @property
-    def words(self) -> str:
-        """What was compared."""
-        return pair_words(self.comparison, self.a, self.b)
-
-    @property
-    def title(self) -> str:
-        """What was compared."""
-        return f"Overlap: {self.words}"
-
-    @property
-    def table(self) -> pd.DataFrame:
-        """Quantiles of overlap over pairs."""
-        return self.quantiles
 
     @property
     def left_out(self) -> str:
@@ -125,20 +105,17 @@ class OverlapDistribution(Result):
         left, right = (to_overlap(e, self.resolution) for e in (edges[1:], edges[:-1]))
         figure = canvas(
             "Distribution of overlaps",
-            f"{self.words}; {questions_words(self.n_questions)}, {self.n_pairs:,} pairs",
+            f"{self.subtitle}, {self.n_pairs:,} pairs",
             _axis(self.kind),
             "share of pairs per bin (log scale)",
         )
         figure.add_bar(
-            x=-(edges[1:] + edges[:-1]) / 2,
-            y=np.where(counts > 0, counts / counts.sum(), np.nan),
-            width=np.diff(edges),
-            marker={"color": BLUE, "line": {"width": 0}},
+            x=-(edges[1:] + edges[:-1]) / 2, y=np.where(counts > 0, counts / counts.sum(), np.nan),
+            width=np.diff(edges), marker={"color": BLUE, "line": {"width": 0}}, showlegend=False,
             customdata=np.stack([left, right, counts], axis=1),
             hovertemplate="overlap %{customdata[0]:.5f} to %{customdata[1]:.5f}<br>%{y:.3%} of pairs "
             "(%{customdata[2]:,})<extra></extra>",
-            showlegend=False,
-        )
+        )  # fmt: skip
         lowest, highest = 0.6 / counts.sum(), 1.5 * counts.max() / counts.sum()
 
         def at(overlap: float) -> float:
@@ -196,10 +173,8 @@ def overlap_distribution(c: Contrast) -> OverlapDistribution:
     question = rows["question"].to_numpy()
     identical = share(question, rows["relative_l2"].to_numpy() == 0, *c.resampling)
     return OverlapDistribution(
-        comparison=c.comparison,
+        **c.compared,
         kind=c.kind,
-        a=c.a,
-        b=c.b,
         n_pairs=len(overlap),
         n_questions=len(c.histograms),
         n_excluded=int(np.count_nonzero(~c.there)),
@@ -214,24 +189,20 @@ def overlap_distribution(c: Contrast) -> OverlapDistribution:
 
 
 @dataclass(frozen=True, eq=False)
-class Bimodality(Result):
+class Bimodality(Compared):
     """Modes of the overlaps of one comparison: pooled, by pair, and by layer of the headline pair."""
 
-    comparison: str
+    named = "Modes within layers"
+    shown = "scopes"
     kind: str
     """Which overlap."""
-    a: int
-    b: int
-    """The headline pair: 1 and the deepest."""
-    n_questions: int
     n_pairs: int
     """(question, position, layer) pairs of the headline."""
     scopes: pd.DataFrame
-    """A row per distribution. scope (pooled, pair, layer), a, b, layer (NaN where pooled over), pairs,
-    questions; modes (one, two, not tested), antimode, depth of the valley with low and high, missing (share
-    of the pairs that would fill it), p, p_layers (Benjamini and Hochberg's, over the layers of the pair);
-    identical (share of bit-identical pairs), at_one (share that cannot be told from overlap 1); dip, dip_p,
-    dip_p_questions."""
+    """A row per distribution: scope (pooled, pair, layer), a, b, layer (NaN where pooled over), pairs,
+    questions; modes (one, two, not tested), antimode, depth with low and high, missing, p, p_layers
+    (Benjamini and Hochberg's, over the layers of the pair); identical (share of bit-identical pairs), at_one
+    (share in the bin of overlap 1); dip, dip_p, dip_p_questions."""
     between_layers: Interval
     """Share of the variance of log(1 - overlap + r) that lies between layers, in the headline pair."""
     identical: Interval
@@ -243,21 +214,6 @@ class Bimodality(Result):
     histograms: np.ndarray
     """Pairs of each of these layers per bin of `statistics.modes.grid`, [layer, BINS]."""
     resolution: float
-
-    @property
-    def words(self) -> str:
-        """The comparison and its pair, in words."""
-        return pair_words(self.comparison, self.a, self.b)
-
-    @property
-    def title(self) -> str:
-        """What was compared."""
-        return f"Modes within layers: {self.words}"
-
-    @property
-    def table(self) -> pd.DataFrame:
-        """A row per distribution."""
-        return self.scopes
 
     @property
     def by_layer(self) -> pd.DataFrame:
@@ -317,22 +273,16 @@ class Bimodality(Result):
 
     def figure(self) -> go.Figure:
         """How overlaps are spread in every layer, with the antimodes of those that have two modes."""
-        figure = canvas("Overlaps of every layer", self._subtitle, _axis(self.kind), "layer (0-based)")
+        figure = canvas("Overlaps of every layer", self.subtitle, _axis(self.kind), "layer (0-based)")
         counts = self.histograms.reshape(len(self.layers), -1, MERGED).sum(axis=-1)
         edges = grid(self.resolution)[::MERGED]
         used = int(np.flatnonzero(counts.any(axis=0))[-1]) + 1
         figure.add_heatmap(
-            x=-(edges[1:] + edges[:-1])[:used] / 2,
-            y=self.layers,
+            x=-(edges[1:] + edges[:-1])[:used] / 2, y=self.layers, zmin=0, colorscale="Cividis",
             z=(counts / counts.sum(axis=1, keepdims=True))[:, :used],
-            zmin=0,
-            colorscale="Cividis",
-            colorbar={
-                "title": {"text": "share of the layer's pairs per bin", "side": "right"},
-                "thickness": 14,
-            },
+            colorbar={"title": {"text": "share of the layer's pairs per bin", "side": "right"}},
             hovertemplate="layer %{y}: %{z:.1%} of its pairs<extra></extra>",
-        )
+        )  # fmt: skip
         two = self.by_layer[(self.by_layer["modes"] == "two") & (self.by_layer["p_layers"] < 1 - LEVEL)]
         if len(two):
             figure.add_scatter(
@@ -350,7 +300,7 @@ class Bimodality(Result):
         line = Line("antimode depth", rows["layer"], rows["depth"], rows["depth_low"], rows["depth_high"])
         depth = lines(
             "How deep the valley between two modes is, by layer",
-            f"{self._subtitle}; 0: one hump, 1: nothing in between; 95% intervals",
+            f"{self.subtitle}; 0: one hump, 1: nothing in between; 95% intervals",
             "layer (0-based)",
             "depth below the lower peak",
             [line],
@@ -358,10 +308,6 @@ class Bimodality(Result):
         )
         depth.update_yaxes(range=[-0.02, 1.02])
         return {"by_layer": self.figure(), "depth": depth}
-
-    @property
-    def _subtitle(self) -> str:
-        return f"{self.words}; {questions_words(self.n_questions)}"
 
     def to_dict(self) -> dict[str, object]:
         """As `Result.to_dict`, without the histograms; with the counts the verdict rests on."""
@@ -407,10 +353,8 @@ def bimodality(c: Contrast, every_pair: bool = False) -> Bimodality:
     table, dip_reason = _measure(scopes, RESOLUTION[c.kind], c.resampling)
     own = [scope for scope in scopes if scope.scope == "layer" and (scope.a, scope.b) == (c.a, c.b)]
     return Bimodality(
-        comparison=c.comparison,
+        **c.compared,
         kind=c.kind,
-        a=c.a,
-        b=c.b,
         n_questions=len(c.histograms),
         n_pairs=len(question),
         scopes=table,

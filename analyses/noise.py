@@ -1,10 +1,9 @@
 """Is a change between depths more than rounding? (claim C7)
 
 Two references. The paper's is one bf16 rounding of the state itself, which is lenient: a state has been
-rounded in every layer below. The other is measured: how large is a change that nobody asked for? The run's
-`noise` table has the same tokens at the same depth, computed once more: in another batch shape ("batch") and
-in float32 ("fp32"). A change between depths is set against the change such noise makes to the same states, in
-relative L2, as a ratio of medians. A ratio of 1 is the reference itself.
+rounded in every layer below. The other is measured: the run's `noise` table has the same tokens at the same
+depth computed again, in another batch shape ("batch") and in float32 ("fp32"). The change is set against it
+in relative L2, as a ratio of medians.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from sst_interp.analyses.contrast import Contrast, pair_words, position_key
+from sst_interp.analyses.contrast import Contrast, position_key
 from sst_interp.analyses.plots import GREY, Line, empty_figure, lines
-from sst_interp.analyses.result import Result, analysis
+from sst_interp.analyses.result import Compared, analysis
 from sst_interp.analyses.statistics.bootstrap import (
     LEVEL,
     Interval,
@@ -35,10 +34,8 @@ from sst_interp.errors import Untestable
 LAYER = "layer (0-based)"
 ENDS = ("", "_low", "_high")
 KINDS = {"batch": "another batch shape", "fp32": "float32"}
-"""What was changed, in words."""
-
 TINY = 1e-30
-"""Stands for 0 where logarithms are taken: medians of logarithms are logarithms of medians."""
+"""Stands for 0 in logarithms: medians of logarithms are logarithms of medians."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,12 +66,11 @@ class Floor:
 
 
 @dataclass(frozen=True, eq=False)
-class Bf16Noise(Result):
+class Bf16Noise(Compared):
     """The change of one comparison and one pair of depths over rounding. All intervals resample questions."""
 
-    comparison: str
-    a: int
-    b: int
+    named = "Change over rounding"
+    shown = "by_layer"
     ratio: Interval
     """Median over pairs, all layers, of the change in bf16 roundings (itself a median over dimensions)."""
     deepest: Interval
@@ -83,7 +79,6 @@ class Bf16Noise(Result):
     identical: Interval
     """Share of pairs that are bit-identical (relative L2 of 0)."""
     n_pairs: int
-    n_questions: int
     n_excluded: int
     """Pairs left out because their ratio is NaN."""
     by_layer: pd.DataFrame
@@ -95,21 +90,6 @@ class Bf16Noise(Result):
     """The change over measured noise, per kind and depth."""
     no_floor: str | None
     """Why there is no measured floor; None if there is one."""
-
-    @property
-    def title(self) -> str:
-        """What was compared."""
-        return f"Change over rounding: {self.words}"
-
-    @property
-    def words(self) -> str:
-        """The comparison and its pair, in words."""
-        return pair_words(self.comparison, self.a, self.b)
-
-    @property
-    def table(self) -> pd.DataFrame:
-        """A row per layer."""
-        return self.by_layer
 
     def floor(self, kind: str) -> Floor | None:
         """The measured floor of a kind ("batch", "fp32"), at the depth where it is highest."""
@@ -166,10 +146,10 @@ class Bf16Noise(Result):
 
     def figure(self) -> go.Figure:
         """The change in bf16 roundings by layer."""
-        t, words = self.by_layer, f"{self.words}; {questions_words(self.n_questions)}"
+        t = self.by_layer
         line = Line("median change", t["layer"], t["ratio"], t["low"], t["high"])
         y = "change, in bf16 roundings of the state (log scale)"
-        figure = lines("Change over one bf16 rounding", words, LAYER, y, [line])
+        figure = lines("Change over one bf16 rounding", self.subtitle, LAYER, y, [line])
         figure.add_hline(y=1, line={"color": GREY, "dash": "dot"})
         figure.update_yaxes(type="log")
         return figure
@@ -209,9 +189,7 @@ def bf16_noise(c: Contrast) -> Bf16Noise:
     same = rows["relative_l2"].to_numpy() == 0
     floors, no_floor = noise_floors(c.rows, c.tables.get("noise"), *c.resampling)
     return Bf16Noise(
-        comparison=c.comparison,
-        a=c.a,
-        b=c.b,
+        **c.compared,
         ratio=ratio,
         deepest=deepest,
         deepest_layer=deepest_layer,
@@ -244,7 +222,7 @@ def _by_layer(
 
 
 def _per_pair(c: Contrast) -> pd.DataFrame:
-    """A row per (a, b): median ratio over all layers and in the deepest, share of bit-identical pairs."""
+    """A row per (a, b): never pooled."""
     records = []
     for a, b in c.pairs_there:
         every = c.at(a, b).rows
@@ -268,8 +246,8 @@ def noise_floors(
 
     Args:
         rows: `pairs` rows of one comparison and one pair of depths.
-        noise: the run's `noise` table, or None. It was measured on depth 1's own text: for teacher-forced the
-            questions and positions of both tables are the same tokens, for other comparisons the same places.
+        noise: the run's `noise` table, or None. It is of depth 1's own text: the same tokens as
+            teacher-forced, the same positions as other comparisons.
         resamples: question resamples.
         seed: of the resampling.
 
@@ -345,16 +323,16 @@ def _back(change: Interval, noise: Interval, gap: Interval) -> list[Interval]:
     none = 2 * TINY
     out = []
     for one in (change, noise):
-        ends = [math.exp(v) if math.isfinite(v) else v for v in (one.estimate, one.low, one.high)]
+        ends = [math.exp(v) for v in (one.estimate, one.low, one.high)]
         estimate, low, high = (0.0 if v < none else v for v in ends)
-        out.append(Interval(estimate, low, high, one.n_questions, one.level, one.reason))
+        out.append(Interval(estimate, low, high, one.n_questions, reason=one.reason))
     if not out[0].n_questions or not out[1].n_questions:
         return [*out, nothing("not measured in this layer")]
     if out[1].estimate == 0:
         reason = "the median noise is 0: at least half of it is bit-identical"
         return [*out, nothing(reason, gap.n_questions)]
-    estimate, low, high = (math.exp(v) if math.isfinite(v) else v for v in (gap.estimate, gap.low, gap.high))
+    estimate, low, high = (math.exp(v) for v in (gap.estimate, gap.low, gap.high))
     if out[1].low == 0:
         reason = "in some resamples the median noise is 0"
-        return [*out, Interval(estimate, math.nan, math.nan, gap.n_questions, gap.level, reason)]
-    return [*out, Interval(estimate, low, high, gap.n_questions, gap.level, gap.reason)]
+        return [*out, Interval(estimate, math.nan, math.nan, gap.n_questions, reason=reason)]
+    return [*out, Interval(estimate, low, high, gap.n_questions, reason=gap.reason)]

@@ -1,10 +1,9 @@
 """Tokens replaced (claims C4, C5): does the output move where the state does?
 
 At every position: how many of the 100 most likely tokens are replaced from one depth to another, from which
-rank the new most likely token came, how far apart the two distributions are, and how sharp each is. A
-position counts as shifted if any of its layers shifted; beside it stands the last layer alone. The output is
-a function of the last layer's state, so *that* it moves there with the state is true by construction; how
-much, and whether a shift further down reaches the output, is not.
+rank the new most likely token came, how far apart the distributions are, and how sharp each is. A position
+has shifted if any of its layers has; beside it stands the last layer alone, of which the output is a
+function: that it moves there is true by construction, how much is not.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from sst_interp.analyses.contrast import Contrast, at_positions, overlap_of, pair_words
+from sst_interp.analyses.contrast import Contrast, at_positions, overlap_of
 from sst_interp.analyses.plots import BLUE, VERMILLION, add_line, canvas
-from sst_interp.analyses.result import Result, analysis
+from sst_interp.analyses.result import Compared, analysis
 from sst_interp.analyses.statistics.bootstrap import (
     Interval,
     Resampling,
@@ -43,20 +42,18 @@ LENS = "lens_jaccard"
 
 SOME, NONE, LAST, NOT_LAST = "a layer shifted", "no layer shifted", "last layer shifted", "last layer stable"
 SAME, OTHER = "the same tokens read", "other tokens read"
+MEDIANS = ("shifted", "stable", "last_shifted", "last_stable", "difference", "last_difference")
 SIDES = (("stable", NONE, BLUE), ("shifted", SOME, VERMILLION))
 
 
 @dataclass(frozen=True, eq=False)
-class TokenReplacement(Result):
-    """What happens to the output at shifts and at stable positions, in one comparison and one pair of depths.
-
-    Medians are over positions; all intervals resample questions.
+class TokenReplacement(Compared):
+    """The output at shifts and at stable positions. Medians are over positions; intervals resample
+    questions.
     """
 
-    comparison: str
-    a: int
-    b: int
-    """Depths or iterations of the headline: 1 and the deepest."""
+    named = "Tokens replaced"
+    shown = "groups"
     threshold: float
     """Overlap below which a pair counts as shifted."""
     kind: str
@@ -68,12 +65,12 @@ class TokenReplacement(Result):
     """A row per (a, b): medians of tokens replaced where some layer shifted, where none did, and their
     difference; share of positions with a shift, and with a new winner. Never pooled."""
     shifted: Interval
-    """Median of tokens replaced, of 100, at positions where some layer shifted ..."""
+    """Median of tokens replaced, of 100, at positions where some layer shifted."""
     stable: Interval
-    """... where none did ..."""
+    """The same where none did."""
     last_shifted: Interval
-    """The same by the last layer alone."""
     last_stable: Interval
+    """Both by the last layer alone."""
     difference: Interval
     """shifted - stable."""
     last_difference: Interval
@@ -94,24 +91,13 @@ class TokenReplacement(Result):
     histogram: pd.DataFrame
     """Columns replaced (0 to 100), shifted, stable: positions."""
     n_positions: int
-    n_questions: int
     n_excluded: int
     """Positions left out because an overlap or a value is missing or NaN."""
 
     @property
-    def title(self) -> str:
-        """What was compared."""
-        return f"Tokens replaced: {self.words}"
-
-    @property
-    def words(self) -> str:
-        """The comparison and its pair, in words."""
-        return pair_words(self.comparison, self.a, self.b)
-
-    @property
-    def table(self) -> pd.DataFrame:
-        """A row per group of positions."""
-        return self.groups
+    def subtitle(self) -> str:
+        """As every figure's, with the number of positions."""
+        return f"{super().subtitle}; {self.n_positions:,} positions"
 
     @property
     def verdict(self) -> str:
@@ -123,9 +109,7 @@ class TokenReplacement(Result):
         words += ". "
         if self.deepest_rank is None:
             bound = percent_text(none_seen_bound(self.n_questions))
-            words += (
-                f"The most likely token never changes; at most {bound} of such questions have a change (95%)."
-            )
+            words += f"The most likely token never changes; at most {bound} of such questions have a change."
         else:
             words += f"{self.n_winners:,} new winners come from as deep as rank {self.deepest_rank:,}; "
             beyond = self.beyond.text(percent=True)
@@ -156,7 +140,9 @@ class TokenReplacement(Result):
         return f"A shift replaces {'less' if fewer else 'no more'} of the output: {against}"
 
     def same_tokens(self, column: str) -> tuple[float, float]:
-        """In free-running, a column of `groups` while both depths have read the same tokens: shifted, stable."""
+        """In free-running, a column of `groups` while both depths have read the same tokens: shifted,
+        stable.
+        """
         rows = self.groups.set_index("where")[column].to_dict()
         some, none = (float(rows.get(f"{where}, {SAME}", math.nan)) for where in (SOME, NONE))
         return some, none
@@ -164,7 +150,7 @@ class TokenReplacement(Result):
     def figure(self) -> go.Figure:
         """How many positions replace how many of the top 100 tokens, as shares of each kind."""
         figure = canvas(
-            "Tokens replaced in the top 100", self._subtitle,
+            "Tokens replaced in the top 100", self.subtitle,
             "tokens replaced, of the 100 most likely", "share of such positions",
         )  # fmt: skip
         for side, name, colour in SIDES:
@@ -187,7 +173,7 @@ class TokenReplacement(Result):
             figures["ranks"] = self._ranks()
         if len(self.by_layer):
             figure = canvas(
-                "Tokens replaced by layer, read with the logit lens", self._subtitle, "layer (0-based)",
+                "Tokens replaced by layer, read with the logit lens", self.subtitle, "layer (0-based)",
                 "tokens replaced of 100, median",
             )  # fmt: skip
             for side, _, colour in SIDES:
@@ -199,7 +185,7 @@ class TokenReplacement(Result):
     def _ranks(self) -> go.Figure:
         figure = canvas(
             "Rank the new most likely token came from",
-            self._subtitle,
+            self.subtitle,
             f"rank at {'iteration' if self.comparison == 'within' else 'depth'} {self.a} (0-based)",
             "positions with a new winner",
         )
@@ -212,11 +198,6 @@ class TokenReplacement(Result):
                 hovertemplate="rank %{x}: %{y:,} positions<extra></extra>",
             )  # fmt: skip
         return figure.update_layout(barmode="stack")
-
-    @property
-    def _subtitle(self) -> str:
-        n = f"{questions_words(self.n_questions)}, {self.n_positions:,} positions"
-        return f"{self.words}; {n}; shifted: overlap below {self.threshold:.4g}"
 
 
 @analysis(
@@ -249,10 +230,12 @@ def token_replacement(c: Contrast) -> TokenReplacement:
         no_layers = error.message
     counts = [np.bincount(replaced[mask].astype(int), minlength=TOP + 1) for mask in first[:2]]
     return TokenReplacement(
-        c.comparison, c.a, c.b, c.threshold, c.kind,
-        group_table(rows, groups, c.resampling),
-        per_pair_table(c),
-        *medians,
+        **c.compared,
+        threshold=c.threshold,
+        kind=c.kind,
+        groups=group_table(rows, groups, c.resampling),
+        per_pair=per_pair_table(c),
+        **dict(zip(MEDIANS, medians, strict=True)),
         ranks=rank_table(rank, first[0][changed]),
         n_winners=int(changed.sum()),
         deepest_rank=int(rank.max()) if len(rank) else None,

@@ -1,9 +1,7 @@
-"""What the figures of all findings are drawn with: one template, lines with bands, dots with bars, matrices.
+"""What all figures are drawn with: one template, lines with bands, dots with bars, matrices.
 
-Colours are Okabe and Ito's (categories) and cividis (magnitudes), which stay apart for every common form
-of colour blindness. Backgrounds are transparent and text is a mid grey that reads on white and on black;
-the report recolours text for the page it is on. Every figure names the comparison, the pair of depths
-and the number of questions.
+Colours are Okabe and Ito's (categories) and cividis (magnitudes), which stay apart for colour-blind readers.
+Text is a mid grey that reads on white and on black; the report recolours it.
 """
 
 from __future__ import annotations
@@ -61,11 +59,12 @@ def empty_figure(title: str, words: str) -> go.Figure:
 
 def matrix(values: pd.DataFrame, title: str, subtitle: str, bar: str, **heatmap: object) -> go.Figure:
     """Positions across, layers up: a frame with positions down and layers across, as colours."""
+    values = values if values.columns.name == "position" else values.T
     figure = canvas(title, subtitle, "generated position", "layer (0-based)")
     figure.add_heatmap(
-        x=values.columns.to_numpy() if values.columns.name == "position" else values.index.to_numpy(),
-        y=values.index.to_numpy() if values.columns.name == "position" else values.columns.to_numpy(),
-        z=values.to_numpy() if values.columns.name == "position" else values.to_numpy().T,
+        x=values.columns.to_numpy(),
+        y=values.index.to_numpy(),
+        z=values.to_numpy(),
         colorbar={"title": {"text": bar, "side": "right"}, "thickness": 14},
         hovertemplate="position %{x}, layer %{y}: %{z:.3g}<extra></extra>",
         **({"colorscale": "Cividis"} | heatmap),
@@ -133,12 +132,9 @@ def dots(title: str, subtitle: str, x: str, rows: Sequence[Dot], reference: floa
     for name, colour in zip(dict.fromkeys(row.series for row in rows), COLOURS, strict=False):
         own = [row for row in rows if row.series == name]
         estimate, low, high = (np.array([row[i] for row in own], dtype=float) for i in (2, 3, 4))
-        bar = {
-            "type": "data", "symmetric": False, "thickness": 1.5,
-            "array": np.nan_to_num(high - estimate), "arrayminus": np.nan_to_num(estimate - low),
-        }  # fmt: skip
         figure.add_scatter(
-            x=estimate, y=[row.label for row in own], mode="markers", error_x=bar, name=name,
+            x=estimate, y=[row.label for row in own], mode="markers", name=name,
+            error_x=error_bars(estimate, low, high, colour),
             marker={"size": 10, "color": colour}, customdata=np.stack([low, high], axis=1),
             hovertemplate="%{y}: %{x:.3g} [%{customdata[0]:.3g}, %{customdata[1]:.3g}]<extra></extra>",
         )  # fmt: skip

@@ -1,16 +1,15 @@
 """Position 0 (claim C8, and C9 in part): does every question shift at its first generated token?
 
-Three things make "every question shifts there" mean less than it says, and each is measured beside it:
+Three things make "every question shifts there" mean less than it says, and each is measured:
 
 - later positions may shift as often, and with many layers some layer nearly always shifts;
-- overlaps differ by layer in much the same way everywhere, so the profiles of any two questions correlate:
-  `ProfileSimilarity` is about what is left at a position once each question's usual profile is taken off;
-- with `prompt = "blend_off"` the prompt is read without the recurrence, so position 0 is the first position
-  that is blended at all, and a change between depths there is what a start looks like. `StartUp` is a run of
-  the same recipe with that one choice changed, question for question.
+- overlaps differ by layer in much the same way everywhere, so any two questions' profiles correlate:
+  `ProfileSimilarity` takes each question's usual profile off;
+- with `prompt = "blend_off"` position 0 is the first position that is blended at all: `StartUp` compares with
+  a run of the same recipe with that one choice changed, question for question.
 
-Up to position 0 every comparison reads the same text, so all of them are judged at one threshold: the user's,
-or else the paper's. With the antimode of each comparison equal states would be judged differently.
+Up to position 0 every comparison reads the same text, so all are judged at one threshold: the user's, or the
+paper's.
 """
 
 from __future__ import annotations
@@ -28,11 +27,10 @@ from sst_interp.analyses.contrast import (
     Contrast,
     Grid,
     Threshold,
-    pair_words,
     same_questions,
 )
 from sst_interp.analyses.plots import Line, lines
-from sst_interp.analyses.result import Result, analysis
+from sst_interp.analyses.result import Compared, analysis
 from sst_interp.analyses.statistics.along_texts import likeness, over_questions, pair_mean
 from sst_interp.analyses.statistics.bootstrap import (
     Interval,
@@ -101,8 +99,8 @@ class StartUp:
         if self.not_testable is not None:
             return f"The start-up control is not testable: {self.not_testable}."
         words = "With the prompt read without the recurrence, position 0 shifts in "
-        words += f"{self.control_layers.text(percent=True)} of the layers (here "
-        words += f"{self.own_layers.text(percent=True)}; {questions_words(self.n_questions)}): "
+        words += f"{percent_text(self.control_layers.estimate)} of the layers (here "
+        words += f"{percent_text(self.own_layers.estimate)}; {questions_words(self.n_questions)}): "
         gap = self.excess if self.excess.known else self.layers_difference
         if not gap.known:
             return words + "whether that differs was not tested."
@@ -112,20 +110,17 @@ class StartUp:
 
 
 @dataclass(frozen=True, eq=False)
-class PositionZero(Result):
+class PositionZero(Compared):
     """Position 0 against later positions, in one comparison. All intervals resample questions."""
 
-    comparison: str
+    named = "Position 0"
+    shown = "per_pair"
     kind: str
     """Which overlap."""
-    a: int
-    b: int
     threshold: float
     """Overlap below which a pair counts as shifted."""
     provenance: str
     """Where the threshold comes from."""
-    n_questions: int
-    """Questions with a position 0."""
     n_shifted: int
     """Of these, questions with a shift there in some layer (claim C8)."""
     questions: Interval
@@ -133,7 +128,7 @@ class PositionZero(Result):
     later: Interval
     """Share of the later positions with a shift in some layer, mean over questions."""
     difference: Interval
-    """Position 0 less later positions of the same question, in `questions` and `later`."""
+    """questions - later, question by question."""
     layers: Interval
     """Share of the layers that shift at position 0, mean over questions."""
     later_layers: Interval
@@ -141,8 +136,8 @@ class PositionZero(Result):
     layers_difference: Interval
     """Their difference, question by question."""
     further: Interval
-    """Chance that position 0 moved further than a later position of its question (mean over layers of
-    log(1 - overlap), no threshold): 0.5 if it is a position like any other."""
+    """Chance that position 0 moved further (mean over layers of log(1 - overlap)) than a later position of
+    its question: 0.5 if it is like any other."""
     alike: ProfileSimilarity
     """How alike questions are over layers, at position 0 and later."""
     by_position: pd.DataFrame
@@ -154,21 +149,6 @@ class PositionZero(Result):
     """A row per (a, b): never pooled."""
     control: StartUp
     """The start-up control."""
-
-    @property
-    def title(self) -> str:
-        """What was compared."""
-        return f"Position 0: {self.words}"
-
-    @property
-    def words(self) -> str:
-        """The comparison and its pair, in words."""
-        return pair_words(self.comparison, self.a, self.b)
-
-    @property
-    def table(self) -> pd.DataFrame:
-        """A row per (a, b)."""
-        return self.per_pair
 
     @property
     def verdict(self) -> str:
@@ -206,27 +186,16 @@ class PositionZero(Result):
                 Line(f"{name}, control at 0", [0], [i.estimate], [i.low], [i.high])
                 for name, i in both.items()
             ]
-        return lines(
-            "Position 0 and later",
-            self._subtitle,
-            "generated position (0 emits the first token)",
-            "share of questions, share of layers",
-            series,
-            percent=True,
-        )
+        x, y = "generated position (0 emits the first token)", "share of questions, share of layers"
+        return lines("Position 0 and later", self.subtitle, x, y, series, percent=True)
 
     def figures(self) -> dict[str, go.Figure]:
         """by_position, and layers: which layers shift at position 0 and later."""
         t, pairs = self.by_layer, (("position 0", "zero"), ("later positions", "later"))
         series = [Line(name, t["layer"], *(t[f"{c}{end}"] for end in ENDS)) for name, c in pairs]
         title, axis = "Layers at position 0 and later", "layer (0-based)"
-        layers = lines(title, self._subtitle, axis, "shifted share of pairs", series, percent=True)
+        layers = lines(title, self.subtitle, axis, "shifted share of pairs", series, percent=True)
         return {"by_position": self.figure(), "layers": layers}
-
-    @property
-    def _subtitle(self) -> str:
-        n = questions_words(self.n_questions)
-        return f"{self.words}; {n}; shifted: overlap below {self.threshold:.4g}"
 
 
 @analysis("Position 0", "Is a shift at the first position more than a start-up?", claims=("C8",), order=30)
@@ -242,12 +211,10 @@ def position_zero(c: Contrast) -> PositionZero:
         raise Untestable(f"comparison {c.comparison!r} has no pairs at position 0")
     own = at_zero(grid, level)
     return PositionZero(
-        c.comparison,
-        c.kind,
-        c.a,
-        c.b,
-        level,
-        provenance,
+        **c.compared,
+        kind=c.kind,
+        threshold=level,
+        provenance=provenance,
         n_questions=int(np.isfinite(own.any_zero).sum()),
         n_shifted=int(np.nansum(own.any_zero)),
         questions=share_of_questions(own.any_zero, *how),
@@ -273,7 +240,7 @@ def threshold_at_zero(c: Contrast) -> Threshold:
 
 
 class AtZero(NamedTuple):
-    """Shifts of each question at position 0 and at later ones, all [question]; NaN without such pairs."""
+    """Shifts of each question, all [question]; NaN without such pairs."""
 
     any_zero: np.ndarray
     """1 if some layer shifted at position 0, else 0."""
@@ -314,7 +281,7 @@ def start_up(c: Contrast, threshold: float) -> StartUp:
         c.grid, theirs, c.tables.get("questions"), other.tables.get("questions")
     )
     mine, theirs = c.grid.of_questions(own_rows), theirs.of_questions(its_rows)
-    # Positions that both have: further on more has shifted in free-running, and one run's texts may be longer.
+    # Positions that both have: later ones shift more in free-running, and one run's texts may be longer.
     own, its = (at_zero(a.where_also(b), threshold) for a, b in ((mine, theirs), (theirs, mine)))
     both = np.isfinite(own.any_zero) & np.isfinite(its.any_zero)
     if not both.any():
@@ -402,9 +369,9 @@ def _per_pair(c: Contrast, threshold: float) -> pd.DataFrame:
             own = at_zero(c.at(a, b).grid, threshold)
         except Untestable:  # this pair has no overlap
             continue
-        intervals = [share_of_questions(own.any_zero, *c.resampling)]
-        for values in (own.any_later, own.layers_zero, own.layers_later, own.layers_zero - own.layers_later):
-            intervals.append(mean_over_questions(values, *c.resampling))
+        means = (own.any_later, own.layers_zero, own.layers_later, own.layers_zero - own.layers_later)
+        intervals = [mean_over_questions(values, *c.resampling) for values in means]
+        intervals = [share_of_questions(own.any_zero, *c.resampling), *intervals]
         ends = [v for i in intervals for v in (i.estimate, i.low, i.high)]
         records.append((a, b, intervals[0].n_questions, *ends))
     columns = [f"{name}{end}" for name in names for end in ("", " low", " high")]

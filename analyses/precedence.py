@@ -1,53 +1,52 @@
 """Precedence (claim C6): does the state move before the argmax does, in iterations and in layers?
 
-At every position: the first iteration (`within`) or depth at which the state of some layer has shifted
-against iteration or depth 1, and the first at which the most likely token is another one.
+At every position: the first iteration (`within`) or depth at which some layer's state has shifted against
+iteration or depth 1, and the first at which the argmax is another token. Three parts of the claim are true by
+construction, and each has its control:
 
-Part of "the state moves first, and never after" is true by construction:
-
-- The argmax is read from the last layer's output. It cannot change while that stays bit for bit what it was,
-  and changes together with a large move of it whatever the direction. `by_construction` shows how much of the
-  order random changes of the same size have; `beside_perturbations`, how often they change the argmax.
-- Where most positions shift at the first step, whatever else happens there comes together with a shift or
-  after one. The column `null` shows what shuffling the shifts over positions gives.
-- Lower layers are computed first, so in layers a shift always comes before the argmax. Only where it begins
-  (`by_layer`) is an observation.
-
-Not by construction: a shift at an *earlier* step more often than shuffling gives, and an argmax that changes
-more (or less) often than random changes of the same size make it.
+- The argmax is a function of the last layer's output: it changes only where that moves. Norm-matched
+  perturbations (table `nudges`) show what any move of the same size does (`beside_perturbations`,
+  `by_construction`).
+- Where most positions shift at the first step, whatever happens there comes with a shift or after one. `null`
+  is what shuffling the shifts over positions gives.
+- Lower layers are computed first. Only where a shift begins (`by_layer`) is an observation.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import reduce
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from sst_interp.analyses.contrast import Contrast, comparison_words, position_key
-from sst_interp.analyses.matched_perturbations import matched_perturbations
-from sst_interp.analyses.plots import BLUE, GREEN, GREY, ORANGE, SKY, Line, canvas, lines
-from sst_interp.analyses.result import Result, analysis
+from sst_interp.analyses.contrast import Contrast, position_key
+from sst_interp.analyses.plots import BLUE, GREEN, GREY, ORANGE, SKY, Line, canvas, error_bars, lines
+from sst_interp.analyses.result import Compared, analysis, comparison_words
 from sst_interp.analyses.statistics.bootstrap import (
     Interval,
     Resampling,
+    as_columns,
+    bootstrap_ends,
     by,
     cluster_bootstrap,
+    nothing,
     points_text,
     questions_words,
     ratio,
     share,
 )
-from sst_interp.analyses.statistics.event_order import first_at, order_counts, order_table
+from sst_interp.analyses.statistics.permutation import ORDERS, first_at, order_counts, order_table, orders
 from sst_interp.errors import Untestable
 
 CHANGES, SHIFTS = "the argmax changes", "the state shifts"
 """What is `given` in a row of `orders`."""
 WHEN = {"before": "at an earlier step", "together": "at the same step", "after": "later", "alone": "never"}
 PERTURBED = {"random": "same size, random", "elsewhere": "same size, as elsewhere in the text"}
+"""Directions of perturbations. `elsewhere`: as the state moves at another position of the same text."""
 SITES = {"output": "last layer's output", "stream": "stream states<br>handed in"}
 RUN, SHUFFLED, TRUE = "this run, any layer", "shifts shuffled", "the true change"
 LAST = "the true change, last layer only"
@@ -56,60 +55,49 @@ COLOURS = {
     PERTURBED["random"]: ORANGE, PERTURBED["elsewhere"]: GREEN,
 }  # fmt: skip
 
-Bar = tuple[str, str, float, float, float]
-"""Label, series, share and its ends."""
+Bar = tuple[str, str, float, float, float]  # label, series, share and its ends
 
 
 @dataclass(frozen=True, eq=False)
-class Precedence(Result):
+class Precedence(Compared):
     """Which came first, in one comparison. All intervals resample questions."""
 
-    comparison: str
+    named = "State and argmax"
+    shown = "orders"
     kind: str
-    """Which overlap."""
     threshold: float
     """A position counts as shifted where the overlap of some layer is below this."""
     steps: tuple[int, ...]
-    """The iterations or depths that are compared with the first, ascending."""
+    """Iterations or depths that are compared with the first, ascending."""
     n_positions: int
-    n_questions: int
     n_excluded: int
     """Positions left out: an overlap is NaN, or a depth's own text has ended."""
     orders: pd.DataFrame
-    """A row per `given` ("the argmax changes", "the state shifts") and order of the other: before, together,
-    after, alone; positions, share, low, high, and what shuffling gives: null, null_low, null_high, p."""
+    """A row per `given` ("the argmax changes", "the state shifts") and order of the other (`order_table`)."""
     before: Interval
-    """Of the positions whose argmax changes, share at which the state had shifted at an earlier step."""
+    """Of the positions whose argmax changes, share whose state had shifted at an earlier step ..."""
     together: Interval
-    """Share at which it shifted at the same step."""
+    """... shifts at the same step ..."""
     after: Interval
-    """Share at which it shifted later: the claim says never."""
+    """... shifts later: the claim says never ..."""
     alone: Interval
-    """Share at which it never shifted: against the claim, too."""
+    """... never shifts: against the claim, too."""
     against: Interval
-    """Share with no shift by then: later or never."""
+    """after + alone."""
     at_first_step: Interval
     """Share at which the argmax changed at the first step, where nothing can have come before."""
     changed: pd.DataFrame
-    """Columns step, where (shifted, stable), positions, questions, changed, low, high: how often the argmax
-    differs at a step, given the state there."""
+    """How often the argmax differs at a step, given the state there (`changed_by_state`)."""
     difference: Interval
     """Of `changed` at the last step: shifted minus stable positions."""
     by_layer: pd.DataFrame
-    """Positions shifted at the last step by the lowest layer that shifted: columns layer, share (of argmaxes
-    that changed), low, high, pairs (positions), questions."""
+    """Share of changed argmaxes by the lowest layer that has shifted at the last step."""
     beside_perturbations: pd.DataFrame
-    """True changes against perturbations of the same size (`matched_perturbations.beside_perturbations`);
-    empty without controls."""
+    """True changes against perturbations of the same norm; empty without controls."""
     by_construction: pd.DataFrame
     """Orders of the last layer's state and the argmax under perturbations (`perturbed_orders`)."""
     no_perturbations: str | None
     """Why there are no perturbations to compare with; None if there are."""
-
-    @property
-    def title(self) -> str:
-        """What was compared."""
-        return f"State and argmax: {self.words}"
 
     @property
     def words(self) -> str:
@@ -119,20 +107,13 @@ class Precedence(Result):
         return f"{comparison_words(self.comparison)}, depths 1 to {self.steps[-1]}"
 
     @property
-    def table(self) -> pd.DataFrame:
-        """Both orders: when the state shifted given that the argmax changes, and the other way round."""
-        return self.orders
-
-    @property
     def given(self) -> pd.DataFrame:
         """When the state shifted, of the positions whose argmax changes; index: order."""
         return self.orders[self.orders["given"] == CHANGES].set_index("order")
 
     @property
     def at_shifts(self) -> dict[str, Any]:
-        """What the last layer's `true` change and a `random` one of its size do at shifted positions: rows of
-        `beside_perturbations` by direction; empty unless both are there.
-        """
+        """Rows of `beside_perturbations`, output at shifted positions, by direction; empty without both."""
         rows: dict[str, Any] = {
             row["direction"]: row
             for row in self.beside_perturbations.to_dict("records")
@@ -159,15 +140,13 @@ class Precedence(Result):
         if self.comparison == "free_running":
             words += " Once two texts have parted, state and argmax differ because the tokens do."
         if self.no_perturbations:
-            return (
-                f"{words} What a random change of the same size does is not known: {self.no_perturbations}."
-            )
+            return f"{words} No random changes of the same size: {self.no_perturbations}."
         return words + self._beside_random
 
     @property
     def _beside_random(self) -> str:
         if not self.at_shifts:
-            return " No perturbed position shifts, so none was moved by the size of a shift."
+            return " No perturbed position shifts."
         true, random = self.at_shifts["true"], self.at_shifts["random"]
         low, high = random["difference_low"], random["difference_high"]
         gap = Interval(random["difference"], low, high, int(random["questions"]), reason="one question")
@@ -177,17 +156,17 @@ class Precedence(Result):
         return words + f"{true['changed']:.1%} against {random['changed']:.1%} ({points_text(gap)})."
 
     def figure(self) -> go.Figure:
-        """When the state shifted, of the positions whose argmax changes: the run, shuffled, and perturbed."""
+        """When the state shifted, where the argmax changes: the run, shuffled, and perturbed."""
         bars: list[Bar] = []
         for order, row in self.given.to_dict("index").items():
             label = WHEN[str(order)]
             bars.append((label, RUN, row["share"], row["low"], row["high"]))
             bars.append((label, SHUFFLED, row["null"], row["null_low"], row["null_high"]))
-        for row in _rows(self.by_construction):
+        for row in self.by_construction.to_dict("records"):
             series = PERTURBED.get(row["direction"], LAST)
             bars.append((WHEN[row["order"]], series, row["share"], row["low"], row["high"]))
         return _grouped(
-            "When the state shifted, where the argmax changes", self._subtitle,
+            "When the state shifted, where the argmax changes", self.subtitle,
             "when the state shifted, seen from the argmax", "share of changed argmaxes", bars,
         )  # fmt: skip
 
@@ -198,7 +177,7 @@ class Precedence(Result):
             table = self.by_layer
             line = Line("argmax changed", table["layer"], table["share"], table["low"], table["high"])
             figures["by_layer"] = lines(
-                "Where the shift begins", self._subtitle, "lowest shifted layer (0-based)",
+                "Where the shift begins", self.subtitle, "lowest shifted layer (0-based)",
                 "argmax changed, share<br>of positions", [line], True,
             ).update_traces(showlegend=False)  # fmt: skip
         return figures
@@ -208,22 +187,22 @@ class Precedence(Result):
         at_last = self.changed[self.changed["step"] == self.steps[-1]]
         bars: list[Bar] = [
             (f"{row['where']}:<br>all positions", RUN, row["changed"], row["low"], row["high"])
-            for row in _rows(at_last)
+            for row in at_last.to_dict("records")
             if row["positions"]
         ]
-        for row in _rows(self.beside_perturbations):
+        for row in self.beside_perturbations.to_dict("records"):
             series = PERTURBED.get(row["direction"], TRUE)
             ends = row["changed"], row["changed_low"], row["changed_high"]
             bars.append((f"{row['where']}:<br>{SITES[row['site']]}", series, *ends))
         return _grouped(
-            "How often the argmax changes", self._subtitle,
+            "How often the argmax changes", self.subtitle,
             "where the state shifted or not, and what was changed", "share of positions", bars,
         )  # fmt: skip
 
     @property
-    def _subtitle(self) -> str:
-        n = f"{questions_words(self.n_questions)}, {self.n_positions:,} positions"
-        return f"{self.words}; {n}; shifted: overlap of some layer below {self.threshold:.4g}"
+    def subtitle(self) -> str:
+        """As every figure's, with the number of positions."""
+        return f"{super().subtitle} in some layer; {self.n_positions:,} positions"
 
 
 @analysis(
@@ -245,9 +224,8 @@ def precedence(c: Contrast) -> Precedence:
         raise Untestable(f"no position of comparison {c.comparison!r} has every overlap")
     n_questions = len(np.unique(question))
     if not changed.any():
-        raise Untestable(
-            f"the argmax never changes, at {len(question):,} positions of {questions_words(n_questions)}"
-        )
+        n = questions_words(n_questions)
+        raise Untestable(f"the argmax never changes, at {len(question):,} positions of {n}")
     x, y = first_at(shifted), first_at(changed)
     counts = order_counts(question, x, y, len(steps))
     orders = [
@@ -260,15 +238,15 @@ def precedence(c: Contrast) -> Precedence:
         return share(question[ever], mask[ever], *c.resampling)
 
     last, at_last = len(steps) - 1, shifted[:, -1]
+    here = pd.DataFrame({"question": question, "position": rows.position, "shifted": at_last})
     beside, constructed, why = pd.DataFrame(), pd.DataFrame(), None
     try:
-        here = pd.DataFrame({"question": question, "position": rows.position, "shifted": at_last})
         beside, constructed = matched_perturbations(c, here)
     except Untestable as error:
         why = error.message
     table, difference = changed_by_state(rows, c.resampling)
     return Precedence(
-        comparison=c.comparison,
+        **{**c.compared, "a": 1, "b": steps[-1]},
         kind=c.kind,
         threshold=c.threshold,
         steps=steps,
@@ -297,9 +275,7 @@ class StateAndArgmax(NamedTuple):
     """Positions of one comparison, sorted. A step is an iteration or depth compared with the first."""
 
     question: np.ndarray
-    """[position]"""
     position: np.ndarray
-    """[position]"""
     steps: tuple[int, ...]
     shifted: np.ndarray
     """[position, step]: the overlap of some layer is below the threshold."""
@@ -329,16 +305,14 @@ def state_and_argmax(c: Contrast) -> StateAndArgmax:
     ever = reduce(np.union1d, [keys for keys, *_ in (*states, *tokens)])
     both = [keys[known] for keys, known, _ in states] + [keys for keys, _ in tokens]
     whole = reduce(np.intersect1d, both)
-    shifted = [of[np.searchsorted(keys, whole)] for keys, _, of in states]
-    changed = [of[np.searchsorted(keys, whole)] for keys, of in tokens]
     return StateAndArgmax(
-        whole >> 32,
-        whole & 0xFFFFFFFF,
-        steps,
-        np.stack(shifted, axis=1),
-        np.stack(changed, axis=1),
-        _lowest_layer(c.at(1, steps[-1]), whole),
-        len(ever) - len(whole),
+        question=whole >> 32,
+        position=whole & 0xFFFFFFFF,
+        steps=steps,
+        shifted=np.stack([of[np.searchsorted(keys, whole)] for keys, _, of in states], axis=1),
+        changed=np.stack([of[np.searchsorted(keys, whole)] for keys, of in tokens], axis=1),
+        lowest_layer=_lowest_layer(c.at(1, steps[-1]), whole),
+        n_excluded=len(ever) - len(whole),
     )
 
 
@@ -363,13 +337,8 @@ def changed_by_state(rows: StateAndArgmax, resampling: Resampling) -> tuple[pd.D
         for where in (shifted, ~shifted)
         for weights in (where & changed, where)
     ]
-
-    def gap(totals: np.ndarray) -> np.ndarray:
-        shares = ratio(totals.reshape(-1, 2, 2))
-        return shares[:, 0] - shares[:, 1]
-
-    sums = np.stack(cells, axis=1)
-    difference = cluster_bootstrap(sums, gap, resampling.resamples, seed=resampling.seed)
+    sums = np.stack(cells, axis=1).reshape(-1, 2, 2)
+    difference = cluster_bootstrap(sums, _gap, resampling.resamples, seed=resampling.seed)
     return pd.DataFrame(records, columns=columns), difference
 
 
@@ -393,21 +362,140 @@ def _grouped(title: str, subtitle: str, x: str, y: str, bars: list[Bar]) -> go.F
         if not own:
             continue
         share, low, high = (np.array([bar[i] for bar in own], dtype=float) for i in (2, 3, 4))
-        error = {
-            "type": "data", "symmetric": False, "thickness": 1.5, "color": GREY,
-            "array": np.nan_to_num(high - share), "arrayminus": np.nan_to_num(share - low),
-        }  # fmt: skip
         figure.add_bar(
-            x=[bar[0] for bar in own], y=share, name=series, error_y=error, marker={"color": colour},
-            customdata=np.stack([low, high], axis=1),
+            x=[bar[0] for bar in own], y=share, name=series, marker={"color": colour},
+            error_y=error_bars(share, low, high, GREY), customdata=np.stack([low, high], axis=1),
             hovertemplate="%{x}: %{y:.1%} [%{customdata[0]:.1%}, %{customdata[1]:.1%}]<extra></extra>",
         )  # fmt: skip
     figure.update_xaxes(categoryorder="array", categoryarray=labels)
     figure.update_yaxes(tickformat=".0%", rangemode="tozero")
     legend = {"yref": "container", "yanchor": "bottom", "y": 0.01, "x": 0}
-    figure.update_layout(barmode="group", height=430, margin={"b": 140}, legend=legend)
-    return figure
+    return figure.update_layout(barmode="group", height=430, margin={"b": 140}, legend=legend)
 
 
-def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
-    return table.to_dict("records")  # type: ignore[return-value]
+def matched_perturbations(c: Contrast, shifted: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The tables of `beside_perturbations` and `perturbed_orders`.
+
+    Args:
+        c: the contrast; its run may have a table `nudges`.
+        shifted: columns question, position, shifted (at the deepest pair). For `within`, whose perturbed pass
+            reads depth 1's text, the true change says what shifted instead.
+
+    Raises:
+        Untestable: if the run has no perturbations of this comparison at its positions.
+    """
+    if c.comparison == "free_running":
+        raise Untestable("each depth reads its own text")
+    rows = c.tables.get("nudges", c.comparison)
+    if rows is None:
+        words = comparison_words(c.comparison)
+        raise Untestable(f"the run has no norm-matched perturbations ({words}; `controls` in its recipe)")
+    if c.kind not in rows.columns:
+        raise Untestable(f"norm-matched perturbations have no {c.kind}")
+    if c.comparison == "within":
+        true = rows[((rows["site"] == "stream") & (rows["direction"] == "true")).to_numpy(dtype=bool)]
+        moved = np.asarray((overlaps(true, c.kind) < c.threshold).any(axis=1))
+        shifted = true[["question", "position"]].assign(shifted=moved)
+    beside = beside_perturbations(rows, shifted, c.resampling)
+    if beside.empty:
+        raise Untestable("no perturbed position has all its overlaps")
+    return beside, perturbed_orders(rows, c.threshold, c.kind, c.resampling)
+
+
+def overlaps(rows: pd.DataFrame, kind: str) -> np.ndarray:
+    """Overlap of each row of `nudges` in every layer it has: [row, layer]; rows of one site."""
+    if not len(rows):
+        return np.ones((0, 1))
+    values = np.stack(rows[kind].to_list()).astype(float)
+    return 1 - values if kind == "relative_l2" else values
+
+
+def beside_perturbations(rows: pd.DataFrame, shifted: pd.DataFrame, resampling: Resampling) -> pd.DataFrame:
+    """What true changes and norm-matched perturbations do, at shifted and at stable positions.
+
+    Args:
+        rows: the run's `nudges` of one comparison.
+        shifted: columns question, position, shifted.
+        resampling: of questions.
+
+    Returns:
+        A row per site, direction and `where`: positions, questions; `changed` (share of argmaxes), `kl`,
+        `replaced` (means) and `difference` (`changed` of the true change minus this direction, at the same
+        positions), each with `_low` and `_high`. No rows if the tables share no position.
+    """
+    how = resampling._asdict()
+    rows = rows[(rows["b"] == rows["b"].max()).to_numpy(dtype=bool)]
+    keys = {"question": "int64", "position": "int64"}
+    rows = rows.astype(keys).merge(shifted.astype(keys), on=[*keys])
+    codes, questions = pd.factorize(rows["question"].to_numpy(), sort=True)
+    recorded = {"changed": "argmax_changed", "kl": "kl", "replaced": "replaced"}
+    values = {name: rows[column].to_numpy(dtype=float) for name, column in recorded.items()}
+    there = np.isfinite(np.stack(list(values.values()))).all(axis=0)
+    place = rows.groupby([*keys], sort=False).ngroup().to_numpy()
+    at_shift = rows["shifted"].to_numpy(dtype=bool)
+
+    def sums(mask: np.ndarray, name: str) -> np.ndarray:
+        """[question, 2]: total and number of the rows of a mask."""
+        parts = [np.bincount(codes[mask], w, len(questions)) for w in (values[name][mask], None)]
+        return np.stack(parts, axis=-1).astype(float)
+
+    records = []
+    for site, where in product(SITES, ("shifted", "stable")):
+        here = there & (rows["site"] == site).to_numpy() & (at_shift == (where == "shifted"))
+        directions = {d: here & (rows["direction"] == d).to_numpy() for d in ("true", *PERTURBED)}
+        for direction, mask in directions.items():
+            if not mask.any():
+                continue
+            used = np.bincount(codes[mask], minlength=len(questions)) > 0
+            record: dict[str, Any] = {"site": site, "direction": direction, "where": where}
+            record |= {"positions": len(np.unique(place[mask])), "questions": int(used.sum())}
+            means = {name: cluster_bootstrap(sums(mask, name)[used], **how) for name in values}
+            gap = nothing("the true change itself")
+            if direction != "true":
+                same = directions["true"] & np.isin(place, place[mask])
+                both = np.stack([sums(same, "changed"), sums(mask, "changed")], axis=1)[used]
+                gap = cluster_bootstrap(both, _gap, **how)
+            records.append(record | as_columns(**means, difference=gap))
+    return pd.DataFrame(records)
+
+
+def perturbed_orders(rows: pd.DataFrame, threshold: float, kind: str, resampling: Resampling) -> pd.DataFrame:
+    """When the last layer's state shifts, seen from the first change of the argmax, under perturbations of
+    the last layer's output that grow from b to b as the true change does.
+
+    Returns:
+        A row per direction (`true` among them) and entry of `ORDERS`: positions (and seeds), questions,
+        share, low, high.
+    """
+    rows = rows[(rows["site"] == "output").to_numpy()]
+    steps = np.sort(rows["b"].unique())
+    n_steps = max(len(steps), 1)
+    keys = ["question", "position", "direction", "seed"]
+    rows = rows.sort_values([*keys, "b"])
+    whole = (rows.groupby(keys, observed=True)["b"].transform("size") == len(steps)).to_numpy(dtype=bool)
+    rows = rows[whole]
+    overlap = overlaps(rows, kind)[:, -1]
+    usable = np.isfinite(overlap).reshape(-1, n_steps).all(axis=1)
+    x = first_at((overlap < threshold).reshape(-1, n_steps))
+    y = first_at(rows["argmax_changed"].to_numpy(dtype=bool).reshape(-1, n_steps))
+    first = rows.iloc[::n_steps]
+    tables = []
+    for direction in ("true", *PERTURBED):
+        here = usable & (first["direction"] == direction).to_numpy(dtype=bool)
+        seen = orders(order_counts(first["question"].to_numpy()[here], x[here], y[here], len(steps)))
+        seen = seen[seen.sum(axis=1) > 0]
+        if not len(seen):
+            continue
+        sums = np.stack([seen, np.broadcast_to(seen.sum(axis=1, keepdims=True), seen.shape)], axis=-1)
+        share, low, high = bootstrap_ends(sums, ratio, resampling.resamples, seed=resampling.seed)
+        columns = {"direction": direction, "order": ORDERS, "positions": seen.sum(axis=0)}
+        columns |= {"questions": len(seen), "share": share, "low": low, "high": high}
+        tables.append(pd.DataFrame(columns))
+    columns = ["direction", "order", "positions", "questions", "share", "low", "high"]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
+
+
+def _gap(totals: np.ndarray) -> np.ndarray:
+    """Difference of the two ratios in [..., 2, 2]."""
+    shares = ratio(totals)
+    return shares[..., 0] - shares[..., 1]

@@ -12,12 +12,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from sst_interp.analyses.statistics.bootstrap import questions_words
 from sst_interp.errors import SSTError
 
 
@@ -62,8 +63,57 @@ class Result(ABC):
 
 
 @dataclass(frozen=True, eq=False)
+class Compared(Result):
+    """A result about one comparison of a run, at one pair of depths."""
+
+    named: ClassVar[str]
+    """What the title begins with."""
+    shown: ClassVar[str]
+    """The field that is the table."""
+    comparison: str
+    a: int
+    b: int
+    """Depths or iterations that are compared."""
+    n_questions: int
+
+    @property
+    def words(self) -> str:
+        """The comparison and its pair, in words."""
+        return pair_words(self.comparison, self.a, self.b)
+
+    @property
+    def title(self) -> str:
+        """What was compared."""
+        return f"{self.named}: {self.words}"
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """The field called `shown`."""
+        return getattr(self, self.shown)
+
+    @property
+    def subtitle(self) -> str:
+        """What every figure says: comparison, number of questions, and the threshold if there is one."""
+        below = getattr(self, "threshold", None)
+        words = f"{self.words}; {questions_words(self.n_questions)}"
+        return words if below is None else f"{words}; shifted: overlap below {below:.4g}"
+
+
+def pair_words(comparison: str, a: int, b: int) -> str:
+    """`teacher-forced, depth 1 against depth 4`: what a figure or a sentence says was compared."""
+    if comparison == "within":
+        return f"within one pass, iteration {a} against iteration {b}"
+    return f"{comparison_words(comparison)}, depth {a} against depth {b}"
+
+
+def comparison_words(comparison: str) -> str:
+    """The comparison as a reader says it."""
+    return {"teacher_forced": "teacher-forced", "free_running": "free-running"}.get(comparison, comparison)
+
+
+@dataclass(frozen=True, eq=False)
 class KeptResult(Result):
-    """A result as it was when it was measured: what can be shown of it, without the fields it came from."""
+    """A stored result: what can be shown of it, without the fields it was computed from."""
 
     heading: str
     sentence: str
@@ -73,25 +123,25 @@ class KeptResult(Result):
 
     @property
     def title(self) -> str:
-        """As it was."""
+        """Of the stored result."""
         return self.heading
 
     @property
     def verdict(self) -> str:
-        """As it was computed."""
+        """Of the stored result."""
         return self.sentence
 
     @property
     def table(self) -> pd.DataFrame:
-        """As it was."""
+        """Of the stored result."""
         return self.numbers
 
     def figure(self) -> go.Figure:
-        """The one that shows the finding."""
+        """The first figure."""
         return next(iter(self.figures().values()))
 
     def figures(self) -> dict[str, go.Figure]:
-        """Every figure, as it was drawn."""
+        """Every stored figure."""
         return {name: go.Figure(drawn) for name, drawn in self.drawn.items()}
 
     @classmethod

@@ -22,7 +22,7 @@ import plotly.graph_objects as go
 
 from sst_interp.analyses.contrast import Contrast
 from sst_interp.analyses.plots import BLUE, GREY, Line, canvas, lines
-from sst_interp.analyses.result import Result, analysis
+from sst_interp.analyses.result import Compared, analysis
 from sst_interp.analyses.statistics.along_texts import over_questions
 from sst_interp.analyses.statistics.bootstrap import (
     Interval,
@@ -37,15 +37,13 @@ from sst_interp.analyses.statistics.permutation import sign_flip
 
 
 @dataclass(frozen=True, eq=False)
-class LayerProfile(Result):
+class LayerProfile(Compared):
     """Shift rate per layer of one comparison and one pair of depths."""
 
-    comparison: str
-    words: str
-    """What was compared, in words."""
+    named = "Shift rate by layer"
+    shown = "profile"
     threshold: float
     """Overlap below which a pair counts as shifted."""
-    n_questions: int
     share: Interval
     """Shifted share of all pairs: the mean of the profile."""
     profile: pd.DataFrame
@@ -53,16 +51,6 @@ class LayerProfile(Result):
     (all at once) and so on; then off (a layer's rate minus the question's mean rate over layers, mean over
     questions), p, p_layers (of `off`: alone, and for all layers at once). A layer in which no question
     shifted has a band of no width, as any bootstrap of zeros."""
-
-    @property
-    def title(self) -> str:
-        """What was compared."""
-        return f"Shift rate by layer: {self.words}"
-
-    @property
-    def table(self) -> pd.DataFrame:
-        """A row per layer."""
-        return self.profile
 
     @property
     def layers_off(self) -> int:
@@ -88,10 +76,9 @@ class LayerProfile(Result):
     def figure(self) -> go.Figure:
         """Shift rate by layer with the band for all layers at once, and the rate of the run."""
         rows = self.profile
-        words = f"{self.words}; {questions_words(self.n_questions)}; shifted: overlap below "
         figure = lines(
             "Shift rate by layer",
-            f"{words}{self.threshold:.4g}; 95% band for all layers at once",
+            f"{self.subtitle}; 95% band for all layers at once",
             "layer (0-based)",
             "shifted share of pairs",
             [Line("shift rate", rows["layer"], rows["share"], rows["band_low"], rows["band_high"])],
@@ -120,8 +107,7 @@ def layer_profile(c: Contrast) -> LayerProfile:
     test = sign_flip(off, *c.resampling)
     profile = by("layer", c.grid.layers[layer], question, shifted[there], *c.resampling)
     return LayerProfile(
-        comparison=c.comparison,
-        words=c.words,
+        **c.compared,
         threshold=c.threshold,
         n_questions=len(c.grid.questions),
         share=share(question, shifted[there], *c.resampling),
@@ -133,15 +119,12 @@ QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
 @dataclass(frozen=True, eq=False)
-class ShiftsPerQuestion(Result):
+class ShiftsPerQuestion(Compared):
     """How shifts are spread over the questions of one comparison and one pair of depths."""
 
-    comparison: str
-    words: str
-    """What was compared, in words."""
+    named = "Shifts per question"
     threshold: float
     """Overlap below which a pair counts as shifted."""
-    n_questions: int
     median: Interval
     """Median over questions of the shifted share of a question's pairs."""
     without: Interval
@@ -150,11 +133,6 @@ class ShiftsPerQuestion(Result):
     """Share of all shifts that lie in the tenth of the questions with the most."""
     per_question: pd.DataFrame
     """Columns question, pairs, shifted, share, positions, positions_shifted (a shift in any layer)."""
-
-    @property
-    def title(self) -> str:
-        """What was compared."""
-        return f"Shifts per question: {self.words}"
 
     @property
     def table(self) -> pd.DataFrame:
@@ -186,10 +164,9 @@ class ShiftsPerQuestion(Result):
     def figure(self) -> go.Figure:
         """The shifted share of every question, from least to most."""
         rows = self.per_question.sort_values("share", kind="stable")
-        words = f"{self.words}; {questions_words(self.n_questions)}; shifted: overlap below "
         figure = canvas(
             "Shifts per question",
-            f"{words}{self.threshold:.4g}",
+            self.subtitle,
             "questions, from least to most",
             "shifted share of its pairs",
         )
@@ -233,8 +210,7 @@ def shifts_per_question(c: Contrast) -> ShiftsPerQuestion:
 
     # Both are given how often each question was drawn, in order of their shares and of their shifts.
     return ShiftsPerQuestion(
-        comparison=c.comparison,
-        words=c.words,
+        **c.compared,
         threshold=c.threshold,
         n_questions=len(table),
         median=over_questions(len(table), median, *c.resampling),

@@ -1,9 +1,7 @@
 """Basin shifts (claims C1, C3): where does extra iteration change the model's state, and how often?
 
-A (position, layer) pair has *shifted* if its overlap between two iteration depths is below a threshold.
-What a shift is depends on the comparison, so each gets its own result, its own threshold and its own
-figures; nothing is pooled over comparisons, and the headline is one pair of depths, (1, deepest).
-Which layers and which questions shift: `shift_profiles`.
+A (position, layer) pair has *shifted* if its overlap between two depths is below a threshold. Each comparison
+has its own threshold; the headline is one pair of depths, (1, deepest).
 """
 
 from __future__ import annotations
@@ -16,10 +14,10 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from sst_interp.analyses.contrast import PAPER_THRESHOLD, Contrast, pair_words
+from sst_interp.analyses.contrast import PAPER_THRESHOLD, Contrast
 from sst_interp.analyses.modes import OverlapDistribution, overlap_distribution
 from sst_interp.analyses.plots import Dot, Line, dots, lines, matrix
-from sst_interp.analyses.result import Result, analysis
+from sst_interp.analyses.result import Compared, analysis
 from sst_interp.analyses.statistics.bootstrap import (
     RESAMPLES,
     Interval,
@@ -37,15 +35,13 @@ from sst_interp.models.choices import COMPARISONS, Comparison
 
 
 @dataclass(frozen=True, eq=False)
-class BasinShifts(Result):
+class BasinShifts(Compared):
     """How many pairs shifted in one comparison, where, and by how much. All intervals resample questions."""
 
-    comparison: str
+    named = "Basin shifts"
+    shown = "per_pair"
     kind: str
     """Which overlap."""
-    a: int
-    b: int
-    """Depths or iterations of the headline: 1 and the deepest."""
     threshold: float
     """Overlap below which a pair counts as shifted."""
     provenance: str
@@ -81,29 +77,9 @@ class BasinShifts(Result):
     """free-running only: share of the pairs before the first differing token."""
 
     @property
-    def title(self) -> str:
-        """What was compared."""
-        return f"Basin shifts: {self.words}"
-
-    @property
-    def words(self) -> str:
-        """The comparison and its pair, in words."""
-        return pair_words(self.comparison, self.a, self.b)
-
-    @property
     def n_pairs(self) -> int:
         """(question, position, layer) pairs of the headline."""
         return self.distribution.n_pairs
-
-    @property
-    def n_questions(self) -> int:
-        """Questions of the headline."""
-        return self.distribution.n_questions
-
-    @property
-    def table(self) -> pd.DataFrame:
-        """A row per (a, b)."""
-        return self.per_pair
 
     @property
     def verdict(self) -> str:
@@ -138,8 +114,7 @@ class BasinShifts(Result):
 
     def figures(self) -> dict[str, go.Figure]:
         """Overlap, by_position, by_layer, rates, norm_ratio."""
-        words = f"{self.words}; {questions_words(self.n_questions)}; shifted: overlap below "
-        words += f"{self.threshold:.4g}"
+        words = self.subtitle
         rates = matrix(
             self.rates, "Shift rate by position and layer", words, "share of questions",
             zmin=0, zmax=max(0.05, float(np.nanmax(self.rates.to_numpy()))),
@@ -168,14 +143,9 @@ def _rates(table: pd.DataFrame, axis: str, words: str) -> go.Figure:
     return lines(f"Shift rate by {by}", words, axis, "shifted share of pairs", [line], percent=True)
 
 
-def question_figure(values: pd.DataFrame, quantity: str, subtitle: str) -> go.Figure:
-    """One question's `overlap` or `norm ratio` by position and layer (from `Contrast.question_map`)."""
-    if quantity == "overlap":
-        return matrix(values, "Overlap of one question", subtitle, "overlap", zmax=1)
-    return matrix(
-        values.map(np.log2), "Norm ratio of one question", subtitle, "log2 of norm b / norm a",
-        zmid=0, colorscale="RdBu",
-    )  # fmt: skip
+def question_figure(overlap: pd.DataFrame, subtitle: str) -> go.Figure:
+    """One question's overlap by position and layer (from `Contrast.question_map`)."""
+    return matrix(overlap, "Overlap of one question", subtitle, "overlap", zmax=1)
 
 
 @analysis(
@@ -203,17 +173,17 @@ def basin_shifts(c: Contrast) -> BasinShifts:
     question, layer, position = (rows[name].to_numpy() for name in ("question", "layer", "position"))
     with np.errstate(divide="ignore", invalid="ignore"):
         norms = rows["norm_b"].to_numpy(dtype=float) / rows["norm_a"].to_numpy(dtype=float)
+    distribution = overlap_distribution(c)
     shifts = BasinShifts(
-        comparison=c.comparison,
+        **c.compared,
         kind=c.kind,
-        a=c.a,
-        b=c.b,
+        n_questions=len(distribution.histograms),
         threshold=c.threshold,
         provenance=c.division.provenance,
         share=share(question, shifted, *c.resampling),
         share_at_paper=share(question, overlap < PAPER_THRESHOLD, *c.resampling),
         per_pair=_per_pair(c),
-        distribution=overlap_distribution(c),
+        distribution=distribution,
         by_position=by("position", position, question, shifted, *c.resampling),
         by_layer=by("layer", layer, question, shifted, *c.resampling),
         rates=_rate_matrix(c),

@@ -8,7 +8,7 @@ import pytest
 from synthetic import Planted, contrast, pairs_table
 
 from sst_interp.analyses.modes import bimodality, overlap_distribution
-from sst_interp.analyses.statistics import dip
+from sst_interp.analyses.statistics import modes as dip
 from sst_interp.errors import Untestable
 from sst_interp.models.choices import Choices
 

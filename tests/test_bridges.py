@@ -416,7 +416,7 @@ def test_a_captured_question_is_read_again(captured, depth, text):
 
 
 def test_a_cache_is_never_of_something_else(captured):
-    from sst_interp.bridges.run_caches import run_cache, run_caches
+    from sst_interp.bridges import run_cache, run_caches
 
     model, run = captured
     other = attach(tiny_llama(seed=1), word_tokenizer(), 0.3, name="tiny")
@@ -452,7 +452,7 @@ def test_texts_are_read_as_the_model_reads_them():
 
 def test_neither_tool_is_imported_before_it_is_asked_for():
     """nnsight patches torch when it is imported."""
-    code = "import sys, sst_interp.models.model, sst_interp.bridges, sst_interp.runs.capture; print(*sys.modules)"
+    code = "import sys, sst_interp.bridges, sst_interp.runs.capture; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "sst_interp.models.hooks" in loaded.split()
     assert not {"nnsight", "transformer_lens"} & set(loaded.split())

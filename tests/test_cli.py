@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_loading import save_model
-from test_training_data import write_gsm8k
 from tiny_capture import capture_module, interrupt, word_tokenizer, write_questions
+from tiny_training import write_gsm8k
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from typer.testing import CliRunner
 

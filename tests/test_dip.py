@@ -2,9 +2,14 @@ import numpy as np
 import pytest
 from synthetic import Planted, pairs_table
 
-from sst_interp.analyses.statistics import dip
-from sst_interp.analyses.statistics.dip import NOT_INSTALLED, dip_test, one_per_question
-from sst_interp.analyses.statistics.modes import question_histograms, to_v
+from sst_interp.analyses.statistics import modes as dip
+from sst_interp.analyses.statistics.modes import (
+    NOT_INSTALLED,
+    dip_test,
+    one_per_question,
+    question_histograms,
+    to_v,
+)
 
 
 def histograms_of(table):

@@ -91,7 +91,7 @@ def test_an_overlap_that_foretells_is_found_and_one_that_does_not_is_not():
     assert (untold["p_holm"] > 0.05).all()
     assert (untold["p_holm"] >= untold["p"]).all()
     assert untold.loc["lowest overlap", "p"] > 0.05
-    assert "does not tell where" in result.verdict
+    assert "does not predict where" in result.verdict
 
 
 def test_without_an_effect_p_is_uniform():
@@ -201,7 +201,7 @@ def test_what_cannot_be_tested_says_why():
 def test_without_one_text_or_steps_the_rest_is_said():
     outputs, pairs, _ = parting_run(questions=12, seed=1)
     bare = found((outputs, pairs[pairs["comparison"] == "free_running"], None))
-    assert "What is left on one text is not known: " in bare.verdict
+    assert "What is left teacher-forced is not known: " in bare.verdict
     assert bare.verdict.startswith("Texts part; how many shifts that makes is not known.")
     assert np.isfinite(bare.after.estimate)
     assert np.isnan(bare.explained.estimate)

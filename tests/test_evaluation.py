@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import save_file
 from test_loading import save_model
 from tiny_capture import tiny_llama, word_tokenizer
+from tiny_training import EXAMPLES
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from sst_interp.errors import SSTError, Untestable
-from sst_interp.experiments.depth_scores import ORACLE, depth_scores
-from sst_interp.experiments.training_curves import training_curves
+from sst_interp.experiments.training_results import ORACLE, depth_scores, training_curves
 from sst_interp.models.checkpoint import fingerprint, save_checkpoint
 from sst_interp.models.loading import load
 from sst_interp.models.model import attach
@@ -35,12 +35,6 @@ from sst_interp.training.evaluation import (
     missing,
     read_evaluation,
 )
-
-EXAMPLES = [
-    Example("a", (5, 6, 7, 8, 9, 10), 2),
-    Example("b", (6, 7, 8), 1),
-    Example("c", (9, 8, 7, 6, 5), 3),
-]
 
 
 @pytest.fixture

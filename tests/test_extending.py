@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_loading import save_model
 
 import sst_interp as sst
 from sst_interp import cli
 from sst_interp.models.kinds import _KINDS, kinds
 from sst_interp.questions.datasets import _DATASETS, known_datasets
-from test_loading import save_model
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
 EXAMPLES = {
@@ -29,7 +29,7 @@ def here(tmp_path, monkeypatch, registries):
         assert registry
     for registry in (_KINDS, _DATASETS):
         monkeypatch.setattr(
-            f"{registry is _KINDS and 'sst_interp.models.kinds._KINDS' or 'sst_interp.questions.datasets._DATASETS'}",
+            f"{(registry is _KINDS and 'sst_interp.models.kinds._KINDS') or 'sst_interp.questions.datasets._DATASETS'}",
             dict(registry),
         )
     for name, code in EXAMPLES.items():

@@ -10,8 +10,10 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_training import backbone, recipe  # noqa: F401 (fixtures)
+from test_training import backbone, recipe  # noqa: F401(fixtures)
 from tiny import lrt
+from tiny_training import answer_batch as batch
+from tiny_training import save_backbone, training_recipe
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sst_interp.errors import SSTError
@@ -20,8 +22,7 @@ from sst_interp.models.choices import Choices
 from sst_interp.models.model import attach
 from sst_interp.models.solvers.implicit import Chain, Solver, _Solve, exact_states, lay_out
 from sst_interp.models.solvers.sequential import advance
-from sst_interp.training.card import how_well_solved, write_card
-from sst_interp.training.log import ABOUT, read_about, read_log
+from sst_interp.training.card import ABOUT, how_well_solved, read_about, read_log, write_card
 from sst_interp.training.objective import training_loss
 from sst_interp.training.recipe import TrainingRecipe
 from sst_interp.training.trainer import Training
@@ -41,6 +42,16 @@ def in_float64(model):
 
             module.forward = MethodType(forward, module)
     return model
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    return save_backbone(tmp_path_factory.mktemp("backbone"))
+
+
+@pytest.fixture
+def recipe(tmp_path, backbone):
+    return training_recipe(tmp_path, backbone)
 
 
 def model_of(family="llama", alpha=0.1, **choices):
@@ -251,7 +262,7 @@ def test_a_memory_that_goes_to_another_layer_is_refused():
         TrainingRecipe.from_dict(values)
 
 
-def test_states_that_overflow_end_the_training_with_its_last_state_kept(recipe, tmp_path):  # noqa: F811
+def test_states_that_overflow_end_the_training_with_its_last_state_kept(recipe, tmp_path):
     training = Training(replace(recipe, method="exact"), tmp_path / "out")
     training.step()
     training.save()
@@ -265,8 +276,6 @@ def test_states_that_overflow_end_the_training_with_its_last_state_kept(recipe, 
 @pytest.mark.parametrize("depth", [1, 2])
 def test_training_minimises_the_loss_of_the_definition(depth):
     """Answers only, and what follows the last answer is not computed at all."""
-    from test_objective import batch
-
     model = model_of()
     about = {"name": "n", "backbone": "b", "data": "d", "tolerance": TIGHT, "depths": (depth, depth)}
     losses = [
@@ -278,7 +287,7 @@ def test_training_minimises_the_loss_of_the_definition(depth):
     torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-12)
 
 
-def test_every_step_says_how_well_it_was_solved_and_so_does_the_card(recipe, tmp_path):  # noqa: F811
+def test_every_step_says_how_well_it_was_solved_and_so_does_the_card(recipe, tmp_path):
     exact = replace(recipe, method="exact", examples=9, depths=(1, 3))
     Training(exact, tmp_path / "out").run()
     log = read_log(tmp_path / "out").iloc[1:]
@@ -293,7 +302,7 @@ def test_every_step_says_how_well_it_was_solved_and_so_does_the_card(recipe, tmp
     assert {exact.depth(step) for step in range(50)} == {1, 2, 3}
 
 
-def test_an_older_training_called_exact_was_sequential(recipe, tmp_path):  # noqa: F811
+def test_an_older_training_called_exact_was_sequential(recipe, tmp_path):
     old = replace(recipe, method="sequential", examples=3)
     Training(old, tmp_path / "out").run()
     about = json.loads((tmp_path / "out" / ABOUT).read_text())

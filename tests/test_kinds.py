@@ -26,12 +26,8 @@ SHARES = {"few": 0.05, "many": 0.3}
 
 
 def planted(share, seed=0, **how):
-    return pairs_table(
-        planted=Planted(share=share),
-        comparisons=("teacher_forced", "free_running"),
-        seed=seed,
-        **({"questions": 40} | how),
-    )
+    how = {"questions": 40, "comparisons": ("teacher_forced", "free_running")} | how
+    return pairs_table(planted=Planted(share=share), seed=seed, **how)
 
 
 def compared(resamples=100, **tables):
@@ -92,8 +88,9 @@ def test_no_difference_is_found_at_the_nominal_rate():
     """Two runs of the same process on the same number of questions, questions independent."""
     apart = 0
     for seed in range(40):
-        tables = [planted(0.2, seed=2 * seed + k, questions=30, positions=4, layers=3) for k in (0, 1)]
-        row = rows_of(compared(200, a=tables[0], b=tables[1])).loc[("teacher_forced", "b")]
+        small = {"questions": 30, "positions": 4, "layers": 3, "comparisons": ("teacher_forced",)}
+        tables = [planted(0.2, seed=2 * seed + k, **small) for k in (0, 1)]
+        row = rows_of(compared(100, a=tables[0], b=tables[1])).loc[("teacher_forced", "b")]
         apart += not row["difference low"] <= 0 <= row["difference high"]
     assert apart <= 7  # 5% of 40 is 2; more than 7 has a chance of 0.1%
 
@@ -109,8 +106,8 @@ def test_the_order_of_rows_changes_nothing_and_little_data_is_said():
     with pytest.raises(Untestable, match="the run has no pairs of comparison 'teacher_forced'"):
         compared(50, a=table[:0], b=table[:0])
     half = compared(50, a=table, b=table[table["comparison"] == "free_running"])
-    assert set(half.missing) == {"replayed, b", "within, a", "within, b"}
-    assert "Not testable: replayed, b (the run has no pairs" in half.verdict
+    assert set(half.missing) == {"teacher_forced, b", "within, a", "within, b"}
+    assert "Not testable: teacher_forced, b (the run has no pairs" in half.verdict
 
 
 def answered(right, n=40):
@@ -158,8 +155,8 @@ def test_a_planted_factor_lies_in_its_interval():
     assert rows.loc["none", "factor"] == pytest.approx(1, abs=0.02)
     assert (rows.loc[["half", "none"], "settled"] == 0).all()
     assert rows.loc["exact", "at_once"] == rows.loc["exact", "settled"] == 6
-    assert found.shown[2]["factor per sweep"] == "nothing is left after the first"
-    assert found.verdict.startswith("A sweep shrinks what is left in 2 of 3 models and depths.")
+    assert found.shown[2]["factor per sweep"] == "no residual after the first"
+    assert found.verdict.startswith("A sweep shrinks the residual in 2 of 3 models and depths.")
     assert "none at depth 4 1" in found.verdict
     with pytest.raises(Untestable):
         kinds_contraction({})

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from test_evaluation import EXAMPLES
 from tiny import lrt
 from tiny_capture import tiny_llama, word_tokenizer
+from tiny_training import EXAMPLES
 
 from sst_interp.models.kinds.lrt import Memory
 from sst_interp.questions.item import Question

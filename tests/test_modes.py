@@ -178,7 +178,7 @@ def test_smoothing_keeps_the_pairs_and_is_made_once():
     assert kernel is smoothing(1e-3)
     assert np.allclose(kernel.sum(axis=1), 1)
     assert not kernel.flags.writeable
-    assert smoothing(1e-3, 0.1) is not kernel
+    assert smoothing(1e-2) is not kernel
 
 
 def test_the_grid_runs_from_one_to_minus_one():

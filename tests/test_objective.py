@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+from tiny_training import answer_batch as batch
 
 from sst_interp.models.choices import Choices
 from sst_interp.models.model import attach
@@ -16,13 +17,6 @@ def model_of(family="llama", alpha=0.08, **choices):
     model = attach(tiny.tiny(family), alpha=alpha, choices=Choices(**choices))
     model.alpha = model.alpha.requires_grad_()
     return model
-
-
-def batch(rows=2, seed=0):
-    tokens = torch.randint(3, 97, (rows, T), generator=torch.Generator().manual_seed(seed))
-    answer = torch.zeros(rows, T, dtype=torch.bool)
-    answer[0, 2:6] = answer[1:, 3:5] = True
-    return Batch(tokens, answer)
 
 
 def weight_of(model):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -49,7 +50,20 @@ def run(model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rows(run, model, tmp_path_factory):
-    return patch_run(run, tmp_path_factory.mktemp("rows"), 4, PLAN, model)
+    return patch_run(run, tmp_path_factory.mktemp("rows"), 3, PLAN, model)
+
+
+@pytest.fixture(scope="module")
+def patched_once(run, model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two") / "rows"
+    return folder, patch_run(run, folder, 2, PLAN, model)
+
+
+@pytest.fixture
+def patched(patched_once, tmp_path):
+    """A folder of its own with two patched questions, and their rows."""
+    folder, rows = patched_once
+    return shutil.copytree(folder, tmp_path / "rows"), rows
 
 
 def test_a_reading_is_the_replay(model):
@@ -92,7 +106,7 @@ def test_a_patch_is_the_edit_of_generate(model):
 
 def test_what_holds_by_construction(rows):
     whole = rows[(rows["place"] == "all") & (rows["what"] == "state")]
-    assert len(whole) == 4 * 4 * 2  # questions, roles, directions
+    assert len(whole) == 3 * 4 * 2  # questions, roles, directions
     assert np.allclose(whole["moved"], whole["gap"], atol=1e-9)
     assert whole["token_donors"].all()
     last = rows[(rows["place"] == "layer") & (rows["what"] == "state") & (rows["last"] == 2)]
@@ -139,33 +153,33 @@ def test_an_interrupted_study_goes_on_and_is_the_same(run, model, rows, tmp_path
             raise StopError
 
     with pytest.raises(StopError):
-        patch_run(run, tmp_path, 4, PLAN, model, stop)
+        patch_run(run, tmp_path, 3, PLAN, model, stop)
     assert len(list(tmp_path.glob("q*.parquet"))) == 2
-    again = patch_run(run, tmp_path, 4, PLAN, model)
+    again = patch_run(run, tmp_path, 3, PLAN, model)
     pd.testing.assert_frame_equal(again, rows)
     before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("q*")}
-    assert len(patch_run(run, tmp_path, 4, PLAN, model)) == len(rows)
+    assert len(patch_run(run, tmp_path, 3, PLAN, model)) == len(rows)
     assert before == {p: p.stat().st_mtime_ns for p in tmp_path.glob("q*")}
     with pytest.raises(SSTError, match="another plan"):
-        patch_run(run, tmp_path, 4, dataclasses.replace(PLAN, seed=1), model)
+        patch_run(run, tmp_path, 3, dataclasses.replace(PLAN, seed=1), model)
 
 
 @pytest.mark.parametrize(
     ("name", "contents", "hint"),
     [("q*.parquet", b"", "only that question"), ("plan.json", b'{"plan"', "put a copy")],
 )
-def test_a_damaged_file_is_named_before_anything_is_patched(run, model, tmp_path, name, contents, hint):
-    first = patch_run(run, tmp_path, 2, PLAN, model)
-    file = next(iter(tmp_path.glob(name)))
+def test_a_damaged_file_is_named_before_anything_is_patched(run, model, patched, name, contents, hint):
+    folder, first = patched
+    file = next(iter(folder.glob(name)))
     whole = file.read_bytes()
     file.write_bytes(contents)
     with pytest.raises(SSTError, match=f"{file} is damaged: ") as told:
-        patch_run(run, tmp_path, 4, PLAN, model, lambda *_: pytest.fail("began to patch"))
+        patch_run(run, folder, 4, PLAN, model, lambda *_: pytest.fail("began to patch"))
     assert hint in str(told.value.hint)
     file.unlink()
     if name == "plan.json":
         file.write_bytes(whole)
-    pd.testing.assert_frame_equal(patch_run(run, tmp_path, 2, PLAN, model), first)
+    pd.testing.assert_frame_equal(patch_run(run, folder, 2, PLAN, model), first)
 
 
 def test_what_cannot_be_patched_is_an_error(run, model, tmp_path):
@@ -220,22 +234,23 @@ def test_vectors_are_what_they_are_called():
 
 def test_the_command_patches_and_prints(run, model, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(origin, "load", lambda *_a, **_k: model)
-    command = ["patch", "--run", str(run.folder), "--questions", "2", "--out", str(tmp_path / "rows")]
+    command = ["patch", "--run", str(run.folder), "--questions", "1", "--out", str(tmp_path / "rows")]
     command += ["--layers", "3", "--tokens", "3"]
     done = CliRunner().invoke(app, [*command, "--json"])
     assert done.exit_code == 0, done.output
     printed = json.loads(done.stdout[done.stdout.index("{") :])
-    assert printed["n_questions"] == 2
-    assert patching(rows).n_questions == 4
-    assert "2 questions" in printed["verdict"]
+    assert printed["n_questions"] == 1
+    assert patching(rows).n_questions == 3
+    assert "1 question," in printed["verdict"]
 
 
-def test_what_ships_is_taken_over_and_only_of_the_same_plan(run, model, rows, tmp_path, monkeypatch):
+def test_what_ships_is_taken_over_and_only_of_the_same_plan(run, model, patched, tmp_path, monkeypatch):
+    folder, first = patched
     shipped = tmp_path / "shipped"
-    first = patch_run(run, shipped / "patching" / run.name, 2, PLAN, model)
+    shutil.copytree(folder, shipped / "patching" / run.name)
     monkeypatch.setattr(study.paths, "shipped", lambda kind: shipped / kind)
     began = []
-    monkeypatch.setattr(study._Study, "patch", lambda *_: began.append(1))
+    monkeypatch.setattr(study._Patching, "patch", lambda *_: began.append(1))
     again = patch_run(run, tmp_path / "again", 2, PLAN)
     assert not began, "nothing is patched twice"
     pd.testing.assert_frame_equal(again, first)
@@ -254,32 +269,31 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_patches_of_another_capture_of_that_name_are_refused(run, model, tmp_path, change):
+def test_patches_of_another_capture_of_that_name_are_refused(run, model, patched, tmp_path, change):
     """Whatever the rows depend on: another capture in the same place does not get them (nor its claim)."""
-    patch_run(run, tmp_path / "rows", 2, PLAN, model)
+    folder, _ = patched
     recipe = dataclasses.replace(run.recipe, **CHANGES[change])
     other = attach(model.backbone.model, word_tokenizer(), 0.3, recipe.choices, name="tiny")
     again = capture(recipe, other, tmp_path / run.name, progress=False)
     assert again.name == run.name
     with pytest.raises(SSTError, match=r"another plan or run: .* differ") as told:
-        patch_run(again, tmp_path / "rows", 2, PLAN, other, lambda *_: pytest.fail("began to patch"))
+        patch_run(again, folder, 2, PLAN, other, lambda *_: pytest.fail("began to patch"))
     assert "give another --out" in str(told.value.hint)
-    assert len(patch_run(again, tmp_path / "new", 2, PLAN, other))
 
 
-def test_rows_without_their_plan_are_refused(run, model, tmp_path):
+def test_rows_without_their_plan_are_refused(run, model, patched):
     """Nobody knows what they are of."""
-    patch_run(run, tmp_path, 2, PLAN, model)
-    (tmp_path / "plan.json").unlink()
+    folder, _ = patched
+    (folder / "plan.json").unlink()
     with pytest.raises(SSTError, match=r"plan\.json is missing"):
-        patch_run(run, tmp_path, 2, PLAN, model)
+        patch_run(run, folder, 2, PLAN, model)
 
 
-def test_the_same_capture_made_again_goes_on(run, model, rows, tmp_path):
+def test_the_same_capture_made_again_goes_on(run, model, patched, tmp_path):
     """A fingerprint is of what rows depend on, and of nothing else: not of when or where it was captured."""
-    first = patch_run(run, tmp_path / "rows", 2, PLAN, model)
+    folder, first = patched
     again = capture(run.recipe, model, tmp_path / run.name, progress=False)
-    pd.testing.assert_frame_equal(patch_run(again, tmp_path / "rows", 2, PLAN), first)
+    pd.testing.assert_frame_equal(patch_run(again, folder, 2, PLAN), first)
 
 
 def test_an_empty_name_is_no_folder(run, monkeypatch, tmp_path):

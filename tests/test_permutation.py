@@ -12,7 +12,6 @@ from sst_interp.analyses.statistics.permutation import (
     sign_flip,
     sign_test,
 )
-from sst_interp.errors import SSTError
 
 
 def correlated(rng, questions=30, members=12, strength=0.9):
@@ -28,9 +27,8 @@ def correlated(rng, questions=30, members=12, strength=0.9):
     [
         lambda rng, s: sign_flip(rng.standard_t(3, size=30), 199, s).p_value,
         lambda rng, s: sign_flip(correlated(rng), 199, s).p_family.min(),
-        lambda rng, s: sign_flip(rng.normal(size=30), 199, s, "greater").p_value,
     ],
-    ids=["sign", "signs of a family", "one side"],
+    ids=["sign", "signs of a family"],
 )
 def test_without_an_effect_p_values_are_uniform(p_of):
     p = np.array([float(p_of(np.random.default_rng(seed), seed)) for seed in range(400)])
@@ -57,16 +55,6 @@ def test_a_planted_effect_is_found_where_it_is_and_its_size_is_the_estimate():
     assert found.p_family[7] == pytest.approx(1 / 1000)
     assert (np.delete(found.p_family, 7) > 0.05).all()
     assert np.allclose(found.estimate, values.mean(axis=0))
-    assert found.n_questions == 60
-
-
-def test_an_alternative_looks_at_one_side():
-    above = np.random.default_rng(2).normal(loc=1, size=40)
-    assert sign_flip(above, 499, alternative="greater").p_value < 0.01
-    assert sign_flip(above, 499, alternative="less").p_value > 0.99
-    assert sign_flip(-above, 499, alternative="less").p_value < 0.01
-    with pytest.raises(SSTError, match="unknown alternative"):
-        sign_flip(above, alternative="larger")
 
 
 @settings(max_examples=30, deadline=None)
@@ -94,8 +82,6 @@ def test_what_cannot_be_tested_says_so():
     assert "fewer than two" in sign_flip(np.zeros((0, 3))).reason
     assert "fewer than two" in sign_flip(np.ones((1, 3))).reason
     assert np.isnan(sign_flip(np.zeros((9, 3))).p_value).all()  # no difference at all
-    with pytest.raises(SSTError, match="question axis"):
-        sign_flip(np.float64(1))
 
 
 def test_a_question_without_a_difference_is_left_out_of_that_member_only():

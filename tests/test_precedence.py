@@ -3,16 +3,20 @@ import pandas as pd
 import pytest
 from synthetic import contrast, pairs_table
 
-from sst_interp.analyses.matched_perturbations import beside_perturbations, perturbed_orders
-from sst_interp.analyses.precedence import precedence, state_and_argmax
+from sst_interp.analyses.precedence import (
+    beside_perturbations,
+    perturbed_orders,
+    precedence,
+    state_and_argmax,
+)
 from sst_interp.analyses.statistics.bootstrap import Resampling
-from sst_interp.analyses.statistics.event_order import (
+from sst_interp.analyses.statistics.permutation import (
     ORDERS,
     first_at,
     order_counts,
     order_table,
     orders,
-    shuffled,
+    shuffled_orders,
 )
 from sst_interp.errors import SSTError, Untestable
 from sst_interp.models.choices import COMPARISONS, Choices
@@ -124,12 +128,12 @@ def test_a_shuffle_keeps_how_often_each_happens_in_every_question_and_is_one():
     x, y = random_events(questions=6, positions=12, seed=3)
     question = np.repeat(np.arange(6), 12)
     counts = order_counts(question, x.ravel(), y.ravel(), NEVER)
-    drawn = shuffled(counts, resamples=4000, seed=1)
+    drawn = shuffled_orders(counts, resamples=4000, seed=1)
     assert (drawn.sum(axis=1) == counts.sum(axis=(0, 1))).all()
     assert (drawn.sum(axis=2) == counts.sum(axis=(0, 2))).all()
     assert (drawn >= 0).all()
     for q in range(6):  # question by question, too
-        one = shuffled(counts[q : q + 1], resamples=50, seed=q)
+        one = shuffled_orders(counts[q : q + 1], resamples=50, seed=q)
         assert (one.sum(axis=2) == counts[q].sum(axis=1)).all()
     rng = np.random.default_rng(0)
     really = []
@@ -388,27 +392,27 @@ def test_without_perturbations_that_part_is_not_known():
     table = nudges_table(nudged(), "teacher_forced")
     for nudges in (None, table[:0], table):  # the last: of another comparison
         found = found_in(pairs, outputs, nudges=nudges)
-        assert "is not known: the run has no norm-matched perturbations (within; " in found.verdict
+        assert "No random changes of the same size: the run has no norm-matched perturbations (within; " in found.verdict
         assert found.beside_perturbations.empty
         assert found.by_construction.empty
         assert np.isfinite(found.before.estimate), "the rest is there"
         found.figures()
     free = found_in(*tables(*random_events(seed=1), "free_running"), "free_running", nudges=table)
-    assert "is not known: each depth reads its own text." in free.verdict
+    assert "No random changes of the same size: each depth reads its own text." in free.verdict
     jaccard = found_in(
         pairs.assign(lens_jaccard=pairs["cosine"]),
         outputs,
         nudges=nudges_table(nudged(), "within"),
         choices=Choices(overlap="lens_jaccard"),
     )
-    assert "is not known: norm-matched perturbations have no lens_jaccard" in jaccard.verdict
+    assert "No random changes of the same size: norm-matched perturbations have no lens_jaccard" in jaccard.verdict
 
 
 def test_nudges_elsewhere_than_the_run_are_said_to_be_useless():
     x, y = random_events(seed=1, questions=3)
     table = nudges_table(nudged(questions=3)).assign(question=lambda t: t["question"] + 50)
     found = found_in(*tables(x, y, "teacher_forced"), "teacher_forced", nudges=table)
-    assert "is not known: no perturbed position has all its overlaps" in found.verdict
+    assert "No random changes of the same size: no perturbed position has all its overlaps" in found.verdict
     stable = found_in(
         *tables(np.full_like(x, NEVER), y, "teacher_forced"),
         "teacher_forced",

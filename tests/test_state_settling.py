@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from synthetic import contrast
 
-from sst_interp.analyses.state_settling import state_settling
+from sst_interp.analyses.settling import state_settling
 from sst_interp.errors import Untestable
 
 ITERATIONS = 12

@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_schedules import batch
 from tiny import lrt
+from tiny_run import batch
 from tiny_studies import LRT
 
 from sst_interp.errors import SSTError, Untestable

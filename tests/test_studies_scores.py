@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from tiny_studies import DESIGNS, NAMES, SETTINGS, TREATED, gradients, planted
 
-from sst_interp.analyses.statistics.seeds import over_seeds
+from sst_interp.analyses.statistics.bootstrap import over_seeds
 from sst_interp.errors import Untestable
 from sst_interp.experiments.studies.decoders import excluding
 from sst_interp.experiments.studies.gradients import gradient_fidelity

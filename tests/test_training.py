@@ -1,5 +1,6 @@
 """Training end to end on a tiny model: reproducible, resumable, loadable, and stopped where it must."""
 
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -10,32 +11,42 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_loading import save_model
-from test_training_data import write_gsm8k
 from tiny_capture import tiny_llama
+from tiny_training import save_backbone, training_recipe, write_gsm8k
 
 from sst_interp.errors import SSTError
 from sst_interp.models.checkpoint import ADAPTER_CONFIG as CONFIG
 from sst_interp.models.checkpoint import ADAPTER_WEIGHTS as WEIGHTS
 from sst_interp.models.loading import load
-from sst_interp.training.card import write_card
-from sst_interp.training.log import read_about, read_log
-from sst_interp.training.masters import rate
+from sst_interp.training.card import read_about, read_log, write_card
 from sst_interp.training.recipe import TrainingRecipe, find_training_recipe
-from sst_interp.training.trainer import STATE, Training
+from sst_interp.training.trainer import STATE, Training, rate
 
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("backbone") / "tiny", max_position_embeddings=256)
+    return save_backbone(tmp_path_factory.mktemp("backbone"))
 
 
 @pytest.fixture
 def recipe(tmp_path, backbone):
-    data = write_gsm8k(tmp_path / "train.jsonl")
-    return TrainingRecipe(
-        name="tiny", backbone=str(backbone), data=str(data), holdout=5, batch_size=3, dtype="float32", rank=2,
-        lora_alpha=4, warmup=2, learning_rate=0.02, alpha_learning_rate=0.1,
-    )  # fmt: skip
+    return training_recipe(tmp_path, backbone)
+
+
+@pytest.fixture(scope="module")
+def trained_once(tmp_path_factory, backbone):
+    folder = tmp_path_factory.mktemp("trained")
+    training = Training(training_recipe(folder, backbone), folder / "out")
+    training.run()
+    return training
+
+
+@pytest.fixture
+def trained(trained_once, tmp_path):
+    """A finished training with a folder of its own. Its model is shared."""
+    training = copy.copy(trained_once)
+    training.folder = shutil.copytree(trained_once.folder, tmp_path / "out")
+    return training
 
 
 def without_time(training):
@@ -49,13 +60,6 @@ def weights_of(folder):
 def same(a, b):
     a, b = weights_of(a), weights_of(b)
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-@pytest.fixture
-def trained(recipe, tmp_path):
-    training = Training(recipe, tmp_path / "out")
-    training.run()
-    return training
 
 
 def test_it_learns(trained):

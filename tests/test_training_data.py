@@ -1,30 +1,15 @@
 """Examples, their split, and the order they are trained in."""
 
-import json
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import COMMON  # noqa: F401  (the tiny models' shape)
 from tiny_capture import tiny_llama, word_tokenizer
+from tiny_training import write_gsm8k
 
 from sst_interp.errors import SSTError
 from sst_interp.models.model import attach
-from sst_interp.training.data import Example, encode, load_split, make_batch, read_items, schedule
+from sst_interp.training.data import WIDTH, Example, encode, load_split, make_batch, read_items, schedule
 from sst_interp.training.recipe import TrainingRecipe
-
-
-def write_gsm8k(path, n=20):
-    """Worked answers as GSM8K writes them, of different lengths."""
-    rows = [
-        {
-            "question": " ".join(["sun"] * (1 + n_words % 5)) + f" {n_words}",
-            "answer": "moon " * (1 + n_words % 3) + f"is <<1+1=2>>2\n#### {n_words}",
-        }
-        for n_words in range(n)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 @pytest.fixture
@@ -166,7 +151,8 @@ def test_neighbours_in_length_go_together():
 
 def test_a_batch_marks_the_positions_before_answer_tokens():
     examples = [Example("a", (5, 6, 7, 8), 2), Example("b", (5, 6, 7), 1)]
-    batch = make_batch(examples, width=8)
-    assert batch.tokens.tolist() == [[5, 6, 7, 8, 0, 0, 0, 0], [5, 6, 7, 0, 0, 0, 0, 0]]
+    batch = make_batch(examples)
+    assert batch.tokens.shape == (2, WIDTH)
+    assert batch.tokens[:, :4].tolist() == [[5, 6, 7, 8], [5, 6, 7, 0]]
+    assert not batch.tokens[:, 4:].any()
     assert batch.answer.nonzero().tolist() == [[0, 1], [0, 2], [1, 0], [1, 1]]
-    assert batch.n_tokens == 16

@@ -7,7 +7,14 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import rankdata
 
-from sst_interp.analyses.statistics.bootstrap import RESAMPLES, Interval, Statistic, cluster_bootstrap, ratio
+from sst_interp.analyses.statistics.bootstrap import (
+    RESAMPLES,
+    Interval,
+    Statistic,
+    cluster_bootstrap,
+    nothing,
+    ratio,
+)
 
 
 def pair_mean(weights: np.ndarray, products: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -23,7 +30,7 @@ def pair_mean(weights: np.ndarray, products: np.ndarray, counts: np.ndarray) -> 
 
 
 def over_questions(n: int, statistic: Statistic, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
-    """`cluster_bootstrap` of a statistic of the weights themselves: [resample, question] -> [resample]."""
+    """`cluster_bootstrap` of a statistic of the weights: [resample, question] -> [resample]."""
     return cluster_bootstrap(np.eye(n), statistic, resamples, seed=seed)
 
 
@@ -189,8 +196,7 @@ def matched(x: np.ndarray, y: np.ndarray, resamples: int = RESAMPLES, seed: int 
         p = p_value(draws[np.isfinite(draws)], float(own.mean()))
     own_mean = over_questions(n, same, resamples, seed)
     if not n:
-        reason = f"no question has {MIN_POSITIONS} positions over which both vary"
-        own_mean = Interval(np.nan, np.nan, np.nan, 0, reason=reason)
+        own_mean = nothing(f"no question has {MIN_POSITIONS} positions over which both vary")
     other = float(pair_mean(np.ones((1, n)), filled, known)[0])
     return Matched(own_mean, other, over_questions(n, beyond, resamples, seed), np.nan, p)
 
@@ -236,7 +242,9 @@ class LabelShare(NamedTuple):
 
 
 def centred(values: np.ndarray) -> np.ndarray:
-    """Each row less its own mean: [question, position], NaN stays; all NaN where a row has fewer than 2."""
+    """Each row minus its own mean: [question, position]; NaN stays, and a row with fewer than 2 is all
+    NaN.
+    """
     there = np.isfinite(values)
     there &= there.sum(axis=1, keepdims=True) > 1
     filled = np.where(there, values, 0)
@@ -283,8 +291,9 @@ def _share(y: np.ndarray, sums: np.ndarray, counts: np.ndarray, resamples: int, 
 def position_share(values: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> LabelShare:
     """The position index as the label: values [question, position]; NaN where there is none."""
     y = centred(values)
-    y = y[np.isfinite(y).any(axis=1)]
-    if not len(y) or not varies(y, values[np.isfinite(centred(values)).any(axis=1)]):
+    use = np.isfinite(y).any(axis=1)
+    y = y[use]
+    if not len(y) or not varies(y, values[use]):
         return LabelShare(_nothing(len(y)), np.nan, np.nan, np.nan)
     there = np.isfinite(y)
     sums, counts = np.where(there, y, 0), there.astype(float)
@@ -332,13 +341,8 @@ def class_share(
     square = (filled**2).sum(), there.sum()
     products, lengths = circular_products(y, np.where(there[:, None], labels, np.nan))
     totals, squares = circular_draws(products, lengths, resamples, seed)
-    draws = explained(
-        totals,
-        squares,
-        counts.sum(axis=0),
-        (counts**2).sum(axis=0),
-        np.full(resamples, square[0] / square[1]),
-    )
+    variance = np.full(resamples, square[0] / square[1])
+    draws = explained(totals, squares, counts.sum(axis=0), (counts**2).sum(axis=0), variance)
     swapped = _other_questions(filled, there, labels, resamples, seed)
     return LabelShare(
         share, float(swapped.mean()), p_value(draws, share.estimate, 1), p_value(swapped, share.estimate, 1)
@@ -365,5 +369,4 @@ def _other_questions(
 
 
 def _nothing(n: int) -> Interval:
-    reason = "nothing varies" if n else "no question has two positions"
-    return Interval(np.nan, np.nan, np.nan, n, reason=reason)
+    return nothing("nothing varies" if n else "no question has two positions", n)

@@ -1,13 +1,9 @@
-"""Resampling with questions as the unit.
+"""Bootstrap intervals with questions as the unit: pairs of one question are not independent.
 
-Positions are nested in questions and layers are correlated, so a million pairs are not a million
-observations. Everything here resamples whole questions. A statistic that depends on the data only
-through sums over questions (a share, a mean, a ratio, a histogram and whatever is read off it) is
-computed for all resamples in one matrix product:
+A statistic of sums over questions (a share, a mean, a histogram's quantile) is computed for all resamples in
+one matrix product, where a row of `weights` says how often each question was drawn (multinomial):
 
     totals[resample] = weights[resample, question] @ sums[question]
-
-where a row of `weights` says how often each question was drawn (multinomial: the ordinary bootstrap).
 """
 
 from __future__ import annotations
@@ -129,7 +125,6 @@ def bootstrap_ends(
     sums: np.ndarray,
     statistic: Statistic = ratio,
     resamples: int = RESAMPLES,
-    level: float = LEVEL,
     seed: int = 0,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Estimate, lower and upper end for a statistic with any number of outputs.
@@ -138,12 +133,11 @@ def bootstrap_ends(
         sums: [question, ...], the per-question sums the statistic needs.
         statistic: totals [resample, ...] -> [resample, ...]; it sees the plain totals as one resample.
         resamples: number of bootstrap resamples.
-        level: coverage of the percentile interval.
         seed: of the resampling; the same seed gives the same weights for every statistic.
 
     Returns:
-        Three arrays of the statistic's own shape. Resamples in which the statistic is undefined (NaN:
-        no resampled question has such a pair) are left out. Ends are NaN with fewer than 2 questions.
+        Three arrays of the statistic's own shape. Resamples in which the statistic is NaN are left out. Ends
+        are NaN with fewer than 2 questions.
     """
     sums = np.asarray(sums, dtype=float)
     estimate = statistic(sums.sum(axis=0, keepdims=True))[0]
@@ -152,7 +146,7 @@ def bootstrap_ends(
         return estimate, none, none
     values = statistic(resampled(sums, resamples, seed))
     defined = np.isfinite(values).any(axis=0)
-    tail = (1 - level) / 2
+    tail = (1 - LEVEL) / 2
     ends = np.full((2, *np.shape(estimate)), np.nan)
     quantile = np.quantile if np.isfinite(values).all() else np.nanquantile  # the second is far slower
     ends[:, defined] = quantile(values[:, defined], [tail, 1 - tail], axis=0)
@@ -160,19 +154,18 @@ def bootstrap_ends(
 
 
 def simultaneous_shares(
-    sums: np.ndarray, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = 0
+    sums: np.ndarray, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Shares of a family and a band that holds for all of them at once (max-T bootstrap over questions).
 
     In y = arcsin(sqrt(share)), where the spread of a share hardly depends on its size, every member gets
-    plus or minus c standard errors; c is the `level` quantile, over resamples, of the largest deviation in
+    plus or minus c standard errors; c is the 95% quantile, over resamples, of the largest deviation in
     standard errors. Members may be correlated. Bootstrap errors of few questions are too small: they are
     multiplied by sqrt(n / (n - 1)) and the ratio of Student's quantile to the normal one.
 
     Args:
         sums: [question, member, 2], how many pairs count and how many there are.
         resamples: number of bootstrap resamples.
-        level: coverage of the whole band.
         seed: of the resampling.
 
     Returns:
@@ -190,9 +183,9 @@ def simultaneous_shares(
     off = np.where(known, off, 0.0)
     error = np.sqrt((off**2).sum(axis=0) / np.maximum(known.sum(axis=0), 1))
     largest = (np.abs(off) / np.where(error > 0, error, np.inf)).max(axis=-1)
-    tail = (1 + level) / 2
+    tail = (1 + LEVEL) / 2
     small = math.sqrt(n / (n - 1)) * stats.t.ppf(tail, n - 1) / stats.norm.ppf(tail)
-    half = small * np.quantile(largest, level) * error
+    half = small * np.quantile(largest, LEVEL) * error
     low, high = (np.sin(np.clip(y + side * half, 0, np.pi / 2)) ** 2 for side in (-1, 1))
     return share, low, high
 
@@ -201,7 +194,6 @@ def cluster_bootstrap(
     sums: np.ndarray,
     statistic: Statistic = ratio,
     resamples: int = RESAMPLES,
-    level: float = LEVEL,
     seed: int = 0,
 ) -> Interval:
     """A percentile interval for one number, resampling questions (see `bootstrap_ends`).
@@ -211,7 +203,6 @@ def cluster_bootstrap(
             shifted, and how many there are. Questions that contribute nothing should be left out.
         statistic: totals [resample, k] -> [resample].
         resamples: number of bootstrap resamples.
-        level: coverage.
         seed: of the resampling.
 
     Returns:
@@ -228,13 +219,13 @@ def cluster_bootstrap(
     n = len(sums)
     if n == 0:
         return nothing("no questions")
-    estimate, low, high = (float(v) for v in bootstrap_ends(sums, statistic, resamples, level, seed))
+    estimate, low, high = (float(v) for v in bootstrap_ends(sums, statistic, resamples, seed))
     reason = None
     if not math.isfinite(estimate):
         reason = "no such pairs"
     elif n == 1:
         reason = ONE_QUESTION
-    return Interval(estimate, low, high, n, level, reason)
+    return Interval(estimate, low, high, n, reason=reason)
 
 
 def histogram_quantile(counts: np.ndarray, edges: np.ndarray, q: float) -> np.ndarray:
@@ -274,17 +265,17 @@ def share_of_questions(flags: np.ndarray, resamples: int = RESAMPLES, seed: int 
     return replace(share, low=low, high=high)
 
 
-def none_seen_bound(n_questions: int, level: float = LEVEL) -> float:
-    """The largest share of questions compatible with having seen none in n: 1 - (1 - level)^(1/n).
+def none_seen_bound(n_questions: int) -> float:
+    """The largest share of questions compatible with none in n: 1 - 0.05^(1/n) (one-sided, Clopper-Pearson).
 
-    A bootstrap of zeros is [0, 0], which is no bound; this (one-sided, Clopper-Pearson) is.
+    A bootstrap of zeros is [0, 0], which is no bound.
     """
-    return 1.0 if n_questions < 1 else 1 - (1 - level) ** (1 / n_questions)
+    return 1.0 if n_questions < 1 else 1 - (1 - LEVEL) ** (1 / n_questions)
 
 
 LEVELS = 256
-"""Most levels. A quantity with no more values than this (tokens replaced, of 100) is exact; of any other the
-ends of an interval are right to 1 / 256 of the rows, whatever its scale."""
+"""A quantity with at most so many values is exact; the ends of another's interval are right to 1 / 256 of
+the rows."""
 
 
 def to_levels(values: np.ndarray, levels: int = LEVELS) -> tuple[np.ndarray, np.ndarray]:
@@ -364,7 +355,15 @@ def grouped_medians(
     seen = counts.sum(axis=-1) > 0
     questions = [int(seen[:, i].sum()) for i in range(len(groups))]
     questions += [min(questions[i], questions[j]) for i, j in contrasts]
-    return [_interval(*row) for row in zip(exact, low, high, questions, strict=True)]
+
+    def interval(exact: float, low: float, high: float, n: int) -> Interval:
+        if not math.isfinite(exact):
+            return nothing("no such positions", n)
+        if n < 2:
+            return Interval(exact, math.nan, math.nan, n, reason=ONE_QUESTION)
+        return Interval(exact, min(float(low), exact), max(float(high), exact), n)
+
+    return [interval(*row) for row in zip(exact, low, high, questions, strict=True)]
 
 
 def as_columns(**intervals: Interval) -> dict[str, float]:
@@ -383,14 +382,6 @@ def points_text(interval: Interval) -> str:
     if not interval.known:
         return f"{words} (no interval: {interval.reason})"
     return f"{words} [{100 * interval.low:+.1f}, {100 * interval.high:+.1f}]"
-
-
-def _interval(exact: float, low: float, high: float, n_questions: int) -> Interval:
-    if not math.isfinite(exact):
-        return nothing("no such positions", n_questions)
-    if n_questions < 2:
-        return Interval(exact, math.nan, math.nan, n_questions, reason=ONE_QUESTION)
-    return Interval(exact, min(float(low), exact), max(float(high), exact), n_questions)
 
 
 def share(question: np.ndarray, shifted: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
@@ -446,3 +437,46 @@ def by(
             "band_high": band_high,
         }
     )
+
+
+class OverSeeds(NamedTuple):
+    """A number over seeds: mean, 95% interval of the mean (Student's t: seeds are few), and range."""
+
+    mean: float
+    low: float
+    """NaN with one seed."""
+    high: float
+    lowest: float
+    highest: float
+    n: int
+
+    def text(self, sign: str = "") -> str:
+        """`0.41 [0.38, 0.44]`."""
+        form = f"{sign}.3g"
+        if not self.n:
+            return "none"
+        ends = f" [{self.low:{form}}, {self.high:{form}}]" if math.isfinite(self.low) else " (one seed)"
+        return f"{self.mean:{form}}{ends}"
+
+    def columns(self, name: str) -> dict[str, float]:
+        """As entries of a table's row: `name`, `name_low`, `name_high` (the interval)."""
+        return {name: self.mean, f"{name}_low": self.low, f"{name}_high": self.high}
+
+
+def over_seeds(values: Sequence[float] | np.ndarray) -> OverSeeds:
+    """Mean and spread of one value per seed; those that are not finite are left out."""
+    x = np.asarray(values, dtype=float)
+    x = x[np.isfinite(x)]
+    n = len(x)
+    if n == 0:
+        return OverSeeds(math.nan, math.nan, math.nan, math.nan, math.nan, 0)
+    half = math.nan
+    if n > 1:
+        half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1) * x.std(ddof=1) / math.sqrt(n))
+    mean = float(x.mean())
+    return OverSeeds(mean, mean - half, mean + half, float(x.min()), float(x.max()), n)
+
+
+def seeds_words(n: int) -> str:
+    """`1 seed`, `3 seeds`."""
+    return f"{n} seed" + ("" if n == 1 else "s")

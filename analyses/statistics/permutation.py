@@ -1,14 +1,13 @@
-"""Permutation tests with questions as the unit.
-
-Under a null that makes questions exchangeable, so many relabelled data sets are as likely as the one seen:
+"""Tests with questions as the unit: sign flips, paired tests, concordance, and the order of two events.
 
     p = (b + 1) / (B + 1),    b: relabellings of B whose statistic is at least as extreme
 
-so p is never 0 and, if the null holds, at most u in a share u of the tests. Whole questions are relabelled,
-never pairs, so whatever correlation there is between the layers or positions of a question stays as it is.
-For a family (layers, positions) the largest statistic of each relabelling gives p-values that hold for all
-members at once (Westfall & Young 1993). All relabellings are one matrix product. A p-value says that there
-is something; the `estimate` beside it, how much.
+Whole questions are relabelled, never pairs, so the correlation between the layers or positions of a question
+stays. The largest statistic of each relabelling gives p-values for a family at once (Westfall & Young 1993).
+
+**Order of two events.** Time is counted in steps (iterations or depths), a few per position. What happens
+often comes before what happens seldom, so the null is that x is shuffled over the positions of its question.
+Shuffling fixes how often x and y happen at each step, so only their table is drawn, cell by cell.
 """
 
 from __future__ import annotations
@@ -16,28 +15,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 from scipy.stats import binom, false_discovery_control, wilcoxon
 
 from sst_interp.analyses.statistics.along_texts import ranks
 from sst_interp.analyses.statistics.bootstrap import (
     RESAMPLES,
     Interval,
+    bootstrap_ends,
     cluster_bootstrap,
     questions_words,
+    ratio,
     resample_weights,
 )
-from sst_interp.errors import SSTError, unknown_name
 
-Alternative = Literal["two-sided", "greater", "less"]
-_SIDES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "two-sided": np.abs,
-    "greater": np.asarray,
-    "less": np.negative,
-}
 _TIE = 1e-9
 """Statistics closer than this, relative to their size, are ties."""
 
@@ -52,79 +47,57 @@ class PermutationTest:
     """Per member, as if it were the only one; NaN where not testable."""
     p_family: np.ndarray
     """Adjusted for the family by the largest statistic of each relabelling; never below `p_value`."""
-    n_questions: int
-    """Questions that contribute to any member."""
-    resamples: int
     reason: str | None = None
     """Why nothing was tested; None if something was."""
 
 
-def sign_flip(
-    differences: np.ndarray,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-    alternative: Alternative = "two-sided",
-) -> PermutationTest:
+def sign_flip(differences: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> PermutationTest:
     """Whether paired differences are 0 on average: each question's sign is flipped at random.
 
-    The null is that a question's differences are as likely as their opposites (the two things compared are
-    exchangeable within a question). The statistic is the mean over its standard error.
+    The null is that a question's differences are as likely as their opposites. The statistic is the mean over
+    its standard error, two-sided.
 
     Args:
         differences: [question, ...], one difference per question and member; NaN where a question has none.
         resamples: B.
         seed: of the flips.
-        alternative: whether the mean is not 0, above 0 ("greater") or below it.
 
     Returns:
-        Estimates are mean differences. Not testable: a member with fewer than 2 questions, or whose
-        differences are all 0.
-
-    Raises:
-        SSTError: if `alternative` is unknown or there is no question axis.
+        Estimates are mean differences. A member with fewer than 2 questions, or whose differences are all 0,
+        is not testable.
     """
-    if alternative not in _SIDES:
-        raise unknown_name("alternative", alternative, _SIDES)
     differences = np.asarray(differences, dtype=float)
-    if not differences.ndim:
-        raise SSTError("a permutation test needs a question axis", "give one row per question")
     shape = differences.shape[1:]
     data = differences.reshape(len(differences), math.prod(shape))
     there = np.isfinite(data)
     values, n = np.where(there, data, 0.0), there.sum(axis=0)
     squares = (values**2).sum(axis=0)
     testable = (n >= 2) & (squares > 0)
-    rng = np.random.default_rng(seed)
-    signs = rng.integers(0, 2, size=(resamples, len(values))) * 2.0 - 1
+    signs = np.random.default_rng(seed).integers(0, 2, size=(resamples, len(values))) * 2.0 - 1
 
-    def standardised(sums: np.ndarray) -> np.ndarray:
-        """Mean over its standard error; flips leave the sum of squares as it is."""
+    def distance(sums: np.ndarray) -> np.ndarray:
+        """Mean over its standard error, without its sign; flips leave the sum of squares as it is."""
         with np.errstate(divide="ignore", invalid="ignore"):
             t = sums / np.sqrt(np.maximum(squares - sums**2 / n, 1e-12 * squares) * n / (n - 1))
-        return np.where(testable, t, -np.inf)
+        return np.where(testable, np.abs(t), -np.inf)
 
     estimate = np.divide(values.sum(axis=0), n, out=np.full(n.shape, np.nan), where=n > 0)
-    observed, drawn = standardised(values.sum(axis=0)), standardised(signs @ values)
     alone = together = np.full(estimate.shape, np.nan)
     reason = "fewer than two questions with a difference other than 0"
     if testable.any():
-        side, reason = _SIDES[alternative], None
-        seen = np.where(testable, side(observed), 0.0)
-        seen = seen - _TIE * np.maximum(np.abs(seen), 1)
-        each = np.where(testable, side(drawn), -np.inf)
+        reason = None
+        seen = np.where(testable, distance(values.sum(axis=0)), 0.0)
+        seen = seen - _TIE * np.maximum(seen, 1)
+        each = distance(signs @ values)
         count = (each >= seen).sum(axis=0), (each.max(axis=1)[:, None] >= seen).sum(axis=0)
         alone, together = (np.where(testable, (c + 1) / (resamples + 1), np.nan) for c in count)
-    n_questions = int(there.any(axis=1).sum())
-    return PermutationTest(
-        estimate.reshape(shape), alone.reshape(shape), together.reshape(shape), n_questions, resamples, reason
-    )
+    return PermutationTest(estimate.reshape(shape), alone.reshape(shape), together.reshape(shape), reason)
 
 
 def holm(p_values: np.ndarray) -> np.ndarray:
     """P-values adjusted for their number by Holm's step-down rule; NaN (not tested) stays NaN, uncounted.
 
-    statsmodels' `multipletests` gives the same numbers and collects garbage at every call: half a second
-    where a run's tables are in memory.
+    statsmodels' `multipletests` gives the same numbers, half a second slower.
     """
     return _of_tested(p_values, _holm)
 
@@ -152,11 +125,9 @@ def _of_tested(p_values: np.ndarray, adjust: Callable[[np.ndarray], np.ndarray])
     return adjusted
 
 
-def sign_test(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """Exact two-sided sign test: counts [...] of questions above and below the reference -> p-values [...].
-
-    Ties are left out beforehand. NaN where no question is left. Of answers that are broken and mended it is
-    McNemar's exact test.
+def sign_test(above: ArrayLike, below: ArrayLike) -> np.ndarray:
+    """Exact two-sided sign test, which is McNemar's of paired answers: counts [...] above and below the
+    reference -> p-values [...]. Ties are left out beforehand; NaN where no question is left.
     """
     above, below = np.asarray(above), np.asarray(below)
     n = above + below
@@ -307,3 +278,88 @@ def _across(
 
 def _too_few(n: int) -> Interval:
     return Interval(math.nan, math.nan, math.nan, n, reason=f"not testable: only {questions_words(n)} of use")
+
+
+ORDERS = ("before", "together", "after", "alone")
+"""When x came, seen from y: at an earlier step, at the same, at a later one, never."""
+
+
+def first_at(events: np.ndarray) -> np.ndarray:
+    """The step at which something first holds: [position, step] -> [position]; the number of steps: never."""
+    return np.where(events.any(axis=1), events.argmax(axis=1), events.shape[1])
+
+
+def order_counts(question: np.ndarray, x: np.ndarray, y: np.ndarray, steps: int) -> np.ndarray:
+    """Positions by question, step of x and step of y: int [question, steps + 1, steps + 1]; last: never.
+
+    Args:
+        question: [position].
+        x: [position], from `first_at`.
+        y: [position].
+        steps: how many there are.
+    """
+    codes, names = pd.factorize(question)
+    flat = (codes * (steps + 1) + x) * (steps + 1) + y
+    shape = len(names), steps + 1, steps + 1
+    return np.bincount(flat, minlength=int(np.prod(shape))).reshape(shape)
+
+
+def orders(counts: np.ndarray) -> np.ndarray:
+    """Of the positions where y happens, when x did: [..., x, y] -> [..., 4] in the order of `ORDERS`."""
+    x, y = np.indices(counts.shape[-2:])
+    never = counts.shape[-1] - 1
+    masks = x < y, x == y, (y < x) & (x < never), x == never
+    return np.stack([(counts * (mask & (y < never))).sum(axis=(-2, -1)) for mask in masks], axis=-1)
+
+
+def shuffled_orders(counts: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
+    """Totals over questions with x shuffled over the positions of each: [question, x, y] -> [resample, x, y].
+
+    Drawn cell by cell: how many of the positions with y at this step, and not yet given an x, get each x.
+    """
+    rng = np.random.default_rng(seed)
+    n, kinds, _ = counts.shape
+    left = np.broadcast_to(counts.sum(axis=2), (resamples, n, kinds)).copy()  # of every x, not yet given
+    totals = np.zeros((resamples, kinds, kinds), dtype=np.int64)
+    for j in range(kinds - 1):
+        need = np.broadcast_to(counts[:, :, j].sum(axis=1), (resamples, n)).copy()
+        others = left.sum(axis=2)
+        for k in range(kinds - 1):
+            others -= left[..., k]
+            drawn = rng.hypergeometric(left[..., k], others, need)
+            left[..., k] -= drawn
+            need -= drawn
+            totals[:, k, j] = drawn.sum(axis=1)
+        left[..., -1] -= need
+        totals[:, -1, j] = need.sum(axis=1)
+    totals[:, :, -1] = left.sum(axis=1)
+    return totals
+
+
+def order_table(counts: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> pd.DataFrame:
+    """When x came, of the positions where y happens, beside what shuffling x gives.
+
+    Args:
+        counts: [question, x, y] from `order_counts`; transpose the last two for the other way round.
+        resamples: question resamples, and shuffles.
+        seed: of both.
+
+    Returns:
+        A row per entry of `ORDERS`: positions, share, low, high (questions resampled), null (mean of the
+        shuffles), null_low, null_high (their middle 95%), p (two-sided, of the shuffles; NaN without
+        positions). Questions in which y never happens do not contribute.
+    """
+    seen = orders(counts)
+    seen = seen[seen.sum(axis=1) > 0]
+    sums = np.stack([seen, np.broadcast_to(seen.sum(axis=1, keepdims=True), seen.shape)], axis=-1)
+    share, low, high = bootstrap_ends(sums, ratio, resamples, seed=seed)
+    columns = {"order": ORDERS, "positions": seen.sum(axis=0), "share": share, "low": low, "high": high}
+    drawn = orders(shuffled_orders(counts, resamples, seed)).astype(float)
+    nothing = np.full(len(ORDERS), np.nan)
+    null, ends, p = nothing, (nothing, nothing), nothing
+    if len(seen):
+        drawn /= drawn.sum(axis=1, keepdims=True)  # how often y happens is the same in every shuffle
+        null, ends = drawn.mean(axis=0), np.quantile(drawn, [0.025, 0.975], axis=0)
+        up, down = ((side * (drawn - share) >= -1e-12).sum(axis=0) for side in (1, -1))
+        p = np.minimum(2 * (1 + np.minimum(up, down)) / (1 + resamples), 1)
+    return pd.DataFrame({**columns, "null": null, "null_low": ends[0], "null_high": ends[1], "p": p})

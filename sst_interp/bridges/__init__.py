@@ -1,7 +1,7 @@
-"""At home in the field: the model in TransformerLens and nnsight, with the iteration axis they do not have.
+"""The model in TransformerLens and nnsight, with the iteration axis that they lack.
 
-Both record one value per hook point, so of a model that iterates they keep the last. Here every iteration
-has its own. Each tool is imported when it is first asked for: nnsight patches torch when it is.
+Both record one value per hook point. Of a model that iterates they keep the last; here every iteration has
+its own. Each tool is imported when it is first asked for, because nnsight patches torch.
 """
 
 from __future__ import annotations
@@ -13,19 +13,21 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from sst_interp.bridges.asked import Method, NamesFilter, refuse_options
+from sst_interp.bridges.parallel_hooks import Method, NamesFilter, refuse_options
 from sst_interp.errors import SSTError
+from sst_interp.experiments.origin import origin_of, written_tokens
+from sst_interp.models.choices import whole
+from sst_interp.models.model import StateStreamModel
+from sst_interp.runs.run import Run
 
 if TYPE_CHECKING:
     from transformer_lens import ActivationCache
 
     from sst_interp.bridges.nnsight import StateStreamNNsight
     from sst_interp.bridges.transformer_lens import StateStreamBridge
-    from sst_interp.models.model import StateStreamModel
 
 BEFORE_NNSIGHT = ("anyio.abc._sockets", "anyio.streams.file", "anyio.streams.tls")
-"""Modules that cannot be imported any more once nnsight has given every object a `save` (Jupyter and web
-clients ask for them late)."""
+"""Modules of Jupyter and web clients. They cannot be imported after nnsight, which patches every object."""
 
 
 def bridge(model: StateStreamModel) -> StateStreamBridge:
@@ -47,14 +49,14 @@ def run_with_cache(
     method: Method = "parallel",
     **others: Any,
 ) -> tuple[list[Tensor], list[ActivationCache]]:
-    """Read given tokens and keep what every hook point sees, iteration by iteration.
+    """Read given tokens and keep the values at every hook point, iteration by iteration.
 
     Args:
         prompts: token ids [row, position], a text, or several of one length.
         iterations: depth of every position.
         names_filter: TransformerLens names, as `blocks.3.hook_resid_mid`.
-        method: `sequential` is the definition; `parallel` is as `replay` solves it.
-        others: TransformerLens' options, none of which a recurrence has (`incl_bwd`: no gradients are
+        method: `sequential` is the definition; `parallel` solves as `replay` does.
+        others: TransformerLens' options. A recurrence supports none of them (`incl_bwd`: no gradients are
             recorded).
 
     Returns:
@@ -81,6 +83,48 @@ def open_nnsight(model: StateStreamModel, iterations: int = 1) -> StateStreamNNs
     except ImportError as error:
         raise _not_installed("nnsight", error) from error
     return StateStreamNNsight(model, iterations)
+
+
+def run_caches(
+    run: Run,
+    question: int,
+    depth: int | None = None,
+    text: str = "own",
+    model: StateStreamModel | None = None,
+    names_filter: NamesFilter = None,
+) -> list[ActivationCache]:
+    """Caches of a captured run's text, one per iteration: [1, generated position, ...].
+
+    A run does not keep most of these values. So the question is taken from the run's dataset, and the tokens
+    that the run wrote are read again at their depth, one after the other, as they were generated.
+
+    Args:
+        question: its index in the run.
+        depth: iteration depth; None is the deepest.
+        text: whose tokens are read: the depth's `own`, or `depth1`.
+        model: the run's model, if it is loaded already; None loads what the recipe names.
+        names_filter: which hook points, as for `run_with_cache`.
+
+    Raises:
+        SSTError: no such question, depth or text; the run keeps no tokens (its dataset is restricted); a
+            model or dataset that is not the run's by its hash; a filter that matches nothing.
+    """
+    recipe = run.recipe
+    question = whole("question", question, 0)
+    depth = max(recipe.depths) if depth is None else whole("depth", depth, 1)
+    tokens = written_tokens(run, question, 1 if text == "depth1" else depth, text)
+    model, asked = origin_of(run, model)
+    prompt = model.chat(asked[question].prompt, reply_prefix=recipe.reply_prefix or "")
+    return bridge(model).read_with_caches(prompt, tokens, depth, names_filter)[1]
+
+
+def run_cache(run: Run, question: int, iteration: int = 1, **how: Any) -> ActivationCache:
+    """The cache of one iteration; `how` are the other arguments of `run_caches`."""
+    iteration = whole("iteration", iteration, 1)
+    caches = run_caches(run, question, **how)
+    if iteration > len(caches):
+        raise SSTError(f"there is no iteration {iteration}", f"this depth has 1 to {len(caches)}")
+    return caches[iteration - 1]
 
 
 def _not_installed(package: str, error: ImportError) -> SSTError:

@@ -6,12 +6,10 @@
             y = sst.iteration[2].layers[12].resid_post.output.save()  # iteration 2, layer 12
             sst.iteration[3].layers[12].stream_state.output = y
 
-In nnsight a value is named by its module and by which call of the module it is. Here the module says the
-iteration and the layer, the call says the position: `tracer.iter` runs over positions, as it does over the
-steps of any generation. Values come in the order they run: positions, in them iterations, in them layers, in
-them the sites of `sst_interp.models.hooks`. The prompt of `generate` is read before position 0 and calls no module.
-
-Importing nnsight patches torch and gives every object a `save`, so it is imported with this module only.
+nnsight names a value by its module and by the number of the module's call. Here the module gives iteration
+and layer, and the call gives the position: `tracer.iter` runs over positions. Values come in the order they
+run: positions, then iterations, layers, and the sites of `sst_interp.models.hooks`. The prompt of `generate`
+is read before position 0 and calls no module.
 """
 
 from __future__ import annotations
@@ -34,7 +32,7 @@ from sst_interp.models.model import Prompt, Prompts, StateStreamModel, check_sto
 
 
 class Sites(nn.Module):
-    """The sites of one layer in one iteration: modules that pass on what they are given."""
+    """The sites of one layer in one iteration: modules that return their input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,15 +41,17 @@ class Sites(nn.Module):
 
 
 class Iterations(nn.Module):
-    """What nnsight wraps. It holds no weights: the model runs as it always does, and shows itself here."""
+    """The module that nnsight wraps. It has no weights: the model runs as always and shows itself here."""
 
     def __init__(self, model: StateStreamModel, iterations: int) -> None:
         super().__init__()
         self.model = model
-        self.iteration = nn.ModuleDict(
-            {str(number): one_iteration(model.backbone.n_layers) for number in range(1, iterations + 1)}
-        )
-        """By iteration, from "1"."""
+        self.iteration = nn.ModuleDict()
+        """By iteration, from "1": a module whose `layers` are the sites of each layer."""
+        for number in range(1, iterations + 1):
+            one = nn.Module()
+            one.layers = nn.ModuleList(Sites() for _ in range(model.backbone.n_layers))
+            self.iteration[str(number)] = one
 
     def forward(self, prompts: list[Prompt]) -> Float[Tensor, "row position vocab"]:
         """Read given tokens one after the other, each iterated; the last iteration's logits."""
@@ -76,7 +76,7 @@ class Iterations(nn.Module):
         return out
 
     def hook(self, position: int, iteration: int) -> Visit:
-        """Show a pass to the modules of its iteration; which position it is, nnsight counts."""
+        """Show a pass to the modules of its iteration; nnsight counts the positions."""
         layers: Any = self.iteration[str(iteration)].layers
 
         def visit(site: Site, layer: int, tensor: Tensor) -> Tensor:
@@ -84,13 +84,6 @@ class Iterations(nn.Module):
             return alike(shown, tensor, f"iteration {iteration}, layer {layer}, {site}, position {position}")
 
         return visit
-
-
-def one_iteration(n_layers: int) -> nn.Module:
-    """A module whose `layers` are the sites of each layer."""
-    module = nn.Module()
-    module.layers = nn.ModuleList(Sites() for _ in range(n_layers))
-    return module
 
 
 class StateStreamNNsight(NNsight):
@@ -108,7 +101,7 @@ class StateStreamNNsight(NNsight):
     def generate(
         self, prompts: Prompts, max_new_tokens: int = 64, stop_tokens: Sequence[int] | None = None
     ) -> Generation:
-        """As `StateStreamModel.generate`, whose result is `tracer.result`; positions are its steps."""
+        """`StateStreamModel.generate`. Its result is `tracer.result`; its steps are positions."""
         return self._module.generate(listed(prompts), max_new_tokens, stop_tokens)  # pyright: ignore
 
     def _batch_size(self, *inputs: Any, **_kwargs: Any) -> int:

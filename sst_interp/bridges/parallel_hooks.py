@@ -1,14 +1,16 @@
-"""Reading given tokens with a hook at every site: one position after the other, or all of them at once.
+"""Reading given tokens with a hook at every site: one position after the other, or all at once.
 
-Sequentially a hook sees [row, 1, d_model], once per position and iteration, in the order they run: the
-definition. In parallel it sees [row, position, d_model], once per iteration, as in any forward pass: the
-exact states are solved for first, and one pass at the solution shows them. What a hook changes moves later
-states, so the pass is then repeated, each time from the states of the pass before, until nothing moves.
+Sequentially a hook sees [row, 1, d_model], once per position and iteration, in the order they run: this is
+the definition. In parallel it sees [row, position, d_model], once per iteration, as in any forward pass: the
+exact states are solved first, and one pass at the solution shows them. If a hook changes a value, later
+states move; the pass is then repeated from the states of the pass before until they settle.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -20,6 +22,25 @@ from sst_interp.models.hooks import Hook
 from sst_interp.models.solvers import solve_exactly
 from sst_interp.models.solvers.sequential import TOLERANCE, advance, relative_change
 from sst_interp.models.stream import Recurrence, Stream, stack_pass
+
+NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
+"""Which hook points: a name, names, or a function of the name; None is every one that fires."""
+
+Method = Literal["parallel", "sequential"]
+
+
+def refuse_options(others: dict[str, Any]) -> None:
+    """Raise SSTError for an option of TransformerLens that would be ignored."""
+    given = sorted(name for name, value in others.items() if value is not None)
+    if others.get("incl_bwd") is False:
+        given.remove("incl_bwd")
+    if "incl_bwd" in given:
+        raise SSTError(
+            "incl_bwd=True does not work with a state stream: the pass records no gradients",
+            "leave incl_bwd out, or boot a TransformerBridge on a copy of `model.backbone.model`",
+        )
+    if given:
+        raise SSTError(f"{', '.join(given)}: not with a state stream", "leave it out")
 
 
 @torch.no_grad()
@@ -33,11 +54,11 @@ def read_sequentially(
     """The last layer's outputs, every token iterated `iterations` times.
 
     Args:
-        stream: what was read before; None is nothing.
+        stream: after an earlier text; None starts anew.
     """
-    rows, positions = tokens.shape
+    positions = tokens.shape[1]
     if stream is None:
-        stream = model.new_stream(torch.zeros(rows, dtype=torch.long, device=tokens.device), positions)
+        stream = model.new_stream(torch.zeros_like(tokens[:, 0]), positions)
     last = []
     for position in range(positions):
         done = advance(model, stream, tokens[:, position], iterations, partial(hook, position))
@@ -56,16 +77,16 @@ def read_in_parallel(
     """The same to the dtype's tolerance, all positions at once.
 
     Args:
-        model: what the unedited states are solved with.
-        hooked: what the passes run on: the same model, or its twin with hooks inside.
-        hook: asked with position 0, the first of each pass. It may be called more often than once per
-            iteration: the last calls count.
+        model: solves the unedited states.
+        hooked: runs the passes: the same model, or its twin with hooks inside.
+        hook: called with position 0, the first of each pass. It may be called several times per iteration;
+            the last calls count.
 
     Raises:
-        SSTError: the hook's changes do not settle, so they are not a function of what precedes them.
+        SSTError: the hook's changes do not settle, so they do not depend on earlier positions alone.
     """
     rows, positions = tokens.shape
-    stream = model.new_stream(torch.zeros(rows, dtype=torch.long, device=tokens.device), positions)
+    stream = model.new_stream(torch.zeros_like(tokens[:, 0]), positions)
     everywhere = list(range(positions))
     solution = solve_exactly(model, stream, tokens, iterations=iterations, check=everywhere)
     incoming = torch.stack([solution.incoming[t] for t in everywhere], dim=2)
@@ -92,7 +113,7 @@ def read_in_parallel(
 
 
 def _access(number: int, iterations: int, kv: str) -> Access:
-    """What a pass does with its keys and values: those of the kept iteration are stored."""
+    """How a pass uses its keys and values: those of the kept iteration are stored."""
     if kv == "first":
         return "write" if number == 1 else "read"
     return "write" if number == iterations else "beside"

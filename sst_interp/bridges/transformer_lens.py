@@ -1,4 +1,4 @@
-"""The model as a TransformerLens `TransformerBridge`: its hooks and caches, once per iteration.
+"""The model as a TransformerLens `TransformerBridge`, with hooks and caches for every iteration.
 
     bridge = model.bridge()
     bridge.run_with_hooks(tokens, iterations=4, fwd_hooks=[
@@ -6,49 +6,197 @@
     ])
     logits, caches = bridge.run_with_caches(tokens, iterations=4)
 
-TransformerLens' own adapters for models that loop say that a cache holds the final step. This bridge runs the
-pass of `sst_interp.models.stream` on a twin of the backbone and fires the hook points in it, so it knows which
-iteration it is in.
+In TransformerLens' own adapters for models that loop, a cache holds the final step. This bridge runs the pass
+of `sst_interp.models.stream` on a twin of the backbone and fires the hook points in it, so it knows the
+iteration.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from transformer_lens import ActivationCache
+from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.sources._bridge_builder import (
+    build_bridge_config_from_hf,
+    detect_tokenizer_bos_eos,
+)
 
-from sst_interp.bridges.asked import Method, NamesFilter, refuse_options
-from sst_interp.bridges.parallel_hooks import read_in_parallel, read_sequentially
-from sst_interp.bridges.points import Now, Placed, firing, twin_of
+from sst_interp.bridges.parallel_hooks import (
+    Method,
+    NamesFilter,
+    read_in_parallel,
+    read_sequentially,
+    refuse_options,
+)
 from sst_interp.errors import SSTError, unknown_name
-from sst_interp.models.choices import check_iterations
+from sst_interp.models.backbone import Backbone
+from sst_interp.models.choices import check_iterations, whole
 from sst_interp.models.generation import Generation, generate
-from sst_interp.models.hooks import SITES, Site, Visit, alike
+from sst_interp.models.hooks import SITES, Hook, Site, Visit, alike
 from sst_interp.models.model import Prompts, StateStreamModel, check_stop
-from sst_interp.models.stream import Recurrence
+from sst_interp.models.stream import Recurrence, stack_pass
 
-if TYPE_CHECKING:
-    pass
+OWN = ("resid_mid", "stream_state", "resid_blended")
+"""Sites with hook points of their own. TransformerLens' `hook_resid_mid` is the input of `ln2`: here that
+comes after the blend, and a change there would reach the FFN and not the residual."""
 
 Input = Prompts
 """Token ids [row, position] or [position], a text, or several of either."""
+
+
+@dataclass(frozen=True)
+class Now:
+    """The iteration that runs, and the first position of its pass."""
+
+    iteration: int
+    position: int
+
+
+@dataclass
+class Placed:
+    """`fn(tensor, hook)` at one iteration, or position, or both; None means everywhere.
+
+    With a position, `fn` gets that position alone, [row, 1, ...], however many a pass reads.
+    """
+
+    bridge: StateStreamBridge
+    fn: Callable[..., Any]
+    iteration: int | None = None
+    position: int | None = None
+    calls: int = 0
+    """How often it has been called."""
+
+    def __post_init__(self) -> None:
+        if self.iteration is not None:
+            self.iteration = whole("iteration", self.iteration, 1)
+        if self.position is not None:
+            self.position = whole("position", self.position, 0)
+
+    def __call__(self, tensor: Tensor, hook: Any) -> Tensor | None:
+        """The hook that TransformerLens calls."""
+        now = self.bridge.now
+        if self.iteration is not None and now.iteration != self.iteration:
+            return None
+        if self.position is None:
+            self.calls += 1
+            return self.fn(tensor, hook=hook)
+        axis = (hook.pos_dim or 1) if isinstance(hook, HookPoint) else 1
+        offset = self.position - now.position
+        if not 0 <= offset < tensor.shape[axis]:
+            return None
+        self.calls += 1
+        given, changed = tensor.narrow(axis, offset, 1).clone(), tensor.clone()
+        changed.narrow(axis, offset, 1).copy_(alike(self.fn(given, hook=hook), given, str(hook.name)))
+        return changed
+
+    def refuse_unused(self) -> None:
+        """Raise SSTError if it was never called."""
+        if not self.calls:
+            where = {"iteration": self.iteration, "position": self.position}
+            named = ", ".join(f"{name} {value}" for name, value in where.items() if value is not None)
+            raise SSTError(f"the hook was never called: nothing ran at {named}", "ask for what there is")
+
+
+@torch.no_grad()
+def firing(
+    model: Recurrence,
+    points: Mapping[str, HookPoint],
+    positions: int,
+    hook: Hook,
+    unembed: Callable[[Tensor], object],
+) -> dict[str, HookPoint]:
+    """The hook points that fire in one pass.
+
+    The pass also notes which axis has the positions: this backbone's attention may differ from
+    TransformerLens' own.
+
+    Args:
+        positions: a number that is the size of no other axis before d_head.
+        hook: fires the points of the sites.
+        unembed: fires the points behind the layers.
+    """
+    fired: set[HookPoint] = set()
+    handles = []
+    for point in set(points.values()):
+
+        def note(_module: Any, _args: Any, out: Any, point: HookPoint = point) -> None:
+            fired.add(point)
+            if point.pos_dim is not None:
+                point.pos_dim = list(out.shape).index(positions)
+
+        handles.append(point.register_forward_hook(note))
+    device = model.backbone.device
+    stream = model.new_stream(torch.zeros(1, dtype=torch.long, device=device), positions)
+    columns = torch.arange(positions, device=device)
+    states = stream.state[:, :, None].expand(-1, -1, positions, -1)
+    y, _ = stack_pass(model, stream, columns[None] * 0, columns, states, None, "write", hook(0, 1))
+    unembed(y[-1][:, :, None])
+    for handle in handles:
+        handle.remove()
+    return {name: point for name, point in points.items() if point in fired}
+
+
+class Twin(NamedTuple):
+    """The parts of a `TransformerBridge`."""
+
+    hf: nn.Module
+    backbone: Backbone
+    """The twin's layers, validated before TransformerLens replaces some of them."""
+    adapter: Any
+    tokenizer: Any
+
+
+def twin_of(model: StateStreamModel) -> Twin:
+    """A model's backbone, ready for TransformerLens.
+
+    Raises:
+        SSTError: TransformerLens has no adapter for the family.
+    """
+    weights = {id(p): p for p in model.backbone.model.parameters()}
+    hf: Any = copy.deepcopy(model.backbone.model, weights)  # new modules with the very same parameters
+    backbone, name = Backbone(hf), type(hf).__name__
+    try:
+        config = build_bridge_config_from_hf(copy.deepcopy(hf.config), name, model.name, model.backbone.dtype)
+        adapter = ArchitectureAdapterFactory.select_architecture_adapter(config)
+    except ValueError as error:
+        reason = str(error).splitlines()[0]
+        raise SSTError(
+            f"TransformerLens does not know {name}: {reason}", "nnsight needs no adapter"
+        ) from error
+    adapter.cfg.device = str(model.backbone.device)
+    attention = backbone.config._attn_implementation
+    adapter.prepare_model(hf)  # may ask for another attention kernel, whose bits are not the model's
+    backbone.config._attn_implementation = attention
+    tokenizer = copy.deepcopy(model.tokenizer)
+    if tokenizer is not None:  # TransformerLens would load another one, with other special tokens
+        starts, ends = detect_tokenizer_bos_eos(tokenizer)
+        adapter.cfg.default_prepend_bos = adapter.cfg.tokenizer_prepends_bos = starts
+        adapter.cfg.tokenizer_appends_eos = ends
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+    blocks: Any = (adapter.component_mapping or {})["blocks"]
+    blocks.hook_aliases = {k: v for k, v in blocks.hook_aliases.items() if k != "hook_resid_mid"}
+    for site in OWN:
+        setattr(blocks, f"hook_{site}", HookPoint())
+    return Twin(hf, backbone, adapter, tokenizer)
 
 
 class StateStreamBridge(TransformerBridge):
     """A `TransformerBridge` whose forward is the state stream's.
 
     Beside the standard names there are `blocks.{l}.hook_stream_state` and `blocks.{l}.hook_resid_blended`.
-    Attention and FFN run as the backbone runs them, so points that need attention written out
-    (`hook_pattern`, `hook_attn_scores`) do not fire, and asking for them is an error.
+    Attention runs as the backbone runs it, so points inside it (`hook_pattern`, `hook_attn_scores`) do not
+    fire, and asking for them is an error.
     """
 
     def __init__(self, model: StateStreamModel) -> None:
@@ -61,7 +209,7 @@ class StateStreamBridge(TransformerBridge):
         super().__init__(hf, adapter, tokenizer)
         self.state_stream, self._twin = model, backbone
         self.now = Now(1, 0)
-        """Where it is; what hooks are called with belongs there."""
+        """Where the values come from that hooks are called with."""
         norms: list[Any] = [self.ln_final]
         for index, block in enumerate(self.blocks):
             norms += [block.ln1, block.ln2]
@@ -75,7 +223,7 @@ class StateStreamBridge(TransformerBridge):
             for layer in range(backbone.n_layers)
         ]
         self.firing = firing(self._hooked(), self.hook_dict, self.cfg.n_heads + 1, self._hook, self._logits)
-        """Every hook point that fires, by name; `hook_dict` has others, too."""
+        """Name -> hook point that fires; `hook_dict` also has those that do not."""
 
     def forward(
         self,
@@ -89,7 +237,7 @@ class StateStreamBridge(TransformerBridge):
         """Read tokens at a depth; the logits [row, position, vocab] or loss are the last iteration's.
 
         Raises:
-            SSTError: TransformerLens' options for parts of a forward pass, which a recurrence does not have.
+            SSTError: TransformerLens' options for parts of a forward pass, which a recurrence lacks.
         """
         refuse_options(others)
         tokens = self._tokens(input)
@@ -103,7 +251,7 @@ class StateStreamBridge(TransformerBridge):
         names_filter: NamesFilter = None,
         method: Method = "parallel",
     ) -> tuple[list[Float[Tensor, "row position vocab"]], list[ActivationCache]]:
-        """(logits, caches), one of each per iteration; see `sst_interp.bridges.Bridges.run_with_cache`."""
+        """(logits, caches), one of each per iteration; see `sst_interp.bridges.run_with_cache`."""
         with Collector(self, names_filter) as collected:
             logits = self._read(self._tokens(input), iterations, method)
         return logits, collected.caches()
@@ -117,13 +265,13 @@ class StateStreamBridge(TransformerBridge):
         method: Method = "parallel",
         **others: Any,
     ) -> tuple[Any, ActivationCache]:
-        """As TransformerLens has it: logits and cache of the last iteration. `run_with_caches` has all."""
+        """TransformerLens' method: logits and cache of the last iteration. `run_with_caches` has all."""
         refuse_options(others)
         logits, caches = self.run_with_caches(input, iterations, names_filter, method)
         return logits[-1], caches[-1].remove_batch_dim() if remove_batch_dim else caches[-1]
 
     def run_with_hooks(self, input: Input, fwd_hooks: Sequence[Any] = (), **how: Any) -> Any:
-        """As TransformerLens has it, with `iterations` and `method` of `forward`.
+        """TransformerLens' method, with `iterations` and `method` of `forward`.
 
         Raises:
             SSTError: a hook of `at` that was never called.
@@ -154,8 +302,8 @@ class StateStreamBridge(TransformerBridge):
     ) -> Generation:
         """Greedy generation at a depth; hooks fire at every generated position, [row, 1, d_model].
 
-        The prompt is read without hooks. Those of `ln_final` and `unembed` are shown all positions at the end
-        and change nothing.
+        The prompt is read without hooks. Hooks at `ln_final` and `unembed` see all positions at the end and
+        change nothing.
         """
         refuse_options(others)
         (iterations,) = check_iterations([iterations])
@@ -177,7 +325,7 @@ class StateStreamBridge(TransformerBridge):
     def generate_with_caches(
         self, input: Input, names_filter: NamesFilter = None, **how: Any
     ) -> tuple[Generation, list[ActivationCache]]:
-        """What `generate` gives, and a cache per iteration whose positions are the generated ones."""
+        """The result of `generate`, and a cache per iteration whose positions are the generated ones."""
         with Collector(self, names_filter) as collected:
             out = self.generate(input, **how)
         return out, collected.caches()
@@ -189,8 +337,8 @@ class StateStreamBridge(TransformerBridge):
         iterations: int = 1,
         names_filter: NamesFilter = None,
     ) -> tuple[list[Float[Tensor, "row position vocab"]], list[ActivationCache]]:
-        """Read what was written after a prompt, position by position: (logits, caches) per iteration.
-        Position 0 reads the prompt's last token; the last of `tokens` was emitted and is not read.
+        """Read the tokens after a prompt, position by position: (logits, caches) per iteration. Position 0
+        reads the prompt's last token. The last of `tokens` was emitted and is not read.
         """
         (iterations,) = check_iterations([iterations])
         model = self.state_stream
@@ -238,7 +386,7 @@ class StateStreamBridge(TransformerBridge):
         return alike(point(tensor.clone()), tensor, str(point.name)) if point._forward_hooks else tensor
 
     def _check_hook_fireable(self, *names: str) -> None:
-        """Refuse a hook that would never be called."""
+        """Raise SSTError for a hook that would never be called."""
         if names[-1] in self.hook_dict and names[-1] not in self.firing:
             raise SSTError(
                 f"{names[0]} does not fire: attention and FFN run as the backbone runs them",
@@ -262,10 +410,10 @@ for _name in ("enable_compatibility_mode", "process_weights", "generate_stream",
 
 
 class Collector:
-    """Watches hook points while a bridge runs.
+    """Records hook points while a bridge runs.
 
     Args:
-        names_filter: which; every name must exist and fire.
+        names_filter: which hook points; every name must exist and fire.
 
     Raises:
         SSTError: a filter that matches nothing.
@@ -308,8 +456,9 @@ class Collector:
         for iteration in sorted(self._seen):
             tensors: dict[str, Tensor] = {}
             for key, pieces in self._seen[iteration].items():
-                whole = _joined([pieces[first] for first in sorted(pieces)], self._points[key])
-                tensors |= dict.fromkeys(self._names[key], whole)
+                parts, axis = [pieces[first] for first in sorted(pieces)], self._points[key].pos_dim or 1
+                joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim=axis)
+                tensors |= dict.fromkeys(self._names[key], joined)
             caches.append(ActivationCache(tensors, self.bridge))
         return caches
 
@@ -320,12 +469,7 @@ class Collector:
             if point.hook_conversion is not None:
                 tensor = point.hook_conversion.convert(tensor)
             now = self.bridge.now
-            # A pass that is repeated puts its values in the place of the earlier ones.
+            # A repeated pass overwrites the earlier values.
             self._seen.setdefault(now.iteration, {}).setdefault(key, {})[now.position] = tensor.detach()
 
         return keep
-
-
-def _joined(pieces: list[Tensor], point: HookPoint) -> Tensor:
-    """Positions side by side."""
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=point.pos_dim or 1)

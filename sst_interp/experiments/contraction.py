@@ -1,9 +1,9 @@
-"""Contraction per sweep of each kind of model: by which factor does a parallel sweep shrink what is left?
+"""Contraction: by which factor does a parallel sweep shrink the residual, in each kind of model?
 
-A sweep is a parallel pass over all positions and iterations (`sst_interp.models.solvers.sweeps`). Where every sweep shrinks
-the residual by a factor below 1, all positions converge together; else one more position is exact after each.
-The residual after k sweeps is fitted by r(k) = r * c^k on each text; c is the geometric mean over texts, and
-its interval resamples texts (a text is a question).
+A sweep is a parallel pass over all positions and iterations (`sst_interp.models.solvers.sweeps`). With a
+factor below 1 all positions converge together; else each sweep makes one more position exact. The residual
+after k sweeps is fitted by r(k) = r * c^k on each text. The factor is the geometric mean of c over texts,
+and its interval resamples texts (a text is a question).
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from sst_interp.runs.run import Run
 
 COLUMNS = ["text", "tokens", "depth", "sweep", "residual", "settled"]
 SWEEPS = 12
-"""At most so many: far fewer than positions, by when everything is exact whatever the factor."""
+"""At most so many: far fewer than positions, after which everything is exact whatever the factor."""
 TOKENS = 48
-"""Of each text, from its start."""
+"""How many tokens of each text are read, from its start."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,15 +50,15 @@ class KindsContraction(Result):
     """The factor by which a sweep shrinks the residual, by run and depth."""
 
     rates: pd.DataFrame
-    """A row per run and depth: run, depth, texts, `factor` with `factor_low` and `factor_high` (NaN where
-    nothing is left after the first sweep), `sweeps` (median, of the texts that settled), `settled` (texts
+    """A row per run and depth: run, depth, texts, `factor` with `factor_low` and `factor_high` (NaN if no
+    residual is left after the first sweep), `sweeps` (median of the texts that settled), `settled` (texts
     with a residual below the tolerance), `at_once` (after the first sweep), `residual` (median, the last)."""
     curves: pd.DataFrame
     """Columns run, depth, sweep, residual (median over texts), texts."""
 
     @property
     def title(self) -> str:
-        """What was asked."""
+        """A short name for a heading."""
         return "Contraction per sweep"
 
     @property
@@ -84,17 +84,17 @@ class KindsContraction(Result):
 
     @property
     def verdict(self) -> str:
-        """In how many cases a sweep shrinks the residual, and the slowest factors."""
+        """In how many models and depths a sweep shrinks the residual, and the largest factors."""
         rows = self.rates.to_dict("records")
         shrinks = sum(
             row["at_once"] == row["texts"] or np.fmax(row["factor"], row["factor_high"]) < 1 for row in rows
         )
-        words = f"A sweep shrinks what is left in {shrinks} of {len(rows)} models and depths. "
+        words = f"A sweep shrinks the residual in {shrinks} of {len(rows)} models and depths. "
         words += f"Texts of {questions_words(int(self.rates['texts'].max()))}"
         slow = [row for row in rows if row["at_once"] < row["texts"]]
         slow = sorted(slow, key=lambda row: -row["factor"])[:SHOWN]
-        said = [f"{row['run']} at depth {row['depth']} {_factor(row)}" for row in slow]
-        return f"{words}; the largest factors: {', '.join(said)}." if said else f"{words}."
+        factors = ", ".join(f"{row['run']} at depth {row['depth']} {_factor(row)}" for row in slow)
+        return f"{words}; the largest factors: {factors}." if slow else f"{words}."
 
     def figure(self) -> go.Figure:
         """Residual by sweep, on a log axis."""
@@ -104,7 +104,7 @@ class KindsContraction(Result):
             series.append(plots.Line(f"{run}, depth {depth}", own["sweep"], own["residual"], none, none))
         n = questions_words(int(self.rates["texts"].max()))
         figure = plots.lines(
-            "What is left after each sweep",
+            "The residual after each sweep",
             f"median over texts of {n}; a curve ends where half of them have settled",
             "sweep",
             "largest relative change of a state (log scale)",
@@ -142,11 +142,7 @@ def contraction_of(
 
 
 def check_texts(names: Sequence[str | Path], texts: int) -> list[Run]:
-    """The runs of `contraction_of`, if they have that many questions: asked before anything is measured.
-
-    Raises:
-        SSTError: they have not.
-    """
+    """The runs of `contraction_of`. Raises SSTError unless they have that many questions."""
     if texts < 1:
         raise SSTError(f"{texts} texts are none", "for example --contraction 8")
     runs = open_together(names)
@@ -181,8 +177,7 @@ def sweep_residuals(
     for number, text in enumerate(texts):
         tokens = torch.tensor([list(text)[:TOKENS]], device=model.backbone.device)
         for depth in depths:
-            pad = torch.zeros(1, dtype=torch.long, device=tokens.device)
-            stream = model.new_stream(pad, tokens.shape[1])
+            stream = model.new_stream(torch.zeros_like(tokens[:, 0]), tokens.shape[1])
             solved = solve_by_sweeps(model, stream, tokens, iterations=depth, sweeps=SWEEPS, keep=False)
             for sweep, residual in enumerate(solved.certificate.residuals, 1):
                 settled = residual < tolerance
@@ -225,12 +220,12 @@ def _rate(rows: pd.DataFrame, resamples: int, seed: int) -> dict[str, object]:
     """One run at one depth."""
     last = rows.sort_values("sweep").groupby("text").tail(1)
     settled = last[last["settled"].to_numpy(dtype=bool)]
-    logs = [
+    slopes = [
         _slope(own["sweep"].to_numpy(dtype=float), np.log(own["residual"].to_numpy()))
         for _, own in rows[rows["residual"] > 0].groupby("text")
         if len(own) > 1
     ]
-    sums = np.array([[slope, 1.0] for slope in logs]).reshape(-1, 2)
+    sums = np.stack([slopes, np.ones(len(slopes))], axis=1)
     factor = cluster_bootstrap(sums, lambda totals: np.exp(ratio(totals)), resamples, seed=seed)
     return {
         "texts": rows["text"].nunique(),
@@ -250,6 +245,6 @@ def _slope(x: np.ndarray, y: np.ndarray) -> float:
 def _factor(row: Mapping[Any, Any]) -> str:
     """A factor in words."""
     if row["at_once"] == row["texts"]:
-        return "nothing is left after the first"
+        return "no residual after the first"
     factor = Interval(row["factor"], row["factor_low"], row["factor_high"], row["texts"])
     return factor.text() if factor.known else f"{factor.estimate:.3g}"

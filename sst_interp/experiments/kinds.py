@@ -1,6 +1,6 @@
-"""Kinds of models side by side on the same questions: how much does depth change the state, and the answers?
+"""Kinds of models on the same questions: how much does depth change the state, and the answers?
 
-compare_runs(["demo-backbone", "demo", "demo-lrt", "demo-looped"]).verdict
+    compare_runs(["demo-backbone", "demo", "demo-lrt", "demo-looped"]).verdict
 
 A backbone without a stream computes the same at every depth, so its shares are the noise floor of the
 arithmetic. Shares are of (position, layer) pairs between depth (or iteration) 1 and the deepest. The three
@@ -10,7 +10,7 @@ comparisons are never pooled, and every interval resamples questions.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,16 +19,17 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from sst_interp.analyses import plots
-from sst_interp.analyses.contrast import PAPER_THRESHOLD, RESOLUTION, Contrast, pair_words
-from sst_interp.analyses.result import Result
+from sst_interp.analyses.contrast import PAPER_THRESHOLD, RESOLUTION, Contrast
+from sst_interp.analyses.result import Result, pair_words
 from sst_interp.analyses.statistics.bootstrap import (
     LEVEL,
+    ONE_QUESTION,
     RESAMPLES,
     Interval,
     as_columns,
-    bootstrap_ends,
     cluster_bootstrap,
     histogram_quantile,
+    nothing,
     percent_text,
     questions_words,
     ratio,
@@ -41,7 +42,7 @@ from sst_interp.runs.provenance import kind_words
 from sst_interp.runs.store import Run, open_run
 
 AGREE = ("dataset", "depths", "max_new_tokens", "reply_prefix", "dtype", "batch_size")
-"""What recipes must agree in: else a share may differ for another reason than the kind."""
+"""Keys that must be the same in all recipes, so that a share can differ by the kind only."""
 ENDS = {
     "shifted": ("low", "high"),
     "median overlap": ("median low", "median high"),
@@ -51,7 +52,6 @@ ENDS = {
 """Column of `Kinds.shares` -> the columns of its interval's ends."""
 SHOWN = 3
 """Most numbers that a verdict states; the table has all."""
-ONE = "one question: no spread between questions to measure"
 
 
 class Compared(NamedTuple):
@@ -61,9 +61,9 @@ class Compared(NamedTuple):
     kind: str
     """In words: `State Stream Transformer`."""
     contrast: Contrast
-    """Of the run, in any comparison; all compared ones have the same choice of overlap and resampling."""
+    """Of the run, in any comparison. All runs have the same choice of overlap and resampling."""
     no_stream: bool = False
-    """Every depth computes the same: what differs is the noise floor."""
+    """Whether every depth computes the same, so that all differences are noise."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,22 +71,22 @@ class Kinds(Result):
     """Stable and shifted shares of several runs on the same questions."""
 
     overlap: str
-    """Which overlap."""
+    """The overlap's name."""
     shares: pd.DataFrame
     """A row per comparison and run, of (1, deepest). `shifted` is the share of pairs with an overlap below
-    0.99, `stable` that of the others, `shifted at antimode` the share below the run's own antimode (NaN with
-    one mode), `identical` that of bit-identical pairs, and `difference` is `shifted` minus the first run's,
-    over the questions that both have (NaN for the first run). `ENDS` names the columns of interval ends."""
+    0.99, `stable` the rest, `shifted at antimode` the share below the run's own antimode (NaN with one mode),
+    `identical` the share of bit-identical pairs, and `difference` is `shifted` minus the first run's, over
+    the questions that both have (NaN for the first run). `ENDS` names the columns of interval ends."""
     reference: str
     """The run that the others are compared with."""
     floor: str | None = None
     """The run without a stream, if there is one."""
     missing: dict[str, str] = field(default_factory=dict)
-    """`comparison, run` that cannot be tested, and why."""
+    """`comparison, run` -> why it cannot be tested."""
 
     @property
     def title(self) -> str:
-        """What it is."""
+        """A short name for a heading."""
         return "Kinds of models on the same questions"
 
     @property
@@ -101,7 +101,7 @@ class Kinds(Result):
 
     @property
     def verdict(self) -> str:
-        """How many runs shift unlike the first, in the first comparison that there is."""
+        """How many runs shift unlike the first, in the first comparison with pairs."""
         rows = self.shares[self.shares["comparison"] == self.shares["comparison"].iloc[0]]
         lead = rows.iloc[0]
         others = [row for row in rows.to_dict("records") if row["run"] != self.reference]
@@ -110,10 +110,7 @@ class Kinds(Result):
         n = questions_words(int(rows["questions"].max()))
         words = f"In {apart} of {_runs(len(gaps))} the shifted share differs from {self.reference}'s. "
         words += f"{n}, {pair_words(lead['comparison'], lead['a'], lead['b'])}"
-        most = sorted(gaps, key=lambda name: -abs(np.nan_to_num(gaps[name].estimate)))[:SHOWN]
-        if most:
-            told = ", ".join(f"{name} {gaps[name].text(percent=True)}" for name in gaps if name in most)
-            words += f"; shifted share minus {self.reference}'s: {told}"
+        words += f"; shifted share minus {self.reference}'s: {_largest(gaps)}" if gaps else ""
         if self.floor is not None:
             words += f". {self.floor} has no stream: its shares are the noise floor"
         if self.missing:
@@ -122,11 +119,9 @@ class Kinds(Result):
 
     def figure(self) -> go.Figure:
         """Shifted share by comparison and run, with intervals."""
+        columns = ("comparison", "shifted", "low", "high")
         dots = [
-            plots.Dot(
-                f"{row['comparison']}: {row['kind']} ({row['run']})",
-                *(row[column] for column in ("comparison", "shifted", "low", "high")),
-            )
+            plots.Dot(f"{row['comparison']}: {row['kind']} ({row['run']})", *(row[c] for c in columns))
             for row in self.shares.to_dict("records")
         ]
         n, deepest = int(self.shares["questions"].max()), self.shares["b"].max()
@@ -141,33 +136,27 @@ class Kinds(Result):
 
 
 def compare_runs(names: Sequence[str | Path], resamples: int = RESAMPLES, seed: int = 0) -> Kinds:
-    """Stable and shifted shares by kind; the first run is the one that others are compared with.
+    """Stable and shifted shares by kind. The others are compared with the first run.
 
     Raises:
         SSTError: as `open_together`.
         Untestable: as `kinds`.
     """
-    return kinds(
-        [
-            Compared(
-                run.name,
-                kind_words(run.kind),
-                Contrast.of(run, resamples=resamples, seed=seed),
-                run.kind == "backbone",
-            )
-            for run in open_together(names)
-        ]
-    )
+    compared = []
+    for run in open_together(names):
+        contrast = Contrast.of(run, resamples=resamples, seed=seed)
+        compared.append(Compared(run.name, kind_words(run.kind), contrast, run.kind == "backbone"))
+    return kinds(compared)
 
 
 def kinds(runs: Sequence[Compared]) -> Kinds:
-    """Compare runs on the same questions. The first is the one that the others are compared with.
+    """Compare runs on the same questions. The others are compared with the first.
 
     Args:
-        runs: whoever asks sees to it that questions, depths and budgets agree (`open_together`).
+        runs: with the same questions, depths and budgets, which `open_together` checks.
 
     Returns:
-        The result; a run without pairs of a comparison is in `missing`.
+        The result. A run without pairs of a comparison is in `missing`.
 
     Raises:
         Untestable: no run has pairs of any comparison.
@@ -221,9 +210,8 @@ def _median_overlap(c: Contrast, exact: float) -> Interval:
         return to_overlap(histogram_quantile(totals, grid(resolution), 0.5), resolution)
 
     resamples, seed = c.resampling
-    read = cluster_bootstrap(c.histograms, median, resamples, seed=seed)
-    low, high = min(read.low, exact), max(read.high, exact)  # NaN ends stay NaN
-    return Interval(exact, low, high, read.n_questions, read.level, read.reason)
+    rough = cluster_bootstrap(c.histograms, median, resamples, seed=seed)
+    return replace(rough, estimate=exact, low=min(rough.low, exact), high=max(rough.high, exact))
 
 
 def _below(c: Contrast) -> pd.DataFrame:
@@ -236,7 +224,7 @@ def _difference(c: Contrast, own: pd.DataFrame, first: pd.DataFrame) -> Interval
     """Share of `own` minus share of `first`, both from the same resamples of their common questions."""
     common = own.index.intersection(first.index)
     if not len(common):
-        return Interval(np.nan, np.nan, np.nan, 0, LEVEL, "no common questions")
+        return nothing("no common questions")
     sums = np.stack([own.loc[common].to_numpy(), first.loc[common].to_numpy()], axis=1)
 
     def between(totals: np.ndarray) -> np.ndarray:
@@ -244,8 +232,7 @@ def _difference(c: Contrast, own: pd.DataFrame, first: pd.DataFrame) -> Interval
         return shares[..., 0] - shares[..., 1]
 
     resamples, seed = c.resampling
-    estimate, low, high = (float(v) for v in bootstrap_ends(sums, between, resamples, seed=seed))
-    return Interval(estimate, low, high, len(sums), LEVEL, ONE if len(sums) == 1 else None)
+    return cluster_bootstrap(sums, between, resamples, seed=seed)
 
 
 def _columns(name: str, interval: Interval | None) -> dict[str, float]:
@@ -254,10 +241,17 @@ def _columns(name: str, interval: Interval | None) -> dict[str, float]:
     return dict(zip((name, *ENDS[name]), three, strict=True))
 
 
-def _interval(row: Mapping[Any, Any], name: str, ends: tuple[str, str] | None = None) -> Interval:
+def _interval(row: Mapping[Any, Any], name: str) -> Interval:
     """Three columns of a row as the interval that they were."""
-    low, high = (float(row[end]) for end in ends or ENDS[name])
-    return Interval(float(row[name]), low, high, int(row["questions"]), LEVEL, None if low == low else ONE)
+    low, high = (float(row[end]) for end in ENDS.get(name, (f"{name}_low", f"{name}_high")))
+    reason = None if low == low else ONE_QUESTION
+    return Interval(float(row[name]), low, high, int(row["questions"]), LEVEL, reason)
+
+
+def _largest(intervals: Mapping[str, Interval]) -> str:
+    """The `SHOWN` largest numbers in words, each after its run's name."""
+    most = sorted(intervals, key=lambda run: -abs(np.nan_to_num(intervals[run].estimate)))[:SHOWN]
+    return ", ".join(f"{run} {intervals[run].text(percent=True)}" for run in intervals if run in most)
 
 
 def _printed(row: Mapping[Any, Any]) -> dict[str, str]:
@@ -287,11 +281,11 @@ class KindsAnswers(Result):
     answers: pd.DataFrame
     """A row per run and depth: run, depth, questions, `read` (share of replies with an answer in them),
     `right` with its ends (share of all questions), and `change` with its ends: right minus right at depth 1,
-    of the same questions (NaN at depth 1)."""
+    on the same questions (NaN at depth 1)."""
 
     @property
     def title(self) -> str:
-        """What was asked."""
+        """A short name for a heading."""
         return "Answers by kind and depth"
 
     @property
@@ -308,24 +302,22 @@ class KindsAnswers(Result):
                 "depth": str(row["depth"]),
                 "questions": str(row["questions"]),
                 "an answer can be read": f"{row['read']:.0%}",
-                "right": _of_answers(row, "right").text(percent=True),
-                "minus depth 1": "" if row["depth"] == 1 else _of_answers(row, "change").text(percent=True),
+                "right": _interval(row, "right").text(percent=True),
+                "minus depth 1": "" if row["depth"] == 1 else _interval(row, "change").text(percent=True),
             }
             for row in self.answers.to_dict("records")
         ]
 
     @property
     def verdict(self) -> str:
-        """In how many runs depth changes accuracy, and whose replies have no answer any more."""
+        """In how many runs depth changes accuracy, and in which most replies lose their answer."""
         last = self.answers.groupby("run", sort=False).tail(1)
         rows = {row["run"]: row for row in last[last["depth"] > 1].to_dict("records")}
-        changes = {run: _of_answers(row, "change") for run, row in rows.items()}
+        changes = {run: _interval(row, "change") for run, row in rows.items()}
         told = sum(change.low > 0 or change.high < 0 for change in changes.values())
         words = f"The deepest depth changes accuracy in {told} of {_runs(len(rows))}. "
         words += questions_words(int(last["questions"].max()))
-        most = sorted(changes, key=lambda run: -abs(np.nan_to_num(changes[run].estimate)))[:SHOWN]
-        said = ", ".join(f"{run} {changes[run].text(percent=True)}" for run in changes if run in most)
-        words += f"; right answers minus those at depth 1: {said}."
+        words += f"; right answers minus those at depth 1: {_largest(changes)}."
         if silent := [run for run, row in rows.items() if row["read"] < 0.5]:
             words += f" Most replies of {', '.join(silent)} have no answer to read."
         return words
@@ -374,7 +366,6 @@ def kinds_answers(
             correct = right[depth].to_numpy()
             change = np.stack([correct - right[1].to_numpy(), np.ones(len(correct))], axis=1)
             moved = cluster_bootstrap(change, resamples=resamples, seed=seed)
-            nothing = Interval(np.nan, np.nan, np.nan, 0)
             records.append(
                 {
                     "run": run,
@@ -383,7 +374,7 @@ def kinds_answers(
                     "read": float(own["answer"].notna().mean()),
                     **as_columns(
                         right=share(right.index.to_numpy(), correct, resamples, seed),
-                        change=nothing if depth == 1 else moved,
+                        change=nothing("depth 1") if depth == 1 else moved,
                     ),
                 }
             )
@@ -392,16 +383,12 @@ def kinds_answers(
     return KindsAnswers(pd.DataFrame(records))
 
 
-def _of_answers(row: Mapping[Any, Any], name: str) -> Interval:
-    return _interval(row, name, (f"{name}_low", f"{name}_high"))
-
-
 def open_together(names: Sequence[str | Path]) -> list[Run]:
     """The runs of these names, complete and comparable.
 
     Raises:
-        SSTError: one run or none, one named twice, an unknown or incomplete one, or runs of different
-            questions or recipes that differ in `AGREE`.
+        SSTError: fewer than two runs, a run that is named twice, unknown or incomplete, or runs of different
+            questions or with recipes that differ in `AGREE`.
     """
     if len(names) < 2:
         raise SSTError("a comparison needs two runs or more", "for example --runs demo-backbone,demo")

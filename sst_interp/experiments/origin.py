@@ -1,7 +1,6 @@
-"""What a captured run is of: its model, its questions and the tokens that it wrote, to read them again.
+"""The model, the questions and the written tokens of a captured run, to read them again.
 
-A run keeps measurements and, at most, layer outputs. Whoever needs more loads the model and the questions
-that its recipe names. They must be the run's by their hashes, so that nothing is measured on something else.
+Hashes make sure that they are the run's.
 """
 
 from __future__ import annotations

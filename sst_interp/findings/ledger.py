@@ -22,8 +22,8 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from sst_interp.analyses import load, plots
-from sst_interp.analyses.contrast import Contrast, comparison_words
-from sst_interp.analyses.result import Analysis, Result, json_ready
+from sst_interp.analyses.contrast import Contrast
+from sst_interp.analyses.result import Analysis, Result, comparison_words, json_ready
 from sst_interp.analyses.statistics.bootstrap import RESAMPLES, questions_words
 from sst_interp.errors import SSTError
 from sst_interp.findings import answers, state  # noqa: F401 (they register the claims)

@@ -39,10 +39,9 @@ from sst_interp.findings.claims import CLAIMS, EVERYWHERE, Claim, Finding, Row, 
 from sst_interp.findings.ledger import Ledger, Progress, claims
 from sst_interp.models.checkpoint import checkpoint_folder
 from sst_interp.runs.manifest import content_hash
-from sst_interp.runs.provenance import kind_words
+from sst_interp.runs.provenance import kind_words, token_classes, tokenizer_of
 from sst_interp.runs.run import Run
 from sst_interp.runs.store import open_run
-from sst_interp.runs.provenance import token_classes, tokenizer_of
 from sst_interp.tables import visible_texts
 
 FOLDER = "findings"

@@ -34,8 +34,8 @@ from torch import Tensor
 from sst_interp.models.backbone import Backbone
 from sst_interp.models.cache import Access, KeyValues
 from sst_interp.models.measures import Readout, compare_outputs, cosine, read_out, relative_l2, wide
+from sst_interp.models.solvers import prefill
 from sst_interp.models.solvers.sequential import Iteration, advance
-from sst_interp.models.solvers.solve import prefill
 from sst_interp.models.stream import Recurrence, Stream, stack_pass
 from sst_interp.runs.recorder import compare_states
 

@@ -99,9 +99,12 @@ class Run:
                 [comparison, *(old for old, new in BEFORE.items() if new == comparison)]
             )
         wanted = list(columns) if columns is not None else present
-        read = dataset.to_table(columns=list(dict.fromkeys([*wanted, *KEYS[name]])), filter=where)
+        columns = list(dict.fromkeys([*wanted, *KEYS[name]]))
+        read = dataset.to_table(columns, filter=where, batch_readahead=2, fragment_readahead=1)  # memory
         order = _order(read, KEYS[name])
         frame = to_frame(read.select(wanted))
+        del read
+        pa.default_memory_pool().release_unused()
         return frame if order is None else frame.take(order).reset_index(drop=True)
 
     def columns(self, name: str) -> list[str]:
@@ -213,12 +216,12 @@ class Run:
             return part[position : position + 1][0]
 
     def caches(self, question: int, **how: Any) -> list[Any]:
-        """A TransformerLens `ActivationCache` per iteration (`sst_interp.bridges.run_caches.run_caches`)."""
-        return upstairs("bridges.run_caches:run_caches")(self, question, **how)
+        """A TransformerLens `ActivationCache` per iteration (`sst_interp.bridges.run_caches`)."""
+        return upstairs("bridges:run_caches")(self, question, **how)
 
     def cache(self, question: int, iteration: int = 1, **how: Any) -> Any:
         """The cache of one iteration; see `caches`."""
-        return upstairs("bridges.run_caches:run_cache")(self, question, iteration, **how)
+        return upstairs("bridges:run_cache")(self, question, iteration, **how)
 
     def check(self) -> None:
         """Check every listed shard now, before it is read. Raises SSTError for a damaged one."""

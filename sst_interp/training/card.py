@@ -1,28 +1,36 @@
-"""The model card of a checkpoint: what it is, how it was made, what it does, and what it is not for.
+"""What a training leaves in its folder besides the checkpoint, read back and said in words.
 
-Everything in it is read from the checkpoint's own files or measured; nothing is typed in.
+NAME/training.json     the recipe, and what the training was done with
+NAME/training.jsonl    a line per step; lines with `held_out_...` hold the loss on held-out examples
+NAME/README.md         the model card: everything in it is read from these files or measured
 """
 
 from __future__ import annotations
 
+import json
 from importlib import resources
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import jinja2
 import pandas as pd
 
+from sst_interp.errors import SSTError
 from sst_interp.files import replace_bytes
-from sst_interp.training.log import log_words, looks, read_about, read_log
+from sst_interp.tables import markdown
 from sst_interp.training.recipe import TrainingRecipe
 
-CURVES = "training.html"
+LOG, ABOUT, CURVES = "training.jsonl", "training.json", "training.html"
 IMAGE = "training.png"
-"""A picture of the curves, shown if it lies in the folder."""
+"""A picture of the curves; the card shows it if it lies in the folder."""
+SMOOTHING = 20
+"""Steps over which a training loss is averaged."""
+FORMAT = 2
+"""Of `training.json`. Format 1 called the method `sequential` `exact`."""
 
 
 class Scores(Protocol):
-    """What the card says of an evaluation (`sst_interp.experiments.depth_scores`)."""
+    """An evaluation, as the card shows it (`sst_interp.experiments.training_results.DepthScores`)."""
 
     @property
     def table(self) -> pd.DataFrame:
@@ -35,13 +43,73 @@ class Scores(Protocol):
         ...
 
 
+def read_about(folder: Path) -> dict[str, Any]:
+    """`training.json` of a checkpoint.
+
+    Raises:
+        SSTError: it cannot be read.
+    """
+    try:
+        about = json.loads((folder / ABOUT).read_text())
+        if about["format"] == 1 and about["recipe"].get("method") == "exact":
+            about["recipe"]["method"] = "sequential"
+        return about
+    except (OSError, ValueError, KeyError) as error:
+        raise SSTError(f"{folder / ABOUT} cannot be read: {error}", "--fresh trains anew") from None
+
+
+def read_log(folder: Path) -> pd.DataFrame:
+    """`training.jsonl` of a checkpoint: a row per step.
+
+    Raises:
+        SSTError: it cannot be read.
+    """
+    try:
+        return pd.DataFrame(json.loads(line) for line in (folder / LOG).read_text().splitlines())
+    except (OSError, ValueError) as error:
+        raise SSTError(f"{folder / LOG} cannot be read: {error}", "--fresh trains anew") from None
+
+
+def looks(log: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a log in which held-out examples were measured."""
+    columns = [c for c in map(str, log) if c in ("step", "alpha_mean", "gamma_mean") or c[:8] == "held_out"]
+    rows = log[columns]
+    return rows[rows.filter(like="held_out").notna().any(axis=1)].reset_index(drop=True)
+
+
+def log_words(log: pd.DataFrame, name: str) -> str:
+    """First and last losses, speed and the stream's weights of a training, in one sentence."""
+    steps = log.dropna(subset=["loss"]) if "loss" in log else log.iloc[:0]
+    if steps.empty:
+        return f"{name}: no step was taken."
+    first, last = steps["loss"].head(SMOOTHING).mean(), steps["loss"].tail(SMOOTHING).mean()
+    words = (
+        f"{name}: training loss {first:.3f} -> {last:.3f} nats per answer token (means of the "
+        f"first and last {min(SMOOTHING, len(steps))} of {len(steps)} steps), "
+        f"{steps['tokens'].sum():,.0f} tokens at {steps['tokens'].sum() / steps['seconds'].sum():.0f}/s"
+    )
+    held_out = looks(log)
+    if "held_out_exact" in held_out and len(held_out) > 1:
+        exact = held_out["held_out_exact"]
+        words += f"; held out, exact evaluation: {exact.iloc[0]:.3f} -> {exact.iloc[-1]:.3f}"
+    if "alpha_mean" in steps and steps["alpha_mean"].notna().any():
+        end = steps.iloc[-1]
+        words += (
+            f"; alpha {steps['alpha_mean'].iloc[0]:.4f} -> {end['alpha_mean']:.4f} "
+            f"(range {end['alpha_min']:.4f} to {end['alpha_max']:.4f})"
+        )
+    if "gamma_mean" in steps and steps["gamma_mean"].notna().any():
+        gamma = steps["gamma_mean"]
+        words += f"; gamma (mean over layers) {gamma.iloc[0]:.4f} -> {gamma.iloc[-1]:.4f}"
+    return words + "."
+
+
 def write_card(folder: Path, scores: Scores | None = None) -> Path:
     """Write `README.md` into a trained checkpoint's folder.
 
     Args:
         folder: of a finished training.
-        scores: of this checkpoint and of what it is compared with; without them the card says that nothing
-            was evaluated.
+        scores: the evaluation; without it the card says that nothing was evaluated.
 
     Raises:
         SSTError: the folder holds no training.
@@ -50,7 +118,7 @@ def write_card(folder: Path, scores: Scores | None = None) -> Path:
     held_out, losses, accuracies = looks(log), "", ""
     if scores is not None:
         is_loss = scores.table["task"].str.endswith("loss")
-        losses, accuracies = markdown(scores.table[is_loss]), markdown(scores.table[~is_loss])
+        losses, accuracies = _table(scores.table[is_loss]), _table(scores.table[~is_loss])
     template = resources.files("sst_interp.training").joinpath("card.md").read_text()
     environment = jinja2.Environment(trim_blocks=True, undefined=jinja2.StrictUndefined, autoescape=False)
     text = environment.from_string(template).render(
@@ -59,8 +127,8 @@ def write_card(folder: Path, scores: Scores | None = None) -> Path:
         course=log_words(log, about["recipe"]["name"]),
         solved=how_well_solved(log, about["recipe"].get("tolerance", TrainingRecipe.tolerance)),
         steps=log.dropna(subset=["loss"]),
-        looks=markdown(held_out.round(4)) if len(held_out) else "",
-        unfinished=still_falling(held_out),
+        looks=_table(held_out.round(4)) if len(held_out) else "",
+        unfinished=_still_falling(held_out),
         image=IMAGE if (folder / IMAGE).is_file() else None,
         scores=scores,
         losses=losses,
@@ -71,7 +139,7 @@ def write_card(folder: Path, scores: Scores | None = None) -> Path:
 
 
 def how_well_solved(log: pd.DataFrame, tolerance: float) -> str:
-    """What is left of the equations that exact training solves; nothing for another method."""
+    """Whether the method `exact` reached its tolerance, in words; empty for another method."""
     if "state_residual" not in log:
         return ""
     worst = log[["state_residual", "adjoint_residual"]].max(axis=1).dropna()
@@ -84,20 +152,15 @@ def how_well_solved(log: pd.DataFrame, tolerance: float) -> str:
     )
 
 
-def still_falling(held_out: pd.DataFrame) -> str:
-    """The held-out loss at the last two looks, if it fell by more than 1%; else nothing."""
+def _still_falling(held_out: pd.DataFrame) -> str:
+    """The last two held-out losses, if the loss fell by more than 1%; else empty."""
     losses = held_out["held_out_exact"].dropna().tolist() if "held_out_exact" in held_out else []
     if len(losses) < 2 or losses[-1] > 0.99 * losses[-2]:
         return ""
     return f"{losses[-2]:.3f} to {losses[-1]:.3f} over the last {held_out['step'].diff().iloc[-1]:.0f} steps"
 
 
-def markdown(table: pd.DataFrame) -> str:
-    """A DataFrame as a Markdown table."""
-
-    def cell(value: object) -> str:
-        return "" if pd.isna(value) else str(value).replace("|", r"\|")  # type: ignore[arg-type]
-
-    head = [str(name) for name in table.columns]
-    rows = [[cell(value) for value in row] for row in table.itertuples(index=False, name=None)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+def _table(table: pd.DataFrame) -> str:
+    """A DataFrame as a Markdown table with every digit it has; NaN stays empty."""
+    rows = table.map(lambda value: "" if pd.isna(value) else str(value)).to_dict("records")
+    return markdown(rows) if rows else ""  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What is trained on: questions with worked answers, as tokens in the chat template, split by a seed."""
+"""Training data: questions with worked answers, as tokens in the chat template, split by a seed."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ from torch import Tensor
 from sst_interp.errors import SSTError, unknown_name
 from sst_interp.models.model import StateStreamModel
 from sst_interp.questions.datasets import read_file
-from sst_interp.questions.item import Item
-from sst_interp.questions.item import INSTRUCTIONS, ask, message
+from sst_interp.questions.item import INSTRUCTIONS, Item, ask, message
 from sst_interp.training.recipe import TrainingRecipe
 
 GSM8K_HUB = ("openai/gsm8k", "main/train-00000-of-00001.parquet")
+WINDOW = 32
+"""Batches that are sorted by length together: enough to waste little on padding, few enough to mix."""
+WIDTH = 32
+"""Batches are padded to a multiple of this: CPU kernels are compiled per shape, so few shapes are fast."""
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
 
 
@@ -33,7 +36,7 @@ class Example:
     tokens: tuple[int, ...]
     """The whole conversation, up to and including the token that ends the answer."""
     prompt: int
-    """Tokens before the answer: no loss is taken on them."""
+    """How many tokens stand before the answer. They carry no loss."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +46,13 @@ class Split:
     train: tuple[Example, ...]
     held_out: tuple[Example, ...]
     too_long: int
-    """Examples longer than the recipe's `max_tokens`, which are in neither part."""
+    """How many examples are longer than the recipe's `max_tokens`. Neither part has them."""
     data_hash: str
     """sha256 of the records (ids, questions, answers), whatever file they came in."""
 
 
 def load_split(recipe: TrainingRecipe, model: StateStreamModel) -> Split:
-    """The recipe's examples: the held-out ones are drawn first, so that no other setting moves them.
+    """The recipe's examples. The held-out ones are drawn first, so that no other setting moves them.
 
     Raises:
         SSTError: the data cannot be found or read, or nothing is left to train on.
@@ -83,10 +86,9 @@ def load_split(recipe: TrainingRecipe, model: StateStreamModel) -> Split:
 
 
 def encode(item: Item, model: StateStreamModel, instruction: str | None = None) -> Example:
-    """One record in the model's chat template, ended by the token that ends a turn.
+    """One record in the model's chat template, up to the token that ends a turn.
 
-    The answer is the worked one, without GSM8K's calculator marks; of a multiple-choice record it is the
-    letter and the text of the right choice.
+    The answer is the worked one without GSM8K's calculator marks, or the right choice's letter and text.
     """
     if item.choices:
         question = ask(item, instruction=instruction)
@@ -105,7 +107,7 @@ def encode(item: Item, model: StateStreamModel, instruction: str | None = None) 
 def read_items(data: str) -> list[Item]:
     """The records of `gsm8k`, `gsm8k:PATH`, or a .csv or .jsonl file.
 
-    `gsm8k` alone is `$SST_INTERP_GSM8K` if that is set, else the training split on the Hugging Face hub.
+    `gsm8k` alone reads `$SST_INTERP_GSM8K` if that is set, else the training split on the Hugging Face hub.
 
     Raises:
         SSTError: unknown name, or a file that cannot be fetched or read.
@@ -140,24 +142,13 @@ def _from_hub() -> list[Item]:
     ]
 
 
-WINDOW = 32
-"""Batches that are sorted by length together: enough to waste little on padding, few enough to mix."""
-WIDTH = 32
-"""Batches are padded to a multiple of this. CPU kernels are compiled per shape, so few shapes are fast."""
-
-
 @dataclass(frozen=True)
 class Batch:
-    """Examples of one step, padded on the right: a pad comes after everything that could see it."""
+    """Examples of one step. Padding is on the right, where no token of the example sees it."""
 
     tokens: Int[Tensor, "row position"]
     answer: Bool[Tensor, "row position"]
-    """Positions whose *next* token is part of the answer: the loss is taken there."""
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens that the layer stack reads, padding included."""
-        return self.tokens.numel()
+    """Positions whose *next* token is part of the answer. They carry the loss."""
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""
@@ -173,13 +164,12 @@ def schedule(lengths: Sequence[int], batch_size: int, examples: int | None, seed
         examples: how many in all; None for one epoch.
         seed: of the shuffles.
     """
-    n = len(lengths)
-    total = n if examples is None else examples
+    total = len(lengths) if examples is None else examples
     steps: list[list[int]] = []
     epoch = 0
     while total > 0:
         rng = random.Random(f"order:{seed}:{epoch}")
-        order = list(range(n))
+        order = list(range(len(lengths)))
         rng.shuffle(order)
         order = order[:total]
         batches = []
@@ -193,14 +183,14 @@ def schedule(lengths: Sequence[int], batch_size: int, examples: int | None, seed
     return steps
 
 
-def padded(longest: int, width: int = WIDTH) -> int:
+def padded(longest: int) -> int:
     """Positions of a batch whose longest example has this many tokens."""
-    return -(-longest // width) * width
+    return -(-longest // WIDTH) * WIDTH
 
 
-def make_batch(examples: Sequence[Example], width: int = WIDTH) -> Batch:
-    """Tensors of some examples; the width is the longest's, rounded up to a multiple of `width`."""
-    columns = padded(max(len(example.tokens) for example in examples), width)
+def make_batch(examples: Sequence[Example]) -> Batch:
+    """The examples as tensors, as wide as the longest, rounded up to a multiple of `WIDTH`."""
+    columns = padded(max(len(example.tokens) for example in examples))
     tokens = torch.zeros(len(examples), columns, dtype=torch.long)
     answer = torch.zeros(len(examples), columns, dtype=torch.bool)
     for row, example in enumerate(examples):
@@ -210,7 +200,7 @@ def make_batch(examples: Sequence[Example], width: int = WIDTH) -> Batch:
 
 
 def refuse_short_batches(longest: Sequence[int], groups: int) -> None:
-    """Raise SSTError where a batch has fewer positions than interleaved groups, before the first step.
+    """Raise SSTError if a batch has fewer positions than there are interleaved groups.
 
     Args:
         longest: tokens of the longest example of every step.

@@ -19,18 +19,25 @@ from sst_interp.training.data import Batch
 from sst_interp.training.recipe import Method, TrainingRecipe
 
 ROUND = 128
+"""Logits are computed for a multiple of this many positions: CPU kernels are compiled per shape."""
+
+
+class Pass(NamedTuple):
+    """One pass over some positions."""
+
+    at: Int[Tensor, " position"]
+    """The positions that it computed."""
+    last: Float[Tensor, "row at d_model"]
+    """The last layer's outputs there."""
 
 
 def last_layer(
     model: Recurrence, batch: Batch, method: Method, sweeps: int = 1, groups: int = 1, chunk: int = 1
 ) -> Float[Tensor, "row position d_model"]:
-    """The last layer's outputs after all passes of a schedule (`training.schedules`), differentiable through
-    every pass.
+    """The last layer's outputs after all passes of a method, differentiable through every pass.
 
     Args:
-        method: for example `two_pass` (a blend-off pass and `sweeps` sweeps over `groups` groups: arXiv
-            2605.00206, training), `exact` (solved layer by layer), `sequential` (token by token) or `none`
-            (the backbone alone).
+        method, sweeps, groups, chunk: see `TrainingRecipe`.
     """
     passes = run_passes(model, batch.tokens, method, sweeps, groups, chunk)
     return passes[-1].last if len(passes[-1].at) == batch.tokens.shape[1] else newest(passes)
@@ -39,15 +46,15 @@ def last_layer(
 def training_loss(
     model: Recurrence, batch: Batch, recipe: TrainingRecipe, step: int = 0, solver: Solver | None = None
 ) -> Tensor:
-    """The loss that a recipe minimises, nats per token.
+    """The loss that a recipe minimises on a batch, nats per answer token.
 
-    That of the answers' tokens after all passes; with `interleaved` and `multi_refine`, the mean over all
-    passes (weighted by `recipe.loss_weights`), each taken where the pass computed anything.
+    `interleaved` and `multi_refine` take the mean over all passes, weighted by `recipe.loss_weights`. The
+    other methods take the loss after the last pass.
 
     Args:
-        step: number of the step, from 0; it decides the depth that the recipe draws.
-        solver: of `exact`. It keeps the residuals (those of the gradient after the backward pass); None
-            takes the recipe's.
+        step: number of the step, from 0. It decides the depth that the recipe draws.
+        solver: of the method `exact`. It records the residuals, the gradient's in the backward pass. None
+            makes one from the recipe.
     """
     how = (recipe.method, recipe.sweeps, recipe.groups, recipe.chunk)
     if recipe.method in ("interleaved", "multi_refine"):
@@ -65,10 +72,10 @@ def training_loss(
 def mean_over_passes(
     model: Recurrence, batch: Batch, passes: Sequence[Pass], weights: Sequence[float] = ()
 ) -> Tensor:
-    """Weighted mean of the passes' losses. A pass that computed no answer's token is left out.
+    """Weighted mean of the passes' losses. A pass that computed no answer token is left out.
 
     Args:
-        weights: one per pass, the first one (without states) included; none for equal weights.
+        weights: one per pass, the pass without states first; empty for equal weights.
 
     Raises:
         SSTError: another number of weights than passes.
@@ -76,17 +83,17 @@ def mean_over_passes(
     if weights and len(weights) != len(passes):
         raise SSTError(f"{len(weights)} loss weights for {len(passes)} passes", "give one per pass")
     losses, counted = [], []
-    for weight, found in zip(weights or [1.0] * len(passes), passes, strict=True):
-        if weight and bool(batch.answer[:, found.at].any()):
-            losses.append(weight * _losses(model, batch, found).mean())
+    for weight, done in zip(weights or [1.0] * len(passes), passes, strict=True):
+        if weight and bool(batch.answer[:, done.at].any()):
+            losses.append(weight * _losses(model, batch, done).mean())
             counted.append(weight)
     if not losses:
-        raise SSTError("no pass with a weight computed a token of an answer", "weigh the last pass")
+        raise SSTError("no pass with a weight computed an answer token", "give the last pass a weight")
     return torch.stack(losses).sum() / sum(counted)
 
 
 def answer_loss(model: Recurrence, batch: Batch, last: Float[Tensor, "row position d_model"]) -> Tensor:
-    """Mean cross-entropy of the answers' tokens, nats per token, in fp32 or wider."""
+    """Mean cross-entropy of the answer tokens, nats per token, in fp32 or wider."""
     return answer_token_losses(model, batch, last).mean()
 
 
@@ -97,25 +104,15 @@ def answer_token_losses(
     return _losses(model, batch, Pass(torch.arange(batch.tokens.shape[1], device=last.device), last))
 
 
-def _losses(model: Recurrence, batch: Batch, found: Pass) -> Float[Tensor, " token"]:
+def _losses(model: Recurrence, batch: Batch, done: Pass) -> Float[Tensor, " token"]:
     """The same at the positions of one pass."""
-    last = found.last
-    row, position = batch.answer[:, found.at].nonzero().unbind(1)
-    targets = batch.tokens.roll(-1, dims=1)[row, found.at[position]]
-    # A round number of positions: CPU kernels of the unembedding are compiled per shape.
+    at, last = done
+    row, position = batch.answer[:, at].nonzero().unbind(1)
+    targets = batch.tokens.roll(-1, dims=1)[row, at[position]]
     rounded = torch.arange(-(-len(row) // ROUND) * ROUND, device=row.device).clamp(max=len(row) - 1)
     logits = model.backbone.unembed(last[row[rounded], position[rounded]])[: len(row)]
     wide = torch.promote_types(logits.dtype, torch.float32)
     return cross_entropy(logits.to(wide), targets, reduction="none")
-
-
-class Pass(NamedTuple):
-    """What one pass computed."""
-
-    at: Int[Tensor, " position"]
-    """The positions that it computed."""
-    last: Float[Tensor, "row at d_model"]
-    """The last layer's outputs there."""
 
 
 def run_passes(
@@ -130,12 +127,10 @@ def run_passes(
     solver: Solver | None = None,
     until: Int[Tensor, " row"] | None = None,
 ) -> list[Pass]:
-    """Every pass of a schedule, in order; a position's newest output is in the last pass that computed it.
+    """Every pass of a method, in order. A position's newest output is in the last pass that computed it.
 
     Args:
-        sweeps: of `two_pass` and `multi_refine`.
-        groups: of `two_pass` and `interleaved`.
-        chunk: positions per chunk of `chunked`.
+        method, sweeps, groups, chunk: see `TrainingRecipe`.
         iterations: depth of every position (`exact`, `sequential`).
         solver, until: see `implicit.exact_states` (`exact`).
 
@@ -184,7 +179,7 @@ def newest(passes: list[Pass]) -> Float[Tensor, "row position d_model"]:
 
 
 def _chunk(model: Recurrence, stream: Stream, tokens: Tensor, columns: Tensor) -> Pass:
-    """One chunk in one pass: its first position reads what the chunk before handed on."""
+    """One chunk in one pass. Its first position reads the last state of the chunk before."""
     first = torch.zeros_like(tokens, dtype=torch.bool)
     first[:, 0] = stream.column > 0
     state = stream.state[:, :, None].expand(-1, -1, len(columns), -1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 import tomllib
@@ -37,10 +38,10 @@ class TrainingRecipe:
     `question` and `answer`."""
 
     method: Method = "two_pass"
-    """How states are found in training (`training.schedules`). `two_pass`: a blend-off pass, then `sweeps`
-    sweeps in `groups` groups (the paper's: one and one). `multi_refine` and `interleaved`: as LRT is trained,
-    with the loss on every pass. `chunked`: a state crosses chunk boundaries only. `exact`: the states that
-    the model runs with, and their exact gradient, solved layer by layer (`sst_interp.models.solvers.implicit`).
+    """How states are computed in training. `two_pass`: a blend-off pass, then `sweeps` sweeps in `groups`
+    groups (the paper's: one and one). `multi_refine` and `interleaved`: as LRT is trained, with the loss on
+    every pass. `chunked`: a state crosses chunk boundaries only. `exact`: the states that the model runs
+    with, and their exact gradient, solved layer by layer (`sst_interp.models.solvers.implicit`).
     `sequential`: the same token by token, back-propagation through time (small models only). `none`: no
     stream, the matched baseline."""
 
@@ -54,8 +55,8 @@ class TrainingRecipe:
     """Positions per chunk (`chunked`)."""
 
     tolerance: float = 1e-3
-    """What may be left of the equations of a layer's states and of their gradients (`exact`): relative, root
-    mean square over positions."""
+    """Largest residual of a layer's states and of their gradients (`exact`): relative, root mean square over
+    positions."""
 
     exact_sweeps: tuple[int, int] | None = None
     """Sweeps for states and for gradients (`exact`); left out: as many as the tolerance needs."""
@@ -64,20 +65,19 @@ class TrainingRecipe:
     """Least and most iterations of every position (`exact`, `sequential`); a step draws one number."""
 
     recompute: bool = False
-    """Compute every layer again in the backward pass instead of keeping what it needs (`exact`): slower, in
-    less memory."""
+    """Compute every layer again in the backward pass (`exact`): slower, in less memory."""
 
     loss_weights: tuple[float, ...] = ()
     """Weight of each pass's loss (`multi_refine`, `interleaved`), the pass without states first; left out:
     equal weights."""
 
     lrt: MemoryDesign | None = None
-    """Trains a Latent Recurrent Transformer instead of a State Stream Transformer: `[lrt]`, with `source`,
-    `pathway`, `gamma` and `projections`. `alpha` then means nothing."""
+    """Trains a Latent Recurrent Transformer instead of a State Stream Transformer: a table `[lrt]` with
+    `source`, `pathway`, `gamma` and `projections`. `alpha` is then ignored."""
 
     lrt_learning_rate: float = 1e-4
-    """Of the LRT's own weights. The memory after the final norm has entries of 1 to 40: at 2e-3 a step moves
-    keys and values by as much as they are, and nothing is learned (docs/what-did-not-work.md)."""
+    """Of the LRT's own weights. At 2e-3 a step moves keys and values by their own size, and nothing is
+    learned (docs/what-did-not-work.md)."""
 
     alpha: float = 0.027
     """Where every blend weight starts."""
@@ -113,7 +113,7 @@ class TrainingRecipe:
     """Examples per step."""
 
     examples: int | None = None
-    """How many examples to train on in all (passing over the data again if need be); left out: one epoch."""
+    """How many examples to train on in all, over several epochs if need be; left out: one epoch."""
 
     holdout: int = 256
     """Examples, drawn by the seed, that are never trained on."""
@@ -141,26 +141,23 @@ class TrainingRecipe:
             value = getattr(self, key)
             if not fits(value):
                 raise SSTError(f"{key} = {value!r} is not {expected}", f"for example {key} = {example}")
-        object.__setattr__(self, "alpha_bounds", tuple(map(float, self.alpha_bounds)))
-        object.__setattr__(self, "targets", tuple(self.targets))
+        for key in ("alpha_bounds", "loss_weights"):
+            object.__setattr__(self, key, tuple(map(float, getattr(self, key))))
+        for key in ("targets", "depths", "exact_sweeps"):
+            if (value := getattr(self, key)) is not None:
+                object.__setattr__(self, key, tuple(value))
         low, high = self.alpha_bounds
         if not low < self.alpha < high:
             raise SSTError(
                 f"alpha = {self.alpha} is not between its bounds {low} and {high}",
                 f"for example alpha = {(low * high) ** 0.5 or high / 2:.3g}",
             )
-        object.__setattr__(self, "loss_weights", tuple(map(float, self.loss_weights)))
-        for key, methods in (
-            ("sweeps", ("two_pass", "multi_refine")),
-            ("groups", ("two_pass", "interleaved")),
-        ):
+        makers = {"sweeps": ("two_pass", "multi_refine"), "groups": ("two_pass", "interleaved")}
+        for key, methods in makers.items():
             if getattr(self, key) != 1 and self.method not in methods:
                 raise SSTError(
                     f"method = {self.method!r} makes no {key}", f"leave {key} out, or use {methods[0]!r}"
                 )
-        object.__setattr__(self, "depths", tuple(self.depths))
-        if self.exact_sweeps is not None:
-            object.__setattr__(self, "exact_sweeps", tuple(self.exact_sweeps))
         if self.depths != (1, 1) and self.method not in ("exact", "sequential"):
             raise SSTError(f"method = {self.method!r} trains at depth 1", 'leave depths out, or use "exact"')
         if self.lrt is not None and self.method == "exact":
@@ -174,12 +171,10 @@ class TrainingRecipe:
                 f"loss_weights has {len(self.loss_weights)} numbers for method = {self.method!r}",
                 f"leave it out, or give one number for each of {passes} passes of {' or '.join(EVERY_PASS)}",
             )
-        if not isinstance(self.choices, Choices):
-            raise SSTError(f"choices = {self.choices!r} is not a table", "for example [choices]")
 
     @classmethod
     def load(cls, path: str | Path) -> TrainingRecipe:
-        """Read a TOML file; the recipe is called as it says, else as the file.
+        """Read a TOML file. Without a name in it, the recipe is called as the file.
 
         Raises:
             SSTError: the file cannot be read, is not TOML, or holds an unknown key or a wrong value.
@@ -216,16 +211,16 @@ class TrainingRecipe:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dictionary; what is left to its default of None is left out."""
-        values = {key: value for key, value in asdict(self).items() if value is not None}
-        for key in _LATER:  # so that an older training is still its recipe's
-            if key in values and values[key] == getattr(type(self), key):
-                del values[key]
-        lists = ("alpha_bounds", "targets", "loss_weights", "exact_sweeps", "depths")
-        return values | {key: list(values[key]) for key in lists if key in values}
+        """A JSON-ready dictionary without the keys that are None."""
+        values = {}
+        for key, value in asdict(self).items():
+            older = key in _LATER and value == getattr(type(self), key)  # an older training still fits
+            if value is not None and not older:
+                values[key] = list(value) if isinstance(value, tuple) else value
+        return values
 
     def solver(self) -> Solver:
-        """How `exact` solves."""
+        """A new solver for the method `exact`."""
         return Solver(self.tolerance, self.exact_sweeps, remember=not self.recompute)
 
     def depth(self, step: int) -> int:
@@ -241,15 +236,11 @@ class TrainingRecipe:
 
 
 _LATER = ("chunk", "loss_weights", "lrt_learning_rate", "tolerance", "exact_sweeps", "depths", "recompute")
-"""Keys that older recipes do not know; they are written only where they are not the default."""
+"""Keys that older recipes lack. They are written only if they differ from the default."""
 
 
 def find_training_recipe(name: str) -> TrainingRecipe:
-    """The recipe called `name`: a path that ends in `.toml`, or a shipped name.
-
-    Raises:
-        SSTError: there is none, with the nearest known names.
-    """
+    """The recipe called `name`: a path that ends in `.toml`, or a shipped name. Raises SSTError."""
     if name.endswith(".toml"):
         return TrainingRecipe.load(name)
     known = {path.stem: path for path in paths.shipped("training").glob("*.toml")}
@@ -258,79 +249,82 @@ def find_training_recipe(name: str) -> TrainingRecipe:
     return TrainingRecipe.load(known[name])
 
 
-def _number(low: float, high: float = float("inf"), open_below: bool = False) -> Callable[[Any], bool]:
+Check = tuple[Callable[[Any], bool], str]  # whether a value fits, and what would fit in words
+
+
+def _number(low: float, high: float = math.inf, above: bool = False) -> Check:
     def fits(value: Any) -> bool:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        return is_number and (low < value if open_below else low <= value) and value <= high
+        return is_number and (low < value if above else low <= value) and value <= high
 
-    return fits
+    upto = f" to {high:g}" if high < math.inf else ""
+    return fits, f"a number {'above' if above else 'from'} {low:g}{upto}"
 
 
-def _whole(low: int, optional: bool = False) -> Callable[[Any], bool]:
+def _whole(low: int) -> Check:
     def fits(value: Any) -> bool:
-        if value is None:
-            return optional
         return isinstance(value, int) and not isinstance(value, bool) and value >= low
 
-    return fits
+    return fits, f"a whole number from {low}"
 
 
-def _pair(low: int) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, list | tuple) and len(value) == 2 and all(map(_whole(low), value))
+def _one_of(*values: str) -> Check:
+    return lambda value: value in values, f"one of {', '.join(values)}"
+
+
+def _list(value: Any, check: Check, length: int | None = None) -> bool:
+    is_list = isinstance(value, list | tuple) and len(value) == (len(value) if length is None else length)
+    return is_list and all(map(check[0], value))
 
 
 def _word(value: Any) -> bool:
     return isinstance(value, str) and value.strip() != ""
 
 
-def _bounds(value: Any) -> bool:
-    if not isinstance(value, list | tuple) or len(value) != 2:
-        return False
-    return all(_number(0, 1)(v) for v in value) and value[0] < value[1]
-
-
-_FOLDER = r"a plain folder name (letters, digits, '-', '_' and '.')"
+_FOLDER = "a plain folder name (letters, digits, '-', '_' and '.')"
 _CHECKS: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "name": (lambda v: _word(v) and re.fullmatch(NAME, v) is not None, _FOLDER, '"my-sst"'),
     "backbone": (_word, "the name of a model", '"smollm2-135m"'),
     "data": (_word, "the name of a dataset or a file", '"gsm8k"'),
-    "method": (lambda v: v in get_args(Method), f"one of {', '.join(get_args(Method))}", '"two_pass"'),
-    "sweeps": (_whole(1), "a whole number from 1", "1"),
-    "groups": (_whole(1), "a whole number from 1", "1"),
-    "chunk": (_whole(1), "a whole number from 1", "64"),
-    "tolerance": (_number(0, open_below=True), "a number above 0", "1e-3"),
-    "exact_sweeps": (lambda v: v is None or _pair(0)(v), "two whole numbers from 0", "[2, 2]"),
-    "depths": (lambda v: _pair(1)(v) and v[0] <= v[1], "two whole numbers from 1, the lower first", "[1, 4]"),
+    "method": (*_one_of(*get_args(Method)), '"two_pass"'),
+    "sweeps": (*_whole(1), "1"),
+    "groups": (*_whole(1), "1"),
+    "chunk": (*_whole(1), "64"),
+    "tolerance": (*_number(0, above=True), "1e-3"),
+    "exact_sweeps": (lambda v: v is None or _list(v, _whole(0), 2), "two whole numbers from 0", "[2, 2]"),
+    "depths": (
+        lambda v: _list(v, _whole(1), 2) and v[0] <= v[1],
+        "two whole numbers from 1, the lower first", "[1, 4]",
+    ),
     "recompute": (lambda v: isinstance(v, bool), "true or false", "true"),
     "loss_weights": (
-        lambda v: isinstance(v, list | tuple) and all(map(_number(0), v)) and (not v or any(v)),
-        "a list of numbers from 0, not all 0",
-        "[1, 1, 1]",
+        lambda v: _list(v, _number(0)) and (not v or any(v)), "a list of numbers from 0, not all 0", "[1, 1]"
     ),
     "lrt": (lambda v: v is None or isinstance(v, MemoryDesign), "a table", '[lrt] and pathway = "both"'),
-    "lrt_learning_rate": (_number(0), "a number from 0", "1e-4"),
-    "alpha_bounds": (_bounds, "two numbers from 0 to 1, the lower first", "[0.015, 0.10]"),
-    "alpha": (_number(0, 1), "a number from 0 to 1", "0.027"),
-    "alpha_learning_rate": (_number(0), "a number from 0", "0.01"),
-    "rank": (_whole(1), "a whole number from 1", "16"),
-    "lora_alpha": (_whole(1), "a whole number from 1", "32"),
-    "targets": (
-        lambda v: isinstance(v, list | tuple) and all(map(_word, v)),
-        "a list of names",
-        '["q_proj", "v_proj"]',
+    "lrt_learning_rate": (*_number(0), "1e-4"),
+    "alpha_bounds": (
+        lambda v: _list(v, _number(0, 1), 2) and v[0] < v[1],
+        "two numbers from 0 to 1, the lower first", "[0.015, 0.10]",
     ),
-    "learning_rate": (_number(0, open_below=True), "a number above 0", "5e-4"),
-    "warmup": (_whole(0), "a whole number from 0", "20"),
-    "weight_decay": (_number(0), "a number from 0", "0.0"),
-    "clip": (_number(0, open_below=True), "a number above 0", "1.0"),
-    "batch_size": (_whole(1), "a whole number from 1", "8"),
-    "examples": (_whole(1, optional=True), "a whole number from 1 (left out: one epoch)", "2560"),
-    "holdout": (_whole(0), "a whole number from 0", "256"),
-    "max_tokens": (_whole(2), "a whole number from 2", "512"),
+    "alpha": (*_number(0, 1), "0.027"),
+    "alpha_learning_rate": (*_number(0), "0.01"),
+    "rank": (*_whole(1), "16"),
+    "lora_alpha": (*_whole(1), "32"),
+    "targets": (lambda v: _list(v, (_word, "")), "a list of names", '["q_proj", "v_proj"]'),
+    "learning_rate": (*_number(0, above=True), "5e-4"),
+    "warmup": (*_whole(0), "20"),
+    "weight_decay": (*_number(0), "0.0"),
+    "clip": (*_number(0, above=True), "1.0"),
+    "batch_size": (*_whole(1), "8"),
+    "examples": (
+        lambda v: v is None or _whole(1)[0](v), "a whole number from 1 (left out: one epoch)", "2560"
+    ),
+    "holdout": (*_whole(0), "256"),
+    "max_tokens": (*_whole(2), "512"),
     "instruction": (lambda v: v is None or isinstance(v, str), "text", '"Think step by step."'),
-    "dtype": (
-        lambda v: v in ("bfloat16", "float32", "float64"), "one of bfloat16, float32, float64", '"bfloat16"'
-    ),
-    "seed": (_whole(0), "a whole number from 0", "0"),
-    "save_minutes": (_number(0), "a number from 0", "5"),
+    "dtype": (*_one_of("bfloat16", "float32", "float64"), '"bfloat16"'),
+    "seed": (*_whole(0), "0"),
+    "save_minutes": (*_number(0), "5"),
+    "choices": (lambda v: isinstance(v, Choices), "a table", "[choices]"),
 }  # fmt: skip
+"""Key -> whether a value fits, what would fit, an example."""

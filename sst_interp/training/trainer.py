@@ -1,13 +1,13 @@
-"""`train`: from a recipe to a checkpoint, interruptible at any point.
+"""Training: from a recipe to a checkpoint, interruptible at any point.
 
-NAME/                         the checkpoint, as `sst_interp.models.checkpoint` describes it
-NAME/training.json, .jsonl    the recipe and the log (`training.log`)
+NAME/                         the checkpoint (`sst_interp.models.checkpoint`)
+NAME/training.json, .jsonl    the recipe and the log (`sst_interp.training.card`)
 NAME/README.md                the model card
 NAME/training.html            loss and blend weights over the steps
 NAME/training.safetensors     while unfinished: everything the next step depends on
 
-The state is written every few minutes, atomically. A training that is started again goes on from it and takes
-the same steps as one that was never interrupted (with the same versions and number of threads).
+The state is saved every few minutes. A training that is started again goes on from it and takes the same
+steps as an uninterrupted one (with the same versions and number of threads).
 """
 
 from __future__ import annotations
@@ -15,35 +15,42 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from sst_interp import paths
 from sst_interp.errors import SSTError
-from sst_interp.files import check_place, replace_bytes, replace_json, stage, temporary, unreadable
-from sst_interp.files import put_in_place as publish
+from sst_interp.files import (
+    check_place,
+    put_in_place,
+    replace_bytes,
+    replace_json,
+    stage,
+    temporary,
+    unreadable,
+)
 from sst_interp.models.checkpoint import ADAPTERS, CONFIG, WEIGHTS, add_adapters, save_checkpoint, trainable
 from sst_interp.models.kinds.lrt import build_memory
 from sst_interp.models.loading import load
 from sst_interp.models.model import StateStreamModel
-from sst_interp.training.card import CURVES, write_card
+from sst_interp.training.card import ABOUT, CURVES, FORMAT, LOG, read_about, write_card
 from sst_interp.training.data import Split, load_split, make_batch, refuse_short_batches, schedule
 from sst_interp.training.evaluation import EVALUATION, answer_losses, remove_evaluation
-from sst_interp.training.log import ABOUT, FORMAT, LOG, read_about
-from sst_interp.training.masters import MasterWeights
 from sst_interp.training.objective import training_loss
 from sst_interp.training.recipe import EVERY_PASS, TrainingRecipe
 
 STATE = "training.safetensors"
 LOOKS = 5
-"""How often the held-out loss is measured: before the first step, after the last, and evenly between."""
+"""How often the held-out loss is measured, evenly from before the first step to after the last."""
 LOOK_EXAMPLES = 24
-"""Held-out examples it is measured on."""
+"""On how many held-out examples."""
 
 
 class Training:
@@ -62,7 +69,8 @@ class Training:
         self.recipe = recipe
         self.folder = paths.checkpoints_dir() / recipe.name if folder is None else Path(folder)
         begun = (self.folder / ABOUT).is_file()
-        if begun and not fresh:
+        resumes = begun and not fresh
+        if resumes:
             _refuse_changes(self.folder, recipe)
         elif not begun and self.folder.is_dir() and _holds_more(self.folder):
             raise SSTError(f"{self.folder} is not a training", "give an empty or a new folder with --out")
@@ -72,7 +80,7 @@ class Training:
             self.model.kind = build_memory(recipe.lrt, self.model.backbone)
             self.model.kind.check(self.model.choices)
         self.split: Split = load_split(recipe, self.model)
-        if begun and not fresh and read_about(self.folder)["data"]["hash"] != self.split.data_hash:
+        if resumes and read_about(self.folder)["data"]["hash"] != self.split.data_hash:
             raise SSTError(
                 f"{self.folder} was begun with other data than {recipe.data} holds now",
                 "give the data it was begun with, another --out, or --fresh",
@@ -95,7 +103,7 @@ class Training:
             memory = self.model.kind.weights()
         self.masters = MasterWeights(recipe, trainable(self.adapters), shape, len(self.schedule), memory)
         self.done, self.log = 0, []
-        if begun and not fresh:
+        if resumes:
             self._resume()
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -111,11 +119,11 @@ class Training:
         return len(self.schedule)
 
     def step(self) -> dict[str, float]:
-        """One step; returns its line of the log.
+        """Take one step; returns its line of the log.
 
         Raises:
-            SSTError: the loss or the gradient is not finite. Nothing has been changed by the step, and the
-                log of those before it is written.
+            SSTError: the loss or the gradient is not finite. The step has changed nothing, and the log of the
+                steps before it is written.
         """
         recipe, began = self.recipe, time.perf_counter()
         examples = [self.split.train[i] for i in self.schedule[self.done]]
@@ -162,21 +170,17 @@ class Training:
 
     def look(self) -> dict[str, float]:
         """Loss on held-out examples: under exact evaluation, and as the recipe's method computes it."""
-        examples = self.split.held_out[:LOOK_EXAMPLES]
+        recipe, examples = self.recipe, self.split.held_out[:LOOK_EXAMPLES]
         if not examples:
             return {}
-        exact = answer_losses(self.model, examples, self.recipe.batch_size)
-        found = {"held_out_exact": float(exact["loss"].sum() / exact["tokens"].sum())}
-        if self.recipe.method in ("two_pass", *EVERY_PASS):
-            approximate = answer_losses(
-                self.model,
-                examples,
-                self.recipe.batch_size,
-                sweeps=self.recipe.sweeps,
-                groups=self.recipe.groups,
-            )
-            found["held_out_as_trained"] = float(approximate["loss"].sum() / approximate["tokens"].sum())
-        return found
+        ways: dict[str, dict[str, Any]] = {"held_out_exact": {}}
+        if recipe.method in ("two_pass", *EVERY_PASS):
+            ways["held_out_as_trained"] = {"sweeps": recipe.sweeps, "groups": recipe.groups}
+        means = {}
+        for name, how in ways.items():
+            losses = answer_losses(self.model, examples, recipe.batch_size, **how)
+            means[name] = float(losses["loss"].sum() / losses["tokens"].sum())
+        return means
 
     def run(
         self,
@@ -187,8 +191,8 @@ class Training:
 
         Args:
             each: called after every step with the training and the step's line of the log.
-            finish: called with the folder once the checkpoint and its card are there; killed before or in
-                it, the same training run again calls it again.
+            finish: called with the folder once the checkpoint and its card are there. If the process is
+                killed before it returns, the same training run again calls it again.
 
         Raises:
             SSTError: see `step`. A state is saved before a KeyboardInterrupt passes.
@@ -228,7 +232,7 @@ class Training:
         about = {"done": str(self.done), "log": json.dumps(self.log)}
         tensors = {name: value.contiguous() for name, value in self.masters.state().items()}
         stage(self.folder / STATE, lambda path: save_file(tensors, path, about))
-        publish(self.folder / STATE)
+        put_in_place(self.folder / STATE)
 
     def _write_log(self) -> None:
         replace_bytes(self.folder / LOG, "".join(json.dumps(line) + "\n" for line in self.log).encode())
@@ -247,7 +251,7 @@ class Training:
             raise unreadable(path, error, "put a copy back, or --fresh trains anew") from None
 
     def _use_stream(self) -> None:
-        """The stream's weights as plain numbers: for looking and saving. Without a stream they are 0."""
+        """Give the model the stream's weights without gradients. Without a stream they are 0."""
         weights = self.masters.stream()
         if weights is None:
             weights = {name: 0 * value for name, value in self.model.kind.weights().items()}
@@ -274,15 +278,137 @@ class Training:
         )
 
 
+class MasterWeights:
+    """The trained values in fp32, AdamW over them, and the learning rate of every step.
+
+    A bf16 weight of 1 cannot take a step of 0.001. So the optimiser works on fp32 masters, and the model
+    computes with their bf16 roundings. Blend weights are trained as the logit of their place between the
+    bounds: alpha = low + (high - low) * sigmoid(logit).
+
+    Args:
+        adapters: the model's adapter weights by name; they are overwritten after every step.
+        shape: of the blend weights, [layer, d_model]; None without a blend.
+        steps: of the whole training, for the learning rate.
+        memory: weights of a Latent Recurrent Transformer, which are trained as they are.
+    """
+
+    def __init__(
+        self,
+        recipe: TrainingRecipe,
+        adapters: dict[str, nn.Parameter],
+        shape: tuple[int, int] | None,
+        steps: int,
+        memory: dict[str, Tensor] | None = None,
+    ) -> None:
+        self.recipe, self.adapters, self.steps = recipe, adapters, steps
+        dtype = torch.float64 if recipe.dtype == "float64" else torch.float32
+        self.values = {name: nn.Parameter(p.detach().to(dtype).clone()) for name, p in adapters.items()}
+        groups = [_group(self.values.values(), recipe.learning_rate, recipe.weight_decay)]
+        self.logit: nn.Parameter | None = None
+        if shape is not None:
+            low, high = recipe.alpha_bounds
+            device = next(iter(adapters.values())).device
+            place = torch.full(shape, (recipe.alpha - low) / (high - low), dtype=dtype, device=device)
+            self.logit = self.values["alpha.logit"] = nn.Parameter(torch.logit(place))
+            groups.append(_group([self.logit], recipe.alpha_learning_rate))
+        self.memory = {name: nn.Parameter(w.detach().to(dtype).clone()) for name, w in (memory or {}).items()}
+        """A Latent Recurrent Transformer's weights by name, differentiable."""
+        if self.memory:
+            self.values |= {f"memory.{name}": value for name, value in self.memory.items()}
+            groups.append(_group(self.memory.values(), recipe.lrt_learning_rate))
+        self.optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.99))
+        self._peaks = [group["lr"] for group in groups]
+
+    def alpha(self) -> Float[Tensor, "layer d_model"]:
+        """The blend weights, differentiable."""
+        assert self.logit is not None
+        low, high = self.recipe.alpha_bounds
+        return low + (high - low) * torch.sigmoid(self.logit)
+
+    def stream(self) -> dict[str, Tensor] | None:
+        """The stream's own weights by name, differentiable; None if none are trained."""
+        if self.logit is not None:
+            return {"alpha": self.alpha()}
+        return dict(self.memory) if self.memory else None
+
+    def gradient_norm(self) -> float:
+        """Take the gradient over from the model; returns its norm."""
+        for name, parameter in self.adapters.items():
+            if parameter.grad is not None:
+                self.values[name].grad = parameter.grad.to(self.values[name].dtype)
+                parameter.grad = None
+        gradients = [value.grad for value in self.values.values() if value.grad is not None]
+        return float(nn.utils.get_total_norm(gradients))
+
+    def step(self, number: int, norm: float) -> None:
+        """Step `number` (from 0), with gradients scaled down to the recipe's clip.
+
+        A memory is clipped apart from the adapters: its gradient is ten to a hundred times theirs, and would
+        decide how they are scaled.
+        """
+        if self.memory:
+            memory = list(self.memory.values())
+            adapters = [value for name, value in self.values.items() if not name.startswith("memory.")]
+            for part in (adapters, memory):
+                gradients = [value.grad for value in part if value.grad is not None]
+                nn.utils.clip_grads_with_norm_(part, self.recipe.clip, nn.utils.get_total_norm(gradients))
+        else:
+            nn.utils.clip_grads_with_norm_(self.values.values(), self.recipe.clip, torch.tensor(norm))
+        for group, peak in zip(self.optimiser.param_groups, self._peaks, strict=True):
+            group["lr"] = peak * rate(number, self.steps, self.recipe.warmup)
+        self.optimiser.step()
+        self.forget()
+        self.write_back()
+
+    def forget(self) -> None:
+        """Drop all gradients."""
+        self.optimiser.zero_grad()
+        for parameter in self.adapters.values():
+            parameter.grad = None
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """Give the model the current values, rounded to its dtype."""
+        for name, parameter in self.adapters.items():
+            parameter.copy_(self.values[name])
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything the next step depends on, by name."""
+        tensors = {f"value/{name}": value.detach() for name, value in self.values.items()}
+        for name, value in self.values.items():
+            for key, moment in self.optimiser.state.get(value, {}).items():
+                tensors[f"{key}/{name}"] = moment
+        return tensors
+
+    @torch.no_grad()
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Take up a `state`."""
+        for name, value in self.values.items():
+            value.copy_(tensors[f"value/{name}"])
+            keys = ("step", "exp_avg", "exp_avg_sq")
+            self.optimiser.state[value] = {key: tensors[f"{key}/{name}"].clone() for key in keys}
+        self.write_back()
+
+
+def _group(values: Iterable[nn.Parameter], learning_rate: float, weight_decay: float = 0.0) -> dict[str, Any]:
+    """One group of AdamW's parameters."""
+    return {"params": list(values), "lr": learning_rate, "weight_decay": weight_decay}
+
+
+def rate(number: int, steps: int, warmup: int) -> float:
+    """Share of the peak learning rate at step `number`: linear, up for `warmup` steps, down to a tenth."""
+    if number < warmup:
+        return (number + 1) / warmup
+    return 1 - 0.9 * (number - warmup) / max(1, steps - warmup)
+
+
 def _holds_more(folder: Path) -> bool:
-    """Whether there is anything in a folder but what a training leaves that was killed at its very start."""
+    """Whether a folder holds anything but the staged file of a training that was killed at its start."""
     return any(path != temporary(folder / ABOUT) for path in folder.iterdir())
 
 
 def _erase(folder: Path) -> None:
-    """Remove what an earlier training left beside `training.json`: its checkpoint and its evaluation. What
-    else lies in the folder stays.
-    """
+    """Remove an earlier training's checkpoint and evaluation. Everything else in the folder stays."""
     for name in (CONFIG, WEIGHTS, *ADAPTERS, LOG, "README.md", CURVES):  # without the first, no checkpoint
         (folder / name).unlink(missing_ok=True)
     remove_evaluation(folder / EVALUATION)

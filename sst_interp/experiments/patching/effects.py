@@ -1,32 +1,14 @@
-"""All patches at one position of one question: what is read, what is put where, and what it does.
+"""All patches at one position of one question, and what each does (docs/patching.md).
 
-The text that depth 1 wrote is read at depth 1 and at the deepest side by side (`read_text`). Then the
-position's token is read again in many rows of one batch, each patched once and continued greedily.
-
-| place | what is replaced, at one position |
-| --- | --- |
-| `layer` | one layer's output y in the last iteration: the layers above compute again from it |
-| `window` | the outputs of neighbouring layers |
-| `all` | every layer's output: the token is then the donor's by construction |
-| `stream_in` | the stream states that the last iteration blends in, in every layer |
-| `stream_out` | the stream states that are handed on to the next position: this token stays by construction |
-
-| what | the vector |
-| --- | --- |
-| `state` | the donor's: the other depth's state at the same place |
-| `random` | base state plus a random vector as long as the donor's difference |
-| `other` | base state plus another question's difference, scaled to the length of this one's |
-| `stranger` | another question's state as it is |
-| `own` | the base state itself: what rounding does |
-
-Row 0 of each direction is the base, unpatched: the deep pass for `back`, depth 1's for `forward`. Each is
-the other's donor. The logit difference that a patch is measured by is
+`read_text` reads the text that depth 1 wrote at depth 1 and at the deepest side by side. Then the position's
+token is read again in many rows of one batch, each patched once and continued greedily. Row 0 of each
+direction is the unpatched base; the two bases are each other's donor. A patch is measured by
 
     LD(x) = logit_b(x) - logit_a(x)
+    moved = LD(base) - LD(patched),   gap = LD(base) - LD(donor)
 
-b: the base's most likely token; a: the donor's, or where the two agree, the base's second. A patch moves it
-by `moved` = LD(base) - LD(patched) of `gap` = LD(base) - LD(donor); over positions and questions the
-recovered share is sum(moved * sign(gap)) / sum(|gap|): 0 for the base, 1 for the donor.
+b: the base's most likely token; a: the donor's, or where the two agree, the base's second. Over positions and
+questions the recovered share is sum(moved * sign(gap)) / sum(|gap|): 0 for the base, 1 for the donor.
 """
 
 from __future__ import annotations
@@ -51,10 +33,16 @@ from sst_interp.models.stream import Recurrence, Stream
 from sst_interp.runs.perturbations import generator
 
 DEEP, SHALLOW = 0, 1
-"""Rows of a reading, deepest first."""
+"""Rollouts of a text, deepest first."""
 
 Place = Literal["layer", "window", "all", "stream_in", "stream_out"]
+"""What is replaced at the position: the output of a layer, of neighbouring layers, of all layers (last
+iteration); the states that the last iteration blends in; the states for the next position."""
+
 What = Literal["state", "random", "other", "stranger", "own"]
+"""The vector that is put in: the donor's state; the base plus a random vector, or plus another question's
+difference, as long as the donor's difference; another question's state; the base itself."""
+
 Direction = Literal["back", "forward"]
 """`back`: depth 1's state into the deep pass. `forward`: the deep pass's state into depth 1's."""
 
@@ -65,34 +53,29 @@ DIRECTIONS: tuple[tuple[Direction, int, int], ...] = (("back", DEEP, SHALLOW), (
 
 @dataclass(frozen=True)
 class TextStates:
-    """The states of one text at two depths, side by side. Axis rollout: `DEEP`, `SHALLOW`."""
+    """The states of one text at two depths. Axis rollout: `DEEP`, `SHALLOW`."""
 
     depth: int
     stream: Stream
     """After the last position, both rollouts."""
     inputs: list[int]
-    """[position] the token each position reads."""
+    """[position] token ids."""
     first_column: int
     """The column of position 0."""
     resid_post: Float[Tensor, "position rollout layer d_model"]
-    """Layer outputs of the rollout's last iteration."""
+    """Layer outputs of the last iteration."""
     blended: Float[Tensor, "position rollout layer d_model"]
-    """The state that its last iteration blends in."""
+    """The state that the last iteration blends in."""
     next_state: Float[Tensor, "position rollout layer d_model"]
-    """The state that it hands on, by the layer that reads it."""
+    """The state for the next position, by the layer that reads it."""
     before: Float[Tensor, "position rollout slot d_model"]
-    """The state that it is handed."""
+    """The state from the position before."""
     has_state: Bool[Tensor, " position"]
-    """Whether depth 1 is handed a state there."""
-
-    @property
-    def slots(self) -> int:
-        """States per position: as many as layers, or one that all layers read."""
-        return self.before.shape[2]
+    """Whether depth 1 reads a state there."""
 
     def at(self, position: int, copies: int, room: int) -> Stream:
-        """The stream just before a position, every rollout `copies` times over, with `room` more columns:
-        rows of the deep rollout first.
+        """The stream just before a position: `copies` rows of the deep rollout, then as many of the other,
+        with `room` more columns.
         """
         column = self.first_column + position
         rows = torch.arange(2).repeat_interleave(copies)
@@ -112,7 +95,7 @@ def read_text(model: Recurrence, prompt: Sequence[int], text: Sequence[int], dep
     """Read the prompt once, and then `text` at `depth` and at depth 1.
 
     Args:
-        text: the tokens that depth 1 wrote; the last of them is not read.
+        text: the tokens that depth 1 wrote. The last one was emitted and is not read.
     """
     device = model.backbone.device
     tokens = torch.tensor([list(prompt)], device=device)
@@ -153,12 +136,13 @@ class Intervention(NamedTuple):
     place: Place
     what: What
     first: int
+    """The lowest layer that is replaced."""
     last: int
-    """First and last layer that is replaced."""
+    """The highest."""
 
     @property
     def continued(self) -> bool:
-        """Whether text is written after it. Controls at one layer are compared at the position itself."""
+        """Whether text is written after it. Controls at one layer are compared at the position only."""
         return self.place != "layer" or self.what == "state"
 
     @property
@@ -174,12 +158,12 @@ def spread(n_layers: int, n: int) -> list[int]:
 
 
 def interventions(n_layers: int, layers: Sequence[int], windows: int, stream: bool) -> list[Intervention]:
-    """Every patch that is made at one position in one direction.
+    """Every patch at one position in one direction.
 
     Args:
-        layers: which layers are patched alone.
-        windows: how many windows the layers are cut into.
-        stream: whether there is a state to hand in.
+        layers: layers that are patched alone.
+        windows: into how many windows all layers are cut.
+        stream: whether the position reads a state.
     """
     top = n_layers - 1
     places: list[tuple[Place, int, int]] = [("all", 0, top), ("stream_in", 0, top), ("stream_out", 0, top)]
@@ -204,11 +188,7 @@ def vectors(
     other_donor: Float[Tensor, "layer d_model"],
     key: Sequence[object],
 ) -> Float[Tensor, "layer d_model"]:
-    """What is put in the place of `base`, layer by layer.
-
-    Args:
-        key: decides the random directions.
-    """
+    """The vectors that replace `base`, layer by layer. `key` decides the random directions."""
     if what in ("state", "own", "stranger"):
         return {"state": donor, "own": base, "stranger": other_donor}[what]
     size = (wide(donor) - wide(base)).norm(dim=-1, keepdim=True)
@@ -221,18 +201,18 @@ def vectors(
 
 
 class Written(NamedTuple):
-    """What the rows of a batch did, from the patched position on."""
+    """What the model wrote in each row of a batch, from the patched position on."""
 
     logits: Float[Tensor, "row vocab"]
     """At the patched position."""
     tokens: Int[Tensor, "row step"]
-    """Emitted there and after."""
+    """Emitted at the patched position and after."""
     states: Float[Tensor, "step row layer d_model"]
-    """Last-iteration layer outputs at the positions after it."""
+    """Last-iteration layer outputs at the later positions."""
 
 
 class Texts(NamedTuple):
-    """Tokens emitted at the patched position and after, past any stop token."""
+    """Tokens emitted at the patched position and after, also past a stop token."""
 
     patched: list[int]
     base: list[int]
@@ -240,23 +220,23 @@ class Texts(NamedTuple):
 
 
 Sizes = dict[tuple[Direction, int], tuple[float, float]]
-"""By direction and number of the patch: its length over the state's, and its length; means over layers."""
+"""(direction, number of the patch) -> |change| / |state| and |change|, means over layers."""
 
 
 class Patches:
-    """Vectors to put in: by (step, iteration, site, layer) the rows they go to."""
+    """The vectors to put in, and where."""
 
     def __init__(self) -> None:
         self._at: dict[tuple[int, int, Site, int], tuple[list[int], list[Tensor]]] = {}
 
     def put(self, step: int, iteration: int, site: Site, layer: int, row: int, value: Tensor) -> None:
-        """Row `row` gets `value` [d_model] there."""
+        """Give row `row` the vector `value` [d_model] at a site."""
         rows, values = self._at.setdefault((step, iteration, site, layer), ([], []))
         rows.append(row)
         values.append(value)
 
     def hook(self, step: int, iteration: int) -> Visit:
-        """What a pass asks."""
+        """The hook of one pass."""
 
         def visit(site: Site, layer: int, tensor: Tensor) -> Tensor:
             if (step, iteration, site, layer) not in self._at:
@@ -282,19 +262,18 @@ def effects(
     """What every patch at a position does.
 
     Args:
-        other: another question's reading, at the same position or its last.
-        layers: layers that are patched alone.
-        windows: how many windows the layers are cut into.
+        reading: the question's text.
+        other: another question's text, at the same position or its last.
+        layers, windows: see `interventions`.
         new_tokens: how many tokens are written after the patched position's.
         key: decides the random directions.
 
     Returns:
-        A row of numbers per patch, and for each of them what the patched row, its base and its donor wrote.
+        A row of numbers per patch, and the texts of the patched row, its base and its donor.
     """
-    stream = bool(reading.has_state[position])
     rows: list[dict[str, Any]] = []
     texts: list[Texts] = []
-    every = interventions(model.backbone.n_layers, layers, windows, stream)
+    every = interventions(model.backbone.n_layers, layers, windows, bool(reading.has_state[position]))
     for continued, steps in ((True, new_tokens), (False, 0)):
         todo = [intervention for intervention in every if intervention.continued == continued]
         patches, sizes = placed(reading, other, position, todo, key)
@@ -308,7 +287,7 @@ def effects(
 def placed(
     reading: TextStates, other: TextStates, position: int, todo: Sequence[Intervention], key: Sequence[object]
 ) -> tuple[Patches, Sizes]:
-    """The vectors of every patch, in the rows of their batch, and how long they are."""
+    """The vectors of every patch in the rows of their batch, and their sizes."""
     stranger, copies = min(position, len(other.inputs) - 1), len(todo) + 1
     patches, sizes = Patches(), {}
     for direction, base, donor in DIRECTIONS:
@@ -316,7 +295,7 @@ def placed(
         for k, intervention in enumerate(todo):
             part = {"stream_in": "blended", "stream_out": "next_state"}.get(intervention.place, "resid_post")
             mine, theirs = getattr(reading, part)[position], getattr(other, part)[stranger]
-            own = slice(None if part == "resid_post" else reading.slots)  # one vector if layers share it
+            own = slice(None if part == "resid_post" else reading.before.shape[2])  # one if layers share it
             new = vectors(
                 intervention.what, mine[base][own], mine[donor][own], theirs[base][own], theirs[donor][own],
                 (*key, position, direction, part),
@@ -369,23 +348,27 @@ def measured(
     written: Written,
     stop_tokens: Sequence[int] = (),
 ) -> tuple[list[dict[str, Any]], list[Texts]]:
-    """A row per direction and patch. What comes after the base's stop token is not compared."""
+    """A row per direction and patch. Nothing after the base's stop token is compared."""
     rows: list[dict[str, Any]] = []
     texts: list[Texts] = []
     copies = len(todo) + 1
     logits, tokens = wide(written.logits), written.tokens
-    sides: tuple[tuple[Direction, int, int], ...] = (("back", 0, copies), ("forward", copies, 0))
-    for direction, base, donor in sides:
+    for direction, base, donor in DIRECTIONS:
+        base, donor = copies * base, copies * donor  # their rows
         own = slice(base + 1, base + copies)
-        b = int(logits[base].argmax())
-        a = int(logits[donor].argmax())
+        b, a = int(logits[base].argmax()), int(logits[donor].argmax())
         differ = a != b
         if not differ:
             a = int(logits[base].topk(2).indices[1])
         ld = logits[:, b] - logits[:, a]
         before = read_out(logits[base : base + 1].expand(len(todo), -1))
         changed = compare_outputs(before, read_out(logits[own]))
-        live = slice(1, max(2, _lived(tokens[base].tolist(), stop_tokens)))
+        stops = [k for k, token in enumerate(tokens[base].tolist(), 1) if token in set(stop_tokens)]
+        live = slice(1, max(2, stops[0] if stops else tokens.shape[1]))
+
+        def unlike(one: int, another: int, live: slice = live) -> float:
+            return float((tokens[one, live] != tokens[another, live]).float().mean())
+
         states = written.states[: live.stop - 1]
         later = {
             name: cosine(states[:, row : row + 1], states[:, own]).mean(dim=(0, 2))
@@ -406,18 +389,12 @@ def measured(
                     "kl": float(changed.kl[k]),
                     "token_changed": int(tokens[row, 0]) != b,
                     "token_donors": int(tokens[row, 0]) == int(tokens[donor, 0]),
-                    "later_changed": float((tokens[row, live] != tokens[base, live]).float().mean()),
-                    "later_unlike_donor": float((tokens[row, live] != tokens[donor, live]).float().mean()),
-                    "donor_later_changed": float((tokens[donor, live] != tokens[base, live]).float().mean()),
+                    "later_changed": unlike(row, base),
+                    "later_unlike_donor": unlike(row, donor),
+                    "donor_later_changed": unlike(donor, base),
                     "later_overlap_base": float(later["base"][k]),
                     "later_overlap_donor": float(later["donor"][k]),
                 }
             )
             texts.append(Texts(*(tokens[r].tolist() for r in (row, base, donor))))
     return rows, texts
-
-
-def _lived(tokens: Sequence[int], stop_tokens: Sequence[int]) -> int:
-    """How many tokens there are up to a stop token, with it."""
-    stops = [k for k, token in enumerate(tokens) if token in set(stop_tokens)]
-    return stops[0] + 1 if stops else len(tokens)

@@ -1,19 +1,17 @@
-"""Is a shift the cause of the changed output? (C16, our own): what patches of one depth's state do.
-
-`patch_run` puts the state of one depth in the place of the other's at one position and writes on. Here its
-rows become shares and differences with intervals that resample questions:
+"""Is a shift the cause of the changed output? (C16, our own): the rows of `patch_run`, analysed.
 
     recovered = sum(moved * sign(gap)) / sum(|gap|)
 
-`gap` is how far base and donor are apart in the logit difference of their two most likely tokens, `moved` how
-far the patch moved it (docs/patching.md). The base is at 0 and the donor at 1; a patch that does something
-else than the donor does can be below 0 or above 1.
+`gap` is the logit difference between base and donor, `moved` is by how much the patch moved it
+(`sst_interp.experiments.patching.effects`). The base is at 0 and the donor at 1. A patch with another effect
+than the donor's can be below 0 or above 1. All intervals resample questions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -41,43 +39,43 @@ SERIES = {
     "random": "random, same size",
     "other": "another question's change, same size",
 }
-"""What is put in -> how a figure calls it."""
+"""Vector that is put in -> its name in a figure."""
 AXES = {
     "recovered": "recovered share of the logit difference (0: as the base, 1: as the donor)",
     "answer_changed": "share of answers that differ from the base's",
 }
-"""Measure -> the axis of its figure."""
+"""Measure -> the title of its axis."""
 
 
 @dataclass(frozen=True, eq=False)
 class Patching(Result):
-    """What follows a patch, and what does not. All intervals resample questions."""
+    """The effects of patches. All intervals resample questions."""
 
     effects: pd.DataFrame
-    """A row per direction, place, what and role of the position (`any`: all of them together): recovered, kl
-    (nats, patched against base), token_changed, later_changed (share of the next tokens that differ from
-    the base's), answer_changed, answer_followed (the donor's answer, where donor and base differ); each with
-    `_low` and `_high`; size (median of |change| / |state|), questions. `layer`: layers below the last."""
+    """A row per direction, place, what and role of the position (`any`: all together): recovered, kl (nats,
+    patched against base), token_changed, later_changed (share of the next tokens that differ from the
+    base's), answer_changed, answer_followed (the donor's answer, if donor and base differ); each with `_low`
+    and `_high`; size (median of |change| / |state|), questions. `layer` leaves out the last layer."""
     recovered: dict[str, Interval]
     """Direction -> recovered share at shifted pairs below the last layer; empty if no pair shifted."""
     beyond: dict[str, dict[str, Interval]]
-    """Direction -> control of the same size -> recovered by the donor's state minus by the control."""
+    """Direction -> control -> share recovered by the donor's state minus share recovered by the control."""
     beyond_size: Interval | None
-    """Coefficient of `shifted` in a regression of log KL on log size over pairs below the last layer: the log
-    effect of a shifted pair beyond a stable one of the same size. None if there is no such regression."""
+    """Coefficient of `shifted` in a regression of log KL on log size (`size_regression`): the log effect of a
+    shifted pair beyond a stable one of the same size. None without a regression."""
     size_slope: Interval | None
     """Coefficient of log size in the same regression."""
     why_not: str | None
     """Why there is no regression; None if there is one."""
     answers: dict[str, Interval]
-    """Direction -> share of answers that turn into the donor's, patched in all layers at any position, where
-    base and donor answer differently."""
+    """Direction -> share of answers that turn into the donor's when all layers are patched, of those where
+    base and donor differ."""
     effect_map: dict[str, pd.DataFrame]
     """Direction -> recovered share by position (down) and layer (across), the donor's state at one layer."""
     by_layer: pd.DataFrame
     """Recovered share by direction, what and layer, with its interval, at any position."""
     threshold: float
-    """Overlap below which a pair has shifted: the run's."""
+    """The run's: a pair with an overlap below it has shifted."""
     shifted: float
     """Share of the patched pairs below the last layer that have shifted."""
     depth: int
@@ -87,7 +85,7 @@ class Patching(Result):
 
     @property
     def title(self) -> str:
-        """What was asked."""
+        """A short name for a heading."""
         return "Causal patching: does a shift cause the changed output?"
 
     @property
@@ -97,14 +95,14 @@ class Patching(Result):
 
     @property
     def causes(self) -> bool:
-        """Whether a shifted state moves the output its way in both directions, beyond both controls (C16)."""
+        """Whether a shifted state carries its output in both directions, beyond both controls (C16)."""
         beyond = [interval for controls in self.beyond.values() for interval in controls.values()]
         there = [*self.recovered.values(), *beyond]
         return len(self.recovered) == len(DIRECTIONS) and all(interval.low > 0 for interval in there)
 
     @property
     def verdict(self) -> str:
-        """Whether a shifted state moves the output beyond the controls, and whether shifts are special."""
+        """Whether a shifted state carries its depth's output, and whether a shift matters beyond its size."""
         words = "It is not shown that a shifted state carries its depth's output"
         if self.causes:
             words = "A shifted state carries its depth's output, in both directions"
@@ -122,12 +120,9 @@ class Patching(Result):
     def figure(self) -> go.Figure:
         """Recovered share by patched layer, `back`, beside the controls of the same size."""
         rows = self.by_layer[self.by_layer["direction"] == "back"]
-        drawn = []
-        for what, name in SERIES.items():
-            own = rows[rows["what"] == what].sort_values("last")
-            if len(own):
-                ends = own["recovered_low"], own["recovered_high"]
-                drawn.append(Line(name, own["last"], own["recovered"], *ends))
+        series = {name: rows[rows["what"] == what].sort_values("last") for what, name in SERIES.items()}
+        columns = ["last", "recovered", "recovered_low", "recovered_high"]
+        drawn = [Line(name, *(own[c] for c in columns)) for name, own in series.items() if len(own)]
         return lines(
             "What one layer's state carries (depth 1's state into the deep pass)",
             self._subtitle, LAYER, "recovered share<br>of the logit difference", drawn,
@@ -135,18 +130,11 @@ class Patching(Result):
 
     def figures(self) -> dict[str, go.Figure]:
         """by_layer; map_back, map_forward (layer by position); places; answers."""
-        maps = {}
-        for direction, values in self.effect_map.items():
-            title = f"Effect map, {direction}: recovered share by layer and position"
-            maps[f"map_{direction}"] = matrix(
-                values, title, self._subtitle, "recovered share", zmin=0, zmax=1
-            )
-        return {
-            "by_layer": self.figure(),
-            **maps,
-            "places": self._places("recovered"),
-            "answers": self._places("answer_changed"),
-        }
+        drawn = {"by_layer": self.figure()}
+        for way, values in self.effect_map.items():
+            title = f"Effect map, {way}: recovered share by layer and position"
+            drawn[f"map_{way}"] = matrix(values, title, self._subtitle, "recovered share", zmin=0, zmax=1)
+        return drawn | {"places": self._places("recovered"), "answers": self._places("answer_changed")}
 
     def _places(self, measure: str) -> go.Figure:
         """One measure of every place and control, all positions together."""
@@ -167,7 +155,7 @@ class Patching(Result):
 
 
 def patching(rows: pd.DataFrame, resamples: int = RESAMPLES, seed: int = 0) -> Patching:
-    """What the rows of `patch_run` say.
+    """Shares, differences and the regression from the rows of `patch_run`.
 
     Args:
         rows: one per question, position, direction and patch; its `attrs` has the plan (threshold, depth).
@@ -247,9 +235,8 @@ def size_regression(
 ) -> tuple[Interval, Interval]:
     """Log KL = a(layer, direction) + b log(size) + c shifted, by least squares: (b, c).
 
-    Layers and directions each have a mean of their own, so that a layer that shifts often and matters much
-    is not taken for an effect of shifting. Changes without any effect or size have no logarithm and are left
-    out.
+    Every (layer, direction) has its own mean, so that a layer that shifts often and matters much does not
+    look like an effect of shifting. Changes without effect or size have no logarithm and are left out.
 
     Raises:
         Untestable: all or no pairs have shifted, or size and shift cannot be told apart.
@@ -266,17 +253,16 @@ def size_regression(
     sums = np.stack([x[:, 0] ** 2, x[:, 0] * x[:, 1], x[:, 1] ** 2, x[:, 0] * y, x[:, 1] * y], axis=1)
     per_question = pd.DataFrame(sums).groupby(used["question"].to_numpy()).sum().to_numpy(dtype=float)
 
-    def coefficient(which: int):
-        def solve(totals: np.ndarray) -> np.ndarray:
-            ss, sx, xx, sy, xy = np.moveaxis(totals, -1, 0)
-            determinant = ss * xx - sx**2
-            top = (xx * sy - sx * xy) if which == 0 else (ss * xy - sx * sy)
-            there = determinant > 1e-9 * ss * xx
-            return np.divide(top, determinant, out=np.full(np.shape(top), np.nan), where=there)
+    def coefficient(which: int, totals: np.ndarray) -> np.ndarray:
+        ss, sx, xx, sy, xy = np.moveaxis(totals, -1, 0)
+        determinant = ss * xx - sx**2
+        top = (xx * sy - sx * xy) if which == 0 else (ss * xy - sx * sy)
+        known = determinant > 1e-9 * ss * xx
+        return np.divide(top, determinant, out=np.full(np.shape(top), np.nan), where=known)
 
-        return cluster_bootstrap(per_question, solve, resamples, seed=seed)
-
-    slope, extra = coefficient(0), coefficient(1)
+    slope, extra = (
+        cluster_bootstrap(per_question, partial(coefficient, which), resamples, seed=seed) for which in (0, 1)
+    )
     if not np.isfinite(extra.estimate):
         raise Untestable("size and shift go together without exception")
     return slope, extra
@@ -290,7 +276,7 @@ MEASURES = {
     "answer_changed": ("answer_changed", "written"),
     "answer_followed": ("followed", "differ"),
 }
-"""Measure -> what is summed, over what."""
+"""Measure -> the column of its numerator, and of its denominator."""
 
 
 def _measured(

@@ -1,16 +1,16 @@
-"""Patching the questions of a run, one after the other, each kept as it is finished.
+"""Patches of a run's questions, one after the other. Each question is kept when it is finished.
 
 FOLDER/plan.json            what is patched, and of which run: another plan is refused
 FOLDER/qQUESTION.parquet    the rows of one question (docs/patching.md)
 
-What was patched by the same plan of a shipped run ships, too (`data/patching/RUN`): it is taken over.
+Shipped patches of the same run and plan (`data/patching/RUN`) are copied and not made again.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -23,28 +23,28 @@ from sst_interp.analyses.contrast import Contrast
 from sst_interp.errors import SSTError
 from sst_interp.experiments.origin import origin_of, written_tokens
 from sst_interp.experiments.patching.effects import TextStates, effects, read_text, spread
-from sst_interp.files import check_place, read_json, read_table, replace_json, stage
-from sst_interp.files import put_in_place as publish
+from sst_interp.files import check_place, put_in_place, read_json, read_table, replace_json, stage
+from sst_interp.models.choices import whole
 from sst_interp.models.model import StateStreamModel
 from sst_interp.questions import grade
 from sst_interp.runs import manifest
 from sst_interp.runs.run import Run
 
 ROLES = ("first", "shift", "stable", "random")
-"""Why a position is patched. `first`: it is position 0. `shift`, `stable`: of the question's other positions,
-the one whose mean overlap over layers is the lowest, the highest. `random`: any other of them."""
+"""Why a position is patched. `first`: it is position 0. `shift`, `stable`: of the other positions, it has the
+lowest, the highest mean overlap over layers. `random`: any other position."""
 PLAN, SHARDS = "plan.json", "q*.parquet"
 PLAN_LOST = "put a copy back, or delete the folder: its questions are then patched again"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is patched."""
+    """Which patches are made."""
 
     layers: int = 6
     """How many single layers, spread evenly, the last among them."""
     windows: int = 5
-    """Into how many windows the layers are cut."""
+    """Into how many windows all layers are cut."""
     new_tokens: int = 6
     """Tokens written after the patched position's."""
     seed: int = 0
@@ -59,13 +59,13 @@ def patch_run(
     model: StateStreamModel | None = None,
     progress: Callable[[int, int], Any] | None = None,
 ) -> pd.DataFrame:
-    """Patch questions of a run; those that the folder has are not patched again.
+    """Patch questions of a run that the folder does not have yet.
 
     Args:
-        run: with its deepest depth above 1 and its tokens kept.
+        run: with a depth above 1 and its tokens.
         folder: where the rows go.
         questions: how many, in an order of the plan's seed: more of them go on from fewer.
-        plan: what is patched.
+        plan: which patches are made.
         model: the run's model, if it is loaded already; None loads what the recipe names.
         progress: called with questions done and questions in all.
 
@@ -77,7 +77,8 @@ def patch_run(
             a folder with another plan, with a damaged file or that cannot be written.
     """
     plan, folder = plan or Plan(), Path(folder)
-    _check(plan, questions)
+    for name, value in (asdict(plan) | {"seed": 1, "questions": questions}).items():
+        whole(name, value, 1)
     check_place(folder, "give another --out")
     overlaps, threshold = overlaps_of(run)
     known = sorted(overlaps)
@@ -89,24 +90,24 @@ def patch_run(
         read_patching(folder)  # a damaged file is refused before minutes of patching
     missing = [q for q in chosen if not _shard(folder, q).is_file()]
     if missing:
-        study = _Study(run, plan, threshold, overlaps, model)
+        study = _Patching(run, plan, threshold, overlaps, model)
         after = dict(zip(order, [*order[1:], order[0]], strict=True))
         for question in missing:
             if progress is not None:
                 progress(len(chosen) - len(missing) + missing.index(question), len(chosen))
             rows = study.patch(question, after[question])
             stage(_shard(folder, question), rows.to_parquet)
-            publish(_shard(folder, question))
+            put_in_place(_shard(folder, question))
     if progress is not None:
         progress(len(chosen), len(chosen))
     return read_patching(folder)
 
 
 def read_patching(folder: str | Path) -> pd.DataFrame:
-    """Every row that a folder has; `attrs` has its plan.
+    """All rows in a folder; `attrs` has the plan.
 
     Raises:
-        SSTError: it has none, or a file of them is damaged.
+        SSTError: there are none, or a file is damaged.
     """
     shards = sorted(Path(folder).glob(SHARDS))
     if not shards:
@@ -114,12 +115,12 @@ def read_patching(folder: str | Path) -> pd.DataFrame:
     again = "delete it: only that question is patched again"
     columns = ("question", "position", "role")
     table = pd.concat([read_table(shard, again, columns) for shard in shards], ignore_index=True)
-    table.attrs = {**read_json(Path(folder) / PLAN, PLAN_LOST)}
+    table.attrs |= read_json(Path(folder) / PLAN, PLAN_LOST)
     return table
 
 
 def overlaps_of(run: Run) -> tuple[dict[int, pd.DataFrame], float]:
-    """Question -> overlaps [position, layer] of the deepest teacher-forced pair; and the run's threshold."""
+    """Question -> overlaps [position, layer], teacher-forced, depth 1 against the deepest; the threshold."""
     c = Contrast.of(run, "teacher_forced")
     table = c.rows[["question", "position", "layer"]].assign(overlap=c.overlap)
     wide = table.pivot(index=["question", "position"], columns="layer", values="overlap")
@@ -128,7 +129,7 @@ def overlaps_of(run: Run) -> tuple[dict[int, pd.DataFrame], float]:
 
 
 def positions_of(overlaps: pd.DataFrame, last: int, key: Sequence[int]) -> dict[str, int]:
-    """Role -> position, for the roles that a text is long enough for.
+    """Role -> position. A short text lacks some roles.
 
     Args:
         overlaps: [position, layer] of one question.
@@ -148,8 +149,8 @@ def positions_of(overlaps: pd.DataFrame, last: int, key: Sequence[int]) -> dict[
     return roles
 
 
-class _Study:
-    """What all questions share, and the last readings: a question's stranger is the next question."""
+class _Patching:
+    """Patches one question after the other; `other` and `stranger` vectors are the next question's."""
 
     def __init__(
         self,
@@ -214,27 +215,20 @@ class _Study:
         new: Sequence[int],
         known: dict[tuple[int, ...], str | None],
     ) -> str | None:
-        """The answer in a text, as far as it was written."""
+        """The answer in the text so far."""
         key = tuple(new)
         if key not in known:
-            stops = [k for k, token in enumerate(new) if token in self.model.stop_tokens]
-            whole = [*before, *new[: stops[0] + 1 if stops else len(new)]]
-            said = self.model.tokenizer.decode(whole, skip_special_tokens=True)
+            stops = [k for k, token in enumerate(new, 1) if token in self.model.stop_tokens]
+            whole = [*before, *new[: stops[0] if stops else len(new)]]
+            reply = self.model.tokenizer.decode(whole, skip_special_tokens=True)
             asked = self.asked[question]
-            said = (self.run.recipe.reply_prefix or "") + said
-            known[key] = grade(asked.kind, said, asked.n_choices, asked.choices)
+            reply = (self.run.recipe.reply_prefix or "") + reply
+            known[key] = grade(asked.kind, reply, asked.n_choices, asked.choices)
         return known[key]
 
 
-def _check(plan: Plan, questions: int) -> None:
-    numbers = asdict(replace(plan, seed=1)) | {"questions": questions}
-    for name, value in numbers.items():
-        if not isinstance(value, int) or value < 1:
-            raise SSTError(f"{name} = {value} is below 1", "give a whole number from 1")
-
-
 def _same_plan(folder: Path, run: Run, plan: Plan, threshold: float) -> None:
-    """Refuse a folder whose rows depend on anything else than these do; note what they depend on."""
+    """Refuse a folder with rows of anything else; note all that the rows depend on. Copy shipped ones."""
     hashes = {k: v for k, v in run.manifest["provenance"].items() if k.endswith("_hash")}
     now = {
         "run": run.name,
@@ -263,11 +257,11 @@ def _same_plan(folder: Path, run: Run, plan: Plan, threshold: float) -> None:
         for shard in done.glob(SHARDS):
             if not (folder / shard.name).is_file():
                 stage(folder / shard.name, lambda path, source=shard: shutil.copyfile(source, path))
-                publish(folder / shard.name)
+                put_in_place(folder / shard.name)
 
 
 def shipped_patches(name: str) -> Path:
-    """Where the patches of a shipped run are; may not exist."""
+    """The folder of a shipped run's patches; it may not exist."""
     return paths.shipped("patching") / name
 
 

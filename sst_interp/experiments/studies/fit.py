@@ -1,7 +1,7 @@
 """The one small training loop, and what a trained small model scores.
 
 It trains every weight of a small model, and those of its stream, with the optimiser of `sst-interp train`
-(`training.optimiser.MasterWeights`). It knows no task: it is handed batches.
+(`training.trainer.MasterWeights`). It knows no task: it is handed batches.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from sst_interp.experiments.studies.tasks import FlipFlop, Labelled
 from sst_interp.models.model import StateStreamModel
 from sst_interp.models.stream import Recurrence
 from sst_interp.training.data import Batch
-from sst_interp.training.masters import MasterWeights
 from sst_interp.training.objective import Pass, answer_loss, last_layer, mean_over_passes, run_passes
 from sst_interp.training.recipe import EVERY_PASS, TrainingRecipe
+from sst_interp.training.trainer import MasterWeights
 
 SEQUENTIAL, ZERO, OWN = "sequential", "zero memory", "own"
 """How states are computed when a model is scored: token by token, which is the definition; with a memory of

@@ -25,7 +25,7 @@ from sst_interp.analyses.statistics.bootstrap import (
     questions_words,
     ratio,
 )
-from sst_interp.analyses.statistics.seeds import over_seeds, seeds_words
+from sst_interp.analyses.statistics.bootstrap import over_seeds, seeds_words
 from sst_interp.errors import Untestable
 from sst_interp.experiments.studies.errors import COLOURS, POSITION, add_series, logarithmic, questions_of
 

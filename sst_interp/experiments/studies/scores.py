@@ -29,7 +29,7 @@ from sst_interp.analyses.plots import (
     lines,
 )
 from sst_interp.analyses.result import Result
-from sst_interp.analyses.statistics.seeds import OverSeeds, over_seeds, seeds_words
+from sst_interp.analyses.statistics.bootstrap import OverSeeds, over_seeds, seeds_words
 from sst_interp.errors import Untestable
 
 NO_DIFFERENCE = "No difference from {} is shown"

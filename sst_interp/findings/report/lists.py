@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 
 from sst_interp.findings.report.packing import Places
-from sst_interp.runs.recorder import LENS_TOP
 from sst_interp.runs.provenance import token_texts
+from sst_interp.runs.recorder import LENS_TOP
 from sst_interp.tables import visible
 
 TOP = 10

@@ -56,7 +56,7 @@ class QuestionView:
         """The overlap by position and layer, at 1 and the deepest."""
         c = Contrast.of(self.run, comparison)
         words = f"question {self.question}; {c.words}"
-        return question_figure(c.question_map(self.question).overlap, "overlap", words)
+        return question_figure(c.question_map(self.question).overlap, words)
 
     @property
     def html(self) -> str:
