@@ -15,8 +15,8 @@ from timing import machine, paired, ratio, show
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
 import sst_interp as sst
-from sst_interp.runs.recorder import Recorder
-from sst_interp.runs.rollouts import RolloutDecoder
+from sst_interp.runs.recipe import Recipe
+from sst_interp.runs.recorder import Recorder, RolloutDecoder
 
 BATCH, PROMPT, NEW = 8, 64, 32
 
@@ -47,7 +47,8 @@ def main(pairs: int = 7) -> None:
 
     def decode(depths, capture, lens="position0"):
         rollouts = decoder(depths)
-        recorder = Recorder(range(BATCH), depths, "position0", False, False, lens)
+        recipe = Recipe("own", "smollm2-135m", "own", depths=tuple(depths), lens_tokens=lens)
+        recorder = Recorder(range(BATCH), recipe, restricted=False)
         for position in range(NEW):
             moment = rollouts.step()
             if capture:
@@ -110,9 +111,8 @@ def main(pairs: int = 7) -> None:
     )
     show(rollouts, per=NEW)
     print(f"  default capture / none, depths 1 to 4: {ratio(rollouts, 'default capture', 'no capture'):.3f}")
-    print(
-        f"  default capture / without the logit lens: {ratio(rollouts, 'default capture', 'without lens'):.3f}"
-    )
+    lens = ratio(rollouts, "default capture", "without lens")
+    print(f"  default capture / without the logit lens: {lens:.3f}")
 
 
 if __name__ == "__main__":

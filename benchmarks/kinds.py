@@ -18,7 +18,7 @@ import torch
 from timing import machine, paired
 
 import sst_interp as sst
-from sst_interp.runs.provenance import WORDS
+from sst_interp.runs.provenance import kind_words
 from sst_interp.tables import fill, markdown
 
 PROMPT, NEW = 64, 16
@@ -53,7 +53,7 @@ def main() -> None:
     seconds = paired(contestants, how.rounds)
     rows = []
     for kind in models:
-        row: dict[str, object] = {"kind": WORDS[kind]}
+        row: dict[str, object] = {"kind": kind_words(kind)}
         for depth in DEPTHS:
             own, floor = seconds[f"{kind} {depth}"], seconds["backbone 1"]
             over = sorted(a / b for a, b in zip(own, floor, strict=True))

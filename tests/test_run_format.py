@@ -133,12 +133,9 @@ def test_sql_of_tables_without_rows(tmp_path):
         ("select * from read_csv('/etc/passwd')", "Cannot access file"),
         ("select * from glob('/etc/*')", "Cannot access file"),
         ("select * from '/etc/passwd'", "does not exist"),
-        ("select * from folder", "does not exist"),
     ],
 )
 def test_a_wrong_query_is_one_line_and_reads_no_other_file(new, query, says):
-    folder = pd.DataFrame({"mine": [1]})
-    assert len(folder)
     before = {p: p.read_bytes() for p in new.rglob("*") if p.is_file()}
     with pytest.raises(SSTError, match=says) as told:
         open_run(new).sql(query.format(own=Path(__file__)))

@@ -16,10 +16,10 @@ from sst_interp.models.generation import check_room
 from sst_interp.models.loading import load
 from sst_interp.models.model import StateStreamModel
 from sst_interp.models.solvers.sequential import Certificate
-from sst_interp.questions import Question, grade, load_questions
+from sst_interp.questions import Question, QuestionSet, grade, load_questions
 from sst_interp.questions.item import Hidden, HiddenTokens
 from sst_interp.runs import manifest
-from sst_interp.runs.controls import Controls
+from sst_interp.runs.controls import Controls, Watch
 from sst_interp.runs.provenance import provenance
 from sst_interp.runs.recipe import Recipe
 from sst_interp.runs.recorder import Recorder, RolloutDecoder
@@ -78,11 +78,9 @@ def capture(
             for batch in todo:
                 rows = batches[batch]
                 progress_bar.set_postfix_str(f"batch {batch + 1} of {len(batches)}")
-                tables, states = capture_batch(
-                    model, recipe, rows, [questions.questions[r] for r in rows],
-                    [prompts[r] for r in rows], questions.restricted, progress_bar, controls,
-                )  # fmt: skip
-                writer.commit(batch, tables, states)
+                watch = controls.watch(rows)
+                measured = capture_batch(model, recipe, rows, questions, prompts, progress_bar, watch)
+                writer.commit(batch, *measured)
         writer.finish()
     return open_run(folder)
 
@@ -98,32 +96,30 @@ def capture_batch(
     model: StateStreamModel,
     recipe: Recipe,
     rows: Sequence[int],
-    questions: Sequence[Question],
+    questions: QuestionSet,
     prompts: Sequence[list[int]],
-    restricted: bool,
-    bar: Any = None,
-    controls: Controls | None = None,
+    bar: Any,
+    watch: Watch | None,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, torch.Tensor]]:
     """Generate one batch in all rollouts and measure it.
 
     Args:
-        rows: each question's index in the run.
-        prompts: token ids per question.
-        restricted: record no token ids.
+        rows: the batch's questions, by index in the run.
+        questions: the run's.
+        prompts: token ids per question of the run.
         bar: told of each position (`update`).
-        controls: measures the noise floor and perturbations of the questions that get them.
+        watch: the controls of this batch, if it has any.
 
     Returns:
         (tables, states) as `RunWriter.commit` takes them.
     """
+    prompts = [prompts[row] for row in rows]
     tokens, pad = model.batch(prompts)
     stream = model.new_stream(pad, tokens.shape[1] + recipe.max_new_tokens - 1)
     certificate = model.prefill(stream, tokens[:, :-1])
     stop = torch.tensor(model.stop_tokens, device=tokens.device, dtype=torch.long)
     decoder = RolloutDecoder(model, stream, tokens[:, -1], recipe.depths, stop)
-    lens = recipe.choices.overlap == "lens_jaccard"
-    recorder = Recorder(rows, recipe.depths, recipe.keep, lens, restricted, recipe.lens_tokens)
-    watch = controls.watch(rows) if controls is not None else None
+    recorder = Recorder(rows, recipe, questions.restricted)
     texts: dict[int, list[list[int]]] = {d: [HiddenTokens() for _ in rows] for d in recipe.depths}
     for position in range(recipe.max_new_tokens):
         moment = decoder.step()
@@ -134,18 +130,15 @@ def capture_batch(
             for row in decoder.alive[depth].nonzero()[:, 0].tolist():
                 texts[depth][row].append(int(emitted[row]))
         goes_on = decoder.finish_step()
-        if bar is not None:
-            bar.update(1)
+        bar.update(1)
         if not goes_on:
             break
-    if bar is not None:
-        bar.update(recipe.max_new_tokens - position - 1)
-    tables = {
-        "questions": answers(model, recipe, rows, questions, prompts, texts, decoder.alive, certificate),
-        **recorder.tables(),
-    }
+    bar.update(recipe.max_new_tokens - position - 1)
+    asked = [questions.questions[row] for row in rows]
+    graded = answers(model, recipe, rows, asked, prompts, texts, decoder.alive, certificate)
+    tables = {"questions": graded, **recorder.tables()}
     if watch is not None:
-        tables |= watch.tables(prompts, texts[1], bar.update if bar is not None else None)
+        tables |= watch.tables(prompts, texts[1], bar.update)
     return {name: columns for name, columns in tables.items() if columns}, recorder.states()
 
 

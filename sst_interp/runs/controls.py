@@ -66,7 +66,7 @@ class Watch:
         self,
         prompts: Sequence[Sequence[int]],
         texts: Sequence[Sequence[int]],
-        done: Callable[[int], Any] | None = None,
+        done: Callable[[int], Any],
     ) -> dict[str, dict[str, Any]]:
         """Columns of `noise` and `nudges` (left out where there are no rows).
 
@@ -84,8 +84,7 @@ class Watch:
             for depth, states in alone.resid_post.items():
                 noise.append(noise_rows(question, "batch", depth, self._states(depth, k, text), states))
             nudges += perturbation_rows(model, alone, question, recipe.seed)
-            if done is not None:
-                done(recipe.max_new_tokens)
+            done(recipe.max_new_tokens)
         if (twin := self.controls.float32) is not None:
             noise += self._in_float32(twin, read)
         columns = {"noise": joined(noise), "nudges": joined(nudges)}

@@ -240,15 +240,15 @@ def refuse_other_recipe(run: str, was: Recipe, now: Recipe, says: str = "the rec
 
 def refuse_other_origin(
     folder: Path,
-    found: Mapping[str, Any] | None,
+    contents: Mapping[str, Any] | None,
     recipe: Recipe,
     provenance: Mapping[str, Any],
     n_batches: int | None,
 ) -> None:
-    """Raise SSTError if the run in `folder` (`found`: its manifest, if any) was begun with other inputs."""
+    """Raise SSTError if the run in `folder`, of which the manifest has `contents`, was begun differently."""
     run = folder.name
-    if found:
-        refuse_other_recipe(run, Recipe.from_dict(found["recipe"]), recipe)
+    if contents:
+        refuse_other_recipe(run, Recipe.from_dict(contents["recipe"]), recipe)
     if (folder / "run.toml").exists():
         written = Recipe.load(folder / "run.toml", recipe.name)
         if differences := recipe.differences(written):
@@ -257,12 +257,11 @@ def refuse_other_origin(
                 f"run {run}: its run.toml says {_listed(keys, was)}; this capture {_listed(keys, now)}",
                 _other(run),
             )
-    for key, was in (found or {}).get("provenance", {}).items():
+    for key, was in (contents or {}).get("provenance", {}).items():
         if key.endswith("_hash") and provenance.get(key, was) != was:
-            raise SSTError(
-                f"run {run} was captured with {key} {was}; now it is {provenance[key]}", _other(run)
-            )
-    before = found and found["n_batches"]
+            said = f"run {run} was captured with {key} {was}; now it is {provenance[key]}"
+            raise SSTError(said, _other(run))
+    before = contents and contents["n_batches"]
     if before and n_batches and before != n_batches:
         raise SSTError(f"run {run} was captured in {before} batches; now there are {n_batches}", _other(run))
 

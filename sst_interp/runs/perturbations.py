@@ -227,15 +227,15 @@ def perturbation_rows(model: Recurrence, alone: Alone, question: int, seed: int)
         key = (seed, question, comparison)
         for b in bs:
             where = {"question": question, "comparison": comparison, "b": b[1], "site": "output"}
-            for piece in _at_output(model, alone.last[a], alone.last[b], (*key, "output")):
-                yield _labelled(piece, where)
+            yield from _at_output(model, alone.last[a], alone.last[b], (*key, "output"), where)
         if depths:
             where = {"question": question, "comparison": comparison, "b": deepest, "site": "stream"}
-            for piece in _at_stream(model, alone, comparison, (*key, "stream")):
-                yield _labelled(piece, where)
+            yield from _at_stream(model, alone, comparison, (*key, "stream"), where)
 
 
-def _at_output(model: Recurrence, a: Tensor, b: Tensor, key: tuple[object, ...]) -> Iterator[dict[str, Any]]:
+def _at_output(
+    model: Recurrence, a: Tensor, b: Tensor, key: tuple[object, ...], where: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
     """The last layer's output moved from `a` towards `b`, and as far in other directions; [position, d]."""
     positions = torch.arange(len(a), device=a.device)
     before = read_out(model.backbone.unembed(a))
@@ -245,11 +245,11 @@ def _at_output(model: Recurrence, a: Tensor, b: Tensor, key: tuple[object, ...])
     for each in (true, *perturbations_of(change, key)):
         moved = b if each.direction == "true" else (wide(a) + each.n[0]).to(a.dtype)
         after = read_out(model.backbone.unembed(moved))
-        yield _measured(each, positions, size, a[None], moved[None], before, after)
+        yield _rows(where, each, positions, size, a[None], moved[None], before, after)
 
 
 def _at_stream(
-    model: Recurrence, alone: Alone, comparison: str, key: tuple[object, ...]
+    model: Recurrence, alone: Alone, comparison: str, key: tuple[object, ...], where: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
     """One pass handed other stream states, at all positions at once: each attends to the stored entries
     of earlier positions and to its own, and nothing is stored.
@@ -283,25 +283,24 @@ def _at_stream(
         state = b if each.direction == "true" else (wide(a) + each.n).to(a.dtype)
         moved = one_pass(rollout, state, "read" if frozen else "beside")[0]
         after = read_out(model.backbone.unembed(moved[-1]))
-        yield _measured(each, at, size, y, moved, before, after)
+        yield _rows(where, each, at, size, y, moved, before, after)
 
 
-def _measured(
-    each: Perturbation, at: Tensor, size: Tensor, y: Tensor, moved: Tensor, before: Readout, after: Readout
+def _rows(
+    where: dict[str, Any],
+    each: Perturbation,
+    at: Tensor,
+    size: Tensor,
+    y: Tensor,
+    moved: Tensor,
+    before: Readout,
+    after: Readout,
 ) -> dict[str, Any]:
     """What a perturbation did, a row per position where it exists; y, moved [layer, position, d_model]."""
-    change = compare_outputs(before, after)._asdict()
-    columns = {"position": at, "size": size, **change}
-    layers = {"cosine": cosine(y, moved).T, "relative_l2": relative_l2(y, moved).T}
+    columns = {"position": at, "size": size, **compare_outputs(before, after)._asdict()}
+    columns |= {"cosine": cosine(y, moved).T, "relative_l2": relative_l2(y, moved).T}
+    labels = where | {"a": 1, "direction": each.direction, "seed": each.seed}
     return {
-        "direction": each.direction,
-        "seed": each.seed,
-        **{name: x[each.there].cpu().numpy() for name, x in (columns | layers).items()},
+        **{name: np.full(int(each.there.sum()), value) for name, value in labels.items()},
+        **{name: x[each.there].cpu().numpy() for name, x in columns.items()},
     }
-
-
-def _labelled(piece: dict[str, Any], where: dict[str, Any]) -> dict[str, Any]:
-    """The piece with every label as a column."""
-    n = len(piece["position"])
-    labels = where | {"a": 1, "direction": piece["direction"], "seed": piece["seed"]}
-    return piece | {name: np.full(n, value) for name, value in labels.items()}

@@ -31,6 +31,7 @@ from sst_interp.models.measures import (
     wide,
 )
 from sst_interp.models.stream import Recurrence, Stream
+from sst_interp.runs.recipe import Recipe
 
 
 class Rollout(NamedTuple):
@@ -167,26 +168,15 @@ class Recorder:
 
     Args:
         questions: each row's index in the run.
-        depths: the recipe's depths.
-        keep: `none`, `position0`, `shifts` or `all`.
-        lens: measure `lens_jaccard` (one unembedding per layer and cell).
+        recipe: says what is recorded.
         restricted: store no token ids (a list of ids is a transcript).
-        lens_tokens: positions whose logit lens is stored: `none`, `position0` or `all`.
     """
 
-    def __init__(
-        self,
-        questions: Sequence[int],
-        depths: Sequence[int],
-        keep: str,
-        lens: bool,
-        restricted: bool,
-        lens_tokens: str = "none",
-    ) -> None:
+    def __init__(self, questions: Sequence[int], recipe: Recipe, restricted: bool) -> None:
         self.questions = np.asarray(questions, dtype=np.int32)
-        self.pairs, self.deepest = pairs_of(depths), max(depths)
-        self.keep, self.lens, self.restricted = keep, lens, restricted
-        self.lens_tokens = "none" if restricted else lens_tokens
+        self.pairs, self.keep, self.restricted = pairs_of(recipe.depths), recipe.keep, restricted
+        self.lens = recipe.choices.overlap == "lens_jaccard"
+        self.lens_tokens = "none" if restricted else recipe.lens_tokens
         self._compared = list(dict.fromkeys(c for p in self.pairs for c in (p.cell_a, p.cell_b)))
         tables = ("steps", "outputs", "pairs", "lens")
         self._rows: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in tables}
