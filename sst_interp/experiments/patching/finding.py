@@ -159,8 +159,6 @@ def patching(rows: pd.DataFrame, resamples: int = RESAMPLES, seed: int = 0) -> P
 
     Args:
         rows: one per question, position, direction and patch; its `attrs` has the plan (threshold, depth).
-        resamples: question resamples.
-        seed: of the resampling.
 
     Raises:
         Untestable: there are no rows.

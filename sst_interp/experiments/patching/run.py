@@ -63,11 +63,8 @@ def patch_run(
 
     Args:
         run: with a depth above 1 and its tokens.
-        folder: where the rows go.
         questions: how many, in an order of the plan's seed: more of them go on from fewer.
-        plan: which patches are made.
         model: the run's model, if it is loaded already; None loads what the recipe names.
-        progress: called with questions done and questions in all.
 
     Returns:
         All rows (docs/patching.md).
@@ -104,11 +101,7 @@ def patch_run(
 
 
 def read_patching(folder: str | Path) -> pd.DataFrame:
-    """All rows in a folder; `attrs` has the plan.
-
-    Raises:
-        SSTError: there are none, or a file is damaged.
-    """
+    """All rows in a folder; `attrs` has the plan. Raises SSTError if there are none or a file is damaged."""
     shards = sorted(Path(folder).glob(SHARDS))
     if not shards:
         raise SSTError(f"{folder} holds no patched questions", "`sst-interp patch --run NAME` makes them")
