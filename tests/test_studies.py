@@ -17,6 +17,7 @@ from sst_interp.cli.studies import app
 from sst_interp.errors import SSTError
 from sst_interp.experiments.studies import study as study_module
 from sst_interp.experiments.studies.decoders import Pretraining
+from sst_interp.experiments.studies.show import Across, interval, lines_of, number
 from sst_interp.experiments.studies.study import Study, TrainingStudy, find_study, register_study, studies
 from sst_interp.experiments.studies.tasks import SEPARATOR
 from sst_interp.experiments.table import Table, same_plan
@@ -271,6 +272,19 @@ def test_documents_that_cannot_be_filled_are_one_line(tmp_path):
 def test_a_markdown_table_leaves_what_is_missing_empty():
     assert markdown([{"a": 0.12345, "b": float("nan")}]) == "| a | b |\n| --- | --- |\n| 0.123 |  |"
     assert markdown([]) == NOT_YET
+
+
+def test_rows_that_agree_before_a_wide_column_are_one_line():
+    rows = pd.DataFrame({"arm": ["a", "b", "a"], "n": [2, 2, 4], "x": [0.5, float("nan"), 0.25], "seeds": 3})
+    rows = rows.assign(x_low=[0.4, 0, float("nan")], x_high=1.0)
+    columns = {"arm": "arm", "{} pairs": Across("n", interval("x")), "seeds": "seeds"}
+    assert lines_of(rows, columns) == [
+        {"arm": "a", "2 pairs": "0.5 [0.4, 1]", "4 pairs": "0.25", "seeds": 3},
+        {"arm": "b", "2 pairs": "", "4 pairs": "", "seeds": 3},
+    ]
+    plain = lines_of(rows, {"arm": "arm", "x": number("x", ".1f")})
+    assert [line["x"] for line in plain] == ["0.5", "", "0.2"]
+    assert lines_of(rows.iloc[:0], columns) == []
 
 
 def test_the_command_trains_on_a_file_and_shows_what_it_measured(tmp_path, monkeypatch):

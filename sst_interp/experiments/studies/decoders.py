@@ -34,7 +34,7 @@ from sst_interp.experiments.studies.fit import (
     random_model,
     score_tokens,
 )
-from sst_interp.experiments.studies.scores import ArmScores, Design, arm_scores, of_row, percent
+from sst_interp.experiments.studies.scores import ArmScores, Design, arm_scores
 from sst_interp.experiments.studies.show import Across, interval, lines_of, number, table
 from sst_interp.experiments.studies.study import Finding, Job, Progress, TrainingStudy, register_study
 from sst_interp.experiments.studies.tasks import (
@@ -347,7 +347,7 @@ def recall_scores(result: ArmScores) -> str:
 
 def recall_differences(result: ArmScores) -> str:
     """A row per layers, arm and what it is compared with, a column per number of pairs."""
-    more = Across("pairs", lambda row: percent(of_row(row, "accuracy")))
+    more = Across("pairs", result.text)
     columns = {"layers": "layers", "arm, sequential": "arm", "minus": _minus, "{} pairs": more}
     return table(result.treated(), columns | {"seeds": "seeds"})
 
@@ -377,10 +377,7 @@ class RecallStudy(TrainingStudy):
         setting_words=lambda layers: f"{layers} layer{'s' * (layers > 1)}",
         x="pairs",
         cost=COST,
-        guesses={
-            "a guess": lambda pairs: 1 / pairs,
-            "a guess among values not yet an answer": excluding,
-        },
+        guesses={"a guess": lambda pairs: 1 / pairs, "a guess among values not yet an answer": excluding},
         percent=True,
     )
     findings = (

@@ -32,6 +32,8 @@ from sst_interp.experiments.studies.show import (
     POSITION,
     Across,
     add_series,
+    finite,
+    groups_of,
     interval,
     logarithmic,
     number,
@@ -100,7 +102,10 @@ class ApproximationError(Result):
     layerwise: float = float("nan")
     """Largest relative logit error of the layerwise solution, which is taken as exact; NaN: not measured."""
 
-    title = "Error of the training's approximation"
+    @property
+    def title(self) -> str:
+        """What was asked."""
+        return "Error of the training's approximation"
 
     @property
     def table(self) -> pd.DataFrame:
@@ -163,7 +168,8 @@ class ApproximationError(Result):
             y0=PAPER_ERROR[0], y1=PAPER_ERROR[1], fillcolor=GREY, opacity=0.25, line_width=0,
             annotation_text="the paper's 6e-4 to 1.2e-3", annotation_position="bottom right",
         )  # fmt: skip
-        named = {f"{m}, {layers} layers": own for (m, layers), own in rows.groupby(CONDITION[:2], sort=False)}
+        by = groups_of(rows, ["model", "layers"], sort=False)
+        named = {f"{model}, {layers} layers": own for (model, layers), own in by}
         add_series(figure, x, "logit_error", named)
         return logarithmic(figure)
 
@@ -190,7 +196,10 @@ class Contraction(Result):
     """A row per model with enough blends: blends, questions, `of_alpha` (p) and `of_layers` (q) with their
     ends, and `difference` p - q."""
 
-    title = "Contraction of sweeps"
+    @property
+    def title(self) -> str:
+        """What was asked."""
+        return "Contraction of sweeps"
 
     @property
     def table(self) -> pd.DataFrame:
@@ -205,7 +214,8 @@ class Contraction(Result):
             sentences.append("Exponents are not testable: too few blends of one backbone.")
         plain = self.rates[(self.rates["groups"] == 1) & self.rates["factor"].notna()]
         for model, rows in plain.groupby("model"):
-            ends = [rows.loc[at] for at in (rows["L_alpha"].idxmin(), rows["L_alpha"].idxmax())]
+            by_reach = rows.sort_values("L_alpha", kind="stable").to_dict("records")
+            ends = [by_reach[0], by_reach[-1]]
             said = [f"{row_interval(r, 'factor').text()} at L * alpha = {r['L_alpha']:.2g}" for r in ends]
             left = " and ".join(dict.fromkeys(said))
             sentences.append(f"{model}: a sweep leaves {left} of the error.")
@@ -268,7 +278,7 @@ def contraction(errors: pd.DataFrame, resamples: int = RESAMPLES, seed: int = 0)
     _, rows = _of_sweeps(errors)
     rates = [
         _rate(own, dict(zip([*CONDITION, "groups"], names, strict=True)), resamples, seed)
-        for names, own in rows.groupby([*CONDITION, "groups"], sort=True)
+        for names, own in groups_of(rows, [*CONDITION, "groups"])
     ]
     fits = [_fit(str(model), own, resamples, seed) for model, own in _two_pass(rows).groupby("model")]
     return Contraction(pd.DataFrame(rates), pd.DataFrame([fit for fit in fits if fit]))
@@ -324,7 +334,7 @@ def _of_sweeps(errors: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(every finite row, those that compare sweeps with the layerwise solution)."""
     if errors.empty:
         raise Untestable("the table of errors is empty")
-    errors = errors[np.isfinite(errors[SUMS].to_numpy(dtype=float)).all(axis=1)]
+    errors = finite(errors, SUMS)
     rows = errors[(errors["method"] == "sweeps") & (errors["reference"] == "layerwise")]
     if rows.empty:
         raise Untestable("no error of sweeps against exact states was measured")
@@ -338,7 +348,7 @@ def _measured(rows: pd.DataFrame, by: Sequence[str], resamples: int, seed: int) 
         return np.stack([of(totals) for of in MEASURES.values()], axis=-1)
 
     records = []
-    for names, own in rows.groupby(list(by)):
+    for names, own in groups_of(rows, by):
         named, sums = dict[str, Any](zip(by, names, strict=True)), question_sums(own)
         extra = {"L_alpha": named["n_layers"] * named["alpha"], "passes": 1 + named["sweeps"]}
         values, low, high = bootstrap_ends(sums, measures, resamples, seed=seed)
@@ -445,9 +455,9 @@ def _by_passes(title: str, about: str, named: Mapping[str, pd.DataFrame]) -> go.
 
 def _models(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     several = rows.groupby("model")["alpha"].nunique() > 1
-    by = rows.groupby(["model", "alpha"])
+    by = groups_of(rows, ["model", "alpha"])
     return {f"{m}, alpha {alpha:g}" if several[m] else str(m): own for (m, alpha), own in by}
 
 
 def _named(rows: pd.DataFrame, by: str, noun: str) -> dict[str, pd.DataFrame]:
-    return {f"{k} {noun}{'s' * (k > 1)}": own for k, own in rows.groupby(by)}
+    return {f"{k} {noun}{'s' * (k > 1)}": own for (k,), own in groups_of(rows, [by])}

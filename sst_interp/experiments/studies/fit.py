@@ -28,7 +28,7 @@ from sst_interp.training.trainer import MasterWeights
 
 
 class Schedule(NamedTuple):
-    """How states are computed in training: the arguments of `training.schedules.run_passes`."""
+    """How states are computed in training: the arguments of `training.objective.run_passes`."""
 
     method: Method = "two_pass"
     sweeps: int = 1
@@ -71,8 +71,6 @@ NONE = Schedule("none")
 EXACT = Arm("exact", Schedule("sequential"))
 TWO_PASS = Arm("two-pass", Schedule())
 NO_STREAM, NO_MEMORY = Arm("no stream", NONE), Arm("no memory", NONE)
-
-
 SEQUENTIAL, ZERO, OWN = "sequential", "zero memory", "own"
 """How states are computed when a model is scored: token by token, which is the definition; with a memory of
 zeros everywhere, which public code scores by mistake; as the arm computes them in training."""

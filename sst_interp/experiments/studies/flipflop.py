@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import torch
@@ -40,7 +39,7 @@ from sst_interp.experiments.studies.fit import (
     score_labels,
 )
 from sst_interp.experiments.studies.scores import ArmScores, Design, arm_scores
-from sst_interp.experiments.studies.show import COLOURS, interval, number, table
+from sst_interp.experiments.studies.show import COLOURS, finite, groups_of, interval, number, table
 from sst_interp.experiments.studies.study import Finding, Job, TrainingStudy, register_study
 from sst_interp.experiments.studies.tasks import FlipFlop
 from sst_interp.experiments.table import Table
@@ -152,7 +151,10 @@ class GradientFidelity(Result):
     """A row per setting, arm, part and step: means over seeds of `cosine` and `norm_ratio`, and their lowest
     and highest seed."""
 
-    title = "Gradients against exact back-propagation"
+    @property
+    def title(self) -> str:
+        """What was asked."""
+        return "Gradients against exact back-propagation"
 
     @property
     def table(self) -> pd.DataFrame:
@@ -162,7 +164,7 @@ class GradientFidelity(Result):
     @property
     def verdict(self) -> str:
         """The two-pass gradient, setting by setting, and the arm that comes nearest to exact."""
-        told = [self._told(ends, rows) for ends, rows in self.summary.groupby([*SETTING])]
+        told = [self._told(ends, rows) for ends, rows in groups_of(self.summary, SETTING)]
         return " ".join(filter(None, told)) or "Not testable: no two-pass gradient was measured."
 
     def _told(self, ends: tuple, rows: pd.DataFrame) -> str:
@@ -183,11 +185,11 @@ class GradientFidelity(Result):
 
     def figure(self) -> go.Figure:
         """Cosine (above) and norm ratio (below) over the training, in the widest setting."""
-        return self._setting(*max(self.curves.groupby([*SETTING]), key=lambda one: one[0][1]))
+        return self._setting(*max(groups_of(self.curves, SETTING), key=lambda one: one[0][1]))
 
     def figures(self) -> dict[str, go.Figure]:
         """A figure per setting."""
-        by = self.curves.groupby([*SETTING])
+        by = groups_of(self.curves, SETTING)
         return {bounds_words(*ends): self._setting(ends, rows) for ends, rows in by}
 
     def _setting(self, ends: tuple, rows: pd.DataFrame) -> go.Figure:
@@ -238,11 +240,11 @@ def gradient_fidelity(gradients: pd.DataFrame) -> GradientFidelity:
     values = ["cosine", "norm_ratio"]
     if gradients.empty:
         raise Untestable("the table of gradients is empty")
-    rows = gradients[np.isfinite(gradients[values].to_numpy(dtype=float)).all(axis=1)]
+    rows = finite(gradients, values)
     if rows.empty:
         raise Untestable("no gradient is finite")
     by, records = [*SETTING, "arm", "part"], []
-    for names, own in rows.groupby(by, sort=False):
+    for names, own in groups_of(rows, by, sort=False):
         per_seed = own.groupby("seed")[values].mean()
         record = dict(zip(by, names, strict=True)) | {"seeds": len(per_seed), "steps": own["step"].nunique()}
         for value in values:

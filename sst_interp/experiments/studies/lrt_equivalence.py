@@ -38,6 +38,7 @@ from sst_interp.experiments.studies.show import (
     POSITION,
     Across,
     add_series,
+    groups_of,
     interval,
     logarithmic,
     number,
@@ -66,8 +67,7 @@ LRT_SCHEDULES = (
 SMALL = "small"
 """The name of the small LRT that is trained on the spot."""
 RANK = 16
-"""Of the adapters whose gradient is compared: fresh ones, with B = 0, as training starts with them. The
-gradient of B is that of the weights seen through a random projection."""
+"""Of the fresh adapters whose gradient is compared: that of the weights, seen through a random projection."""
 
 
 MODEL, SCHEDULE = ["model", "memory"], ["method", "n"]
@@ -99,7 +99,10 @@ class LatentEquivalence(Result):
     positions: pd.DataFrame
     """A row per model, memory, schedule and bin of positions: `state` with `_low` and `_high`."""
 
-    title = "Equivalence of an LRT's training schedules"
+    @property
+    def title(self) -> str:
+        """What was asked."""
+        return "Equivalence of an LRT's training schedules"
 
     @property
     def table(self) -> pd.DataFrame:
@@ -118,7 +121,8 @@ class LatentEquivalence(Result):
     @property
     def verdict(self) -> str:
         """Model by model: which schedules are equivalent by the 1% stated here, and the published default."""
-        return " ".join(self._told(*names, rows) for names, rows in self.table.groupby(MODEL, sort=False))
+        by = groups_of(self.table, MODEL, sort=False)
+        return " ".join(self._told(model, memory, rows) for (model, memory), rows in by)
 
     def _told(self, model: str, memory: str, rows: pd.DataFrame) -> str:
         sentences = [f"{model} ({memory}), {questions_words(int(rows['questions'].max()))}."]
@@ -157,10 +161,10 @@ class LatentEquivalence(Result):
             rows = self.gradients[(self.gradients["of"] == EVERY_PASS) & (self.gradients["part"] == part)]
             figure = self._lines(f"Gradient of {words}", rows, "cosine", "cosine with the exact gradient")
             drawn[f"gradient, {part}"] = figure.update_xaxes(type="log")
-        for (model, memory), own in self.positions.groupby(MODEL, sort=False):
+        for (model, memory), own in groups_of(self.positions, MODEL, sort=False):
             y = "relative error of the last layer (L2), log scale"
             figure = canvas("Error by position", f"{model} ({memory}); {questions_of(own)}", POSITION, y)
-            by = own[own["position"] > 0].groupby(SCHEDULE)
+            by = groups_of(own[own["position"] > 0], SCHEDULE)
             named = {schedule_words({"method": m, "n": n}): rows for (m, n), rows in by}
             add_series(figure, "position", "state", named)
             drawn[f"by position, {model}, {memory}"] = logarithmic(figure)
@@ -169,7 +173,7 @@ class LatentEquivalence(Result):
     def _lines(self, title: str, rows: pd.DataFrame, column: str, y: str) -> go.Figure:
         """A line per model and method, by the number of groups or sweeps."""
         figure = canvas(title, questions_of(self.schedules), "S (groups) or K (sweeps), log scale", y)
-        by = rows.groupby([*MODEL, "method"], sort=False)
+        by = groups_of(rows, [*MODEL, "method"], sort=False)
         named = {f"{str(m).replace('_', '-')}, {model} ({memory})": own for (model, memory, m), own in by}
         add_series(figure, "n", column, named)
         return figure
@@ -201,7 +205,7 @@ def latent_equivalence(
         raise Untestable("no question has finite states and losses")
     by, records, positions, turned = [*MODEL, *SCHEDULE], [], [], []
     losses = gradients[gradients["of"] == NEWEST].drop_duplicates([*by, "id"]).set_index(by).sort_index()
-    for names, own in states.groupby(by, sort=False):
+    for names, own in groups_of(states, by, sort=False):
         about = dict[str, Any](zip(by, names, strict=True))
         here = losses.loc[[names]]
         end = own[own["position"] == own["position"].max()]
@@ -213,7 +217,7 @@ def latent_equivalence(
         for position, rows in own.groupby("position"):
             record = about | {"position": position, "questions": rows["id"].nunique()}
             positions.append(record | as_columns(state=_error(rows, resamples)))
-    for names, own in gradients.groupby([*by, "of", "part"], sort=False):
+    for names, own in groups_of(gradients, [*by, "of", "part"], sort=False):
         record = dict(zip([*by, "of", "part"], names, strict=True)) | {"questions": own["id"].nunique()}
         for name in ("cosine", "norm_ratio"):
             record |= as_columns(**{name: mean_over_questions(own[name].to_numpy(), resamples)})
@@ -380,9 +384,8 @@ class Compared(NamedTuple):
     """A row per schedule and bin of positions: sums of `error2` and `norm2` (squared L2 of the last layer's
     difference and of the exact one) and `relative` (relative L2 error)."""
     gradients: pd.DataFrame
-    """A row per schedule, loss (`newest outputs`, `every pass`) and part (`weights`, `memory`, and each of
-    the memory's own): `cosine` with the exact gradient, `norm_ratio` (over the exact one's norm), and the
-    losses `loss` and `loss_exact` (nats)."""
+    """A row per schedule, loss (`of`) and part (`weights`, `memory`, and each of the memory's own): `cosine`
+    with the exact gradient, `norm_ratio` (over the exact one's norm), `loss` and `loss_exact` (nats)."""
 
 
 def compare_schedules(
@@ -415,12 +418,9 @@ def compare_schedules(
             error2, norm2 = (x.double().square().sum(-1) for x in (last.detach()[0] - exact, exact))
             sums = {"error2": error2, "norm2": norm2, "relative": (error2 / norm2).sqrt()}
             states.append(by_position(sums).assign(**about))
-            for name, value, keep in (
-                (NEWEST, text.loss(last), True),
-                (EVERY_PASS, text.loss_of_passes(passes), False),
-            ):
-                losses = {"of": name, "loss": float(value.detach()), "loss_exact": loss_exact}
-                gradient = _gradient(value, parts, keep)
+            for of, loss in ((NEWEST, text.loss(last)), (EVERY_PASS, text.loss_of_passes(passes))):
+                losses = {"of": of, "loss": float(loss.detach()), "loss_exact": loss_exact}
+                gradient = _gradient(loss, parts, keep=of == NEWEST)
                 gradients += [about | losses | row for row in _against(gradient, true, list(memory))]
     finally:
         model.kind = kept

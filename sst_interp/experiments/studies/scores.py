@@ -20,7 +20,7 @@ from sst_interp.analyses.plots import Dot, canvas, dots, error_bars
 from sst_interp.analyses.result import Result
 from sst_interp.analyses.statistics.bootstrap import OverSeeds, over_seeds, seeds_words
 from sst_interp.errors import Untestable
-from sst_interp.experiments.studies.show import COLOURS
+from sst_interp.experiments.studies.show import COLOURS, groups_of, spread
 
 ENDS = ("", "_low", "_high")
 
@@ -133,11 +133,8 @@ class ArmScores(Result):
         """Setting by setting: which arms are worse or better than what they are compared with."""
         if self.differences.empty:
             return "Not testable: there are no two trainings of a seed to compare."
-        return " ".join(self._told(rows, names) for names, rows in self._by_setting(self.differences))
-
-    def _by_setting(self, rows: pd.DataFrame) -> Any:
-        settings = [*self.design.settings]
-        return rows.groupby(settings) if settings else [((), rows)]
+        by = groups_of(self.differences, self.design.settings)
+        return " ".join(self._told(rows, setting) for setting, rows in by)
 
     def _told(self, rows: pd.DataFrame, setting: tuple) -> str:
         design = self.design
@@ -160,30 +157,34 @@ class ArmScores(Result):
         """Which arms are worse than, better than, and not known to differ from one other."""
         if rows.empty:
             return [f"No seed has a training to compare with {other}."]
-        said: dict[str, list[tuple[str, OverSeeds]]] = {"Worse than": [], "Better than": [], "same": []}
-        unknown = []
-        for row in rows.to_dict("records"):
-            d = of_row(row, self.design.score)
-            if not np.isfinite(d.low):
-                unknown.append(f"One seed has no interval: {row['arm']} against {other} {self.text(d)}.")
-                continue
-            apart = "Worse than" if (d.low > 0) != self.design.percent else "Better than"
-            said["same" if d.low <= 0 <= d.high else apart].append((row["arm"], d))
+        low, high = (rows[f"{self.design.score}{end}"] for end in ("_low", "_high"))
+        known, same = np.isfinite(low), (low <= 0) & (high >= 0)
+        worse = (low > 0) != self.design.percent
+        kinds = {
+            f"Worse than {other}": known & ~same & worse,
+            f"Better than {other}": known & ~same & ~worse,
+            f"No difference from {other} is shown": same,
+        }
         sentences = []
-        for kind, arms in said.items():
-            start = f"No difference from {other} is shown" if kind == "same" else f"{kind} {other}"
-            if kind != "same":
-                arms.sort(key=lambda one: -abs(one[1].mean))
-            if arms:
-                number = f" ({self.text(arms[0][1])})" if kind != "same" or len(arms) == 1 else ""
-                sentences.append(
-                    f"{start}: {'; '.join([f'{arms[0][0]}{number}', *(a for a, _ in arms[1:])])}."
-                )
-        return sentences + unknown[:1]
+        for kind, which in kinds.items():
+            own = rows[which]
+            if which is not same:  # the largest difference first
+                own = own.sort_values(self.design.score, key=lambda score: -score.abs(), kind="stable")
+            if own.empty:
+                continue
+            first, *others = own.to_dict("records")
+            number = f" ({self.text(first)})" if which is not same or not others else ""
+            names = "; ".join([f"{first['arm']}{number}", *(row["arm"] for row in others)])
+            sentences.append(f"{kind}: {names}.")
+        for row in rows[~known].head(1).to_dict("records"):
+            sentences.append(f"One seed has no interval: {row['arm']} against {other} {self.text(row)}.")
+        return sentences
 
-    def text(self, d: OverSeeds) -> str:
-        """A difference in the unit of the score."""
-        return percent(d) if self.design.percent else f"{d.text('+')} {self.design.unit}"
+    def text(self, row: Mapping[Any, Any]) -> str:
+        """The difference of a row, in the unit of the score."""
+        words = spread(row, self.design.score, "+.0%" if self.design.percent else "+.3g")
+        words += "" if np.isfinite(row[f"{self.design.score}_low"]) else " (one seed)"
+        return words if self.design.percent else f"{words} {self.design.unit}"
 
     def figure(self) -> go.Figure:
         """Score by arm; along `x` where there is one, with the most of the other setting."""
@@ -193,11 +194,11 @@ class ArmScores(Result):
         """Scores, and for every setting the score along steps, positions or `x`."""
         design, words = self.design, self.design.setting_words
         if design.x:
-            by = self._by_setting(self.defined)
+            by = groups_of(self.defined, design.settings)
             return {words(*names): self._along(rows, design.x, design.x, names) for names, rows in by}
         drawn = {"final": self._dots()}
         for column, axis in design.along.items():
-            for names, rows in self._by_setting(self.curves[column]):
+            for names, rows in groups_of(self.curves[column], design.settings):
                 name = ", ".join(filter(None, (f"by {column}", words(*names))))
                 drawn[name] = self._along(rows, column, axis, names)
         return drawn
@@ -225,11 +226,11 @@ class ArmScores(Result):
         y = f"{score}, {design.definition} evaluation ({design.unit})"
         figure = canvas(f"Score by {column}", subtitle, axis, y)
         for (arm, own), colour in zip(rows.groupby("arm", sort=False), cycle(COLOURS), strict=False):
-            ends = [own[f"{score}{end}"].to_numpy(dtype=float) for end in ENDS] if bars else None
+            value, low, high = (own[f"{score}{end if bars else ''}"].to_numpy(dtype=float) for end in ENDS)
             figure.add_scatter(
                 x=own[column], y=own[score], name=str(arm), mode="lines+markers", marker={"size": 5},
                 line={"color": colour, "dash": "dot" if arm == design.baseline else "solid"},
-                error_y=None if ends is None else error_bars(*ends, colour),
+                error_y=error_bars(value, low, high, colour) if bars else None,
                 hovertemplate=f"{arm}, {column} %{{x}}: %{{y:.4f}}<extra></extra>",
             )  # fmt: skip
         at = np.sort(rows[column].unique())
@@ -264,8 +265,8 @@ def arm_scores(table: pd.DataFrame, design: Design, times: pd.DataFrame | None =
     by = [*design.by, "arm", "evaluated"]
     scores = _means(last, [*by, "seed"], design, design.cost)
     ratios, finals = step_ratios(times, design.baseline), []
-    for names, own in scores.groupby(by, sort=False):
-        record: dict[str, Any] = dict(zip(by, names, strict=True)) | {"seeds": len(own)}
+    for names, own in groups_of(scores, by, sort=False):
+        record = dict[str, Any](zip(by, names, strict=True)) | {"seeds": len(own)}
         for name in design.measures:
             record |= over_seeds(own[name].to_numpy(dtype=float)).columns(name)
         record |= {"lowest": own[design.score].min(), "highest": own[design.score].max()}
@@ -292,18 +293,6 @@ def step_ratios(times: pd.DataFrame | None, baseline: str) -> dict[str, float]:
     return {str(arm): float(v) for arm, v in wide.div(wide[baseline], axis=0).median().items()}
 
 
-def of_row(row: Mapping[Any, Any], name: str) -> OverSeeds:
-    """A number of a table's row with its interval."""
-    low, high = row[f"{name}_low"], row[f"{name}_high"]
-    return OverSeeds(row[name], low, high, np.nan, np.nan, int(row["seeds"]))
-
-
-def percent(d: OverSeeds) -> str:
-    """`+31% [+12%, +50%]`."""
-    ends = f" [{d.low:+.0%}, {d.high:+.0%}]" if np.isfinite(d.low) else " (one seed)"
-    return f"{d.mean:+.0%}{ends}"
-
-
 def _means(rows: pd.DataFrame, by: list[str], design: Design, cost: Sequence[str]) -> pd.DataFrame:
     """Every measure, and the costs, of each group of rows; those that count nothing are left out."""
     columns = list(dict.fromkeys(c for top, bottom, _ in design.measures.values() for c in (top, bottom)))
@@ -318,7 +307,7 @@ def _means(rows: pd.DataFrame, by: list[str], design: Design, cost: Sequence[str
 def _differences(scores: pd.DataFrame, design: Design) -> pd.DataFrame:
     """Within seeds: the definition's score of an arm minus whatever it is compared with."""
     records, rows = [], scores.reset_index()
-    for names, own in rows.groupby(design.by) if design.by else [((), rows)]:
+    for names, own in groups_of(rows, design.by):
         by_seed = {key: part.set_index("seed") for key, part in own.groupby(["arm", "evaluated"], sort=False)}
         for arm in dict.fromkeys(own["arm"]):
             others = [(other, (other, design.definition)) for other in design.against if other != arm]

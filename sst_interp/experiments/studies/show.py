@@ -1,9 +1,9 @@
-"""How the studies show their numbers: Markdown tables by column, and lines with bars for the intervals."""
+"""How the studies group and show their numbers: Markdown tables by column, lines with bars for intervals."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
 from typing import Any, NamedTuple
 
@@ -28,6 +28,17 @@ class Across(NamedTuple):
 
     column: str
     cell: Cell
+
+
+def groups_of(rows: pd.DataFrame, by: Sequence[str], sort: bool = True) -> Any:
+    """(values of `by`, rows) of each group; all rows together where `by` is empty."""
+    return rows.groupby([*by], sort=sort) if len(by) else [((), rows)]
+
+
+def finite(rows: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+    """Rows whose numbers in some columns are all finite."""
+    known = np.isfinite(rows[[*columns]].to_numpy(dtype=float)).all(axis=1)
+    return rows.iloc[np.flatnonzero(known)]
 
 
 def number(name: str, form: str) -> Cell:

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -52,6 +52,7 @@ BLEND = ("model", "layers", "n_layers", "alpha", "alpha_low", "alpha_high", "ble
 """The columns that say which blend was measured."""
 
 Reference = Literal["layerwise", "sequential"]
+Where = Literal["all", "first", "last", "spread"]
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,8 @@ class Condition:
     """
 
     alpha: float
-    where: str = "all"
-    """`all`, `first`, `last` or `spread` (evenly over the stack)."""
+    where: Where = "all"
+    """`spread`: evenly over the stack."""
     n: int = 0
     """How many layers; left out with `all`."""
     schedules: tuple[Schedule, ...] = TWO_PASSES
@@ -80,11 +81,8 @@ class Condition:
         return weights
 
 
-def switched_on(n_layers: int, where: str, n: int = 0) -> list[int]:
+def switched_on(n_layers: int, where: Where, n: int = 0) -> list[int]:
     """The layers that blend. `spread` takes the middle of each of `n` equal parts of the stack."""
-    known = ("all", "first", "last", "spread")
-    if where not in known:
-        raise SSTError(f"layers {where!r} are not one of {', '.join(known)}", "for example 'all'")
     if where == "all":
         return list(range(n_layers))
     if not 1 <= n <= n_layers:
@@ -102,8 +100,7 @@ def grid(n_layers: int, alphas: Sequence[float] = (0.005, 0.01, 0.027, 0.05, 0.1
     blends.append(Condition(PAPER_ALPHA, schedules=TWO_PASSES + CYCLIC))
     blends += [Condition(a, "spread", third, few) for a in alphas if a >= 0.01]
     blends += [Condition(a, "spread", tenth, few) for a in (PAPER_ALPHA, max(alphas))]
-    blends += [Condition(PAPER_ALPHA, where, third, few) for where in ("first", "last")]
-    return blends
+    return [*blends, *(Condition(PAPER_ALPHA, where, third, few) for where in ("first", "last"))]
 
 
 @register_study
@@ -119,10 +116,7 @@ class TwoPass(Study):
     page = "docs/approximation.md"
     options = ("model", "questions", "verify")
     tables = {  # noqa: RUF012
-        "errors": Table(
-            "errors.parquet",
-            (*NAMED, "method", "groups", "sweeps", "reference", "question"),
-        )
+        "errors": Table("errors.parquet", (*NAMED, "method", "groups", "sweeps", "reference", "question"))
     }
     findings = (
         Finding(
@@ -238,8 +232,7 @@ def blend_of(model: StateStreamModel, label: str, layers: str) -> dict[str, Any]
     return dict(zip(BLEND, values, strict=True))
 
 
-@dataclass(frozen=True)
-class Outputs:
+class Outputs(NamedTuple):
     """What is compared of one text, position by position."""
 
     logits: Float[Tensor, "position vocab"]
