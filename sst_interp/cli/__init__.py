@@ -17,7 +17,7 @@ def __getattr__(name: str) -> object:
     """`app`, imported when it is asked for."""
     if name != "app":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from sst_interp.cli.common import whole_app
+    from sst_interp.cli.commands import whole_app
 
     return whole_app()
 
@@ -34,7 +34,7 @@ def main() -> None:
     try:
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else somebody ignores it
             signal.signal(signal.SIGINT, stop)
-        from sst_interp.cli.common import run
+        from sst_interp.cli.commands import run
 
         run()
     except KeyboardInterrupt:

@@ -18,7 +18,7 @@ import plotly.graph_objects as go
 
 from sst_interp.analyses.plots import Dot, canvas, dots, error_bars
 from sst_interp.analyses.result import Result
-from sst_interp.analyses.statistics.bootstrap import OverSeeds, over_seeds, seeds_words
+from sst_interp.analyses.statistics.bootstrap import over_seeds, seeds_words
 from sst_interp.errors import Untestable
 from sst_interp.experiments.studies.show import COLOURS, groups_of, spread
 
