@@ -113,7 +113,7 @@ def pairs_table(
     diverge: int = 3,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """A `pairs` table. In free-running, texts differ from position `diverge` on and nothing shifts before it."""
+    """A `pairs` table. Free-running texts differ from position `diverge` on; nothing shifts before it."""
     rng = np.random.default_rng(seed)
     planted = planted or Planted()
     shape = questions, positions, layers

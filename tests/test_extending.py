@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_loading import save_model
+from tiny_capture import tiny_llama, word_tokenizer
 
 import sst_interp as sst
 from sst_interp import cli
-from sst_interp.models.kinds import _KINDS, kinds
-from sst_interp.questions.datasets import _DATASETS, known_datasets
+from sst_interp.models import kinds as kinds_module
+from sst_interp.models.kinds import kinds
+from sst_interp.questions import datasets as datasets_module
+from sst_interp.questions.datasets import known_datasets
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
 EXAMPLES = {
@@ -25,18 +27,15 @@ EXAMPLES = {
 @pytest.fixture
 def here(tmp_path, monkeypatch, registries):
     """A working folder with the examples as plugins, a tiny backbone and a recipe."""
-    for registry in (kinds(), known_datasets()):
-        assert registry
-    for registry in (_KINDS, _DATASETS):
-        monkeypatch.setattr(
-            f"{(registry is _KINDS and 'sst_interp.models.kinds._KINDS') or 'sst_interp.questions.datasets._DATASETS'}",
-            dict(registry),
-        )
+    for module, loaded in ((kinds_module, kinds()), (datasets_module, known_datasets())):
+        name = "_KINDS" if module is kinds_module else "_DATASETS"
+        monkeypatch.setattr(module, name, dict(loaded))
     for name, code in EXAMPLES.items():
         (tmp_path / name).write_text(code)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SST_INTERP_PLUGINS", ":".join(str(tmp_path / name) for name in EXAMPLES))
-    save_model(tmp_path / "tiny", max_position_embeddings=256)
+    tiny_llama(torch.float32, max_position_embeddings=256).save_pretrained(tmp_path / "tiny")
+    word_tokenizer().save_pretrained(tmp_path / "tiny")
     (tmp_path / "r.toml").write_text(
         'checkpoint = "tiny"\ndataset = "riddles"\nkind = "damped"\ndepths = [1, 2]\n'
         'max_new_tokens = 4\nbatch_size = 2\ndtype = "float32"\n'

@@ -85,7 +85,7 @@ def read_in_parallel(
     Raises:
         SSTError: the hook's changes do not settle, so they do not depend on earlier positions alone.
     """
-    rows, positions = tokens.shape
+    positions = tokens.shape[1]
     stream = model.new_stream(torch.zeros_like(tokens[:, 0]), positions)
     everywhere = list(range(positions))
     solution = solve_exactly(model, stream, tokens, iterations=iterations, check=everywhere)
