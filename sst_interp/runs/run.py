@@ -126,16 +126,16 @@ class Run:
         names = {name: ", ".join(map(_quoted, files)) for name, files in shards.items()}
         today = "".join(f" when {_quoted(old)} then {_quoted(new)}" for old, new in BEFORE.items())
         with duckdb.connect(config={"python_enable_replacements": False}) as tables:
-            tables.execute(f"set allowed_paths = [{', '.join(filter(None, names.values()))}]")
-            tables.execute("set enable_external_access = false; set lock_configuration = true")
-            for name, files in names.items():
-                if not files:
-                    tables.register(name, TABLES[name].empty_table())
-                    continue
-                renamed = f"case comparison{today} else comparison end as comparison"
-                every = f"* replace ({renamed})" if "comparison" in TABLES[name].names else "*"
-                tables.execute(f"create view {name} as select {every} from read_parquet([{files}])")
             try:
+                tables.execute(f"set allowed_paths = [{', '.join(filter(None, names.values()))}]")
+                tables.execute("set enable_external_access = false; set lock_configuration = true")
+                for name, files in names.items():
+                    if not files:
+                        tables.register(name, TABLES[name].empty_table())
+                        continue
+                    renamed = f"case comparison{today} else comparison end as comparison"
+                    every = f"* replace ({renamed})" if "comparison" in TABLES[name].names else "*"
+                    tables.execute(f"create view {name} as select {every} from read_parquet([{files}])")
                 statements = tables.extract_statements(query)
                 if [s.type for s in statements] != [duckdb.StatementType.SELECT]:
                     raise SSTError("a query is one SELECT", 'for example "select count(*) from pairs"')
