@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from sst_interp.experiments.probe.data import Features, Labels, features_of
+from sst_interp.experiments.probe import Features, Labels, features_of
 
 
 def labels(positive: np.ndarray, **changes) -> Labels:

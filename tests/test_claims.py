@@ -80,6 +80,18 @@ def keys():
     return own + [a.name for a in known if a.per == "run"]
 
 
+@pytest.fixture
+def only(registries):
+    """Leaves these analyses in the registry: the others are most of the time."""
+
+    def keep(*names):
+        known = load()
+        for name in known.keys() - set(names):
+            del known[name]
+
+    return keep
+
+
 @pytest.fixture(scope="module")
 def planted():
     baseline = run_of(pairs_of(), correct=(0.3, 0.3, 0.3), seed=9)
@@ -134,15 +146,17 @@ def test_a_quiet_run_refutes_what_it_can_and_makes_up_nothing():
     )
 
 
-def test_noise_as_large_as_the_change_refutes_it():
+def test_noise_as_large_as_the_change_refutes_it(only):
+    only("bf16_noise")
     run = run_of(pairs_of())
     assert states(claims(run, resamples=FEW), "C7")["teacher_forced"] == HOLDS
     run.noise = run.noise.assign(relative_l2=50 * run.noise["relative_l2"])
     assert states(claims(run, resamples=FEW), "C7")["teacher_forced"] == FAILS
 
 
-def test_comparisons_are_not_pooled(planted):
-    """free-running does not shift before its texts part: C8 holds in no other way than by the other comparisons."""
+def test_comparisons_are_not_pooled(only):
+    """Shifts planted in one comparison count in that one alone."""
+    only("basin_shifts", "position_zero")
     pairs = pairs_of(planted=Planted(share=0.14))
     first = (pairs["position"] == 0) & (pairs["comparison"] == "teacher_forced") & (pairs["layer"] == 1)
     ledger = claims(run_of(pairs.assign(cosine=pairs["cosine"].mask(first, 0.3))), resamples=FEW)
@@ -159,8 +173,9 @@ def test_comparisons_are_not_pooled(planted):
     assert set(states(only, "C1").values()) == {finding(whole, "C1").verdict, UNTESTED}
 
 
-def test_the_state_that_moves_with_the_argmax_is_not_before_it():
+def test_the_state_that_moves_with_the_argmax_is_not_before_it(only):
     """Shifts planted at the step before the argmax changes hold; argmax changes without a shift do not."""
+    only("precedence")
     rng = np.random.default_rng(0)
     pairs = pairs_of(planted=Planted(share=0, stable=0.0005))
     chosen = rng.random((24, 12)) < 0.3
@@ -176,7 +191,8 @@ def test_the_state_that_moves_with_the_argmax_is_not_before_it():
     assert states(claims(run, resamples=FEW), "C6") == dict.fromkeys(COMPARISONS, FAILS)
 
 
-def test_accuracy_of_blind_guesses_cannot_be_broken():
+def test_accuracy_of_blind_guesses_cannot_be_broken(only):
+    only("overthinking")
     ledger = claims(run_of(pairs_of(), correct=(0.25, 0.1, 0.05)), resamples=FEW)
     assert "not above blind guessing (25.0%)" in finding(ledger, "C10", EVERYWHERE).verdict
 
@@ -249,8 +265,9 @@ def test_a_missing_table_costs_only_what_needs_it(table):
     assert len(claims(run, resamples=50).rows) == len(ledger.rows)
 
 
-def test_a_crash_is_not_a_finding():
+def test_a_crash_is_not_a_finding(only):
     """A column that is missing is a run of another making: a KeyError, and said to be one."""
+    only("token_replacement", "precedence")
     run = run_of(small())
     run.outputs = run.outputs.drop(columns="replaced")
     ledger = claims(run, resamples=50)
@@ -272,7 +289,9 @@ def test_a_crash_is_not_a_finding():
         (Untestable("three depths are needed"), False),
     ],
 )
-def test_what_an_analysis_raises_is_told_apart(registries, error, failed):
+def test_what_an_analysis_raises_is_told_apart(only, error, failed):
+    only()
+
     @analysis("Planted", "Does it crash?", claims=("X1",))
     def planted_crash(c):
         raise error
@@ -291,7 +310,9 @@ def test_what_an_analysis_raises_is_told_apart(registries, error, failed):
     assert ("3 analyses failed" in ledger.verdict) == failed
 
 
-def test_a_claim_that_crashes_is_one_too(registries):
+def test_a_claim_that_crashes_is_one_too(only):
+    only()
+
     @claim("X2", "it can be read", "yes", "it can", per="run")
     def crashes(e: Evidence):
         return e.beside["nothing of the kind"]
@@ -301,7 +322,9 @@ def test_a_claim_that_crashes_is_one_too(registries):
     assert finding(ledger, "X2", EVERYWHERE).verdict == f"{UNTESTED}: {FAILED}"
 
 
-def test_too_little_memory_is_no_finding_either(registries):
+def test_too_little_memory_is_no_finding_either(only):
+    only()
+
     @analysis("Greedy", "How much memory is there?", per="run")
     def greedy(c):
         raise MemoryError
@@ -324,7 +347,8 @@ def test_a_name_belongs_to_one_module(registries):
         analysis("Another", "", name="precedence")(lambda c: None)
 
 
-def test_one_comparison_is_held_at_a_time_and_its_modes_are_found_once(registries, monkeypatch):
+def test_one_comparison_is_held_at_a_time_and_its_modes_are_found_once(only, monkeypatch):
+    only("basin_shifts", "layer_profile", "dwell")
     held, alive, found = [], [], []
     find_modes = contrast_module.find_modes
     monkeypatch.setattr(contrast_module, "find_modes", lambda *a, **b: found.append(1) or find_modes(*a, **b))
@@ -361,7 +385,8 @@ def test_progress_counts_up_to_the_number_of_analyses():
     assert {name for _, _, name in told[:-1]} == set(ledger.results) | set(ledger.missing)
 
 
-def test_controls_are_beside_the_figure():
+def test_controls_are_beside_the_figure(only):
+    only("basin_shifts", "position_zero", "content", "divergence")
     run = run_of(pairs_of(planted=Planted(share=0.3)))
     off = run_of(pairs_of(planted=Planted(share=0.3), seed=1), prompt="blend_off")
     ledger = claims(run, blend_off=off, reshuffled=off, resamples=FEW)
@@ -372,7 +397,8 @@ def test_controls_are_beside_the_figure():
     assert "own prompt was read without" in finding(claims(off, resamples=20), "C8").control
 
 
-def test_rows_measured_elsewhere_take_their_place():
+def test_rows_measured_elsewhere_take_their_place(only):
+    only()
     told = Claim("C12", "a probe tells", "29/48", "the AUC is above one half", 0.6)
     row = Row(told, EVERYWHERE, Finding("0.7", judged(True, Interval(0.7, 0.6, 0.8, 20)), control="null"))
     ids = claims(run_of(small()), more=[row], resamples=20).table["claim"].tolist()

@@ -105,8 +105,6 @@ def two_lines(result, *said):
 def test_the_installed_command():
     command = Path(sysconfig.get_path("scripts")) / "sst-interp"
     env = os.environ | {"SST_INTERP_RUNS": "."}
-    version = subprocess.run([command, "--version"], capture_output=True, text=True, env=env)
-    assert (version.returncode, version.stdout) == (0, f"sst-interp {sst_interp.__version__}\n")
     wrong = subprocess.run(
         [command, "basin-shifts", "--run", "dmeo"], capture_output=True, text=True, env=env
     )
@@ -131,6 +129,27 @@ def test_the_shell_is_told_how_to_complete(monkeypatch):
         assert registers in script
     typed = {"COMP_WORDS": "sst-interp ca", "COMP_CWORD": "1"}
     assert asked(_SST_INTERP_COMPLETE="complete_bash", **typed).split() == ["capture"]
+
+
+def test_the_version_and_the_panels_of_the_help(run_cli, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    assert run_cli("--version") == (0, f"sst-interp {sst_interp.__version__}\n", "")
+    code, out, _ = run_cli("--help")
+    assert code == 0
+    panels = {}
+    for line in out.splitlines():
+        words = line.strip("│╭╮─ ").split()
+        if line.startswith("╭"):
+            panels[words[0]] = own = []
+        elif line.startswith("│ ") and line[2] != " ":
+            own.append(words[0])
+    del panels["Options"]
+    assert panels == {
+        "Run": ["basin-shifts", "claims", "report", "capture", "publish", "runs", "datasets"],
+        "Look": ["compare", "probe", "patch"],
+        "Train": ["train", "evaluate"],
+        "Study": ["study"],
+    }
 
 
 # What a person can get wrong

@@ -10,7 +10,6 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_training import backbone, recipe  # noqa: F401(fixtures)
 from tiny import lrt
 from tiny_training import answer_batch as batch
 from tiny_training import save_backbone, training_recipe

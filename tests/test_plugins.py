@@ -61,7 +61,7 @@ def test_a_plugin_stands_in_the_report(plugin, runs, monkeypatch, capsys):
     monkeypatch.setattr("sst_interp.findings.report.page.write_report", lambda run, path, ledger: path)
     for command in ("report", "claims"):
         assert run_command(monkeypatch, command, "--run", "tiny") == 3
-        assert "failed: halves.free: KeyError: 'x' (halves.py, line 1)" in capsys.readouterr().err
+        assert "failed: halves.free_running: KeyError: 'x' (halves.py, line 1)" in capsys.readouterr().err
 
 
 def test_the_command_shows_a_plugin_and_tells_a_crash_by_its_exit_code(plugin, runs, monkeypatch, capsys):
@@ -74,7 +74,7 @@ def test_the_command_shows_a_plugin_and_tells_a_crash_by_its_exit_code(plugin, r
     assert verdicts.pop("free_running") == "not testable: the analysis failed"
     assert set(verdicts) == {"teacher_forced", "within"}
     assert set(verdicts.values()) <= {"holds", "does not hold"}
-    assert "failed: halves.free: AttributeError: " in err
+    assert "failed: halves.free_running: AttributeError: " in err
     assert f"({plugin.name}, line " in err
     assert "please report these lines, with `sst-interp claims --run tiny`" in err
 

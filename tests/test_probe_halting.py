@@ -12,7 +12,7 @@ from sklearn.metrics import brier_score_loss, roc_auc_score
 from synthetic_states import labels, states
 
 from sst_interp.errors import SSTError, Untestable
-from sst_interp.experiments.probe.data import features_of
+from sst_interp.experiments.probe import features_of
 from sst_interp.experiments.probe.finding import Halting, halting, halting_of
 from sst_interp.experiments.probe.fit import Design
 from sst_interp.experiments.probe.saved import layer_of, load_probe, probe_run
@@ -313,7 +313,7 @@ def test_bad_input_is_a_line(run, tmp_path):
     with pytest.raises(Untestable, match="all equal"):
         halting(bare)
     bare.questions = run.questions[run.questions["question"] < 6]
-    with pytest.raises(SSTError, match="has no states"):
+    with pytest.raises(SSTError, match="keeps no states"):
         halting(bare)
     same = features_of(torch.ones(6, 2, 4))
     with pytest.raises(Untestable, match="features are constant"):

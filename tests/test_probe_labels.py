@@ -9,7 +9,7 @@ from synthetic_outputs import questions_table
 
 from sst_interp.analyses.answers import answers_of
 from sst_interp.errors import SSTError, Untestable
-from sst_interp.experiments.probe.data import RULES, features_of, halting_labels, position0, usable_layers
+from sst_interp.experiments.probe import RULES, features_of, halting_labels, position0, usable_layers
 from sst_interp.runs.store import open_run, publish
 
 PATTERNS = ["1111", "1000", "0100", "0111", "1011", "0000", "0001", "1110", "0010"]
@@ -122,7 +122,7 @@ def test_what_was_not_captured_is_said_in_a_line(captured, tmp_path):
     with pytest.raises(Untestable, match="no questions"):
         position0(captured, [])
     nothing = open_run(tiny_run.capture(tmp_path / "none", tiny_run.tiny_recipe("none", keep="none")))
-    with pytest.raises(SSTError, match="has no states"):
+    with pytest.raises(SSTError, match="keeps no states"):
         position0(nothing, [0])
 
 

@@ -78,11 +78,11 @@ def test_it_is_refused_for_another_model(tmp_path):
     for key in ("model_hash", "alpha_hash", "n_layers", "d_model", "carry", "prompt"):
         other = own | {key: "something else"}
         with pytest.raises(SSTError, match=f"belongs to another model.*{key}"):
-            refuse_other(own, other, "trained on", "has")
-    refuse_other(own, own, "trained on", "has")
+            refuse_other(own, other)
+    refuse_other(own, own)
     for partial in ({}, {"model_hash": own["model_hash"]}):  # what is not said fits no model
         with pytest.raises(SSTError, match=r"belongs to another model.*unknown"):
-            refuse_other(partial, own, "trained on", "has")
+            refuse_other(partial, own)
     _, _, probe = trained()
     folder = replace(probe, model=own).save(tmp_path / "own")
     load_probe(folder, model)

@@ -17,7 +17,6 @@ from sst_interp.experiments.probe.validate import (
     folds,
     leave_one_out,
     leave_pair_out,
-    permutation_scores,
     permuted,
     plain_leave_one_out,
     random_keys,
@@ -179,23 +178,24 @@ def p_of(strength, seed, permutations=19, scheme="leave_one_out"):
     features, own = states(24, 2, 6, 10, strength, dims=2, seed=seed)
     inputs, positive = Inputs(features.states), own.positive
     real = score(QUICK, inputs, as_rows(positive), (scheme,))[scheme].logits
-    rows, drawn = permutation_scores(QUICK, inputs, positive, permutations, (scheme,), seed)
+    rows = permuted(positive, permutations, seed)
+    drawn = score(QUICK, inputs, rows, (scheme,))
     observed = aucs(real, positive[None])[0]
-    return p_value(aucs(drawn[scheme].logits, rows), observed, 1)
+    return p_value(aucs(drawn[scheme].logits, rows.numpy() > 0.5), observed, 1)
 
 
 def test_without_a_signal_p_values_are_uniform():
     """Choosing layer and dimensions is in the null, so it cannot make them small."""
-    p = np.array([p_of(0.0, seed) for seed in range(100)])
-    spread = p - np.random.default_rng(0).random(100) / 20  # p is one of 1/20 ... 20/20
+    p = np.array([p_of(0.0, seed) for seed in range(50)])
+    spread = p - np.random.default_rng(0).random(50) / 20  # p is one of 1/20 ... 20/20
     assert kstest(spread, "uniform").pvalue > 0.001
-    assert (p <= 0.05).mean() <= 0.12  # 5% nominal, 100 trials; 13 or more has probability 0.1%
+    assert (p <= 0.05).mean() <= 0.16  # 5% nominal, 50 trials; 9 or more has probability 0.1%
 
 
 def test_power_rises_with_the_signal():
-    power = [np.mean([p_of(s, seed) <= 0.05 for seed in range(16)]) for s in (0.7, 2.5)]
+    power = [np.mean([p_of(s, seed) <= 0.05 for seed in range(8)]) for s in (0.7, 2.5)]
     assert power[0] < power[1]
-    assert power[1] >= 0.9
+    assert power[1] > 0.8
 
 
 def test_selection_outside_the_fold_shows_as_the_difference_it_makes():

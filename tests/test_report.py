@@ -20,8 +20,16 @@ from sst_interp.analyses.plots import empty_figure
 from sst_interp.errors import SSTError
 from sst_interp.findings.ledger import claims
 from sst_interp.findings.report.explorer import Threshold, explorer_data
-from sst_interp.findings.report.lists import Vocabulary, lens_arrays
-from sst_interp.findings.report.packing import DISTANCE, OUTPUT, SIZE, Places, implied_l2, pack, unpack
+from sst_interp.findings.report.packing import (
+    DISTANCE,
+    OUTPUT,
+    SIZE,
+    Places,
+    Vocabulary,
+    implied_l2,
+    lens_arrays,
+    pack,
+)
 from sst_interp.findings.report.page import render_report, script_json, visible, write_report
 from sst_interp.findings.report.question import question_view
 from sst_interp.findings.report.sections import split_verdict
@@ -112,6 +120,16 @@ def brief(ledger):
 @pytest.fixture(scope="module")
 def page(run, ledger):
     return render_report(run, ledger)
+
+
+def unpack(block):
+    """What `pack` was given, flat: the page's `unpack.js` in Python."""
+    data, found, start = gzip.decompress(base64.b64decode(block["gz"])), {}, 0
+    for name, length, size in block["arrays"]:
+        planes = np.frombuffer(data, np.uint8, length * size, start).reshape(size, length)
+        found[name] = np.ascontiguousarray(planes.T).view(f"<u{size}").ravel()
+        start += length * size
+    return found
 
 
 def embedded(page):
@@ -371,7 +389,7 @@ def test_a_question_by_index_or_id_shows_itself_only(run, tmp_path):
 def test_what_cannot_be_tested_is_said():
     few = full_run(comparisons=("teacher_forced",), questions=3, positions=4, layers=2)
     page = render_report(few, claims(few, resamples=20))
-    assert "Not testable in free: the run has no pairs of comparison &#39;free&#39;." in page
+    assert "Not testable in free-running: the run has no pairs of comparison &#39;free_running&#39;." in page
     assert page.count('<span data-panel="free_running">Not testable in this comparison.</span>') == 3
     empty = synthetic_run(comparisons=(), questions=3)
     data = embedded(render_report(empty, claims(empty, resamples=20)))
@@ -524,7 +542,7 @@ def test_the_download_is_the_table_and_the_switch_changes_every_section(opened, 
     assert page.locator(".claim-details:visible").count() == 0
     page.locator(".claim-more").first.press("Enter")
     assert page.locator(".claim-details:visible").count() == 1
-    page.locator("#story .switch button", has_text="free_running").click()
+    page.locator("#story .switch button", has_text="free-running").click()
     shown = page.locator("#a0 .panel:visible .verdict p").first.inner_text()
     assert shown == split_verdict(ledger.results["basin_shifts.free_running"].verdict)[0]
     page.locator("#story-1 .main-svg").first.wait_for()

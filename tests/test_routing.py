@@ -10,8 +10,7 @@ import torch
 from synthetic_outputs import questions_table
 
 from sst_interp.errors import Untestable
-from sst_interp.experiments.probe.data import THRESHOLDS, traces
-from sst_interp.experiments.probe.routing import ORACLE, PROBE, routing
+from sst_interp.experiments.probe.routing import ORACLE, PROBE, THRESHOLDS, routing, traces
 from sst_interp.models.halting import Convergence
 
 
@@ -72,11 +71,11 @@ def test_a_probe_that_knows_breaks_nothing_and_mends_all():
 
 def test_a_probe_that_knows_nothing_has_nothing_over_dealing_depths_at_random():
     inside = 0
-    for seed in range(40):
+    for seed in range(20):
         rng = np.random.default_rng([seed, 1])
         row = found(rng.normal(size=120), correct(seed=seed)[1]).row(PROBE)
         inside += row["beyond_low"] <= 0 <= row["beyond_high"]
-    assert inside >= 33  # 95% nominal, 40 trials; fewer has probability 0.3%
+    assert inside >= 16  # 95% nominal, 20 trials; fewer has probability 0.3%
 
 
 def test_passes_broken_and_saved_by_hand():
@@ -128,7 +127,7 @@ def test_a_rule_learns_its_threshold_on_other_questions():
     assert row["broken"] == 0
     assert row["beyond_low"] > 0
     accuracies = []
-    for seed in range(30):
+    for seed in range(12):
         rng = np.random.default_rng([seed, 5])
         here = found(right=correct(seed=seed)[1], steps=steps_of(rng.random((4, 120)))).row("entropy")
         accuracies.append(here["beyond"])

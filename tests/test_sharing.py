@@ -23,7 +23,7 @@ from sst_interp.models import checkpoint as adapters
 from sst_interp.models import loading
 from sst_interp.models.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, WEIGHTS, save_checkpoint
 from sst_interp.models.choices import Choices
-from sst_interp.models.loading import fetch_checkpoint, load, push_to_hub
+from sst_interp.models.loading import fetch_checkpoint, load, load_tokenizer, push_to_hub
 from sst_interp.runs import manifest
 from sst_interp.runs.store import fetch_run, open_run
 
@@ -189,6 +189,7 @@ def test_a_stream_comes_back(hub, untrained, tmp_path):
     for model in models:
         assert model.choices == THEIRS
         assert torch.equal(model.replay(TOKENS, 2).logits, untrained.replay(TOKENS, 2).logits)
+    assert load_tokenizer("me/stream").get_vocab() == load_tokenizer("tiny").get_vocab()
 
 
 def test_a_trained_checkpoint_comes_back(hub, trained, tmp_path):

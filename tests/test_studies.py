@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
@@ -16,6 +17,7 @@ from sst_interp.cli.studies import app
 from sst_interp.errors import SSTError
 from sst_interp.experiments.studies import study as study_module
 from sst_interp.experiments.studies.decoders import Pretraining
+from sst_interp.experiments.studies.show import Across, interval, lines_of, number
 from sst_interp.experiments.studies.study import Study, TrainingStudy, find_study, register_study, studies
 from sst_interp.experiments.studies.tasks import SEPARATOR
 from sst_interp.experiments.table import Table, same_plan
@@ -23,7 +25,40 @@ from sst_interp.tables import NOT_YET, fill, markdown
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = paths.shipped("studies")
+SHIPPED_RESULTS = {}
 EVERY = ["lrt-equivalence", "lrt-schedules", "pretraining", "recall", "small", "two-pass"]
+
+
+@pytest.fixture(autouse=True)
+def shipped_once(monkeypatch):
+    """What ships is evaluated once for all tests of this file."""
+    results = Study.results
+
+    def once(study: Study, folder: str | Path):
+        if Path(folder) != SHIPPED:
+            return results(study, folder)
+        if study.name not in SHIPPED_RESULTS:
+            SHIPPED_RESULTS[study.name] = results(study, folder)
+        return SHIPPED_RESULTS[study.name]
+
+    monkeypatch.setattr(Study, "results", once)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Name -> the tables of a tiny study that was not stopped, and the passes that it took."""
+
+    @cache
+    def run(name: str) -> tuple[dict[str, pd.DataFrame], int]:
+        study, more = tiny_study(name)
+        calls: list[tuple[int, int]] = []
+        folder = tmp_path_factory.mktemp("whole")
+        tables = study.run(folder, seeds=(0, 1), progress=lambda _, *n: calls.append(n), **more)
+        total = calls[-1][1]
+        assert calls[-1] == (total, total)
+        return tables, total
+
+    return run
 
 
 class StoppedError(Exception):
@@ -39,12 +74,9 @@ def same(a: pd.DataFrame, b: pd.DataFrame) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("where", ["between two tables", "in a training"])
-def test_a_study_goes_on_where_it_was_stopped(tmp_path, monkeypatch, name, where):
+def test_a_study_goes_on_where_it_was_stopped(tmp_path, monkeypatch, whole, name, where):
     study, more = tiny_study(name)
-    calls: list[tuple[int, int]] = []
-    whole = study.run(tmp_path / "whole", seeds=(0, 1), progress=lambda _, *n: calls.append(n), **more)
-    total = calls[-1][1]
-    assert calls[-1] == (total, total)
+    tables, total = whole(name)
     put, puts, steps = Table.put, [], []
 
     def stopped_put(self, folder, rows):
@@ -71,7 +103,7 @@ def test_a_study_goes_on_where_it_was_stopped(tmp_path, monkeypatch, name, where
     resumed = study.run(cut, seeds=(0, 1), progress=lambda _, *n: taken.append(n), **more)
     assert taken[-1] == (left, left)
     for table in resumed:
-        same(whole[table], resumed[table])
+        same(tables[table], resumed[table])
     again = study.run(cut, seeds=(0, 1), progress=lambda *_: pytest.fail("nothing is missing"), **more)
     assert all(again[table].equals(resumed[table]) for table in again)
 
@@ -240,6 +272,19 @@ def test_documents_that_cannot_be_filled_are_one_line(tmp_path):
 def test_a_markdown_table_leaves_what_is_missing_empty():
     assert markdown([{"a": 0.12345, "b": float("nan")}]) == "| a | b |\n| --- | --- |\n| 0.123 |  |"
     assert markdown([]) == NOT_YET
+
+
+def test_rows_that_agree_before_a_wide_column_are_one_line():
+    rows = pd.DataFrame({"arm": ["a", "b", "a"], "n": [2, 2, 4], "x": [0.5, float("nan"), 0.25], "seeds": 3})
+    rows = rows.assign(x_low=[0.4, 0, float("nan")], x_high=1.0)
+    columns = {"arm": "arm", "{} pairs": Across("n", interval("x")), "seeds": "seeds"}
+    assert lines_of(rows, columns) == [
+        {"arm": "a", "2 pairs": "0.5 [0.4, 1]", "4 pairs": "0.25", "seeds": 3},
+        {"arm": "b", "2 pairs": "", "4 pairs": "", "seeds": 3},
+    ]
+    plain = lines_of(rows, {"arm": "arm", "x": number("x", ".1f")})
+    assert [line["x"] for line in plain] == ["0.5", "", "0.2"]
+    assert lines_of(rows.iloc[:0], columns) == []
 
 
 def test_the_command_trains_on_a_file_and_shows_what_it_measured(tmp_path, monkeypatch):

@@ -12,30 +12,31 @@ from torch.nn.functional import cross_entropy
 
 from sst_interp.errors import SSTError
 from sst_interp.experiments.studies import decoders
-from sst_interp.experiments.studies.arms import (
+from sst_interp.experiments.studies.decoders import (
     BASELINE,
     BOTH,
     DECODER_ARMS,
     LONGER,
-    LRT_ARMS,
     QUIET,
     RESIDUAL,
-    STREAM_ARMS,
-    Arm,
     Decoder,
-    Schedule,
+    Pretraining,
+    RecallStudy,
+    decoder_training,
 )
-from sst_interp.experiments.studies.decoders import Pretraining, RecallStudy, decoder_training
 from sst_interp.experiments.studies.fit import (
     OWN,
     SEQUENTIAL,
     ZERO,
+    Arm,
+    Schedule,
     Training,
     evaluations,
     label_loss,
     loss_of,
     score_tokens,
 )
+from sst_interp.experiments.studies.flipflop import LRT_ARMS, STREAM_ARMS
 from sst_interp.experiments.studies.study import Job
 from sst_interp.experiments.studies.tasks import (
     SEPARATOR,

@@ -14,12 +14,13 @@ from tiny_studies import LRT
 
 from sst_interp.errors import SSTError, Untestable
 from sst_interp.experiments.studies import lrt_equivalence
-from sst_interp.experiments.studies.arms import LRT_SCHEDULES, Schedule
-from sst_interp.experiments.studies.gradients import latent_equivalence
+from sst_interp.experiments.studies.fit import Schedule
 from sst_interp.experiments.studies.lrt_equivalence import (
+    LRT_SCHEDULES,
     LrtEquivalence,
     Sample,
     compare_schedules,
+    latent_equivalence,
     random_memory,
 )
 from sst_interp.training.objective import answer_loss, mean_over_passes

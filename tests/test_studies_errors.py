@@ -10,17 +10,20 @@ from tiny import tiny
 
 from sst_interp.errors import SSTError, Untestable
 from sst_interp.experiments.studies import two_pass
-from sst_interp.experiments.studies.arms import Condition, Schedule, grid, switched_on
 from sst_interp.experiments.studies.errors import FLOOR, SUMS, approximation_error, contraction
+from sst_interp.experiments.studies.fit import Schedule
 from sst_interp.experiments.studies.two_pass import (
     BLEND,
     KEYS,
+    Condition,
     Outputs,
     TwoPass,
     blend_of,
     by_position,
     compare,
+    grid,
     measure_errors,
+    switched_on,
 )
 from sst_interp.models.model import attach
 from sst_interp.questions.item import Item
@@ -129,8 +132,6 @@ def test_a_layer_that_is_switched_off_does_not_blend():
     assert 0 < total(table)["error2"] < total(both)["error2"]
     with pytest.raises(SSTError, match="cannot blend"):
         switched_on(3, "first", 4)
-    with pytest.raises(SSTError, match="not one of"):
-        switched_on(3, "middle", 1)
 
 
 def test_the_grid_varies_layers_at_equal_alpha():
@@ -255,16 +256,16 @@ def noisy(p: float, q: float, seed: int, scale: float) -> pd.DataFrame:
 @pytest.mark.parametrize(("p", "q", "scale"), [(2.0, 0.0, 20), (1.0, 1.0, 0.5), (1.2, 0.6, 0.5)])
 def test_noise_between_questions_leaves_the_exponents_in_their_intervals(p, q, scale):
     covered, laws, alone = 0, 0, 0
-    for seed in range(16):
+    for seed in range(10):
         found = contraction(noisy(p, q, seed, scale), resamples=400)
         row = found.exponents.iloc[0]
         covered += int(row["of_alpha_low"] <= p <= row["of_alpha_high"])
         covered += int(row["of_layers_low"] <= q <= row["of_layers_high"])
         laws += "whatever the layers is not refuted" in found.verdict
         alone += "L * alpha alone is not refuted" in found.verdict
-    assert covered >= 25  # of 32, at 95% each
-    assert laws >= 10 if p == 2 else laws == 0
-    assert alone >= 11 if p == q else alone == 0
+    assert covered >= 15  # of 20, at 95% each
+    assert laws >= 6 if p == 2 else laws == 0
+    assert alone >= 7 if p == q else alone == 0
 
 
 def test_errors_below_rounding_are_not_fitted():

@@ -9,19 +9,20 @@ import pytest
 import torch
 from tiny_studies import LRT, SMALL
 
-from sst_interp.experiments.studies.arms import (
+from sst_interp.experiments.studies.fit import (
     EXACT,
-    LRT_ARMS,
     NO_MEMORY,
     NO_STREAM,
     NONE,
-    STREAM_ARMS,
     TWO_PASS,
     Arm,
     Schedule,
+    Training,
+    score_labels,
 )
-from sst_interp.experiments.studies.fit import Training, score_labels
 from sst_interp.experiments.studies.flipflop import (
+    LRT_ARMS,
+    STREAM_ARMS,
     LrtSchedules,
     Small,
     compare_gradients,

@@ -10,7 +10,7 @@ from tiny_studies import DESIGNS, NAMES, SETTINGS, TREATED, gradients, planted
 from sst_interp.analyses.statistics.bootstrap import over_seeds
 from sst_interp.errors import Untestable
 from sst_interp.experiments.studies.decoders import excluding
-from sst_interp.experiments.studies.gradients import gradient_fidelity
+from sst_interp.experiments.studies.flipflop import gradient_fidelity
 from sst_interp.experiments.studies.scores import arm_scores
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -51,7 +51,7 @@ def test_a_planted_effect_lies_in_its_interval_and_is_called(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_no_effect_is_called_one_at_the_nominal_rate(name):
     design, arm, called, n = DESIGNS[name], TREATED[name].name, 0, 0
-    for seed in range(40 if name in ("small", "lrt-schedules") else 20):
+    for seed in range(10 if name in SETTINGS else 20):
         rows = scores(name, planted(name, seed=seed)).differences
         rows = rows[(rows["arm"] == arm) & ~rows["same"]]
         if design.x:
@@ -156,13 +156,14 @@ def test_figures_name_seeds_and_axes(name):
 
 def test_scores_are_taken_at_the_last_step_and_as_trained_they_are_others():
     found = scores("small", planted("small", {"two-pass": 0.3}))
-    setting = {"alpha_low": 0.015, "alpha_high": 0.5}
-    exact, two = (found.row(arm, **setting) for arm in ("exact", "two-pass"))
-    assert two["loss"] - exact["loss"] == pytest.approx(0.3, abs=0.05)
-    assert found.row("two-pass", "own", **setting)["loss"] - two["loss"] == pytest.approx(0.1)
+    rows = found.beside()
+    rows = rows[rows["alpha_high"] == 0.5].set_index("arm")
+    exact, two = rows.loc["exact"], rows.loc["two-pass"]
+    assert two["loss"] - exact["loss"] == pytest.approx(0.3, abs=0.05) == two["behind_loss"]
+    assert two["own_loss"] - two["loss"] == pytest.approx(0.1)
     assert (exact["step"], exact["accuracy"]) == (10, pytest.approx(0.8))
-    assert found.difference("two-pass", "exact", **setting).n == 5
-    assert found.difference("exact", "exact", **setting) is None
+    assert np.isnan(exact["behind_loss"])
+    assert rows["seeds"].eq(5).all()
     curve = found.curves["step"]
     assert curve[curve["step"] == 0]["loss"].to_numpy() == pytest.approx(2)
     assert list(found.finals["arm"].unique()) == ["exact", "two-pass", "no stream"]

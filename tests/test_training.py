@@ -151,10 +151,10 @@ def test_peft_reads_the_adapters(trained):
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_no_file_names_a_folder_of_this_machine(trained, tmp_path):
-    text = (trained.folder / CONFIG).read_text()
-    assert json.loads(text)["base_model_name_or_path"] == trained.recipe.backbone
-    assert str(tmp_path) not in text.replace(trained.recipe.backbone, "")
+def test_no_file_names_a_folder_of_this_machine(trained_once):
+    text = (trained_once.folder / CONFIG).read_text()
+    assert json.loads(text)["base_model_name_or_path"] == trained_once.recipe.backbone
+    assert str(trained_once.folder.parent) not in text.replace(trained_once.recipe.backbone, "")
 
 
 def test_blend_weights_stay_within_their_bounds(recipe, tmp_path):
@@ -312,9 +312,9 @@ def test_other_data_does_not_resume(recipe, tmp_path):
         Training(recipe, tmp_path / "out")
 
 
-def test_a_finished_training_is_not_overwritten(trained, recipe):
+def test_a_finished_training_is_not_overwritten(trained):
     with pytest.raises(SSTError, match="trained already"):
-        Training(recipe, trained.folder)
+        Training(trained.recipe, trained.folder)
 
 
 def test_a_folder_that_is_something_else_is_not_overwritten(recipe, tmp_path):

@@ -10,19 +10,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sst_interp.experiments.studies.arms import (
+from sst_interp.experiments.studies.decoders import (
     BASELINE,
     BOTH,
-    EXACT,
-    INTERLEAVED,
-    NO_MEMORY,
-    NO_STREAM,
-    TWO_PASS,
-    Blend,
     Decoder,
+    Pretraining,
+    RecallPlan,
+    RecallStudy,
+    TextPlan,
 )
-from sst_interp.experiments.studies.decoders import Pretraining, RecallPlan, RecallStudy, TextPlan
-from sst_interp.experiments.studies.flipflop import LrtPlan, LrtSchedules, Plan, Small
+from sst_interp.experiments.studies.fit import EXACT, NO_MEMORY, NO_STREAM, TWO_PASS
+from sst_interp.experiments.studies.flipflop import INTERLEAVED, Blend, LrtPlan, LrtSchedules, Plan, Small
 from sst_interp.experiments.studies.scores import Design
 from sst_interp.experiments.studies.tasks import Document, FlipFlop, Recall, Text
 

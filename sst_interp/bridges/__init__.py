@@ -33,11 +33,7 @@ BEFORE_NNSIGHT = ("anyio.abc._sockets", "anyio.streams.file", "anyio.streams.tls
 def bridge(model: StateStreamModel) -> StateStreamBridge:
     """The model as a TransformerLens `TransformerBridge`. It shares the weights, and is made once."""
     if "_bridge" not in vars(model):
-        try:
-            from sst_interp.bridges.transformer_lens import StateStreamBridge
-        except ImportError as error:
-            raise _not_installed("transformer-lens", error) from error
-        vars(model)["_bridge"] = StateStreamBridge(model)
+        vars(model)["_bridge"] = _tool("transformer_lens").StateStreamBridge(model)
     return vars(model)["_bridge"]
 
 
@@ -53,7 +49,6 @@ def run_with_cache(
 
     Args:
         prompts: token ids [row, position], a text, or several of one length.
-        iterations: depth of every position.
         names_filter: TransformerLens names, as `blocks.3.hook_resid_mid`.
         method: `sequential` is the definition; `parallel` solves as `replay` does.
         others: TransformerLens' options. A recurrence supports none of them (`incl_bwd`: no gradients are
@@ -78,11 +73,7 @@ def open_nnsight(model: StateStreamModel, iterations: int = 1) -> StateStreamNNs
     for module in BEFORE_NNSIGHT:
         with suppress(ImportError, TypeError):  # not there, or nnsight was here before
             importlib.import_module(module)
-    try:
-        from sst_interp.bridges.nnsight import StateStreamNNsight
-    except ImportError as error:
-        raise _not_installed("nnsight", error) from error
-    return StateStreamNNsight(model, iterations)
+    return _tool("nnsight").StateStreamNNsight(model, iterations)
 
 
 def run_caches(
@@ -127,7 +118,10 @@ def run_cache(run: Run, question: int, iteration: int = 1, **how: Any) -> Activa
     return caches[iteration - 1]
 
 
-def _not_installed(package: str, error: ImportError) -> SSTError:
-    return SSTError(
-        f"{package} cannot be imported: {error}", "install sst-interp again: it brings a version that fits"
-    )
+def _tool(name: str) -> Any:
+    """The module of a bridge, imported now."""
+    try:
+        return importlib.import_module(f"sst_interp.bridges.{name}")
+    except ImportError as error:
+        hint = "install sst-interp again: it brings a version that fits"
+        raise SSTError(f"{name.replace('_', '-')} cannot be imported: {error}", hint) from error

@@ -17,7 +17,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -146,21 +146,11 @@ def firing(
     return {name: point for name, point in points.items() if point in fired}
 
 
-class Twin(NamedTuple):
-    """The parts of a `TransformerBridge`."""
+def twin_of(model: StateStreamModel) -> tuple[nn.Module, Backbone, Any, Any]:
+    """A twin with the same weights for TransformerLens: its module, backbone, adapter and tokenizer.
 
-    hf: nn.Module
-    backbone: Backbone
-    """The twin's layers, validated before TransformerLens replaces some of them."""
-    adapter: Any
-    tokenizer: Any
-
-
-def twin_of(model: StateStreamModel) -> Twin:
-    """A model's backbone, ready for TransformerLens.
-
-    Raises:
-        SSTError: TransformerLens has no adapter for the family.
+    The backbone is validated before TransformerLens replaces some layers. Raises SSTError if TransformerLens
+    has no adapter for the family.
     """
     weights = {id(p): p for p in model.backbone.model.parameters()}
     hf: Any = copy.deepcopy(model.backbone.model, weights)  # new modules with the very same parameters
@@ -188,7 +178,7 @@ def twin_of(model: StateStreamModel) -> Twin:
     blocks.hook_aliases = {k: v for k, v in blocks.hook_aliases.items() if k != "hook_resid_mid"}
     for site in OWN:
         setattr(blocks, f"hook_{site}", HookPoint())
-    return Twin(hf, backbone, adapter, tokenizer)
+    return hf, backbone, adapter, tokenizer
 
 
 class StateStreamBridge(TransformerBridge):

@@ -1,8 +1,7 @@
 """The entry point of `sst-interp`: small, so that Ctrl-C is one line from its first moment to its last.
 
 A mistake that a person can put right prints one line that says what is wrong and one that says what to
-type, without a traceback, and exits with code 2. Progress goes to stderr, results to stdout. The commands are
-in `sst_interp.commands`.
+type, without a traceback, and exits with code 2. Progress goes to stderr, results to stdout.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ def __getattr__(name: str) -> object:
     """`app`, imported when it is asked for."""
     if name != "app":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from sst_interp.cli.commands import app
+    from sst_interp.cli.commands import whole_app
 
-    return app
+    return whole_app()
 
 
 def main() -> None:

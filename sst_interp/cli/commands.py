@@ -1,21 +1,17 @@
-"""Every command of `sst-interp` under its name, and what an error looks like."""
+"""Every command of `sst-interp` in the panels of its help, and what an error looks like."""
 
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import sys
 from typing import Annotated, NoReturn
 
 import typer
 
-import sst_interp
-from sst_interp.cli import experiments as kinds
-from sst_interp.cli import runs, training
-from sst_interp.cli import runs as findings
-from sst_interp.cli.common import takes_run
-from sst_interp.cli.experiments import patch, probe
-from sst_interp.cli.studies import app as study_app
+from sst_interp import __version__
+from sst_interp.cli import experiments, runs, studies
 from sst_interp.errors import SSTError
 from sst_interp.plugins import load_plugins
 from sst_interp.tables import plain, say
@@ -35,27 +31,33 @@ def top(
 ) -> None:
     """Options that are not of one command."""
     if version:
-        say(f"sst-interp {sst_interp.__version__}")
+        say(f"sst-interp {__version__}")
         raise typer.Exit
     load_plugins()
 
 
-COMMANDS = (
-    *(takes_run(findings.basin_shifts), takes_run(findings.claims), takes_run(findings.report)),
-    *(takes_run(runs.capture), runs.publish, runs.runs, runs.datasets),
-    kinds.compare,
-    *(training.train, training.evaluate),
-    *(takes_run(probe), takes_run(patch)),
-)
-for command in COMMANDS:
-    app.command(command.__name__.replace("_", "-"))(command)
-app.add_typer(study_app, name="study")
+@functools.cache
+def whole_app() -> typer.Typer:
+    """The app with every command, in the panels of its help."""
+    panels = {
+        "Run": (
+            *(runs.basin_shifts, runs.claims, runs.report, runs.capture),
+            *(runs.publish, runs.runs, runs.datasets),
+        ),
+        "Look": (experiments.compare, experiments.probe, experiments.patch),
+        "Train": (experiments.train, experiments.evaluate),
+    }
+    for panel, commands in panels.items():
+        for command in commands:
+            app.command(rich_help_panel=panel)(command)
+    app.add_typer(studies.app, name="study", rich_help_panel="Study")
+    return app
 
 
 def run() -> None:
     """Run the command that was typed."""
     try:
-        app()
+        whole_app()()
     except SSTError as error:
         _fail(error.message, error.hint)
     except BrokenPipeError:
@@ -64,10 +66,8 @@ def run() -> None:
     except OSError as error:
         file = error.filename2 or error.filename
         if error.errno == errno.ENOSPC:
-            _fail(
-                f"the disk is full: {file or ''}".rstrip(": "),
-                "free some space; the same command goes on",
-            )
+            message = f"the disk is full: {file or ''}".rstrip(": ")
+            _fail(message, "free some space; the same command goes on")
         said = str(error.strerror or error) or type(error).__name__
         _fail(f"{file}: {said}" if file else said, "put that right, or name another place")
 

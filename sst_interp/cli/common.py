@@ -1,10 +1,10 @@
-"""What commands share: options, opening or capturing a run, being stopped."""
+"""What the commands share: options, bars, opening or capturing a run, being stopped."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-import sys
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from sst_interp.errors import SSTError
-from sst_interp.tables import say
+from sst_interp.tables import bar
 
 
 def given_path(text: str) -> Path:
@@ -23,34 +23,35 @@ def given_path(text: str) -> Path:
     return Path(text)
 
 
+def place(metavar: str, help: str, *names: str) -> Any:
+    """An option that names a file or folder."""
+    return typer.Option(*names, parser=given_path, metavar=metavar, help=help)
+
+
+def whole_numbers(option: str, text: str, example: str) -> list[int]:
+    """Numbers between commas. Raises SSTError if there is anything else."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise SSTError(
+            f"{option} {text!r} is not a list of whole numbers", f"for example {example}"
+        ) from None
+
+
 RunOption = Annotated[
-    str,
-    typer.Option("--run", "-r", help="Name of a run or recipe (`sst-interp runs` lists them), or a path."),
-]
-HtmlOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--html",
-        parser=given_path,
-        metavar="FILE",
-        help="Where the report goes; default: report.html in the run's folder.",
-    ),
+    str, typer.Option("--run", "-r", help="A run or recipe (`sst-interp runs` lists them), or a path.")
 ]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Resamples = Annotated[
-    int, typer.Option(min=2, max=100_000, help="Question resamples, shuffles, permutations.")
-]
-Seed = Annotated[int, typer.Option(min=0, help="Of everything that is drawn.")]
-FreshFlag = Annotated[
-    bool, typer.Option("--fresh", help="Erase what the run already has and capture it anew.")
-]
+Resamples = Annotated[int, typer.Option(min=2, max=100_000, help="Resamples, shuffles, permutations.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 
 
 def takes_run(command: Callable[..., None]) -> Callable[..., None]:
     """A command with an option `--run` that also takes the run's name alone: `sst-interp report gpqa`."""
     signature = inspect.signature(command, eval_str=True)
     option = signature.parameters["run"]
-    either = option.replace(default=None, annotation=_or_none(option.annotation))
+    kind, *metadata = option.annotation.__origin__, *option.annotation.__metadata__
+    either = option.replace(default=None, annotation=Annotated[(kind | None, *metadata)])
     alone = inspect.Parameter(
         "name",
         inspect.Parameter.POSITIONAL_OR_KEYWORD,
@@ -75,31 +76,23 @@ def takes_run(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-def _or_none(annotation: Any) -> Any:
-    """`Annotated[str, ...]` as `Annotated[str | None, ...]`."""
-    return Annotated[(str | None, *annotation.__metadata__)]
+def print_json(value: Any) -> None:
+    """A result on stdout, for other programs."""
+    print(json.dumps(value, indent=2))
 
 
-def captured_run(name: str, fresh: bool) -> Any:
-    """The run, captured if need be. A complete run (or a shipped one) is opened as it is."""
-    from sst_interp.runs.recipe import find_recipe
-    from sst_interp.runs.store import open_run
+@contextmanager
+def progress(words: str, unit: str, total: int) -> Iterator[Callable[..., None]]:
+    """A bar on stderr, and the function that moves it: `show(done, of, what="")`."""
+    with bar(words, unit=unit, total=total) as shown:
 
-    if not fresh and not name.endswith(".toml"):
-        try:
-            found = open_run(name)
-        except SSTError as error:
-            if "no data yet" not in error.message:
-                raise
-        else:
-            if found.complete:
-                _note_changed_recipe(found)
-                return found
-    recipe = find_recipe(name, captured=not fresh)
-    with stopping():
-        from sst_interp.runs.capture import capture as capture_run
+        def show(done: int, of: int, what: str = "") -> None:
+            shown.total = of
+            if what:
+                shown.set_postfix_str(what)
+            shown.update(done - shown.n)
 
-        return capture_run(recipe, fresh=fresh)
+        yield show
 
 
 @contextmanager
@@ -111,17 +104,3 @@ def stopping(
         yield
     except KeyboardInterrupt:
         raise SSTError("stopped", kept) from None
-
-
-def _note_changed_recipe(run: Any) -> None:
-    """Say so if the recipe of that name is no longer what the run was captured with."""
-    from sst_interp.runs.recipe import find_recipe
-
-    try:
-        changed = run.recipe.differences(find_recipe(run.name, captured=False))
-    except SSTError:
-        return
-    for key, then, now in changed:
-        say(f"note: {run.name} was captured with {key} = {then!r}; its recipe now says {now!r}", sys.stderr)
-    if changed:
-        say("  --fresh captures it again", sys.stderr)

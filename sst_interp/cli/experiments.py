@@ -1,46 +1,45 @@
-"""`sst-interp compare`, `probe` and `patch`: what needs a model again."""
+"""`sst-interp compare`, `probe`, `patch`, `train` and `evaluate`: what needs a model again."""
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sst_interp.cli.common import JsonFlag, Resamples, Seed, given_path, stopping
-from sst_interp.errors import Untestable
-from sst_interp.experiments.probe.data import RULES
+from sst_interp.cli.common import (
+    JsonFlag,
+    Resamples,
+    RunOption,
+    Seed,
+    place,
+    print_json,
+    progress,
+    stopping,
+    takes_run,
+    whole_numbers,
+)
+from sst_interp.errors import SSTError, Untestable
+from sst_interp.experiments.probe import RULES
 from sst_interp.files import check_output
-from sst_interp.tables import print_table, say, write_text
+from sst_interp.tables import bar, print_table, say, write_text
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from sst_interp.experiments.contraction import KindsContraction
-    from sst_interp.experiments.kinds import Kinds, KindsAnswers
     from sst_interp.experiments.probe.saved import Probed
+    from sst_interp.findings.claims import Row
 
 
 def compare(
-    runs: Annotated[
-        str,
-        typer.Option("--runs", "-r", help="Captured runs by name, with commas; the first is the reference."),
-    ],
-    contraction: Annotated[
-        int,
-        typer.Option(min=0, help="Also load the models and measure sweeps on so many questions' text."),
-    ] = 0,
+    runs: Annotated[str, typer.Option("--runs", "-r", help="With commas; the first is the reference.")],
+    contraction: Annotated[int, typer.Option(min=0, help="Also sweep so many questions' text.")] = 0,
     as_json: JsonFlag = False,
-    html: Annotated[
-        Path | None,
-        typer.Option("--html", parser=given_path, metavar="FILE", help="Also write a page with the figures."),
-    ] = None,
-    document: Annotated[
-        Path | None, typer.Option(help="Also fill the tables in a Markdown file (docs/kinds.md).")
-    ] = None,
+    html: Annotated[Path | None, place("FILE", "Also write a page with the figures.", "--html")] = None,
+    document: Annotated[Path | None, typer.Option(help="Also fill a Markdown file's places.")] = None,
     resamples: Resamples = 2000,
     seed: Seed = 0,
 ) -> None:
@@ -65,12 +64,11 @@ def compare(
         check_document(document)
     if contraction:
         check_texts(names, contraction)
-    asked: dict[str, Callable[[], Kinds | KindsAnswers | KindsContraction]] = {
-        "shares": lambda: compare_runs(names, resamples, seed),
-        "answers": lambda: answers_of(names, resamples, seed),
-    }
+    given = names, resamples, seed
+    asked: dict[str, Callable[[], Any]] = {"shares": partial(compare_runs, *given)}
+    asked["answers"] = partial(answers_of, *given)
     if contraction:
-        asked["contraction"] = lambda: contraction_of(names, contraction, resamples, seed)
+        asked["contraction"] = partial(contraction_of, names, contraction, resamples, seed)
     results, missing = {}, {}
     for name, measure in asked.items():
         try:
@@ -85,8 +83,7 @@ def compare(
         fill(document, tables | {f"{name} verdict": words for name, words in verdicts.items()}, others=True)
     if as_json:
         shown = {name: result.to_dict() for name, result in results.items()}
-        print(json.dumps(shown | {name: {"verdict": words} for name, words in missing.items()}, indent=2))
-        return
+        return print_json(shown | {name: {"verdict": words} for name, words in missing.items()})
     for result in results.values():
         print_table(result.shown)
         say(f"\n{result.verdict}\n")
@@ -103,36 +100,25 @@ POLICY_COLUMNS = ("accuracy", "passes", "beyond")
 COUNTS = ("broken", "mended", "conservative")
 
 
+@takes_run
 def probe(
-    run: Annotated[
-        str,
-        typer.Option("--run", "-r", help="Name of a captured run (`sst-interp runs` lists them), or a path."),
-    ],
-    layer: Annotated[
-        str, typer.Option(help="Layer to read, 0-based; `auto` chooses one inside each fold.")
-    ] = "auto",
-    label: Annotated[str, typer.Option(help=f"What is to be told. {LABELS}.")] = "must-halt",
-    permutations: Annotated[
-        int, typer.Option(min=0, help="Labellings permuted through everything; 0 tests nothing.")
-    ] = 1000,
-    seed: Annotated[int, typer.Option(min=0, help="Of folds, initial weights and permutations.")] = 0,
-    save: Annotated[
-        str | None, typer.Option(help="Folder to keep the probe in (probe.json, probe.safetensors).")
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print everything as JSON instead of tables and verdicts.")
-    ] = False,
+    run: RunOption,
+    layer: Annotated[str, typer.Option(help="Layer, 0-based; `auto`: chosen inside each fold.")] = "auto",
+    label: Annotated[str, typer.Option(help=f"Questions to tell from the others. {LABELS}.")] = "must-halt",
+    permutations: Annotated[int, typer.Option(min=0, help="Permutations of the labels; 0: no test.")] = 1000,
+    seed: Seed = 0,
+    save: Annotated[str | None, typer.Option(help="Folder for the trained probe.")] = None,
+    as_json: JsonFlag = False,
 ) -> None:
     """Train a probe of the state at position 0, validate it, and route by it.
 
-    The probe reads the state of each question after the first iteration of position 0, before anything is
-    written or iterated, and tells which questions are to halt there. Layer, dimensions and penalty are
-    chosen inside each fold; the p-value permutes the labels through all of that. Beside the probe stand
-    plain probes, always-halt and never-halt; beside its routing, flat depths and the oracle.
+    The probe reads the state after the first iteration of position 0 and tells which questions must halt
+    there. Layer, dimensions and penalty are chosen inside each fold; the p-value permutes the labels through
+    all of that. Plain probes, always-halt, never-halt, flat depths and the oracle stand beside it.
 
-    The run must have kept its states at position 0 (`keep = "position0"`, the default). Where the model is
-    no better than guessing, right and wrong are noise: ask for `--label answer-changed`. What `must-halt`
-    shows is kept for the claims ledger (C12, C13).
+    The run must have kept its states at position 0 (`keep = "position0"`, the default). Where the model
+    guesses, right and wrong are noise: ask for `--label answer-changed`. The results of `must-halt` are kept
+    for the claims ledger (C12, C13).
 
     Examples:
         sst-interp probe --run gpqa
@@ -143,10 +129,9 @@ def probe(
     """
     from sst_interp.experiments.probe import saved
     from sst_interp.experiments.probe.fit import Design
-    from sst_interp.findings.experiments import PAPER_LABEL, probe_rows
+    from sst_interp.findings.answers import PAPER_LABEL, probe_rows
     from sst_interp.findings.of_run import keep_findings
     from sst_interp.runs.store import open_run
-    from sst_interp.tables import bar as progress_bar
 
     opened: Any = open_run(run)
     if save is not None:
@@ -154,16 +139,16 @@ def probe(
     if not opened.complete:
         captured = opened.questions["question"].nunique()
         say(f"note: {opened.name} is not complete: {captured} questions so far", sys.stderr)
-    with progress_bar(f"probing {opened.name}", total=permutations, unit="permutation") as bar:
-
-        def show(what: str, done: int, of: int) -> None:
-            bar.update(done - bar.n)
-
-        probed = saved.probe_run(opened, label, layer, permutations, Design(seed=seed), progress=show)
-    print(json.dumps(as_dict(probed), indent=2) if as_json else as_text(probed))
+    with progress(f"probing {opened.name}", "permutation", permutations) as show:
+        design, moved = Design(seed=seed), lambda _, done, of: show(done, of)
+        probed = saved.probe_run(opened, label, layer, permutations, design, progress=moved)
+    rows = probe_rows(probed.halting, probed.routing)
+    if as_json:
+        print_json(_as_dict(probed, rows))
+    else:
+        say(_as_text(probed, rows))
     if label == PAPER_LABEL:
         made = {"label": label, "layer": layer, "permutations": permutations, "seed": seed}
-        rows = probe_rows(probed.halting, probed.routing)
         results = {"halting": probed.halting, "routing": probed.routing}
         kept = keep_findings(opened, "probe", rows, made, results)
         say(f"claims C12 and C13: {kept}", sys.stderr)
@@ -171,11 +156,9 @@ def probe(
         say(f"probe: {probed.probe.save(save)}", sys.stderr)
 
 
-def as_dict(probed: Probed) -> dict[str, Any]:
-    """JSON-ready: both results, the rows of the claims ledger, and what was trained on every question."""
-    from sst_interp.findings.experiments import probe_rows
-
-    rows = [
+def _as_dict(probed: Probed, rows: list[Row]) -> dict[str, Any]:
+    """JSON-ready: both results, the rows of the claims ledger, and the trained probe."""
+    claims = [
         {
             "claim": row.claim.id,
             "in words": row.claim.words,
@@ -185,21 +168,14 @@ def as_dict(probed: Probed) -> dict[str, Any]:
             "verdict": row.finding.verdict,
             "control": row.finding.control,
         }
-        for row in probe_rows(probed.halting, probed.routing)
+        for row in rows
     ]
     trained = {"layer": probed.probe.layer, "dims": probed.probe.dims.tolist()}
-    return {
-        "halting": probed.halting.to_dict(),
-        "routing": probed.routing.to_dict(),
-        "claims": rows,
-        "probe": trained,
-    }
+    results = {"halting": probed.halting.to_dict(), "routing": probed.routing.to_dict()}
+    return results | {"claims": claims, "probe": trained}
 
 
-def as_text(probed: Probed) -> str:
-    """Tables, verdicts and the rows of the claims ledger."""
-    from sst_interp.findings.experiments import probe_rows
-
+def _as_text(probed: Probed, rows: list[Row]) -> str:
     parts = [
         _table(probed.halting.table, ("name",), PROBE_COLUMNS),
         _table(probed.halting.checks, ("name",), ("value",), ("p", "knowing_nothing")),
@@ -208,7 +184,7 @@ def as_text(probed: Probed) -> str:
         _table(probed.routing.table, ("name",), POLICY_COLUMNS, COUNTS),
         probed.routing.verdict,
     ]
-    for row in probe_rows(probed.halting, probed.routing):
+    for row in rows:
         parts.append(f"{row.claim.id} ({row.claim.words}): {row.finding.verdict}. {row.finding.here}")
     return "\n\n".join(parts)
 
@@ -216,7 +192,7 @@ def as_text(probed: Probed) -> str:
 def _table(
     table: pd.DataFrame, names: tuple[str, ...], intervals: tuple[str, ...], plain: tuple[str, ...] = ()
 ) -> str:
-    """A row per probe or policy, every number with its interval."""
+    """Columns as they are, or with the intervals of `name`_low and `name`_high."""
     import pandas as pd
 
     def words(value: float, low: float, high: float) -> str:
@@ -232,11 +208,12 @@ def _table(
     return pd.DataFrame(shown).to_string(index=False, na_rep="", float_format="{:.3g}".format)
 
 
+@takes_run
 def patch(
-    run: Annotated[str, typer.Option("--run", "-r", help="Name of a captured run, or a path.")],
+    run: RunOption,
     questions: Annotated[int, typer.Option(min=1, help="How many; more go on from fewer.")] = 40,
     out: Annotated[
-        Path | None, typer.Option(parser=given_path, help="Folder of the rows; default: patching/RUN.")
+        Path | None, place("FOLDER", "Folder of the rows; default: patching/RUN.", "--out")
     ] = None,
     layers: Annotated[int, typer.Option(min=1, help="Layers patched alone, spread evenly.")] = 6,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens written after the patched position.")] = 6,
@@ -251,27 +228,121 @@ def patch(
     """
     from sst_interp.experiments.patching.finding import patching
     from sst_interp.experiments.patching.run import Plan, patch_run
-    from sst_interp.findings.experiments import patching_rows
+    from sst_interp.findings.answers import patching_rows
     from sst_interp.findings.of_run import keep_findings
     from sst_interp.runs.store import open_run
-    from sst_interp.tables import bar as progress_bar
 
     opened = open_run(run)
     folder = out or Path("patching") / opened.name
-    bar = progress_bar(f"patching {opened.name}", total=questions, unit="question")
-
-    def show(done: int, total: int) -> None:
-        bar.total = total
-        bar.update(done - bar.n)
-
-    with bar, stopping("what was patched is kept: the same command goes on from there"):
+    kept = "what was patched is kept: the same command goes on from there"
+    with progress(f"patching {opened.name}", "question", questions) as show, stopping(kept):
         rows = patch_run(opened, folder, questions, Plan(layers=layers, new_tokens=tokens), progress=show)
     result = patching(rows)
     made = {"questions": questions, "layers": layers, "tokens": tokens}
     if as_json:
-        print(json.dumps(result.to_dict(), indent=2))
+        print_json(result.to_dict())
     else:
         say(result.table.to_string(index=False, float_format=lambda x: f"{x:.3g}"))
         say(f"\n{result.verdict}\n\nrows: {folder}")
     kept = keep_findings(opened, "patching", patching_rows(result), made, {"patching": result})
     say(f"claim C16: {kept}", sys.stderr)
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help="A training recipe: a shipped name, or a .toml file.")],
+    out: Annotated[Path | None, place("FOLDER", "Default: checkpoints/NAME.", "--out", "-o")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Erase what is there and train anew.")] = False,
+) -> None:
+    """Train a checkpoint: adapters and blend weights together, or its matched baseline.
+
+    A training that was interrupted goes on from its last saved state when the same command is given again.
+
+    Examples:
+        sst-interp train smollm2-135m-sst
+
+        sst-interp train my-recipe.toml --out checkpoints/mine
+    """
+    from sst_interp.experiments.training_curves import training_curves
+    from sst_interp.findings.report.page import result_page
+    from sst_interp.training.card import CURVES
+    from sst_interp.training.log import read_log
+    from sst_interp.training.recipe import find_training_recipe
+    from sst_interp.training.trainer import Training
+
+    chosen = find_training_recipe(recipe)
+    say(f"loading {chosen.backbone} and {chosen.data}", sys.stderr)
+    training = Training(chosen, out, fresh)
+    if training.split.too_long:
+        words = f"{training.split.too_long} examples are longer than max_tokens = {chosen.max_tokens}"
+        say(f"note: {words} and are left out", sys.stderr)
+    shown = bar(f"training {chosen.name}", total=training.steps, initial=training.done, unit="step")
+
+    def show(now: Training, line: dict[str, float]) -> None:
+        recent = [row for row in now.log[-20:] if "loss" in row]
+        speed = sum(row["tokens"] for row in recent) / sum(row["seconds"] for row in recent)
+        loss = sum(row["loss"] for row in recent) / len(recent)
+        shown.set_postfix_str(f"loss {loss:.3f}, {speed:.0f} tokens/s")
+        shown.update()
+        if "held_out_exact" in line:
+            shown.write(f"step {now.done}: held out {line['held_out_exact']:.3f}", file=sys.stderr)
+
+    def draw(folder: Path) -> None:
+        curves = training_curves(read_log(folder), chosen.name)
+        write_text(folder / CURVES, result_page(f"Training {chosen.name}", [curves]))
+
+    with shown, stopping("the state is saved: the same command goes on from there"):
+        folder = training.run(show, draw)
+    curves = training_curves(read_log(folder), chosen.name)
+    say(f"{curves.verdict}\ncheckpoint: {folder}\ncurves: {folder / CURVES}")
+
+
+def evaluate(
+    models: Annotated[list[str], typer.Argument(help="Checkpoints or backbones; the first is tested.")],
+    depths: Annotated[str, typer.Option(help="Iteration depths.")] = "1,2,3,4",
+    tasks: Annotated[str, typer.Option(help="With commas; default: all.")] = "",
+    questions: Annotated[int | None, typer.Option(min=1, help="At most so many per task.")] = None,
+    held_out: Annotated[bool, typer.Option("--held-out", help="Also held-out training examples.")] = False,
+    card: Annotated[bool, typer.Option("--card", help="Write the first one's model card.")] = False,
+    out: Annotated[
+        Path | None, place("FOLDER", "For the measurements; default: the checkpoint's.", "--out", "-o")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Loss and accuracy by iteration depth, models side by side, with question-level intervals.
+
+    Each (model, task, depth) is kept when it is done: an interrupted evaluation goes on from there. A
+    backbone is evaluated as it is, without a blend.
+
+    Examples:
+        sst-interp evaluate smollm2-135m-sst smollm2-135m-baseline smollm2-135m
+
+        sst-interp evaluate checkpoints/mine --tasks gsm8k --questions 50 --depths 1,4
+    """
+    from sst_interp.experiments.depth_scores import depth_scores
+    from sst_interp.files import check_place
+    from sst_interp.models.checkpoint import checkpoint_folder
+    from sst_interp.runs.recipe import MAX_DEPTH
+    from sst_interp.training.card import write_card
+    from sst_interp.training.evaluation import TASKS, evaluate_by_name
+
+    at = whole_numbers("--depths", depths, "1,2,3,4")
+    if any(depth > MAX_DEPTH for depth in at):
+        raise SSTError(f"depths go up to {MAX_DEPTH}, not {max(at)}", "for example --depths 1,2,3,4")
+    if out is not None:
+        check_place(out, "give another --out")
+    wanted = [task.strip() for task in tasks.split(",")] if tasks else list(TASKS)
+    own = models[0] if held_out else None
+    twice = lambda name: [Path(m).name for m in models].count(Path(name).name) > 1  # noqa: E731
+    with stopping("what was measured is kept: the same command goes on from there"):
+        measured = {
+            name if twice(name) else Path(name).name: evaluate_by_name(name, at, wanted, questions, own, out)
+            for name in models
+        }
+    scores = depth_scores(measured, next((name for name in measured if name.endswith("baseline")), None))
+    if as_json:
+        print_json(scores.to_dict())
+    else:
+        print_table([{str(k): v for k, v in row.items()} for row in scores.table.to_dict("records")])
+        say(f"\n{scores.verdict}")
+    if card and (folder := checkpoint_folder(models[0])) is not None:
+        say(f"card: {write_card(folder, scores)}", sys.stderr)

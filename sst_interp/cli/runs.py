@@ -12,36 +12,36 @@ import typer
 
 from sst_interp import __version__, paths
 from sst_interp.cli.common import (
-    FreshFlag,
-    HtmlOption,
     JsonFlag,
     Resamples,
     RunOption,
     Seed,
-    captured_run,
     given_path,
+    place,
+    print_json,
+    progress,
     stopping,
+    takes_run,
+    whole_numbers,
 )
 from sst_interp.errors import SSTError
 from sst_interp.files import check_output
 from sst_interp.models.choices import COMPARISONS
 from sst_interp.runs.provenance import kind_words
-from sst_interp.tables import bar, print_table, say, write_text
+from sst_interp.tables import print_table, say, write_text
+
+HtmlOption = Annotated[
+    Path | None, place("FILE", "Where the report goes; default: report.html in the run's folder.", "--html")
+]
+FreshFlag = Annotated[bool, typer.Option("--fresh", help="Erase the run and capture it anew.")]
 
 
+@takes_run
 def capture(
     run: RunOption,
-    keep: Annotated[
-        str | None,
-        typer.Option(help="Full states to keep: none, position0, shifts or all (overrides the recipe)."),
-    ] = None,
+    keep: Annotated[str | None, typer.Option(help="States: none, position0, shifts or all.")] = None,
     settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Set a key of the recipe: questions=8, depths=1,2, choices.kv=first, name=other ...",
-        ),
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a key; can be repeated.")
     ] = None,
     fresh: FreshFlag = False,
 ) -> None:
@@ -69,17 +69,10 @@ def capture(
 
 def publish(
     run: RunOption,
-    out: Annotated[
-        Path,
-        typer.Argument(parser=given_path, metavar="OUT", help="Folder of the copy; it must not exist yet."),
-    ],
+    out: Annotated[Path, typer.Argument(parser=given_path, metavar="OUT", help="A new folder.")],
     bits: Annotated[int, typer.Option(min=4, max=24, help="Significant bits of the floats in pairs.")] = 10,
-    top: Annotated[
-        int | None, typer.Option(min=0, help="Likely tokens to keep of each step's 100; default: all.")
-    ] = None,
-    iterations: Annotated[
-        str, typer.Option(help="Iterations whose states at position 0 are kept; empty for none.")
-    ] = "1",
+    top: Annotated[int | None, typer.Option(min=0, help="Likely tokens per step; default: all.")] = None,
+    iterations: Annotated[str, typer.Option(help="Whose states at position 0 are kept; '' for none.")] = "1",
 ) -> None:
     """Copy a complete run, smaller: measurements that others can read, check and pass round.
 
@@ -89,20 +82,10 @@ def publish(
     from sst_interp.runs.store import open_run
     from sst_interp.runs.store import publish as publish_run
 
-    try:
-        kept = tuple(int(i) for i in iterations.split(",") if i.strip())
-    except ValueError:
-        raise SSTError(
-            f"--iterations {iterations!r} is not a list of whole numbers", "for example 1,4"
-        ) from None
+    kept = whole_numbers("--iterations", iterations, "1,4") if iterations.strip() else []
     original = open_run(run)
-    with bar(f"publishing {original.name}", unit="batch", total=0) as shown:
-
-        def show(done: int, of: int) -> None:
-            shown.total = of
-            shown.update(done - shown.n)
-
-        copy = publish_run(original, out, bits, top, kept, show)
+    with progress(f"publishing {original.name}", "batch", 0) as show:
+        copy = publish_run(original, out, bits, top, tuple(kept), show)
     say(f"published: {copy.folder}, {copy.summary()['bytes'] / 1e6:.1f} MB")
 
 
@@ -112,28 +95,21 @@ def runs(as_json: JsonFlag = False) -> None:
     Example:
         sst-interp runs --json
     """
-    from sst_interp.runs.provenance import kind_words
     from sst_interp.runs.store import list_runs
 
     rows = list_runs()
     if as_json:
-        print(json.dumps(rows, indent=2))
-        return
+        return print_json(rows)
+    columns = "name", "state", "kind", "checkpoint", "dataset", "questions", "depths", "size", "where"
     shown = [
-        {
-            "name": row["name"],
-            "state": row["state"],
-            "kind": kind_words(row["kind"]),
-            "checkpoint": row["checkpoint"] or "",
-            "dataset": row["dataset"] or "",
-            "questions": row["questions"] or ("all" if row["dataset"] else ""),
-            "depths": " ".join(map(str, row["depths"] or [])),
-            "size": f"{row['bytes'] / 1e6:.1f} MB" if row["bytes"] else "",
-            "where": row["where"],
-        }
+        row
+        | {key: row[key] or "" for key in ("checkpoint", "dataset")}
+        | {"kind": kind_words(row["kind"]), "depths": " ".join(map(str, row["depths"] or []))}
+        | {"questions": row["questions"] or ("all" if row["dataset"] else "")}
+        | {"size": f"{row['bytes'] / 1e6:.1f} MB" if row["bytes"] else ""}
         for row in rows
     ]
-    print_table(shown)
+    print_table([{column: row[column] for column in columns} for row in shown])
 
 
 def datasets(as_json: JsonFlag = False) -> None:
@@ -144,38 +120,24 @@ def datasets(as_json: JsonFlag = False) -> None:
     """
     from sst_interp.questions import known_datasets
 
-    rows = [
-        {
-            "name": name,
-            "splits": list(known.splits),
-            "licence": known.licence,
-            "restricted": known.restricted,
-            "about": known.about,
-        }
+    columns = "splits", "licence", "restricted", "about"
+    rows: list[dict[str, Any]] = [
+        {"name": name} | {key: getattr(known, key) for key in columns}
         for name, known in known_datasets().items()
     ]
     if as_json:
-        print(json.dumps(rows, indent=2))
-    else:
-        print_table(
-            [
-                row | {"splits": " ".join(row["splits"]), "restricted": "yes" if row["restricted"] else ""}
-                for row in rows
-            ]
-        )
+        return print_json(rows)
+    for row in rows:
+        row |= {"splits": " ".join(row["splits"]), "restricted": "yes" if row["restricted"] else ""}
+    print_table(rows)
 
 
+@takes_run
 def basin_shifts(
     run: RunOption,
     html: HtmlOption = None,
     json_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--json",
-            parser=given_path,
-            metavar="FILE",
-            help="Also write the results as JSON; `-` prints them instead.",
-        ),
+        Path | None, place("FILE", "Also write the results as JSON; `-` prints them instead.", "--json")
     ] = None,
     fresh: FreshFlag = False,
 ) -> None:
@@ -207,19 +169,17 @@ def basin_shifts(
         say(f"\n{ledger.verdict}\n`sst-interp claims --run {run}` says more\n")
         if json_file is not None:
             write_text(json_file, as_json + "\n")
-    written = write_report(captured, page, ledger)
-    say(f"report: {written}", sys.stderr if str(json_file) == "-" else sys.stdout)
+    say(f"report: {write_report(captured, page, ledger)}", sys.stderr if str(json_file) == "-" else None)
     _exit_if_failed(ledger, captured)
 
 
+@takes_run
 def claims(
     run: RunOption,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the whole ledger as JSON.")] = False,
+    as_json: JsonFlag = False,
     resamples: Resamples = 2000,
     seed: Seed = 0,
-    document: Annotated[
-        Path | None, typer.Option(help="Also fill the places of this run in a Markdown file (docs/found.md).")
-    ] = None,
+    document: Annotated[Path | None, typer.Option(help="Also fill a Markdown file's places.")] = None,
 ) -> None:
     """The paper's claims beside a run: its figure, this run's with its interval, a verdict by a stated rule.
 
@@ -241,21 +201,21 @@ def claims(
         filled = fill(document, ledger.blocks(), others=True)
         say(f"{document}: {', '.join(filled) or 'no place for this run'}", sys.stderr)
     if as_json:
-        print(json.dumps(ledger.to_dict(), indent=2))
-        _exit_if_failed(ledger, captured)
-        return
-    for row in ledger.rows:
-        say(f"{row.claim.id} {row.comparison}: {row.claim.words}")
-        say(f"    paper     {row.claim.paper}\n    this run  {row.finding.here or '-'}")
-        say(f"    verdict   {row.finding.verdict} (holds if {row.claim.rule})")
-        if row.finding.control:
-            say(f"    control   {row.finding.control}")
-    say()
-    print_table(ledger.by_claim)
-    say(f"\n{ledger.verdict}")
+        print_json(ledger.to_dict())
+    else:
+        for row in ledger.rows:
+            say(f"{row.claim.id} {row.comparison}: {row.claim.words}")
+            say(f"    paper     {row.claim.paper}\n    this run  {row.finding.here or '-'}")
+            say(f"    verdict   {row.finding.verdict} (holds if {row.claim.rule})")
+            if row.finding.control:
+                say(f"    control   {row.finding.control}")
+        say()
+        print_table(ledger.by_claim)
+        say(f"\n{ledger.verdict}")
     _exit_if_failed(ledger, captured)
 
 
+@takes_run
 def report(run: RunOption, html: HtmlOption = None) -> None:
     """Write the HTML report of a captured run: one file that works offline.
 
@@ -265,14 +225,48 @@ def report(run: RunOption, html: HtmlOption = None) -> None:
     from sst_interp.findings.report.page import write_report
     from sst_interp.runs.store import open_run
 
-    if html is not None:
-        check_output(html)
     captured: Any = open_run(run)
     page = _report_path(captured, html)
     check_output(page)
     ledger = ledger_with_bar(captured)
     say(f"report: {write_report(captured, page, ledger)}")
     _exit_if_failed(ledger, captured)
+
+
+def captured_run(name: str, fresh: bool) -> Any:
+    """The run, captured if need be. A complete run (or a shipped one) is opened as it is."""
+    from sst_interp.runs.recipe import find_recipe
+    from sst_interp.runs.store import open_run
+
+    if not fresh and not name.endswith(".toml"):
+        try:
+            opened = open_run(name)
+        except SSTError as error:
+            if "no data yet" not in error.message:
+                raise
+        else:
+            if opened.complete:
+                _note_changed_recipe(opened)
+                return opened
+    recipe = find_recipe(name, captured=not fresh)
+    with stopping():
+        from sst_interp.runs.capture import capture as capture_run
+
+        return capture_run(recipe, fresh=fresh)
+
+
+def _note_changed_recipe(run: Any) -> None:
+    """Say so if the recipe of that name is no longer what the run was captured with."""
+    from sst_interp.runs.recipe import find_recipe
+
+    try:
+        changed = run.recipe.differences(find_recipe(run.name, captured=False))
+    except SSTError:
+        return
+    for key, then, now in changed:
+        say(f"note: {run.name} was captured with {key} = {then!r}; its recipe now says {now!r}", sys.stderr)
+    if changed:
+        say("  --fresh captures it again", sys.stderr)
 
 
 def ledger_with_bar(run: Any, resamples: int = 2000, seed: int = 0) -> Any:
@@ -283,23 +277,15 @@ def ledger_with_bar(run: Any, resamples: int = 2000, seed: int = 0) -> Any:
     beside = companions(run)
     for note in beside.notes:
         say(f"note: {note}", sys.stderr)
-    with bar(f"analysing {run.name}", unit="analysis", total=1) as shown:
-
-        def show(done: int, of: int, name: str) -> None:
-            shown.total = of
-            shown.set_postfix_str(name)
-            shown.update(done - shown.n)
-
+    with progress(f"analysing {run.name}", "analysis", 1) as show:
         return ledger_of(run, resamples, seed, progress=show)
 
 
 def _report_path(run: Any, html: Path | None) -> Path:
-    if html is not None:
-        return html
-    inside = run.folder / "report.html"
-    if run.folder.parent.resolve() == paths.shipped("runs").resolve() or not os.access(run.folder, os.W_OK):
-        return Path(f"{run.name}-report.html")
-    return inside
+    shipped = run.folder.parent.resolve() == paths.shipped("runs").resolve()
+    if shipped or not os.access(run.folder, os.W_OK):
+        return html or Path(f"{run.name}-report.html")
+    return html or run.folder / "report.html"
 
 
 def _as_dict(ledger: Any, comparison: str) -> dict[str, Any]:
@@ -313,11 +299,9 @@ def _as_dict(ledger: Any, comparison: str) -> dict[str, Any]:
 def _print_basin_shifts(run: Any, ledger: Any) -> None:
     n = run.questions["question"].nunique()
     say(f"{run.name}: {kind_words(run.kind)}, {run.recipe.checkpoint}, {n} questions\n")
-    rows = []
+    rows, columns = [], ("pair", "shifted", "threshold", "below 0.99", "modes")
     for name in COMPARISONS:
-        row = {"comparison": name} | dict.fromkeys(
-            ("pair", "shifted", "threshold", "below 0.99", "modes"), "-"
-        )
+        row = {"comparison": name} | dict.fromkeys(columns, "-")
         if (shifts := ledger.results.get(f"basin_shifts.{name}")) is not None:
             row["pair"], row["threshold"] = f"{shifts.a} vs {shifts.b}", f"{shifts.threshold:.4g}"
             row["shifted"] = shifts.share.text(percent=True)

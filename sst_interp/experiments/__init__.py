@@ -1,1 +1,1 @@
-"""What needs a model again: kinds side by side, patching, the probe, studies."""
+"""Experiments that run a model again: comparisons of kinds, patching, the probe, studies."""

@@ -122,8 +122,6 @@ def contraction_of(
     Args:
         names: of runs whose models are measured on the runs' own questions.
         texts: of the first so many questions, without a chat template (all begin alike with one).
-        resamples: text resamples.
-        seed: of the resampling.
 
     Raises:
         SSTError: no texts, or more than the runs have questions; as `open_together` and `load`.
@@ -163,8 +161,6 @@ def sweep_residuals(
     Args:
         model: in float32 or wider: bf16 states do not settle far enough to see a factor.
         texts: token ids; the first `TOKENS` of each are read, alone.
-        depths: of every position.
-        each: called after each text and depth.
 
     Returns:
         Columns `COLUMNS`; text counts from 0, sweeps from 1. A text's rows end where it has settled (the
@@ -196,8 +192,6 @@ def kinds_contraction(
 
     Args:
         residuals: by run, rows as `sweep_residuals` returns them.
-        resamples: text resamples.
-        seed: of the resampling.
 
     Raises:
         Untestable: there are no residuals.

@@ -236,7 +236,7 @@ def _difference(c: Contrast, own: pd.DataFrame, first: pd.DataFrame) -> Interval
 
 
 def _columns(name: str, interval: Interval | None) -> dict[str, float]:
-    """An interval as three columns of `Kinds.shares`; NaN if there is none."""
+    """An interval as three columns of `Kinds.shares`; NaN for None."""
     three = (interval.estimate, interval.low, interval.high) if interval else (np.nan,) * 3
     return dict(zip((name, *ENDS[name]), three, strict=True))
 
@@ -336,7 +336,7 @@ class KindsAnswers(Result):
 
 
 def answers_of(names: Sequence[str | Path], resamples: int = RESAMPLES, seed: int = 0) -> KindsAnswers:
-    """What depth does to the answers of each run.
+    """Accuracy by depth of each run.
 
     Raises:
         SSTError: as `open_together`.
@@ -352,8 +352,6 @@ def kinds_answers(
 
     Args:
         questions: by run, its `questions` table.
-        resamples: question resamples.
-        seed: of the resampling.
 
     Raises:
         Untestable: no run has answers at a depth beyond 1.
@@ -366,17 +364,14 @@ def kinds_answers(
             correct = right[depth].to_numpy()
             change = np.stack([correct - right[1].to_numpy(), np.ones(len(correct))], axis=1)
             moved = cluster_bootstrap(change, resamples=resamples, seed=seed)
+            record = {"run": run, "depth": int(depth), "questions": len(right)}
+            record["read"] = float(own["answer"].notna().mean())
             records.append(
-                {
-                    "run": run,
-                    "depth": int(depth),
-                    "questions": len(right),
-                    "read": float(own["answer"].notna().mean()),
-                    **as_columns(
-                        right=share(right.index.to_numpy(), correct, resamples, seed),
-                        change=nothing("depth 1") if depth == 1 else moved,
-                    ),
-                }
+                record
+                | as_columns(
+                    right=share(right.index.to_numpy(), correct, resamples, seed),
+                    change=nothing("depth 1") if depth == 1 else moved,
+                )
             )
     if not any(record["depth"] > 1 for record in records):
         raise Untestable("there are answers at one depth only" if records else "there are no answers")
@@ -406,26 +401,21 @@ def open_together(names: Sequence[str | Path]) -> list[Run]:
 
 def _refuse_other(first: Run, other: Run) -> None:
     """Raise if two runs cannot be compared."""
+    both = f"runs {first.name} and {other.name}"
     for key in AGREE:
         ours, theirs = getattr(first.recipe, key), getattr(other.recipe, key)
         if ours != theirs:
-            raise SSTError(
-                f"runs {first.name} and {other.name} differ in {key}: {ours!r} and {theirs!r}",
-                "compare runs whose recipes differ in the model alone",
-            )
+            hint = "compare runs whose recipes differ in the model alone"
+            raise SSTError(f"{both} differ in {key}: {ours!r} and {theirs!r}", hint)
     if first.recipe.choices.overlap != other.recipe.choices.overlap:
-        raise SSTError(
-            f"runs {first.name} and {other.name} measured other overlaps", "set the same `overlap` in both"
-        )
+        raise SSTError(f"{both} measured other overlaps", "set the same `overlap` in both")
     hashes = [run.manifest["provenance"].get("dataset_hash") for run in (first, other)]
     asked = [
         run.questions[["question", "id", "gold"]].drop_duplicates().to_dict("list") for run in (first, other)
     ]
     if asked[0] != asked[1] or (all(hashes) and hashes[0] != hashes[1]):
-        raise SSTError(
-            f"runs {first.name} and {other.name} are of different questions",
-            "capture both with the same questions, split, seed and instruction",
-        )
+        hint = "capture both with the same questions, split, seed and instruction"
+        raise SSTError(f"{both} are of different questions", hint)
 
 
 def _runs(n: int) -> str:

@@ -1,7 +1,7 @@
-"""The one table that resumes: rows on disk that an interrupted experiment goes on with, and their plan.
+"""A table on disk from which an interrupted experiment goes on, and the experiment's plan.
 
-An experiment is a list of jobs. Each job writes its rows in one step, and a job whose rows are in the table
-is not done again: kill the process anywhere and start it again.
+An experiment is a list of jobs. Each job writes its rows in one step, and a job with rows in the table is not
+done again: kill the process anywhere and start it again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sst_interp.errors import SSTError
 from sst_interp.files import put_in_place as publish
 from sst_interp.files import read_json, read_table, replace_json, stage
 
-AGAIN = "delete it: what it held is measured again"
+AGAIN = "delete it: its rows are measured again"
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Table:
         """Refuse to go on with rows of another model that has the same `names`.
 
         Args:
-            about: what is measured.
+            about: the names and the hash of the model that is measured.
             names: columns that name it.
             hashed: column with the hash of its weights.
 

@@ -1,4 +1,4 @@
-"""What a training came to: its loss curves, and its scores by iteration depth beside other models'."""
+"""Results of a training: its loss curves, and its scores by iteration depth beside other models."""
 
 from __future__ import annotations
 
@@ -121,7 +121,6 @@ def depth_scores(
     Args:
         evaluations: model -> rows as `sst_interp.training.evaluation.evaluate` returns them.
         reference: the model that the others' paired differences are taken from; None for none.
-        resamples: bootstrap resamples.
 
     Raises:
         Untestable: nothing was evaluated.

@@ -7,11 +7,9 @@ A claim is one place, a function from `Evidence` to its `Finding`:
         zero = e("position_zero")
         return Finding(here, judged(holds, zero.questions), zero.questions, control)
 
-The ledger, the command and the report take it from there. The rule is written before a run is looked at, and
-can fail. Where the paper gives a size, a run of another model need not meet it exactly: half to twice the
-paper's figure will do, or half of it where more is more of the same. A figure meets a bound if its interval
-reaches the bound, so that nothing is refuted by noise; an interval that reaches beyond both ends of a range
-decides nothing and is "not testable". The same goes for fewer than `LEAST` questions.
+A rule is written before a run is looked at. Half to twice the paper's figure meets it, or half of it where
+more is more of the same. A figure meets a bound if its interval reaches the bound. An interval beyond both
+ends of a range decides nothing ("not testable"), and neither do fewer than `LEAST` questions.
 """
 
 from __future__ import annotations
@@ -29,9 +27,9 @@ from sst_interp.errors import SSTError, Untestable
 
 HOLDS, FAILS, UNTESTED = "holds", "does not hold", "not testable"
 LEAST = 6
-"""Questions a verdict needs: with fewer no two-sided sign test over questions can reach 0.05."""
+"""Questions a verdict needs: with fewer, no two-sided sign test reaches p < 0.05."""
 EVERYWHERE = "-"
-"""The comparison of a claim that does not depend on one."""
+"""Stands for the comparison in the row of a claim about the whole run."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +41,9 @@ class Claim:
     paper: str
     """The paper's figure."""
     rule: str
-    """When it holds; the opposite does not hold."""
+    """When it holds; otherwise it does not hold."""
     value: float = math.nan
-    """The figure that `Finding.figure` is set beside, if one number will do."""
+    """The paper's figure as one number, to set `Finding.figure` beside."""
 
 
 @dataclass(frozen=True)
@@ -73,33 +71,34 @@ class Row:
     @property
     def state(self) -> str:
         """`holds`, `does not hold` or `not testable`."""
-        return self.finding.verdict.split(":")[0]
+        return self.finding.verdict.partition(": ")[0]
+
+    @property
+    def reason(self) -> str:
+        """Why it is not testable; empty if it is."""
+        return self.finding.verdict.partition(": ")[2]
 
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """What a claim is read from: the results of the analyses, and the tables they came from."""
+    """What a claim is judged by: the results of the analyses and the tables behind them."""
 
     contrast: Contrast
-    """The comparison of the row; of a claim about the whole run, the leading one."""
+    """The comparison of the row; for a claim about the whole run, the leading one."""
     results: Mapping[str, Result]
-    """`analysis.comparison`, or `analysis` where there is one for the run -> its result."""
+    """`analysis.comparison`, or `analysis` if it is about the whole run -> its result."""
     missing: Mapping[str, str]
     """The same names -> why there is no result."""
     beside: Mapping[str, Any] = field(default_factory=dict)
-    """What was given beside the run: `alpha`, `approximation`, `no_blend` (see `ledger.claims`)."""
+    """`alpha`, `approximation`, `no_blend` (see `ledger.claims`)."""
 
     @property
     def comparison(self) -> str:
-        """Of the row."""
+        """The comparison of the row."""
         return self.contrast.comparison
 
     def __call__(self, analysis: str) -> Any:
-        """The result of an analysis in this comparison, or the one for the whole run.
-
-        Raises:
-            Untestable: if there is none; the message says why.
-        """
+        """The result of an analysis in this comparison, or for the run; raises `Untestable` without one."""
         for key in (f"{analysis}.{self.comparison}", analysis):
             if key in self.results:
                 return self.results[key]
@@ -109,18 +108,18 @@ class Evidence:
 
 
 class Registered(NamedTuple):
-    """A claim, and what reads it."""
+    """A claim and the function that judges it."""
 
     claim: Claim
-    read: Callable[..., Finding | Sequence[Finding]]
+    judge: Callable[..., Finding | Sequence[Finding]]
     per: Literal["comparison", "run"]
-    """Whether it has a row for every comparison, or one for the run."""
+    """One row for each comparison, or one for the run."""
     measured: str | None
-    """The command that measures it and keeps its rows with the run; None: it is read from a run."""
+    """The command that measures it and keeps its rows with the run; None: it is judged from the tables."""
 
 
 CLAIMS: dict[str, Registered] = {}
-"""Id -> every claim that has been registered."""
+"""Id -> registered claim."""
 
 R = TypeVar("R", bound=Callable[..., "Finding | Sequence[Finding]"])
 
@@ -135,33 +134,27 @@ def claim(
     per: Literal["comparison", "run"] = "comparison",
     measured: str | None = None,
 ) -> Callable[[R], R]:
-    """Register a function of `Evidence` as what reads a claim; the arguments are the fields of `Claim` and
-    `Registered`. It returns a `Finding` (or several, a row each) and raises `Untestable` where there is none.
+    """Register a function of `Evidence` that judges a claim.
 
-    Raises:
-        SSTError: if another claim has the id.
+    The arguments are fields of `Claim` and `Registered`. The function returns a `Finding`, or several (a row
+    each), and raises `Untestable` if there is none. Raises SSTError if another module has registered the id.
     """
 
-    def register(read: R) -> R:
+    def register(judge: R) -> R:
         known = CLAIMS.get(id)
-        if known is not None and known.read.__module__ != read.__module__:
+        if known is not None and known.judge.__module__ != judge.__module__:
             raise SSTError(
-                f"two claims are called {id!r}: {known.read.__module__} and {read.__module__}",
+                f"two claims are called {id!r}: {known.judge.__module__} and {judge.__module__}",
                 "give one of them another id",
             )
-        CLAIMS[id] = Registered(Claim(id, words, paper, rule, value), read, per, measured)
-        return read
+        CLAIMS[id] = Registered(Claim(id, words, paper, rule, value), judge, per, measured)
+        return judge
 
     return register
 
 
-def row_of(id: str, finding: Finding) -> Row:
-    """The row of a claim that is measured apart from the ledger."""
-    return Row(CLAIMS[id].claim, EVERYWHERE, finding)
-
-
 def number(id: str) -> int:
-    """Where a claim stands in the ledger: the number in its id; without one, last."""
+    """The number in a claim's id, which orders the ledger; ids without one come last."""
     digits = re.search(r"\d+", id)
     return int(digits[0]) if digits else 10**6
 
@@ -172,32 +165,25 @@ def untestable(reason: str, here: str = "none", control: str = "") -> Finding:
 
 
 def judged(holds: bool, *needed: Interval, why: str | None = None) -> str:
-    """The verdict: not testable for the reason `why`, or if an interval that is needed is not there."""
+    """The verdict; not testable for the reason `why`, or if one of the `needed` intervals decides nothing."""
     for interval in needed:
-        why = why or too_little(interval)
+        if not interval.known:
+            why = why or interval.reason or "no interval"
+        why = why or too_few(interval.n_questions)
     if why:
         return f"{UNTESTED}: {why}"
     return HOLDS if holds else FAILS
 
 
-def too_little(interval: Interval) -> str | None:
-    """Why an interval decides nothing, or None if it can."""
-    if not math.isfinite(interval.estimate):
-        return interval.reason or "no number"
-    if not interval.known:
-        return interval.reason or "no interval"
-    return too_few(interval.n_questions)
-
-
 def too_few(n_questions: int) -> str | None:
-    """Why that many questions decide nothing, or None if they can."""
+    """Why so few questions decide nothing, or None."""
     if n_questions >= LEAST:
         return None
     return f"{questions_words(n_questions)} cannot decide it ({LEAST} are needed)"
 
 
 def too_wide(interval: Interval, low: float, high: float) -> str | None:
-    """Why an interval decides nothing about a range: it reaches beyond both ends."""
+    """Why an interval decides nothing about a range, or None."""
     if interval.low < low and interval.high > high:
         return "the interval reaches beyond both ends of the range"
     return None
@@ -206,3 +192,22 @@ def too_wide(interval: Interval, low: float, high: float) -> str | None:
 def reaches(interval: Interval, low: float = -math.inf, high: float = math.inf) -> bool:
     """Whether an interval has a point in [low, high]."""
     return interval.high >= low and interval.low <= high
+
+
+def if_measured(what: str, words: Callable[[Evidence], str], e: Evidence) -> str:
+    """`words(e)`, or that `what` was not measured and why."""
+    try:
+        return words(e)
+    except SSTError as error:
+        return f"{what} not measured: {error.message}"
+
+
+def same_norm(e: Evidence) -> tuple[Any, Any]:
+    """What the change itself and random changes of its norm do at shifted positions (rows of `Precedence`).
+
+    Raises `Untestable` if they were not measured.
+    """
+    precedence = e("precedence")
+    if not precedence.at_shifts:
+        raise Untestable(precedence.no_perturbations or "no perturbed position shifts")
+    return precedence.at_shifts["true"], precedence.at_shifts["random"]

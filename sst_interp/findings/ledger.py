@@ -1,10 +1,10 @@
-"""The claims ledger: each claim of the paper, this run's figure, a verdict by a stated rule, and its control.
+"""The claims ledger: each claim of the paper, this run's figure, a verdict by a stated rule, and a control.
 
     ledger = claims(run, baseline=baseline)    # every registered analysis, then every registered claim
     ledger.verdict, ledger.table, ledger.figure()
 
-One comparison of the run is held in memory at a time. What cannot be tested is a row that says why; an
-analysis that crashes is in `failed`, so that a fault of ours is not taken for a finding.
+One comparison is in memory at a time. A row that cannot be tested says why. An analysis that crashes is in
+`failed`: a crash is not a finding.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,32 +46,31 @@ from sst_interp.plugins import load_plugins
 from sst_interp.tables import markdown
 
 Progress = Callable[[int, int, str], Any]
-"""Told how many analyses are done, of how many, and which is next."""
+"""Called with (analyses done, of how many, the next one)."""
 FAILED = "the analysis failed"
 COMPARED = ("pairs", "outputs", "nudges")
-"""Tables that are read one comparison at a time."""
+"""Tables read one comparison at a time."""
 COLOURS = {HOLDS: plots.BLUE, FAILS: plots.VERMILLION, UNTESTED: plots.GREY}
 SYMBOLS = {HOLDS: "circle", FAILS: "x", UNTESTED: "circle-open"}
-"""Verdicts differ in shape as well as in colour."""
 
 
 @dataclass(frozen=True, eq=False)
 class Ledger(Result):
-    """The paper's claims beside one run. All intervals resample questions; comparisons are never pooled."""
+    """The paper's claims beside one run. Intervals resample questions; comparisons are never pooled."""
 
     name: str
-    """Of the run."""
+    """The run's name."""
     kind: str
-    """Which overlap."""
+    """The overlap."""
     n_questions: int
-    """Questions of the run; every row says how many its own figure rests on."""
+    """Questions of the run; a row's figure may rest on fewer."""
     rows: tuple[Row, ...] = ()
     results: dict[str, Result] = field(default_factory=dict)
-    """`analysis.comparison`, or `analysis` where there is one for the run -> its result."""
+    """`analysis.comparison`, or `analysis` if it is about the whole run -> its result."""
     missing: dict[str, str] = field(default_factory=dict)
     """Analyses without a result -> why."""
     failed: dict[str, str] = field(default_factory=dict)
-    """Of those, analyses (and claims) that crashed -> the exception and where it was raised."""
+    """Analyses and claims that crashed -> the exception and where it was raised."""
 
     @property
     def title(self) -> str:
@@ -80,9 +79,7 @@ class Ledger(Result):
 
     @property
     def table(self) -> pd.DataFrame:
-        """A row per claim and comparison: the paper's figure, this run's, rule, verdict, control. `estimate`,
-        `low` and `high` are the one number of `this run` that is set beside the paper's in the figure.
-        """
+        """A row per claim and comparison; `estimate`, `low` and `high` are to set beside the paper's."""
         records = [
             {
                 "claim": row.claim.id,
@@ -110,14 +107,14 @@ class Ledger(Result):
 
     @property
     def by_claim(self) -> list[dict[str, str]]:
-        """A row per claim: the paper's figure and the verdict in each comparison, in one or two words."""
+        """A row per claim: the paper's figure and the verdict in each comparison."""
         columns = [*dict.fromkeys(row.comparison for row in self.rows if row.comparison != EVERYWHERE)]
         lines: dict[str, dict[str, str]] = {}
         for row in self.rows:
             start = {"claim": row.claim.id, "in words": row.claim.words, "paper": row.claim.paper}
-            line = lines.setdefault(row.claim.id, start | dict.fromkeys(columns, ""))
+            line = lines.setdefault(row.claim.id, start | {comparison_words(c): "" for c in columns})
             for column in columns if row.comparison == EVERYWHERE else [row.comparison]:
-                line[column] = row.state
+                line[comparison_words(column)] = row.state
         return list(lines.values())
 
     @property
@@ -127,11 +124,11 @@ class Ledger(Result):
         for row in self.rows:
             if row.comparison != EVERYWHERE:
                 states.setdefault(row.claim.id, {}).setdefault(row.state, []).append(row.comparison)
-        return {claim: found for claim, found in states.items() if {HOLDS, FAILS} <= found.keys()}
+        return {claim: where for claim, where in states.items() if {HOLDS, FAILS} <= where.keys()}
 
     @property
     def verdict(self) -> str:
-        """Counts, how many analyses failed, and which claims depend on the comparison."""
+        """How many rows hold, which analyses failed, which claims depend on the comparison."""
         holds, fails, untested = self.counts.values()
         of = f"{len(self.rows)} rows (claim by comparison), {questions_words(self.n_questions)}."
         if holds + fails == 0:
@@ -144,25 +141,34 @@ class Ledger(Result):
             words += f" {n} {'analysis' if n == 1 else 'analyses'} failed: a fault of the instrument, not a "
             words += "finding."
         parts = [
-            f"{claim} ({'; '.join(f'{verdict}: {_listed(where)}' for verdict, where in found.items())})"
-            for claim, found in self.differ.items()
+            f"{claim} ({'; '.join(f'{said}: {_listed(where)}' for said, where in states.items())})"
+            for claim, states in self.differ.items()
         ]
         return f"{words} The comparison decides {', '.join(parts)}." if parts else words
 
     def blocks(self) -> dict[str, str]:
-        """Texts for a document: `RUN claims`, `RUN by claim`, `RUN verdict`, and `RUN ANALYSIS`, verdicts."""
+        """Texts for a document: tables `RUN claims` and `RUN by claim`; `RUN verdict`, `RUN ANALYSIS`,
+        `RUN CLAIM` (with `.COMPARISON` unless about the whole run).
+        """
         shown = ["claim", "comparison", "paper", "this run", "verdict", "control"]
         texts = {
             "claims": markdown(
-                [{name: row[name] for name in shown} for row in self.table.to_dict("records")]
+                [
+                    {name: row[name] for name in shown} | {"comparison": comparison_words(row["comparison"])}
+                    for row in self.table.to_dict("records")
+                ]
             ),
             "by claim": markdown(self.by_claim),
             "verdict": self.verdict,
         } | {name: result.verdict for name, result in self.results.items()}
+        for row in self.rows:
+            name = row.claim.id + ("" if row.comparison == EVERYWHERE else f".{row.comparison}")
+            words = f"{row.claim.id} {row.finding.verdict}. This run: {row.finding.here}."
+            texts[name] = f"{words} Control: {row.finding.control}." if row.finding.control else words
         return {f"{self.name} {name}": text for name, text in texts.items()}
 
     def figure(self) -> go.Figure:
-        """Claims down, comparisons across; colour and shape say the verdict, hovering the figures."""
+        """Verdicts by claim (down) and comparison (across); hovering shows the figures."""
         if not self.rows:
             return plots.empty_figure("Verdicts", "no claims")
         subtitle = f"{self.name}; {questions_words(self.n_questions)}; overlap: {self.kind.replace('_', ' ')}"
@@ -191,20 +197,19 @@ class Ledger(Result):
         return figure.update_layout(height=170 + 32 * len(labels))
 
     def figures(self) -> dict[str, go.Figure]:
-        """`verdicts`, and `beside_paper`: this run's figures over the paper's."""
+        """`verdicts` and `beside_paper`."""
         return {"verdicts": self.figure(), "beside_paper": self._beside_paper()}
 
     def _beside_paper(self) -> go.Figure:
-        """Figures of this run over the paper's, where both are a number above 0; 1 is the paper's."""
+        """Figures of this run divided by the paper's, where both are above 0."""
         dots = []
         for row in self.rows:
-            value, found = row.claim.value, row.finding.figure
-            if not (math.isfinite(value) and found.estimate > 0):
+            value, figure = row.claim.value, row.finding.figure
+            if not (math.isfinite(value) and figure.estimate > 0):
                 continue
-            # An end at or below 0 has no place on a logarithmic axis: its side of the bar is left out.
-            low = found.low / value if found.low > 0 else math.nan
+            low = figure.low / value if figure.low > 0 else math.nan  # the axis is logarithmic
             label = row.claim.id + self._asked(row.claim.id)
-            dots.append(plots.Dot(label, _column(row), found.estimate / value, low, found.high / value))
+            dots.append(plots.Dot(label, _column(row), figure.estimate / value, low, figure.high / value))
         title, n = "This run's figures beside the paper's", questions_words(self.n_questions)
         if not dots:
             return plots.empty_figure(title, "no claim has a number to set beside the paper's")
@@ -218,19 +223,17 @@ class Ledger(Result):
         return figure.update_yaxes(title_text="claim")
 
     def _asked(self, claim: str) -> str:
-        """` (n = 18 to 24)`: the questions that a claim's figures rest on, over its comparisons."""
+        """` (n = 18 to 24)`: questions behind a claim's figures, over its comparisons."""
         numbers = {row.finding.figure.n_questions for row in self.rows if row.claim.id == claim} - {0}
         ends = dict.fromkeys(map(str, (min(numbers), max(numbers)))) if numbers else {}
         return f" (n = {' to '.join(ends)})" if ends else ""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready: the rows, counts, what differs, and the verdict of every analysis (a result's own
-        `to_dict` has the rest).
-        """
+        """JSON-ready: rows, counts, and the verdict of every analysis."""
         own = {"result": type(self).__name__, "verdict": self.verdict, "table": self.table}
         own |= {"name": self.name, "kind": self.kind, "n_questions": self.n_questions}
         own |= {"counts": self.counts, "differ": self.differ, "missing": self.missing, "failed": self.failed}
-        return json_ready(own | {"analyses": {name: found.verdict for name, found in self.results.items()}})
+        return json_ready(own | {"analyses": {name: result.verdict for name, result in self.results.items()}})
 
 
 def claims(
@@ -246,25 +249,23 @@ def claims(
     progress: Progress | None = None,
     **beside: Any,
 ) -> Ledger:
-    """The ledger of a run. What a run lacks does not make it fail: that is a row that says so.
+    """The ledger of a run. A table or companion that is missing costs the rows that need it, no more.
 
     Args:
         run: a `Run`, or anything with its tables and `recipe`.
         alpha: the learned blend weights [layer, d_model], or their `BlendWeights`, for C14.
         approximation: of `approximation_error`, for C15.
-        no_blend: why the claims about the blend (C14, C15) do not apply to the run's model; None: they do.
+        no_blend: why C14 and C15 do not apply to the run's model (None: they do).
         token_class: token id -> class name, for C9.
         more: rows of claims that were measured elsewhere.
         resamples: question resamples, shuffles and permutations.
         seed: of all three.
-        progress: told how many analyses are done, of how many, and which is next.
-        **beside: runs by their role (`contrast.BESIDE`). `blend_off`: the same recipe with prompt =
-            "blend_off", the start-up control of C8. `reshuffled`: the same questions with reshuffled choices,
-            for C9. `baseline`: the matched baseline, for C11. `beyond`: more depths. `lens`: the same
-            questions with `lens_jaccard`.
+        progress: called with (analyses done, of how many, the next one).
+        **beside: runs by their role (`contrast.BESIDE`): `blend_off`, `reshuffled`, `baseline`, `beyond`,
+            `lens` (see `of_run`).
 
     Raises:
-        SSTError: for an unknown role, a number of resamples or a seed that cannot be, or too little memory.
+        SSTError: for an unknown role, an impossible number of resamples or seed, or too little memory.
     """
     if resamples < 2 or seed < 0:
         raise SSTError(
@@ -277,10 +278,10 @@ def claims(
     suite = _Suite(load(), {"alpha": alpha, "approximation": approximation, "no_blend": no_blend}, progress)
     order = sorted(COMPARISONS, key=lambda name: name != lead.comparison)
     try:
-        suite.ask(lead, "run")  # first: rows of a comparison may rest on them
+        suite.ask(lead, "run")  # first: rows of a comparison may need them
         rows = suite.judge(lead, "run")
         for comparison in order:
-            contrast = lead.to(comparison)  # the one before goes, with what it has read
+            contrast = lead.to(comparison)  # the one before is freed
             suite.ask(contrast, "comparison")
             rows += suite.judge(contrast, "comparison")
     except MemoryError:
@@ -303,7 +304,7 @@ def claims(
 
 
 class _Suite:
-    """Asks every registered analysis, and reads every registered claim from the answers."""
+    """Runs every registered analysis and judges every registered claim."""
 
     def __init__(
         self, analyses: Mapping[str, Analysis], beside: Mapping[str, Any], progress: Progress | None
@@ -316,72 +317,73 @@ class _Suite:
         self.asked = ""
 
     def tell(self, name: str) -> None:
-        """Say which is next."""
+        """Report which analysis is next."""
         self.asked = name
         if self.progress is not None:
             of = sum(len(COMPARISONS) if a.per == "comparison" else 1 for a in self.analyses)
             self.progress(len(self.results) + len(self.missing), of, name)
 
     def ask(self, c: Contrast, per: str) -> None:
-        """Every analysis of one comparison, or of the run."""
+        """Run the analyses of one comparison, or of the whole run."""
         for analysis in self.analyses:
             if analysis.per != per:
                 continue
             key = analysis.name if per == "run" else f"{analysis.name}.{c.comparison}"
             self.tell(key)
-            try:
-                for table in analysis.needs:
-                    if per == "comparison" or table not in COMPARED:
-                        c.tables(table, c.comparison if table in COMPARED else None)
-                with np.errstate(all="ignore"):
-                    self.results[key] = analysis.call(c)
-            except SSTError as error:
-                self.missing[key] = error.message
-            except MemoryError:
-                raise
-            except Exception as error:
-                self.missing[key], self.failed[key] = FAILED, said(error)
+            result, why = self._attempt(key, _call, analysis, c)
+            if why is None:
+                self.results[key] = result
+            else:
+                self.missing[key] = why
 
     def judge(self, c: Contrast, per: str) -> list[Row]:
-        """Every claim of one comparison, or of the run."""
+        """Judge the claims of one comparison, or of the whole run."""
         evidence = Evidence(c, self.results, self.missing, self.beside)
         where = EVERYWHERE if per == "run" else c.comparison
         return [
             Row(entry.claim, where, finding)
             for entry in CLAIMS.values()
             if entry.per == per and entry.measured is None
-            for finding in self._read(entry, evidence, where)
+            for finding in self._judge(entry, evidence, where)
         ]
 
-    def _read(self, entry: Registered, evidence: Evidence, where: str) -> Sequence[Finding]:
-        key = entry.claim.id if where == EVERYWHERE else f"{entry.claim.id}.{where}"
-        self.asked = key
+    def _judge(self, entry: Registered, evidence: Evidence, where: str) -> Sequence[Finding]:
+        self.asked = entry.claim.id if where == EVERYWHERE else f"{entry.claim.id}.{where}"
+        findings, why = self._attempt(self.asked, entry.judge, evidence)
+        if why is not None:
+            return [untestable(why)]
+        return [findings] if isinstance(findings, Finding) else findings
+
+    def _attempt(self, key: str, call: Callable[..., Any], *given: Any) -> tuple[Any, str | None]:
+        """(result, None), or (None, why there is none); a crash is noted in `failed`."""
         try:
             with np.errstate(all="ignore"):
-                findings = entry.read(evidence)
+                return call(*given), None
         except SSTError as error:
-            findings = untestable(error.message)
+            return None, error.message
         except MemoryError:
             raise
         except Exception as error:
             self.failed[key] = said(error)
-            findings = untestable(FAILED)
-        return [findings] if isinstance(findings, Finding) else findings
+            return None, FAILED
 
     def in_order(self, of: Mapping[str, Any], order: Sequence[str]) -> dict[str, Any]:
         """The entries comparison by comparison, those of the run last."""
-        return {key: of[key] for key in self._keys(order) if key in of}
+        keys = [f"{a.name}.{where}" for where in order for a in self.analyses if a.per == "comparison"]
+        keys += [a.name for a in self.analyses if a.per == "run"]
+        return {key: of[key] for key in keys if key in of}
 
-    def _keys(self, order: Sequence[str]) -> Iterator[str]:
-        for comparison in order:
-            yield from (f"{a.name}.{comparison}" for a in self.analyses if a.per == "comparison")
-        yield from (a.name for a in self.analyses if a.per == "run")
+
+def _call(analysis: Analysis, c: Contrast) -> Result:
+    """The result of an analysis, whose tables are read first."""
+    for table in analysis.needs:
+        if analysis.per == "comparison" or table not in COMPARED:
+            c.tables(table, c.comparison if table in COMPARED else None)
+    return analysis.call(c)
 
 
 def said(error: Exception) -> str:
-    """`TypeError: what (file.py, line 12)`: an exception in one line, and the last line that is not of a
-    library.
-    """
+    """`TypeError: what (file.py, line 12)`: an exception and the last line outside libraries."""
     frames = traceback.extract_tb(error.__traceback__)
     frame = [f for f in frames if "site-packages" not in f.filename][-1]
     words = " ".join(str(error).split())[:200]
@@ -389,7 +391,7 @@ def said(error: Exception) -> str:
 
 
 def _n_questions(c: Contrast) -> int:
-    """Questions of the run, from the first table that it has."""
+    """Questions of the run, from the first table it has."""
     for table, comparison in (("questions", None), ("pairs", c.comparison)):
         try:
             return int(c.tables(table, comparison)["question"].nunique())
@@ -412,5 +414,5 @@ def _listed(comparisons: Sequence[str]) -> str:
 
 
 def _plain(words: str) -> str:
-    """Text for a hover label, which reads angle brackets as tags."""
+    """Text for a hover label, in which angle brackets are tags."""
     return words.replace("&", "&amp;").replace("<", "&lt;")

@@ -1,6 +1,6 @@
-"""The ledger of a run by name: what stands beside the run, and what was measured of it before.
+"""The ledger of a run with its companions and with the findings that were kept with it.
 
-A run's companions are runs called `NAME-ROLE` beside it, or among the user's and the shipped ones:
+Companions are runs called `NAME-ROLE`, beside the run or among the user's and the shipped ones:
 
 - `NAME-blend-off`: the same recipe with `prompt = "blend_off"`, the start-up control of claim C8;
 - `NAME-reshuffled`: the same questions with another `seed`, for C9;
@@ -8,11 +8,9 @@ A run's companions are runs called `NAME-ROLE` beside it, or among the user's an
 - `NAME-deep`: depths beyond the run's, for overthinking and settling;
 - `NAME-lens`: some of its questions with `overlap = "lens_jaccard"`, for token replacement by layer.
 
-The halting probe (C12, C13) and causal patching (C16) take minutes, so their commands keep what they found,
-rows of the ledger and whole results: in the run's own folder under `findings/`, or for a run that ships in
-`findings/NAME` of the working folder. Kept findings are of one capture: after another one they are not shown.
-A damaged file costs its own rows and nothing else: they say which file it is and what to type. Texts of a
-file are data: control and bidi characters in them show and do nothing.
+The commands `probe` and `patch` keep their rows and results in `findings/` of the run's folder (for a
+shipped run, in `findings/NAME` of the working folder). Findings of another capture are not shown. A damaged
+file costs its own rows, which name the file and what to type.
 """
 
 from __future__ import annotations
@@ -21,19 +19,18 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sst_interp import paths
-from sst_interp.analyses.result import KeptResult, Result
+from sst_interp.analyses.result import KeptResult, Result, json_ready
 from sst_interp.analyses.statistics.bootstrap import RESAMPLES, Interval
 from sst_interp.errors import SSTError, Untestable
 from sst_interp.experiments.studies.errors import ApproximationError, approximation_error
 from sst_interp.files import read_json, read_table, replace_json, unreadable
-from sst_interp.findings import experiments  # noqa: F401 (it registers the claims that are kept)
 from sst_interp.findings.answers import BlendWeights
 from sst_interp.findings.claims import CLAIMS, EVERYWHERE, Claim, Finding, Row, untestable
 from sst_interp.findings.ledger import Ledger, Progress, claims
@@ -57,14 +54,14 @@ ROLES = {
 
 @dataclass(frozen=True)
 class Companions:
-    """The runs that stand beside a run, and why one that was found is not used."""
+    """The runs beside a run, and notes on those that are not used."""
 
     runs: dict[str, Run] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
 def companions(run: Run) -> Companions:
-    """The companions of a run: complete ones, of the same dataset."""
+    """The companions of a run: complete, of the same dataset."""
     beside = Companions()
     for role, end in ROLES.items():
         for where in (run.folder.parent / f"{run.name}-{end}", f"{run.name}-{end}"):
@@ -92,11 +89,11 @@ def ledger_of(
     """The claims ledger of a run with its companions, its blend weights and the measured approximation.
 
     Args:
-        run: a captured run; its companions are looked for.
+        run: a captured run.
         resamples: question resamples, shuffles and permutations.
         seed: of all three.
-        more: rows of claims that were measured elsewhere; they go before those kept with the run.
-        progress: told how many analyses are done, of how many, and which is next.
+        more: rows of claims that were measured elsewhere; they replace those kept with the run.
+        progress: called with (analyses done, of how many, the next one).
     """
     tokenizer, kept = tokenizer_of(run), kept_findings(run)
     ledger = claims(
@@ -115,7 +112,7 @@ def ledger_of(
 
 
 def _said(kind: str | None) -> str:
-    """A kind inside a sentence: abbreviations and names keep their capitals."""
+    """A kind inside a sentence; names keep their capitals."""
     words = kind_words(kind or "backbone")
     return (
         words
@@ -125,7 +122,7 @@ def _said(kind: str | None) -> str:
 
 
 def blend_of(run: Run) -> BlendWeights | None:
-    """Mean and range of the blend weights a run was captured with, and where their training started."""
+    """Mean and range of the blend weights of a capture, and where their training started."""
     known = run.manifest["provenance"]
     if "alpha_mean" not in known:
         return None
@@ -138,9 +135,9 @@ def blend_of(run: Run) -> BlendWeights | None:
 
 
 def approximation_of(run: Run) -> ApproximationError | None:
-    """What few sweeps cost the run's model, if that was measured (`sst-interp study run two-pass MODEL`).
+    """The two-pass error of the run's model (`sst-interp study run two-pass MODEL`), or None.
 
-    Measured means: under the same name and with the same blend weights; trained anew it is another model.
+    The name and the blend weights must be the run's: trained anew it is another model.
     """
     known = run.manifest["provenance"]
     if "alpha_mean" not in known:
@@ -165,12 +162,11 @@ def approximation_of(run: Run) -> ApproximationError | None:
 
 @dataclass(frozen=True)
 class Kept:
-    """What was kept of one capture."""
+    """Findings kept with one capture."""
 
     rows: list[Row] = field(default_factory=list)
-    """Rows of the claims ledger."""
     results: dict[str, Result] = field(default_factory=dict)
-    """Analysis (`halting`, `routing`, `patching`) -> its result, as far as it can be shown again."""
+    """Analysis (`halting`, `routing`, `patching`) -> its result."""
 
 
 def keep_findings(
@@ -198,7 +194,7 @@ def keep_findings(
     contents = {
         "of": capture_of(run),
         "made": made,
-        "rows": [_plain(asdict(row)) for row in rows],
+        "rows": json_ready(rows),
         "results": {key: KeptResult.of(result).to_json() for key, result in (results or {}).items()},
     }
     replace_json(folder / f"{name}.json", contents)
@@ -240,15 +236,6 @@ def _kept(file: Path, run: Run) -> Kept:
         lost = untestable(f"{error.message}; delete it, or `sst-interp {file.stem} --run {run.name}` again")
         measured = [entry.claim for entry in CLAIMS.values() if entry.measured == file.stem]
         return Kept([Row(claim, EVERYWHERE, lost) for claim in measured])
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no NaN and no infinity."""
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _row(values: dict[str, Any]) -> Row:

@@ -1,9 +1,8 @@
-"""What a run says about the claims on the state (C1 to C3, C6 to C9), each with its control."""
+"""Claims about the state (C1 to C3, C6 to C9), each with its control."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,13 +16,15 @@ from sst_interp.analyses.statistics.bootstrap import (
     questions_words,
     share,
 )
-from sst_interp.errors import SSTError, Untestable
+from sst_interp.errors import Untestable
 from sst_interp.findings.claims import (
     Evidence,
     Finding,
     claim,
+    if_measured,
     judged,
     reaches,
+    same_norm,
     too_few,
     too_wide,
     untestable,
@@ -33,31 +34,31 @@ SHARE, LOWEST = (0.07, 0.28), 0.305
 ROUNDINGS = (7.5, 14.5)
 LEAST_CORRELATION, LEAST_SHARE = 0.1, 0.01
 NOISE = {"batch": "another batch shape", "fp32": "float32"}
-"""Kinds of the table `noise`, in words."""
+"""Kind of noise in the table `noise` -> in words."""
 
 
 @claim(
-    "C1", "a small share of the (position, layer) pairs is reorganised, the rest stable", "14% (86% stable)",
+    "C1", "few (position, layer) pairs shift, the rest is stable", "14% (86% stable)",
     "the interval of the shifted share, at this run's threshold, reaches 7% to 28% (half to twice)", 0.14,
 )  # fmt: skip
 def share_shifted(e: Evidence) -> Finding:
     """The shifted share; beside it the share at 0.99, and what noise shifts."""
     shifts = e("basin_shifts")
     here = f"{shifts.share.text(percent=True)} shifted, below {shifts.threshold:.4g}"
-    control = f"{shifts.provenance}; "
+    control = f"threshold: {shifts.provenance}; "
     if shifts.threshold != PAPER_THRESHOLD:
         control += f"below the paper's {PAPER_THRESHOLD} {percent_text(shifts.share_at_paper.estimate)}; "
-    control += _noise_shifts(e, shifts.threshold) + _on_one_text(e)
+    control += if_measured("noise", _noise_shifts, e) + _on_one_text(e)
     verdict = judged(reaches(shifts.share, *SHARE), shifts.share, why=too_wide(shifts.share, *SHARE))
     return Finding(here, verdict, shifts.share, control)
 
 
 @claim(
-    "C2", "stable and shifted are separate modes, not one spread", "yes",
+    "C2", "stable and shifted pairs are two modes, not one spread", "yes",
     "more than half of the layers tested have two modes within themselves (false discovery rate 5%)",
 )  # fmt: skip
 def two_modes(e: Evidence) -> Finding:
-    """Layers with two modes within themselves; beside it what pooling layers makes of it."""
+    """Layers with two modes within themselves; beside it the modes over all layers."""
     modes = e("bimodality")
     of = modes.layers_tested
     share_two = modes.layers_two / of if of else math.nan
@@ -72,12 +73,12 @@ def two_modes(e: Evidence) -> Finding:
     between = modes.between_layers
     if between is not None and math.isfinite(between.estimate):
         control += f"; {percent_text(between.estimate)} of the spread lies between layers"
-    here = f"layers with two modes: {modes.layers_two} of {of}"
+    here = f"two modes in {modes.layers_two} of {of} layers"
     return Finding(here, judged(share_two > 0.5, why=why or too_few(modes.n_questions)), figure, control)
 
 
 @claim(
-    "C3", "overlap at a shift falls as low as 0.30", "0.30",
+    "C3", "the overlap falls to 0.30 at a shift", "0.30",
     "the lowest overlap is 0.30 or less, to two decimals", 0.30,
 )  # fmt: skip
 def lowest_overlap(e: Evidence) -> Finding:
@@ -90,73 +91,76 @@ def lowest_overlap(e: Evidence) -> Finding:
     lowest, n = float(own.min()), len(own)
     low = share(question, values < LOWEST, *c.resampling)
     figure = Interval(lowest, math.nan, math.nan, n, reason="a minimum has no interval")
-    control = f"{percent_text(low.estimate)} of {len(values):,} pairs are that low; {_lowest_noise(e)}"
+    control = f"{percent_text(low.estimate)} of {len(values):,} pairs are that low; "
+    control += if_measured("noise", _lowest_noise, e) + _on_one_text(e)
     here = f"{lowest:.3g}; in the median question {median.text()}"
-    return Finding(here, judged(lowest < LOWEST, why=too_few(n)), figure, control + _on_one_text(e))
+    return Finding(here, judged(lowest < LOWEST, why=too_few(n)), figure, control)
 
 
 @claim(
     "C6", "the state shifts before the argmax changes, never after", "always",
-    "no argmax changes without a shift by then, and at an earlier step shifts come more often than if "
+    "no argmax changes without a shift at that step or before, and earlier shifts are more frequent than if "
     "shuffled over positions (p < 0.05)",
     1.0,
 )  # fmt: skip
 def state_first(e: Evidence) -> Finding:
-    """Argmax changes that no shift came before; beside it the shuffle, and changes of the same size."""
-    found = e("precedence")
-    before: dict[str, float] = found.given.loc["before"].to_dict()
-    here = f"earlier {found.before.text(percent=True)}, same step {percent_text(found.together.estimate)}, "
-    here += f"later or never {percent_text(found.against.estimate)}"
-    why = too_few(found.against.n_questions)
-    shifts = found.orders.loc[found.orders["given"] == "the state shifts", "positions"].sum()
+    """Argmax changes without an earlier shift; beside it the shuffle, and random changes of the same norm."""
+    precedence = e("precedence")
+    before: dict[str, float] = precedence.given.loc["before"].to_dict()
+    here = f"earlier {precedence.before.text(percent=True)}, "
+    here += f"same step {percent_text(precedence.together.estimate)}, "
+    here += f"later or never {percent_text(precedence.against.estimate)}"
+    why = too_few(precedence.against.n_questions)
+    shifts = precedence.orders.loc[precedence.orders["given"] == "the state shifts", "positions"].sum()
     if not shifts:
-        why = why or f"no position shifts (overlap below {found.threshold:.4g})"
-    if found.against.estimate == 0 and not before["null_high"] > before["null_low"]:
+        why = why or f"no position shifts (overlap below {precedence.threshold:.4g})"
+    if precedence.against.estimate == 0 and not before["null_high"] > before["null_low"]:
         why = why or "nothing can come earlier, or shuffling changes nothing"
     first = bool(before["share"] > before["null"] and before["p"] < 0.05)
     control = f"earlier if shuffled: {percent_text(before['null'])} (p = {before['p']:.2g}); "
-    verdict = judged(found.against.estimate == 0 and first, why=why)
-    return Finding(here, verdict, found.before, control + _random_flips(found))
+    control += if_measured("random changes", _random_flips, e)
+    return Finding(
+        here, judged(precedence.against.estimate == 0 and first, why=why), precedence.before, control
+    )
 
 
 @claim(
-    "C7", "the change is many bf16 roundings, more in the deepest layer", "15x, deepest layer 29x (medians)",
-    "the intervals reach 7.5 and, in the deepest layer, 14.5 (half); and the change is above every measured "
-    "noise floor (interval of the ratio above 1)",
+    "C7", "the change is many bf16 roundings, most in the deepest layer", "15x, deepest layer 29x (medians)",
+    "the intervals reach 7.5 and, in the deepest layer, 14.5 (half), and the change is above all measured "
+    "noise (interval of the ratio above 1)",
     15,
 )  # fmt: skip
 def above_rounding(e: Evidence) -> Finding:
     """The change in bf16 roundings; beside it the change over measured noise."""
-    found = e("bf16_noise")
-    holds = reaches(found.ratio, ROUNDINGS[0]) and reaches(found.deepest, ROUNDINGS[1])
+    noise = e("bf16_noise")
+    holds = reaches(noise.ratio, ROUNDINGS[0]) and reaches(noise.deepest, ROUNDINGS[1])
     parts, n = [], 0
     for kind, words in NOISE.items():
-        floor = found.floor(kind)
+        floor = noise.floor(kind)
         if floor is not None:
             parts.append(f"{floor.ratio.text()} times what {words} changes")
             n = floor.ratio.n_questions
             holds = holds and not (floor.ratio.known and floor.ratio.low <= 1)
     control = f"{'; '.join(parts)} ({questions_words(n)})"
     if not parts:
-        control = f"noise not measured: {found.no_floor}"
-    here = f"{found.ratio.text()}x, layer {found.deepest_layer} {found.deepest.text()}x"
-    verdict = judged(holds, found.ratio, found.deepest)
-    return Finding(here, verdict, found.ratio, control + _on_one_text(e))
+        control = f"noise not measured: {noise.no_floor}"
+    here = f"{noise.ratio.text()}x, layer {noise.deepest_layer} {noise.deepest.text()}x"
+    verdict = judged(holds, noise.ratio, noise.deepest)
+    return Finding(here, verdict, noise.ratio, control + _on_one_text(e))
 
 
 @claim(
     "C8", "every question shifts at position 0", "198 of 198",
-    "every question has a shift in some layer at position 0, at one threshold in all comparisons (0.99 as in "
-    "the paper, or the recipe's): up to there each has read the same text", 1.0,
+    "at position 0 every question has a shift in some layer, below 0.99 (or the recipe's threshold) in every "
+    "comparison, since all have read the same text there", 1.0,
 )  # fmt: skip
 def shift_at_zero(e: Evidence) -> Finding:
     """Questions with a shift at position 0; beside it later positions and the start-up control."""
-    found = e("position_zero")
-    control = f"later positions {percent_text(found.later.estimate)}; layers shifted: "
-    control += (
-        f"{percent_text(found.layers.estimate)} at 0, {percent_text(found.later_layers.estimate)} later; "
-    )
-    start_up = found.control
+    zero = e("position_zero")
+    control = f"later positions {percent_text(zero.later.estimate)}; layers shifted: "
+    control += f"{percent_text(zero.layers.estimate)} at 0, "
+    control += f"{percent_text(zero.later_layers.estimate)} later; "
+    start_up = zero.control
     if e.contrast.choices.prompt == "blend_off":
         control += "this run's own prompt was read without the recurrence"
     elif start_up is None or start_up.not_testable:
@@ -164,32 +168,32 @@ def shift_at_zero(e: Evidence) -> Finding:
     else:
         control += f"{percent_text(start_up.control_layers.estimate)} at 0 with the prompt read without the "
         control += "recurrence"
-    here = f"{found.n_shifted} of {found.n_questions} ({found.questions.text(percent=True)}), below "
-    here += f"{found.threshold:.4g}"
-    verdict = judged(found.n_shifted == found.n_questions, found.questions)
-    return Finding(here, verdict, found.questions, control)
+    here = f"{zero.n_shifted} of {zero.n_questions} ({zero.questions.text(percent=True)}), below "
+    here += f"{zero.threshold:.4g}"
+    verdict = judged(zero.n_shifted == zero.n_questions, zero.questions)
+    return Finding(here, verdict, zero.questions, control)
 
 
 @claim(
     "C9", "which positions shift depends on content", "yes",
-    "something of the content goes with the change beyond position (p < 0.05 after Holm), by a rank "
+    "some measure of content goes with the change beyond position (p < 0.05 after Holm), with a rank "
     "correlation of 0.1 or more, or 1% of the variance or more",
 )  # fmt: skip
 def tied_to_content(e: Evidence) -> Finding:
-    """The strongest tie to content beyond position; beside it what position alone accounts for."""
-    found = e("content")
-    position = found.row(POSITION)
+    """The strongest tie to content beyond position; beside it the share of position alone."""
+    content = e("content")
+    position = content.row(POSITION)
     control = "position alone: not testable"
     if position is not None:
         control = f"position alone: {percent_text(float(position['estimate']))} of the variance"
-    control += f"; second run: {found.missing[SECOND_RUN]}" if SECOND_RUN in found.missing else ""
-    tested = found.measures.dropna(subset=["p_holm", "beyond"])
-    if found.content_found is None or tested.empty:
+    control += f"; second run: {content.missing[SECOND_RUN]}" if SECOND_RUN in content.missing else ""
+    tested = content.measures.dropna(subset=["p_holm", "beyond"])
+    if content.content_found is None or tested.empty:
         why = "too few questions to tell content from position"
         if tested.empty:
-            reasons = "; ".join(dict.fromkeys(found.missing.values()))
-            why = f"nothing of the content could be tested ({reasons})"
-        return untestable(too_few(found.n_questions) or why, control=control)
+            reasons = "; ".join(dict.fromkeys(content.missing.values()))
+            why = f"no measure of content could be tested ({reasons})"
+        return untestable(too_few(content.n_questions) or why, control=control)
     least = np.where(tested["measure"].str.startswith("class"), LEAST_SHARE, LEAST_CORRELATION)
     size = np.abs(tested["beyond"].to_numpy(dtype=float)) / least
     clear = tested["p_holm"].to_numpy(dtype=float) < 0.05
@@ -202,53 +206,51 @@ def tied_to_content(e: Evidence) -> Finding:
     return Finding(here, judged(bool((clear & (size >= 1)).any()), figure), figure, control)
 
 
-def _noise_shifts(e: Evidence, threshold: float) -> str:
-    """How much of the noise table lies below a threshold, kind by kind."""
-    try:
-        noise, below = _noise_overlaps(e)
-    except SSTError as error:
-        return f"noise not measured: {error.message}"
-    parts, n = [], 0
+def _noise_shifts(e: Evidence) -> str:
+    """What share of the pairs noise alone brings below the threshold, by kind of noise."""
+    threshold, parts, n = e("basin_shifts").threshold, [], 0
+    noise, overlap = _noise(e)
     for kind, words in NOISE.items():
-        here = (noise["kind"] == kind).to_numpy(dtype=bool) & np.isfinite(below)
+        here = (noise["kind"] == kind).to_numpy(dtype=bool)
         if here.any():
-            found = share(noise["question"].to_numpy()[here], below[here] < threshold, *e.contrast.resampling)
-            parts.append(f"{words} alone shifts {percent_text(found.estimate)}")
-            n = found.n_questions
-    return f"{'; '.join(parts)} ({questions_words(n)})" if parts else "noise not measured"
+            shifted = share(
+                noise["question"].to_numpy()[here], overlap[here] < threshold, *e.contrast.resampling
+            )
+            parts.append(f"{words} alone shifts {percent_text(shifted.estimate)}")
+            n = shifted.n_questions
+    return f"{'; '.join(parts)} ({questions_words(n)})"
 
 
 def _lowest_noise(e: Evidence) -> str:
-    try:
-        _, values = _noise_overlaps(e)
-    except SSTError as error:
-        return f"noise not measured: {error.message}"
-    values = values[np.isfinite(values)]
-    return f"noise falls to {values.min():.4g}" if len(values) else "noise not measured"
+    return f"noise falls to {_noise(e)[1].min():.4g}"
 
 
-def _noise_overlaps(e: Evidence) -> tuple[pd.DataFrame, np.ndarray]:
+def _noise(e: Evidence) -> tuple[pd.DataFrame, np.ndarray]:
+    """The rows of the `noise` table that have an overlap, and their overlaps."""
     noise = e.contrast.tables("noise")
-    return noise, overlap_of(noise, e.contrast.kind)
+    overlap = overlap_of(noise, e.contrast.kind)
+    known = np.isfinite(overlap)
+    if not known.any():
+        raise Untestable("no overlap of it is finite")
+    return noise[known], overlap[known]
 
 
 def _on_one_text(e: Evidence) -> str:
-    """In free-running: how many of the shifts are left when both depths read one text."""
+    """In free-running, what share of the shifts is left when both depths read one text."""
     if e.comparison != "free_running":
         return ""
     try:
-        found = e("divergence")
+        divergence = e("divergence")
     except Untestable as error:
         return f"; whether that is the texts is not testable: {error.message}"
-    if found.no_replay or not math.isfinite(found.explained.estimate):
-        return f"; {percent_text(found.after.estimate)} of the shifts lie after the texts part"
-    return f"; on one text {percent_text(found.left.estimate)} of the shifts are left"
+    if divergence.no_replay or not math.isfinite(divergence.explained.estimate):
+        return f"; {percent_text(divergence.after.estimate)} of the shifts lie after the texts diverge"
+    return f"; on one text {percent_text(divergence.left.estimate)} of the shifts are left"
 
 
-def _random_flips(found: Any) -> str:
-    """What random changes of a shift's size do to the argmax."""
-    if not found.at_shifts:
-        return f"random changes not measured: {found.no_perturbations or 'no perturbed position shifts'}"
-    true, random = found.at_shifts["true"], found.at_shifts["random"]
-    words = f"the argmax changes at {percent_text(true['changed'])} of the shifts, by random changes of that "
-    return words + f"size at {percent_text(random['changed'])} ({questions_words(int(random['questions']))})"
+def _random_flips(e: Evidence) -> str:
+    """How often the argmax changes at a shift, and by a random change of the same norm."""
+    true, random = same_norm(e)
+    words = f"the argmax changes at {percent_text(true['changed'])} of the shifts, by random changes of the "
+    words += f"same norm at {percent_text(random['changed'])}"
+    return words + f" ({questions_words(int(random['questions']))})"

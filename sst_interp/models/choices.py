@@ -103,11 +103,7 @@ ANALYSIS = ("comparison", "threshold")
 
 
 def check_choices(choices: Any) -> Choices:
-    """The choices that were given, or the defaults for None.
-
-    Raises:
-        SSTError: something else than `Choices` was given.
-    """
+    """These choices, or the defaults for None; SSTError for anything else."""
     if choices is not None and not isinstance(choices, Choices):
         raise SSTError(
             f"choices = {shown(choices)} is a {type(choices).__name__}, not Choices",

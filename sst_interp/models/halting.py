@@ -86,8 +86,7 @@ class Threshold(HaltingPolicy):
         self._check_deepest()
         threshold = self.threshold
         if not isinstance(threshold, Real) or isinstance(threshold, bool) or threshold != threshold:
-            hint = "for example 0.05"
-            raise SSTError(f"threshold = {shown(threshold)} is not a number", hint)
+            raise SSTError(f"threshold = {shown(threshold)} is not a number", "for example 0.05")
 
     @property
     def looks(self) -> int:

@@ -379,7 +379,7 @@ def attach(
             weights, alpha outside [0, 1].
     """
     backbone = Backbone(model)
-    kind = LayerBlend.start(backbone, alpha) if kind is None else kind
+    kind = LayerBlend(alpha) if kind is None else kind  # pyright: ignore[reportArgumentType]
     return StateStreamModel(backbone, kind, tokenizer, choices, name or backbone.family)
 
 

@@ -1,6 +1,6 @@
-"""What a training leaves in its folder besides the checkpoint, read back and said in words.
+"""The files of a training besides its checkpoint: read, summarised in words, and the model card.
 
-NAME/training.json     the recipe, and what the training was done with
+NAME/training.json     the recipe, versions, and hashes of data and backbone
 NAME/training.jsonl    a line per step; lines with `held_out_...` hold the loss on held-out examples
 NAME/README.md         the model card: everything in it is read from these files or measured
 """
@@ -44,11 +44,7 @@ class Scores(Protocol):
 
 
 def read_about(folder: Path) -> dict[str, Any]:
-    """`training.json` of a checkpoint.
-
-    Raises:
-        SSTError: it cannot be read.
-    """
+    """`training.json` of a checkpoint. Raises SSTError if it cannot be read."""
     try:
         about = json.loads((folder / ABOUT).read_text())
         if about["format"] == 1 and about["recipe"].get("method") == "exact":
@@ -59,11 +55,7 @@ def read_about(folder: Path) -> dict[str, Any]:
 
 
 def read_log(folder: Path) -> pd.DataFrame:
-    """`training.jsonl` of a checkpoint: a row per step.
-
-    Raises:
-        SSTError: it cannot be read.
-    """
+    """`training.jsonl` of a checkpoint: a row per step. Raises SSTError if it cannot be read."""
     try:
         return pd.DataFrame(json.loads(line) for line in (folder / LOG).read_text().splitlines())
     except (OSError, ValueError) as error:

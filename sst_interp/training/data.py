@@ -55,7 +55,7 @@ def load_split(recipe: TrainingRecipe, model: StateStreamModel) -> Split:
     """The recipe's examples. The held-out ones are drawn first, so that no other setting moves them.
 
     Raises:
-        SSTError: the data cannot be found or read, or nothing is left to train on.
+        SSTError: the data is missing or cannot be read, or nothing is left to train on.
     """
     items = read_items(recipe.data)
     order = list(range(len(items)))
@@ -162,7 +162,6 @@ def schedule(lengths: Sequence[int], batch_size: int, examples: int | None, seed
         lengths: tokens per example.
         batch_size: examples per step; the last step of an epoch may have fewer.
         examples: how many in all; None for one epoch.
-        seed: of the shuffles.
     """
     total = len(lengths) if examples is None else examples
     steps: list[list[int]] = []

@@ -1,4 +1,4 @@
-"""What a checkpoint can do at every iteration depth: loss and accuracy, question by question.
+"""Loss and accuracy of a checkpoint at every iteration depth, question by question.
 
 FOLDER/model.json             whose measurements these are: another model's are refused
 FOLDER/TASK-dDEPTH.parquet    a row per question; it is not measured again
@@ -78,14 +78,12 @@ def evaluate(
     progress: Callable[[str, int, int], Any] | None = None,
     held_out_id: str | None = None,
 ) -> pd.DataFrame:
-    """Measure `model` at every depth; what the folder already holds is not measured again.
+    """Measure `model` at every depth, except for what the folder already holds.
 
     A model whose blend is zero does the same at every depth, so it is measured at depth 1 only.
 
     Args:
-        model: the model.
         folder: where the measurements are kept: one folder per model.
-        depths: iteration depths.
         tasks: names of `TASKS`.
         held_out: examples for the task `held-out-loss`.
         questions: fewer questions per task than its own number.
@@ -128,7 +126,7 @@ def evaluate_by_name(
     held_out_of: str | None = None,
     out: Path | None = None,
 ) -> pd.DataFrame:
-    """Measure what is missing, and return all measurements; the other arguments are those of `evaluate`.
+    """Load a model, measure what is missing, and return all measurements (`evaluate`).
 
     Args:
         name: a checkpoint, or a backbone, which is evaluated without a blend.
@@ -180,7 +178,7 @@ def missing(
     questions: int | None = None,
     held_out_id: str | None = None,
 ) -> list[tuple[str, list[int], int]]:
-    """What is still to be measured: (task, depths, questions). A loss is measured depth by depth.
+    """Measurements that the folder lacks: (task, depths, questions). A loss is measured depth by depth.
 
     Raises:
         SSTError: an unknown task, or depths or a number of questions that are not whole numbers from 1.
@@ -246,14 +244,14 @@ def refuse_other_model(folder: Path, model: StateStreamModel, fingerprint: str |
         raise SSTError(f"{folder} holds another model's measurements", OTHER)
     noted = (kept or {}) | now | ({"fingerprint": fingerprint} if fingerprint else {})
     if kept != noted:
-        with suppress(*([OSError] if kept else [])):  # the same model's; what ships may be read-only
+        with suppress(*([OSError] if kept else [])):  # the same model's; a shipped folder may be read-only
             folder.mkdir(parents=True, exist_ok=True)
             replace_json(path, noted)
 
 
 def evaluation_folder(name: str, out: Path | None = None) -> Path:
-    """Where the measurements of a model are: beside its checkpoint, or in `evaluations/NAME`. If the working
-    folder has none of a backbone, the shipped ones count.
+    """Where the measurements of a model are: beside its checkpoint, or in the working folder's (else the
+    shipped) `evaluations/NAME`.
     """
     folder = checkpoint_folder(name)
     if out is not None:
@@ -351,15 +349,11 @@ def answers(
     batch_size: int = 40,
     progress: Callable[[int], Any] | None = None,
 ) -> pd.DataFrame:
-    """Each question answered at every depth.
+    """Each question answered greedily at every depth.
 
     Args:
-        model: with a stream; a blend of zero is the plain backbone.
-        questions: as they are asked.
         depths: of every generated position. The prompt is read once, at depth 1.
-        max_new_tokens: token budget per answer.
         batch_size: questions answered together, at all depths; they are batched by prompt length.
-        progress: called with the number of questions done.
 
     Returns:
         A row per depth and question, in the order given: depth, id, correct, answer (None if the text has
@@ -367,20 +361,14 @@ def answers(
     """
     depths = check_iterations(depths, "depths")
     prompts = [model.chat(question.prompt) for question in questions]
-    rows: dict[tuple[int, int], dict[str, Any]] = {}
+    rows = {}
     for chosen in _by_length([len(prompt) for prompt in prompts], batch_size, progress):
         written = model.generate_at_depths([prompts[i] for i in chosen], depths, max_new_tokens)
         for depth, out in written.items():
             for i, text, tokens in zip(chosen, out.texts or [], out.tokens, strict=True):
                 asked = questions[i]
                 answer = grade(asked.kind, text, asked.n_choices, asked.choices)
-                rows[depth, i] = {
-                    "depth": depth,
-                    "id": asked.id,
-                    "correct": answer == asked.gold,
-                    "answer": answer,
-                    "tokens": len(tokens),
-                }
+                rows[depth, i] = _row(depth, asked, answer) | {"tokens": len(tokens)}
     return pd.DataFrame([rows[depth, i] for depth in depths for i in range(len(questions))])
 
 
@@ -404,19 +392,20 @@ def letters(
     codes = {letter: model.encode_plain(f"({letter})") for letter in ascii_uppercase}
     common = next(n for n in range(9) if len({tuple(c[: n + 1]) for c in codes.values()}) > 1)
     prompts = [model.chat(question.prompt) + codes["A"][:common] for question in questions]
-    rows: dict[tuple[int, int], dict[str, Any]] = {}
+    rows = {}
     for chosen in _by_length([len(prompt) for prompt in prompts], batch_size, progress):
         steps: list[Step] = []
         model.generate([prompts[i] for i in chosen], max(depths), 1, observe=steps.append)
         for depth in depths:
-            logits = steps[0].logits[depth - 1]
-            for row, i in enumerate(chosen):
-                asked = questions[i]
-                known = ascii_uppercase[: asked.n_choices]
-                answer = known[int(logits[row, [codes[letter][common] for letter in known]].argmax())]
-                correct = answer == asked.gold
-                rows[depth, i] = {"depth": depth, "id": asked.id, "correct": correct, "answer": answer}
+            for i, logits in zip(chosen, steps[0].logits[depth - 1], strict=True):
+                known = ascii_uppercase[: questions[i].n_choices]
+                best = int(logits[[codes[letter][common] for letter in known]].argmax())
+                rows[depth, i] = _row(depth, questions[i], known[best])
     return pd.DataFrame([rows[depth, i] for depth in depths for i in range(len(questions))])
+
+
+def _row(depth: int, asked: Question, answer: str | None) -> dict[str, Any]:
+    return {"depth": depth, "id": asked.id, "correct": answer == asked.gold, "answer": answer}
 
 
 @torch.no_grad()
@@ -432,14 +421,10 @@ def answer_losses(
     """Cross-entropy of every example's answer.
 
     Args:
-        model: with a stream; a blend of zero is the plain backbone.
-        examples: conversations with an answer.
         batch_size: examples per pass; they are batched by length.
         iterations: depth of every position, the prompt's too.
         sweeps: None solves the states exactly; a number takes that many sweeps over `groups` groups
             (1 and 1: the paper's two-pass training).
-        groups: see `sweeps.solve_by_sweeps`.
-        progress: called with the number of examples done.
 
     Returns:
         A row per example in the order given: id, tokens (of the answer), loss (summed, nats).

@@ -172,9 +172,7 @@ def newest(passes: list[Pass]) -> Float[Tensor, "row position d_model"]:
     """The last layer's outputs after all passes."""
     at = torch.cat([p.at for p in passes])
     last = torch.cat([p.last for p in passes], dim=1)
-    latest = torch.empty(int(at.max()) + 1, dtype=torch.long, device=at.device)
-    for k, t in enumerate(at.tolist()):
-        latest[t] = k
+    latest = at.new_zeros(int(at.max()) + 1).scatter_reduce(0, at, torch.arange(len(at)).to(at), "amax")
     return last[:, latest]
 
 

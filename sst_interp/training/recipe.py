@@ -1,4 +1,4 @@
-"""A training recipe: everything that decides what a checkpoint learns, as one record and one TOML file."""
+"""A training recipe: all settings that decide a checkpoint, as one record and one TOML file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EVERY_PASS = ("multi_refine", "interleaved")
 
 @dataclass(frozen=True)
 class TrainingRecipe:
-    """What is trained on what, and how. Raises SSTError for a value that cannot be trained with."""
+    """All settings of a training. Raises SSTError for a value that cannot be trained with."""
 
     name: str
     """The checkpoint's name, and its folder's."""
@@ -125,7 +125,7 @@ class TrainingRecipe:
     """Follows every question; left out, the dataset's default."""
 
     dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"
-    """Of weights and states; what is trained is kept in float32 (float64 with float64)."""
+    """Of weights and states. Trained values are kept in float32 (float64 with float64)."""
 
     seed: int = 0
     """Decides the split, the order, and the adapters' first values."""
@@ -134,7 +134,7 @@ class TrainingRecipe:
     """Minutes between saved states, from which an interrupted training goes on."""
 
     choices: Choices = field(default_factory=Choices)
-    """What the paper leaves open (`sst_interp.models.choices`)."""
+    """Choices that the paper leaves open (`sst_interp.models.choices`)."""
 
     def __post_init__(self) -> None:
         for key, (fits, expected, example) in _CHECKS.items():

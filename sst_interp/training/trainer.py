@@ -16,6 +16,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ from sst_interp.training.objective import training_loss
 from sst_interp.training.recipe import EVERY_PASS, TrainingRecipe
 
 STATE = "training.safetensors"
+VERSIONS = ("sst-interp", "torch", "transformers", "peft")
 LOOKS = 5
 """How often the held-out loss is measured, evenly from before the first step to after the last."""
 LOOK_EXAMPLES = 24
@@ -57,7 +59,6 @@ class Training:
     """A training in progress. `run` takes it to its end; `step` is one step.
 
     Args:
-        recipe: what is trained on what.
         folder: where the checkpoint goes; None for `checkpoints/NAME`.
         fresh: erase what an earlier training left there, its checkpoint and evaluation included.
 
@@ -148,21 +149,12 @@ class Training:
         self.masters.step(self.done, norm)
         self._use_stream()
         self.done += 1
-        tokens = sum(len(example.tokens) for example in examples)
-        line = {
-            "step": self.done,
-            "loss": value,
-            "gradient_norm": norm,
-            "tokens": tokens,
-            "seconds": time.perf_counter() - began,
-        } | solver.line()
+        tokens, seconds = sum(len(example.tokens) for example in examples), time.perf_counter() - began
+        line = {"step": self.done, "loss": value, "gradient_norm": norm, "tokens": tokens, "seconds": seconds}
+        line |= solver.line()
         if self.masters.logit is not None:
-            alpha = self.model.alpha
-            line |= {
-                "alpha_mean": float(alpha.mean()),
-                "alpha_min": float(alpha.min()),
-                "alpha_max": float(alpha.max()),
-            }
+            for name in ("mean", "min", "max"):
+                line[f"alpha_{name}"] = float(getattr(self.model.alpha, name)())
         if "gamma" in self.masters.memory:
             line["gamma_mean"] = float(self.masters.memory["gamma"].detach().mean())
         self.log.append(line)
@@ -272,7 +264,7 @@ class Training:
                     "too_long": self.split.too_long,
                 },
                 "steps": self.steps,
-                "versions": _versions(),
+                "versions": {name: version(name) for name in VERSIONS},
                 "threads": torch.get_num_threads(),
             },
         )
@@ -424,9 +416,3 @@ def _refuse_changes(folder: Path, recipe: TrainingRecipe) -> None:
         )
     if about["state"] == "complete" and not (folder / STATE).is_file():
         raise SSTError(f"{folder} is trained already", "--fresh trains it anew")
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("sst-interp", "torch", "transformers", "peft")}

@@ -1,4 +1,4 @@
-"""All patches at one position of one question, and what each does (docs/patching.md).
+"""All patches at one position of one question, and their effects (docs/patching.md).
 
 `read_text` reads the text that depth 1 wrote at depth 1 and at the deepest side by side. Then the position's
 token is read again in many rows of one batch, each patched once and continued greedily. Row 0 of each
@@ -114,9 +114,8 @@ def read_text(model: Recurrence, prompt: Sequence[int], text: Sequence[int], dep
         def hook(iteration: int, blended: Tensor = blended) -> Visit:
             def visit(site: Site, layer: int, tensor: Tensor) -> Tensor:
                 if site == "stream_state":
-                    for rollout in range(len(tensor)):
-                        if iteration == depths[rollout]:
-                            blended[rollout, layer] = tensor[rollout, 0]
+                    last = (depths[: len(tensor)] == iteration).nonzero()[:, 0]
+                    blended[last, layer] = tensor[last, 0]
                 return tensor
 
             return visit
@@ -201,7 +200,7 @@ def vectors(
 
 
 class Written(NamedTuple):
-    """What the model wrote in each row of a batch, from the patched position on."""
+    """The text and states of each row of a batch, from the patched position on."""
 
     logits: Float[Tensor, "row vocab"]
     """At the patched position."""
@@ -259,7 +258,7 @@ def effects(
     new_tokens: int,
     key: Sequence[object],
 ) -> tuple[list[dict[str, Any]], list[Texts]]:
-    """What every patch at a position does.
+    """The effect of every patch at a position.
 
     Args:
         reading: the question's text.

@@ -159,8 +159,6 @@ def patching(rows: pd.DataFrame, resamples: int = RESAMPLES, seed: int = 0) -> P
 
     Args:
         rows: one per question, position, direction and patch; its `attrs` has the plan (threshold, depth).
-        resamples: question resamples.
-        seed: of the resampling.
 
     Raises:
         Untestable: there are no rows.
@@ -186,10 +184,9 @@ def patching(rows: pd.DataFrame, resamples: int = RESAMPLES, seed: int = 0) -> P
         recovered[direction] = share(own[own["what"] == "state"], "toward", "apart", resamples, seed)
         beyond[direction] = {what: difference(own, what, resamples, seed) for what in SAME_SIZE}
         whole = rows[(rows["direction"] == direction) & (rows["place"] == "all") & (rows["what"] == "state")]
-        differ = whole[whole["answers_differ"] == 1]
+        differ = whole[whole["answers_differ"] == 1].assign(one=1.0)
         if len(differ):
-            followed = differ.assign(one=1.0)
-            answers[direction] = share(followed, "answer_donors", "one", resamples, seed)
+            answers[direction] = share(differ, "answer_donors", "one", resamples, seed)
     slope, extra, why = None, None, None
     try:
         slope, extra = size_regression(pairs, resamples, seed)
@@ -221,9 +218,8 @@ def share(rows: pd.DataFrame, top: str, bottom: str, resamples: int, seed: int) 
 
 def difference(rows: pd.DataFrame, control: str, resamples: int, seed: int) -> Interval:
     """Recovered share of the donor's state minus that of a control, at the same pairs."""
-    parts = []
-    for what in ("state", control):
-        parts.append(rows[rows["what"] == what].groupby("question")[["toward", "apart"]].sum())
+    by_what = {what: rows[rows["what"] == what].groupby("question") for what in ("state", control)}
+    parts = [grouped[["toward", "apart"]].sum() for grouped in by_what.values()]
     both = pd.concat(parts, axis=1).fillna(0.0).to_numpy(dtype=float)
     return cluster_bootstrap(
         both, lambda totals: ratio(totals[..., :2]) - ratio(totals[..., 2:]), resamples, seed=seed

@@ -11,6 +11,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache, partial
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -63,11 +64,8 @@ def patch_run(
 
     Args:
         run: with a depth above 1 and its tokens.
-        folder: where the rows go.
         questions: how many, in an order of the plan's seed: more of them go on from fewer.
-        plan: which patches are made.
         model: the run's model, if it is loaded already; None loads what the recipe names.
-        progress: called with questions done and questions in all.
 
     Returns:
         All rows (docs/patching.md).
@@ -92,9 +90,9 @@ def patch_run(
     if missing:
         study = _Patching(run, plan, threshold, overlaps, model)
         after = dict(zip(order, [*order[1:], order[0]], strict=True))
-        for question in missing:
+        for done, question in enumerate(missing, len(chosen) - len(missing)):
             if progress is not None:
-                progress(len(chosen) - len(missing) + missing.index(question), len(chosen))
+                progress(done, len(chosen))
             rows = study.patch(question, after[question])
             stage(_shard(folder, question), rows.to_parquet)
             put_in_place(_shard(folder, question))
@@ -104,11 +102,7 @@ def patch_run(
 
 
 def read_patching(folder: str | Path) -> pd.DataFrame:
-    """All rows in a folder; `attrs` has the plan.
-
-    Raises:
-        SSTError: there are none, or a file is damaged.
-    """
+    """All rows in a folder; `attrs` has the plan. Raises SSTError if there are none or a file is damaged."""
     shards = sorted(Path(folder).glob(SHARDS))
     if not shards:
         raise SSTError(f"{folder} holds no patched questions", "`sst-interp patch --run NAME` makes them")
@@ -178,11 +172,9 @@ class _Patching:
                 (plan.seed, question),
             )  # fmt: skip
             own = overlaps.loc[[position]].to_numpy(dtype=float)[0]
-            answers: dict[tuple[int, ...], str | None] = {}
+            answer = cache(partial(self._answer, question, tokens[:position]))  # most texts are alike
             for row, written in zip(effect, texts, strict=True):
-                patched, base, donor = (
-                    self._answer(question, tokens[:position], t, answers) for t in written
-                )
+                patched, base, donor = (answer(tuple(text)) for text in written)
                 here = own[row["first"] : row["last"] + 1]
                 rows.append(
                     {
@@ -208,37 +200,21 @@ class _Patching:
             self._readings[question] = read_text(self.model, prompt, written, self.depth)
         return self._readings[question]
 
-    def _answer(
-        self,
-        question: int,
-        before: Sequence[int],
-        new: Sequence[int],
-        known: dict[tuple[int, ...], str | None],
-    ) -> str | None:
+    def _answer(self, question: int, before: Sequence[int], new: Sequence[int]) -> str | None:
         """The answer in the text so far."""
-        key = tuple(new)
-        if key not in known:
-            stops = [k for k, token in enumerate(new, 1) if token in self.model.stop_tokens]
-            whole = [*before, *new[: stops[0] if stops else len(new)]]
-            reply = self.model.tokenizer.decode(whole, skip_special_tokens=True)
-            asked = self.asked[question]
-            reply = (self.run.recipe.reply_prefix or "") + reply
-            known[key] = grade(asked.kind, reply, asked.n_choices, asked.choices)
-        return known[key]
+        asked = self.asked[question]
+        stops = [k for k, token in enumerate(new, 1) if token in self.model.stop_tokens]
+        tokens = [*before, *new[: stops[0] if stops else len(new)]]
+        reply = self.run.recipe.reply_prefix or ""
+        reply += self.model.tokenizer.decode(tokens, skip_special_tokens=True)
+        return grade(asked.kind, reply, asked.n_choices, asked.choices)
 
 
 def _same_plan(folder: Path, run: Run, plan: Plan, threshold: float) -> None:
     """Refuse a folder with rows of anything else; note all that the rows depend on. Copy shipped ones."""
-    hashes = {k: v for k, v in run.manifest["provenance"].items() if k.endswith("_hash")}
-    now = {
-        "run": run.name,
-        "plan": asdict(plan),
-        "recipe": run.manifest["recipe_fingerprint"],
-        "capture": manifest.content_hash(run.manifest),
-        "threshold": threshold,
-        "depth": max(run.recipe.depths),
-        **hashes,
-    }
+    now = {k: v for k, v in run.manifest["provenance"].items() if k.endswith("_hash")}
+    now |= {"run": run.name, "plan": asdict(plan), "threshold": threshold, "depth": max(run.recipe.depths)}
+    now |= {"recipe": run.manifest["recipe_fingerprint"], "capture": manifest.content_hash(run.manifest)}
     path = folder / PLAN
     if path.is_file():
         then = read_json(path, PLAN_LOST)

@@ -1,16 +1,15 @@
 """The halting probe (claim C12): can it be told from position 0 whether thinking longer helps or breaks?
 
-Every number is out of fold, with layer, dimensions and penalty chosen inside each fold; every p-value
-permutes the labels through all of it. Beside the probe stand what a sceptic asks for: the two policies that
-need no probe, plain probes, what selection outside the fold would have shown, and how well random labels
-can be memorised.
+Every number is out of fold: layer, dimensions and penalty are chosen inside each fold, and every p-value
+permutes the labels through all of it. Beside the probe stand always-halt and never-halt, plain probes,
+selection outside the fold, and how well the probe memorises random labels.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -33,9 +32,15 @@ from sst_interp.analyses.plots import (
 )
 from sst_interp.analyses.result import Result
 from sst_interp.analyses.statistics.along_texts import p_value
-from sst_interp.analyses.statistics.bootstrap import RESAMPLES, Interval, percent_text, questions_words
+from sst_interp.analyses.statistics.bootstrap import (
+    RESAMPLES,
+    Interval,
+    as_columns,
+    percent_text,
+    questions_words,
+)
 from sst_interp.errors import Untestable
-from sst_interp.experiments.probe.data import (
+from sst_interp.experiments.probe import (
     RULES,
     Features,
     Labels,
@@ -44,7 +49,6 @@ from sst_interp.experiments.probe.data import (
     usable_layers,
 )
 from sst_interp.experiments.probe.fit import Design, Inputs
-from sst_interp.experiments.probe.plain import comparison, constants
 from sst_interp.experiments.probe.scores import (
     DimsRead,
     Hits,
@@ -58,7 +62,15 @@ from sst_interp.experiments.probe.scores import (
     pairs_in_order,
     probabilities,
 )
-from sst_interp.experiments.probe.validate import Progress, in_folds, null_scores, pair_auc, score
+from sst_interp.experiments.probe.validate import (
+    Progress,
+    comparison,
+    constants,
+    in_folds,
+    null_scores,
+    pair_auc,
+    score,
+)
 
 if TYPE_CHECKING:
     from sst_interp.runs.run import Run
@@ -72,19 +84,17 @@ REPEATS = 10
 
 @dataclass(frozen=True, eq=False)
 class Halting(Result):
-    """What the probe tells, and what it is worth. Intervals resample questions, with the probes as they
-    are.
-    """
+    """What the probe tells. Intervals resample questions, with the probes as they are."""
 
     label: str
     definition: str
     """Which questions are positive, and which negative."""
     action: str
-    """What is done with a question called positive: `halt` or `iterate`."""
+    """For a question called positive: `halt` or `iterate`."""
     kind: str
     """Of probe."""
     iteration: int
-    """After which iteration of position 0 the states were read."""
+    """The iteration of position 0 whose states were read."""
     n_questions: int
     n_positive: int
     n_excluded: int
@@ -93,14 +103,13 @@ class Halting(Result):
     """A row per question: question, id, positive, score (out of fold; above 0: called positive), probability,
     called, and the layer, dims and penalty that were chosen without it."""
     auc: Interval
-    """Leave-one-out, rebalanced: the headline. This and the next three are the same probe."""
+    """Leave-one-out, rebalanced: the headline. The next three validate the same probe otherwise."""
     pair_auc: Interval
     """Leave-pair-out."""
     fold_auc: Interval
     """Repeated stratified k-fold, pairs of one fold."""
     pooled_auc: Interval
-    """Leave-one-out without rebalancing, pooled over questions: biased, for comparison with the
-    literature."""
+    """Leave-one-out, not rebalanced, scores pooled: biased, for comparison with the literature."""
     sensitivity: Interval
     specificity: Interval
     balanced: Interval
@@ -110,11 +119,11 @@ class Halting(Result):
     """Questions called positive, of n_questions."""
     brier: Interval
     base_brier: float
-    """Of predicting the share of positive questions for every one."""
+    """Of predicting the base rate for every question."""
     calibration: pd.DataFrame
     permutations: int
     p_auc: float
-    """Permutation p-value of the leave-one-out AUC; this and the next three are one-sided."""
+    """Permutation p-value of the leave-one-out AUC; all four are one-sided."""
     p_fold_auc: float
     """Of the AUC of the first division into folds."""
     p_balanced: float
@@ -122,28 +131,27 @@ class Halting(Result):
     null: pd.DataFrame
     """A row per permutation: auc, fold_auc, balanced, hits, called, fitted."""
     readings: pd.DataFrame
-    """Hits as a binomial figure against every rate, the paper's too (`binomial_readings`)."""
+    """Binomial p-values of the hits at every rate, the paper's too (`binomial_readings`)."""
     fitted: float
-    """Balanced accuracy on the questions learnt from, mean over folds ..."""
+    """Balanced accuracy on the questions learnt from, mean over folds."""
     fitted_random: float
-    """... and with permuted labels: what the probe can memorise. The difference is its selectivity."""
+    """The same with permuted labels: what the probe can memorise. The difference is its selectivity."""
     leaky_auc: Interval
     """Leave-one-out AUC with the selection made on all questions, the held-out one included."""
     leak: Interval
-    """What that adds."""
+    """leaky_auc - auc."""
     dims: DimsRead
-    """Dimensions read by the leave-one-out probes."""
+    """Dimensions that the leave-one-out probes read."""
     fold_dims: DimsRead
-    """By those of the folds, which share fewer questions: their agreement means more."""
+    """Those of the folds' probes, which share fewer questions: their agreement means more."""
     comparison: pd.DataFrame
-    """A row per probe and policy (`plain.comparison`)."""
+    """A row per probe and policy (`validate.comparison`)."""
     at_chance: str | None = None
-    """Why the labels are noise (they are about right and wrong, and the model guesses); None if they are
-    not."""
+    """Why the labels are noise, or None: they are about right and wrong, and the model guesses."""
 
     @property
     def title(self) -> str:
-        """What was asked."""
+        """The heading."""
         return f"Halting probe: {self.label}"
 
     @property
@@ -153,13 +161,13 @@ class Halting(Result):
 
     @property
     def selectivity(self) -> float:
-        """How much better it fits the real labels than random ones, in balanced accuracy where it learns."""
+        """How much better it fits real labels than random ones: balanced accuracy in training."""
         return self.fitted - self.fitted_random
 
     @property
     def checks(self) -> pd.DataFrame:
-        """The same probe in every validation: a row each with name, value (with `_low` and `_high`), p
-        (permutation) and `knowing_nothing`, the value that knowing nothing has.
+        """A row per validation: name, value (with `_low` and `_high`), permutation p, and
+        `knowing_nothing`, the value without knowledge.
         """
         known = Interval(self.fitted, math.nan, math.nan, self.n_questions)
         rows = [
@@ -172,14 +180,14 @@ class Halting(Result):
             ("balanced accuracy where it learns", known, math.nan, self.fitted_random),
             ("Brier score", self.brier, math.nan, self.base_brier),
         ]
-        return pd.DataFrame(
-            [(name, of.estimate, of.low, of.high, p, nothing) for name, of, p, nothing in rows],
-            columns=["name", "value", "value_low", "value_high", "p", "knowing_nothing"],
-        )
+        return pd.DataFrame([
+            {"name": name} | as_columns(value=of) | {"p": p, "knowing_nothing": nothing}
+            for name, of, p, nothing in rows
+        ])  # fmt: skip
 
     @property
     def verdict(self) -> str:
-        """Whether the probe tells more than permuted labels do; of how many questions; and how well."""
+        """Whether the probe tells more than permuted labels do, of how many questions, and how well."""
         tells = f"The probe tells {self.label} questions from the others."
         if not self.permutations:
             tells = "Not tested: no labels were permuted."
@@ -200,50 +208,32 @@ class Halting(Result):
         return self.figures()["auc"]
 
     def figures(self) -> dict[str, go.Figure]:
-        """auc, decisions, permutation, calibration and dims. Always and never are wherever they can be."""
-        words = f"{self.label}: {self.n_positive} of {questions_words(self.n_questions)} positive; "
-        words += "leave-one-out"
-        draw = {"auc": _auc, "decisions": _decisions, "permutation": _permutation}
-        draw |= {"calibration": _calibration, "dims": _dims}
-        return {name: each(self, words) for name, each in draw.items()}
+        """auc, decisions, permutation, calibration and dims; always and never wherever they can be drawn."""
+        words = f"{self.label}: {self.n_positive} of {questions_words(self.n_questions)} positive"
+        draw = _auc, _decisions, _permutation, _calibration, _dims
+        return {each.__name__[1:]: each(self, f"{words}; leave-one-out") for each in draw}
 
 
-def halting(
-    run: Run,
-    label: str = "must-halt",
-    layer: int | None = None,
-    design: Design | None = None,
-    iteration: int = 1,
-    permutations: int = PERMUTATIONS,
-    repeats: int = REPEATS,
-    resamples: int = RESAMPLES,
-    progress: Progress | None = None,
-) -> Halting:
+def halting(run: Run, label: str = "must-halt", iteration: int = 1, **options: Any) -> Halting:
     """The halting probe of a captured run.
 
     Args:
         run: captured with `keep = "position0"` (the default) or more.
-        label: what is to be told (`data.RULES`).
-        layer: which layer's output is read; None chooses among all of them, inside each fold.
-        design: the kind of probe and its candidates; its `layers` are set by `layer`.
-        iteration: after which iteration of position 0.
-        permutations: B; 0 tests nothing.
-        repeats: divisions into folds.
-        resamples: question resamples.
-        progress: called with (what, done, of).
+        label: a name in `RULES`.
+        iteration: after which iteration of position 0 the states are read.
+        options: those of `halting_of`.
 
     Raises:
-        Untestable: no questions, labels all equal, a class of fewer than two questions, an iteration that the
-            run does not have, constant features.
-        SSTError: an unknown label, a layer or states that were not captured.
+        Untestable: no questions, equal labels, a class of one question, missing states, constant features.
+        SSTError: an unknown label, or a layer that was not captured.
     """
     if not len(run.questions):
         raise Untestable(f"run {run.name} has no questions", f"`sst-interp capture --run {run.name}`")
     answers = answers_of(run.questions)
     labels = halting_labels(answers, label)
     features = position0(run, labels.questions, iteration)
-    halting = halting_of(features, labels, layer, design, permutations, repeats, resamples, progress)
-    return replace(halting, at_chance=at_chance(answers, label, resamples))
+    noise = at_chance(answers, label, options.get("resamples", RESAMPLES))
+    return replace(halting_of(features, labels, **options), at_chance=noise)
 
 
 def halting_of(
@@ -256,7 +246,17 @@ def halting_of(
     resamples: int = RESAMPLES,
     progress: Progress | None = None,
 ) -> Halting:
-    """The same from features and labels in memory; arguments as for `halting`."""
+    """The same from features and labels in memory.
+
+    Args:
+        features, labels: of the same questions.
+        layer: whose output to read; None chooses one inside each fold.
+        design: the kind of probe and its candidates; its `layers` are set by `layer`.
+        permutations: B; 0: no test.
+        repeats: divisions into folds.
+        resamples: question resamples.
+        progress: called with (what, done, of).
+    """
     design = replace(design or Design(), layers=usable_layers(features, layer))
     inputs, positive = Inputs(features.states), labels.positive
     y = torch.from_numpy(positive[None].astype(np.float32))
@@ -273,30 +273,16 @@ def halting_of(
 
     null = null_scores(design, inputs, positive, permutations, progress)
     hits, called = int((positive & told).sum()), int(told.sum())
-    observed = {
-        "auc": in_order.share,
-        "fold_auc": first,
-        "balanced": told_right.balanced.estimate,
-        "hits": hits,
-    }
+    seen = {"auc": in_order.share, "fold_auc": first, "balanced": told_right.balanced.estimate, "hits": hits}
     p = {name: p_value(null[name].to_numpy(), value, 1) if len(null) else math.nan
-         for name, value in observed.items()}  # fmt: skip
+         for name, value in seen.items()}  # fmt: skip
     permuted = {f"labels permuted {permutations:,} times": p["hits"]} if permutations else {}
     width, action = (inputs.d_model, len(design.layers)), "halt" if labels.halts else "iterate"
-    scores = pd.DataFrame(
-        {
-            "question": labels.questions,
-            "id": labels.ids,
-            "positive": positive,
-            "score": logits,
-            "probability": chance,
-            "called": told,
-            "layer": loo.layer[0],
-            "dims": loo.dims[0],
-            "penalty": loo.penalty[0],
-        }
-    )
-    theirs = comparison(features, scores, in_order, labels, design, resamples, p["auc"])
+    scores = pd.DataFrame({
+        "question": labels.questions, "id": labels.ids, "positive": positive, "score": logits,
+        "probability": chance, "called": told, "layer": loo.layer[0], "dims": loo.dims[0],
+        "penalty": loo.penalty[0],
+    })  # fmt: skip
     return Halting(
         label=labels.name,
         definition=labels.definition,
@@ -325,24 +311,20 @@ def halting_of(
         p_balanced=p["balanced"],
         p_hits=p["hits"],
         null=null,
-        readings=binomial_readings(
-            Hits(hits, labels.n_positive), called, len(positive), permuted, action=action
-        ),
+        readings=binomial_readings(Hits(hits, labels.n_positive), called, len(positive), permuted, action),
         fitted=float(loo.fitted.mean()),
         fitted_random=float(null["fitted"].mean()) if len(null) else math.nan,
         leaky_auc=auc(leaky_pairs, *options),
         leak=auc_difference(leaky_pairs, in_order, *options),
         dims=dims_read(loo.read, loo.layer[0], *width),
         fold_dims=dims_read(own["folds"].read, own["folds"].layer[0], *width),
-        comparison=theirs,
-        at_chance=None,
+        comparison=comparison(features, scores, labels, design, resamples, p["auc"]),
     )
 
 
 def at_chance(answers: Answers, label: str, resamples: int = RESAMPLES) -> str | None:
-    """Why a label tells noise from noise: it is about right and wrong, and the answers are guesses; or None.
-
-    Guesses: lettered answers whose accuracy is above blind guessing (lower end of its interval) at no depth.
+    """Why a label about right and wrong is noise, or None: at no depth is the accuracy of lettered answers
+    above blind guessing (lower end of its interval).
     """
     if RULES[label].needs_answers or not answers.choices or not len(answers.questions):
         return None
@@ -350,9 +332,8 @@ def at_chance(answers: Answers, label: str, resamples: int = RESAMPLES) -> str |
     accuracies = [mean_of(right, resamples=resamples) for right in answers.correct.T]
     if any(accuracy.known and accuracy.low > guess for accuracy in accuracies):
         return None
-    return (
-        f"accuracy is above blind guessing ({percent_text(guess)}) at no depth, so right and wrong are noise"
-    )
+    blind = f"blind guessing ({percent_text(guess)})"
+    return f"accuracy is above {blind} at no depth, so right and wrong are noise"
 
 
 def _auc(probe: Halting, subtitle: str) -> go.Figure:
@@ -367,8 +348,23 @@ def _auc(probe: Halting, subtitle: str) -> go.Figure:
     return dots("Area under the curve", subtitle, "AUC (one half is chance)", rows, reference=0.5)
 
 
+def crosses(figure: go.Figure, rows: pd.DataFrame, x: str, y: str, colour: str, **scatter: object) -> None:
+    """Points with the intervals of both columns as bars."""
+    bars = {}
+    for axis, column in (("x", x), ("y", y)):
+        values, low, high = (rows[f"{column}{end}"].to_numpy() for end in ("", "_low", "_high"))
+        bars |= {axis: values, f"error_{axis}": error_bars(values, low, high, colour)}
+    figure.add_scatter(text=rows["name"], **bars, **scatter)
+
+
+def _reference(figure: go.Figure, name: str) -> None:
+    """The diagonal."""
+    line = {"color": GREY, "dash": "dot"}
+    figure.add_scatter(x=[0, 1], y=[0, 1], mode="lines", name=name, line=line, hoverinfo="skip")
+
+
 def _decisions(probe: Halting, subtitle: str) -> go.Figure:
-    """The curve of the probe, and what each alternative does at its own threshold."""
+    """The curve of the probe, and each alternative at its own threshold."""
     figure = canvas(
         "What it finds and what it lets go",
         subtitle,
@@ -381,22 +377,18 @@ def _decisions(probe: Halting, subtitle: str) -> go.Figure:
         x=along, y=up, mode="lines", name="the probe, every threshold",
         line={"color": BLUE, "width": 2, "shape": "hv"}, hoverinfo="skip",
     )  # fmt: skip
-    figure.add_scatter(
-        x=[0, 1], y=[0, 1], mode="lines", name="chance", line={"color": GREY, "dash": "dot"}, hoverinfo="skip"
-    )
+    _reference(figure, "chance")
     table = probe.comparison
+    ends = {"specificity": "wrong", "specificity_low": "wrong_high", "specificity_high": "wrong_low"}
+    table = table.assign(**{wrong: 1 - table[right] for right, wrong in ends.items()})
     for rows, name, colour, symbol in (
         (table.iloc[:1], "the probe's decisions", BLUE, "circle"),
         (table.iloc[1:-2], "plain alternatives", ORANGE, "diamond"),
         (table.iloc[-2:], " and ".join(constants(probe.action)), VERMILLION, "square"),
     ):
-        x, y = 1 - rows["specificity"].to_numpy(), rows["sensitivity"].to_numpy()
-        low, high = 1 - rows["specificity_high"].to_numpy(), 1 - rows["specificity_low"].to_numpy()
-        figure.add_scatter(
-            x=x, y=y, mode="markers", name=name, text=rows["name"],
-            marker={"color": colour, "size": 10, "symbol": symbol},
-            error_x=error_bars(x, low, high, colour),
-            error_y=error_bars(y, rows["sensitivity_low"].to_numpy(), rows["sensitivity_high"].to_numpy(), colour),
+        crosses(
+            figure, rows, "wrong", "sensitivity", colour,
+            mode="markers", name=name, marker={"color": colour, "size": 10, "symbol": symbol},
             hovertemplate="%{text}: sensitivity %{y:.1%}, 1 - specificity %{x:.1%}<extra></extra>",
         )  # fmt: skip
     figure.update_xaxes(tickformat=".0%", range=[-0.03, 1.03])
@@ -416,23 +408,21 @@ def _permutation(probe: Halting, subtitle: str) -> go.Figure:
         marker={"color": GREY, "line": {"width": 0}},
         hovertemplate="AUC %{x}: %{y} permutations<extra></extra>",
     )  # fmt: skip
-    lines = [(probe.auc.estimate, "the real labels", BLUE)]
-    lines += [(probe.leaky_auc.estimate, "real labels, selection outside the fold", VERMILLION)]
-    lines += [(0.5, " and ".join(constants(probe.action)), GREEN)]
-    for value, name, colour in lines:
-        figure.add_vline(x=value, line={"color": colour, "width": 2})
-        figure.add_scatter(
-            x=[None], y=[None], mode="lines", name=f"{name} {value:.2f}", line={"color": colour, "width": 2}
-        )
+    for value, name, colour in (
+        (probe.auc.estimate, "the real labels", BLUE),
+        (probe.leaky_auc.estimate, "real labels, selection outside the fold", VERMILLION),
+        (0.5, " and ".join(constants(probe.action)), GREEN),
+    ):
+        line = {"color": colour, "width": 2}
+        figure.add_vline(x=value, line=line)
+        figure.add_scatter(x=[None], y=[None], mode="lines", name=f"{name} {value:.2f}", line=line)
     figure.update_xaxes(range=[0, 1])
     return figure
 
 
 def _calibration(probe: Halting, subtitle: str) -> go.Figure:
-    figure = canvas(
-        "Predicted and observed", subtitle, "predicted probability of positive", "share positive (observed)"
-    )
-    t = probe.calibration
+    axes = "predicted probability of positive", "share positive (observed)"
+    figure, t = canvas("Predicted and observed", subtitle, *axes), probe.calibration
     observed = t["observed"].to_numpy()
     figure.add_scatter(
         x=t["predicted"], y=observed, mode="markers+lines", name="the probe", customdata=t["questions"],
@@ -440,14 +430,7 @@ def _calibration(probe: Halting, subtitle: str) -> go.Figure:
         line={"color": BLUE}, marker={"size": 9},
         hovertemplate="predicted %{x:.2f}: %{y:.1%} of %{customdata} questions<extra></extra>",
     )  # fmt: skip
-    figure.add_scatter(
-        x=[0, 1],
-        y=[0, 1],
-        mode="lines",
-        name="perfect",
-        line={"color": GREY, "dash": "dot"},
-        hoverinfo="skip",
-    )
+    _reference(figure, "perfect")
     rate = probe.n_positive / probe.n_questions
     figure.add_scatter(
         x=[1, 0], y=[rate, rate], mode="markers", name=" and ".join(constants(probe.action)),
@@ -470,9 +453,8 @@ def _dims(probe: Halting, subtitle: str) -> go.Figure:
         if math.isfinite(probe.fold_dims.stability):
             words += f", between folds {probe.fold_dims.stability:.2f}"
     figure = canvas(title, words, "dimension (0-based)", "share of probes that read it")
-    for (layer, rows), colour in zip(
-        sorted(dims.table.groupby("layer"), key=lambda g: -len(g[1])), (BLUE, ORANGE, GREEN), strict=False
-    ):
+    layers = sorted(dims.table.groupby("layer"), key=lambda group: -len(group[1]))
+    for (layer, rows), colour in zip(layers, (BLUE, ORANGE, GREEN), strict=False):
         figure.add_bar(
             x=rows["dim"], y=rows["share"], name=f"layer {layer}", marker={"color": colour},
             width=max(1.0, dims.table["dim"].max() / 400),

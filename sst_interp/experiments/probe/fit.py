@@ -1,32 +1,27 @@
-"""Many probes on one set of questions: whatever is left out, chosen or permuted, every fit goes through here.
+"""Many probes on one set of questions, trained together.
 
-A *problem* is one fit: whose labels, which questions it may learn from, which layer, how many dimensions,
-which penalty. Problems with the same layer and number of dimensions are trained together, and such groups are
-spread over the cores. What a problem gives does not depend on the others or on the number of cores.
+A *problem* is one fit: labels, questions to learn from, layer, number of dimensions, penalty. Problems with
+the same layer and number of dimensions are trained together, and such groups are spread over the cores. The
+result of a problem does not depend on the others or on the number of cores.
 
-The two-layer probe, a batch of problems at a time, full-batch steps, gradients written out:
+The two-layer probe, Adam with a rate that falls to 0, gradients written out (autograd's bookkeeping would
+take longer than such small products):
 
     h     = relu(W z + b)            # `hidden` units on k standardised dimensions
     logit = u . h + c
     loss  = sum over questions of weight * cross-entropy(logit, y)  +  penalty / 2 * (|W|^2 + |u|^2)
 
-All problems start from the same weights and take the same number of steps (Adam, rate falling to 0), so a fit
-depends on its data and the seed alone. Gradients are written out because autograd spends more time on its own
-bookkeeping than such small products take.
-
-Logistic regression, all problems on the same inputs, so that a step is two matrix products:
+Logistic regression, by accelerated proximal gradient steps (Beck & Teboulle 2009; restarted as O'Donoghue &
+Candes 2015):
 
     logit = w . z + c
     loss  = sum over questions of weight * cross-entropy(logit, y)  +  penalty
 
-`l2`: penalty = p * d / 2 * |w|^2 with d the number of dimensions, so that p means the same for any width: d
-is the mean squared length of a standardised question. `l1`: penalty = p * |w|_1 * m with m the smallest for
-which all weights are 0; a dimension is read if its weight is not 0. Solved by accelerated proximal gradient
-steps (Beck & Teboulle 2009; restarted as O'Donoghue & Candes 2015), a fixed number of them.
+`l2`: penalty = p * d / 2 * |w|^2 with d dimensions, so that p means the same for any width. `l1`: penalty =
+p * |w|_1 * m with m the smallest for which all weights are 0; a dimension is read if its weight is not 0.
 
 `weight` gives both classes the same total, so a logit above 0 says "more likely than the base rate". Inputs
-are standardised within each problem's own training questions, from which the dimensions that a two-layer
-probe reads are chosen, too.
+are standardised, and the dimensions of a two-layer probe are chosen, on the problem's training questions.
 """
 
 from __future__ import annotations
@@ -44,6 +39,8 @@ from torch import Tensor
 
 from sst_interp.errors import SSTError, unknown_name
 
+Rows = Float[Tensor, "problem question"]
+LabelRows = Float[Tensor, "row question"]
 Kind = Literal["two_layer", "l2", "l1"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
@@ -57,41 +54,39 @@ STEPS = {"two_layer": 30, "l2": 100, "l1": 100}
 TOGETHER = 500_000
 """Numbers that one batched fit works on: as many as stay in a core's cache."""
 MORE = 4
-"""So many times as many two-layer problems go together where there are plenty: a step then takes longer than
-asking for it, and two threads do not wait for each other."""
+"""So many times larger are the batches of many two-layer problems: else two threads wait for each other."""
 
 RATE = 0.1
-"""First step's size; it falls to 0 linearly. A third of it needs three times as many steps for the same."""
+"""Size of the first step; it falls to 0 linearly."""
 BETA_1, BETA_2, EPSILON = 0.9, 0.99, 1e-8
 POWER_STEPS = 12
 """Steps of the power iteration for the largest curvature."""
 CONSTANT = 1e-6
-"""A variance below this, of a dimension whose variance over all questions is 1, is rounding."""
+"""Variances below this are rounding, where the variance over all questions is 1."""
 
 
 @dataclass(frozen=True)
 class Design:
-    """A kind of probe and its candidates: everything that decides a fit, but for the data."""
+    """A kind of probe and its candidates."""
 
     kind: Kind = "two_layer"
     """`two_layer`: the paper's, on a few dimensions. `l2`, `l1`: logistic regression on all dimensions."""
     layers: tuple[int, ...] = ()
-    """Candidate layers; none: all of them."""
+    """Candidate layers; none: all."""
     dims: tuple[int, ...] = (4, 16, 64)
-    """How many dimensions a `two_layer` probe may read: candidates. The paper's reads 107 of 5,376."""
+    """Candidate numbers of dimensions of a `two_layer` probe. The paper's reads 107 of 5,376."""
     penalties: tuple[float, ...] = ()
-    """Candidate penalties; none: those of the kind."""
+    """Candidate penalties; none: `PENALTIES` of the kind."""
     hidden: int = 10
     """Hidden units of a `two_layer` probe."""
     steps: int = 0
-    """Full-batch steps of every fit, always as many; 0: those of the kind."""
+    """Full-batch steps of every fit; 0: `STEPS` of the kind."""
     blocks: int = 6
     """Parts the questions are divided into for choosing (`validate.choose`)."""
     seed: int = 0
-    """Of initial weights, of blocks, and of which question of the other class is left out."""
+    """Of initial weights, blocks, and the question of the other class that is left out."""
     leak: bool = False
-    """Choose dimensions, layer and penalty with the held-out questions' labels in hand. Wrong on purpose: it
-    shows how much selection outside the fold would add."""
+    """Choose with the labels of held-out questions, too. Wrong on purpose: it shows what that would add."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -99,10 +94,8 @@ class Design:
         if self.blocks < 3:
             raise SSTError(f"{self.blocks} blocks are too few to choose with", "at least 3, for example 6")
         if not self.dims or min(self.dims) < 1 or any(p < 0 for p in self.penalties) or self.hidden < 1:
-            raise SSTError(
-                "a probe needs at least one dimension, one hidden unit and penalties from 0 up",
-                "the defaults of Design are a start",
-            )
+            needs = "a probe needs at least one dimension, one hidden unit and penalties from 0 up"
+            raise SSTError(needs, "the defaults of Design are a start")
 
     @property
     def candidate_penalties(self) -> tuple[float, ...]:
@@ -115,18 +108,18 @@ class Design:
         return self.steps or STEPS[self.kind]
 
     def candidate_dims(self, d_model: int) -> tuple[int, ...]:
-        """Numbers of dimensions to choose from, where there are `d_model`. A linear probe reads all."""
+        """Numbers of dimensions to choose from, of `d_model`. A linear probe reads all."""
         if self.kind != "two_layer":
             return (d_model,)
         return tuple(sorted({min(k, d_model) for k in self.dims}))
 
     def candidate_layers(self, n_layers: int) -> tuple[int, ...]:
-        """Layers to choose from, where there are `n_layers`."""
+        """Layers to choose from, of `n_layers`."""
         return self.layers or tuple(range(n_layers))
 
 
 class Inputs:
-    """The states all problems read: `[question, layer, d_model]`, preconditioned once per layer."""
+    """The states that all problems read: `[question, layer, d_model]`, preconditioned once per layer."""
 
     def __init__(self, states: Float[Tensor, "question layer d_model"]) -> None:
         self.n_questions, self.n_layers, self.d_model = states.shape
@@ -136,31 +129,31 @@ class Inputs:
 
 
 class Problems(NamedTuple):
-    """What to fit, one row per problem; arrays of equal length."""
+    """Arrays of equal length, an entry per problem."""
 
     row: np.ndarray
-    """Whose labels: a row of the label table."""
+    """Row of the label table."""
     use: np.ndarray
     """Questions to learn from, bool [problem, question]."""
     layer: np.ndarray
     dims: np.ndarray
-    """How many dimensions."""
+    """Number of dimensions."""
     penalty: np.ndarray
 
 
 class Fits(NamedTuple):
-    """What came out, in the order of the problems."""
+    """Probes in the order of the problems."""
 
-    logits: Float[Tensor, "problem question"]
-    """Of all questions, those learnt from included. Above 0: more likely than the base rate."""
+    logits: Rows
+    """Of all questions, those learnt from included."""
     read: list[Int[Tensor, " k"]]
-    """Dimensions each probe reads, the most separated first; empty unless asked for."""
+    """Dimensions that each probe reads, the most separated first; empty without `keep`."""
     weights: list[tuple[Tensor, ...]]
-    """Per problem: the weights, each of them one tensor; empty unless asked for."""
+    """Per problem: means, scales and weights; empty without `keep`."""
 
 
 class Moments(NamedTuple):
-    """Means and scales of every dimension in each problem's training questions."""
+    """Means and scales of every dimension over each problem's training questions."""
 
     mean: Float[Tensor, "problem d"]
     scale: Float[Tensor, "problem d"]
@@ -175,8 +168,8 @@ class TwoLayer(NamedTuple):
     u: Float[Tensor, "problem hidden"]
     c: Float[Tensor, " problem"]
 
-    def logits(self, z: Float[Tensor, "problem k question"]) -> Float[Tensor, "problem question"]:
-        """Above 0: more likely than the base rate."""
+    def logits(self, z: Float[Tensor, "problem k question"]) -> Rows:
+        """Of standardised inputs."""
         h = torch.baddbmm(self.b[..., None], self.w, z).relu_()
         return torch.baddbmm(self.c[:, None, None], self.u[:, None], h)[:, 0]
 
@@ -189,22 +182,8 @@ class Linear(NamedTuple):
 
 
 @torch.no_grad()
-def fit(
-    design: Design,
-    inputs: Inputs,
-    labels: Float[Tensor, "row question"],
-    problems: Problems,
-    keep: bool = False,
-) -> Fits:
-    """Fit every problem.
-
-    Args:
-        design: the kind of probe.
-        inputs: what it reads.
-        labels: 0 or 1.
-        problems: what to fit.
-        keep: return which dimensions were read, and the weights.
-    """
+def fit(design: Design, inputs: Inputs, labels: LabelRows, problems: Problems, keep: bool = False) -> Fits:
+    """Fit every problem; labels are 0 or 1. `keep`: return the dimensions read and the weights, too."""
     n = len(problems.row)
     logits = torch.empty(n, inputs.n_questions)
     read: list[Tensor] = [torch.empty(0)] * n if keep else []
@@ -267,11 +246,10 @@ def _spread() -> Iterator[ThreadPoolExecutor]:
 
 
 def precondition(x: Float[Tensor, "question d"]) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs centred and scaled by all questions: (x, mean [d], scale [d]).
+    """Inputs centred and scaled by all questions: (x, mean [d], scale [d]). Constant dimensions become 0.
 
-    It uses no label, and standardising in each fold undoes it exactly. It is there because a few dimensions
-    of a language model are thousands of times larger than the rest, which sums of squares in fp32 do not
-    survive. Constant dimensions become 0.
+    It uses no label, and standardising in each fold undoes it. A few dimensions of a language model are
+    thousands of times larger than the rest, too large for sums of squares in fp32.
     """
     wide = x.double()
     mean, sd = wide.mean(0), wide.std(0, correction=0)
@@ -280,8 +258,8 @@ def precondition(x: Float[Tensor, "question d"]) -> tuple[Tensor, Tensor, Tensor
     return ((wide - mean) * scale).float(), mean.float(), scale.float()
 
 
-def moments(x: Float[Tensor, "question d"], use: Float[Tensor, "problem question"]) -> Moments:
-    """Mean and scale of each dimension over the questions in `use` (1 or 0)."""
+def moments(x: Float[Tensor, "question d"], use: Rows) -> Moments:
+    """Over the questions in `use` (1 or 0)."""
     n = use.sum(-1, keepdim=True).clamp_min(1)
     mean = use @ x / n
     variance = use @ x.square() / n - mean.square()
@@ -289,13 +267,10 @@ def moments(x: Float[Tensor, "question d"], use: Float[Tensor, "problem question
 
 
 def separation(
-    x: Float[Tensor, "question d"],
-    y: Float[Tensor, "problem question"],
-    use: Float[Tensor, "problem question"],
-    own: Moments,
+    x: Float[Tensor, "question d"], y: Rows, use: Rows, own: Moments
 ) -> Float[Tensor, "problem d"]:
-    """Distance of the two classes' means over the standard deviation, per dimension: it ranks them as a
-    two-sample t test does. 0 where the dimension is constant.
+    """Distance of the classes' means in standard deviations: it ranks dimensions as a two-sample t test does.
+    0 where the dimension is constant.
     """
     n1 = (use * y).sum(-1, keepdim=True)
     n0 = use.sum(-1, keepdim=True) - n1
@@ -312,10 +287,8 @@ def gather(
     return (x.T[dims] - mean[..., None]) * scale[..., None]
 
 
-def balanced_weights(
-    y: Float[Tensor, "problem question"], use: Float[Tensor, "problem question"]
-) -> Float[Tensor, "problem question"]:
-    """Each class weighs one half, questions not in `use` nothing; a class alone weighs all."""
+def balanced_weights(y: Rows, use: Rows) -> Rows:
+    """Each class weighs one half (a class alone: 1), questions not in `use` nothing."""
     ones, zeros = use * y, use * (1 - y)
     n1, n0 = ones.sum(-1, keepdim=True), zeros.sum(-1, keepdim=True)
     share = torch.where((n1 > 0) & (n0 > 0), 0.5, 1.0)
@@ -324,26 +297,16 @@ def balanced_weights(
 
 def train_two_layer(
     z: Float[Tensor, "problem k question"],
-    y: Float[Tensor, "problem question"],
-    weight: Float[Tensor, "problem question"],
+    y: Rows,
+    weight: Rows,
     penalty: Float[Tensor, " problem"],
     hidden: int = 10,
     steps: int = 30,
     seed: int = 0,
-) -> tuple[Float[Tensor, "problem question"], TwoLayer]:
-    """Fit one probe per problem.
+) -> tuple[Rows, TwoLayer]:
+    """One two-layer probe per problem, from the same initial weights: logits of all questions, and weights.
 
-    Args:
-        z: standardised inputs; questions with weight 0 are read but not learnt from.
-        y: labels, 0 or 1.
-        weight: of each question in the loss (`balanced_weights`).
-        penalty: of each problem.
-        hidden: units.
-        steps: full-batch steps.
-        seed: of the initial weights, the same for every problem.
-
-    Returns:
-        Logits of all questions, and the weights.
+    z is standardised, y is 0 or 1; questions of weight 0 (`balanced_weights`) are not learnt from.
     """
     problems, k, questions = z.shape
     z = torch.cat([z, z.new_ones(problems, 1, questions)], 1)  # a constant input carries the bias
@@ -351,7 +314,7 @@ def train_two_layer(
     n_w, n_u = problems * hidden * wide, problems * hidden
 
     def parts(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Where W, u and c stand in a row of all weights, so that a step of Adam is a few operations."""
+        """W, u and c in a row of all weights, so that a step of Adam is a few operations."""
         w, u, c = x[:n_w], x[n_w : n_w + n_u], x[n_w + n_u :]
         return w.view(problems, hidden, wide), u.view(problems, 1, hidden), c.view(problems, 1, 1)
 
@@ -396,26 +359,15 @@ def train_logistic(
     x: Float[Tensor, "question d"],
     mean: Float[Tensor, "problem d"],
     scale: Float[Tensor, "problem d"],
-    y: Float[Tensor, "problem question"],
-    weight: Float[Tensor, "problem question"],
+    y: Rows,
+    weight: Rows,
     penalty: Float[Tensor, " problem"],
     l1: bool = False,
     steps: int = 100,
-) -> tuple[Float[Tensor, "problem question"], Linear]:
-    """Fit one logistic regression per problem.
+) -> tuple[Rows, Linear]:
+    """One logistic regression per problem: logits of all questions, and weights.
 
-    Args:
-        x: inputs, shared by all problems.
-        mean: of each dimension in a problem's training questions ...
-        scale: ... and 1 / standard deviation; 0 for a dimension that is constant there.
-        y: labels, 0 or 1.
-        weight: of each question in the loss.
-        penalty: of each problem, relative (see above).
-        l1: which penalty.
-        steps: how many.
-
-    Returns:
-        Logits of all questions, and the weights.
+    mean and scale are the `Moments` of the training questions; y is 0 or 1; penalties are relative.
     """
 
     def forward(w: Tensor, c: Tensor) -> Tensor:
@@ -451,9 +403,8 @@ def train_logistic(
 
 
 def _curvature(x: Tensor, mean: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
-    """An upper bound (nearly always) of the loss's curvature: the largest eigenvalue of Z' diag(weight) Z /
-    4, with a column of ones in Z for the constant. Power iteration comes from below, hence the tenth on
-    top.
+    """Nearly always an upper bound of the loss's curvature: the largest eigenvalue of Z' diag(weight) Z / 4,
+    with a column of ones in Z for the constant. Power iteration comes from below, hence the tenth on top.
     """
     v = torch.ones_like(mean) * torch.where(torch.arange(mean.shape[1]) % 2 == 0, 1.0, -0.5)
     v, constant = v * (scale > 0), torch.ones_like(mean[:, 0])

@@ -1,12 +1,8 @@
 """Routing (claim C13): accuracy against the passes it costs, for every way of choosing a depth per question.
 
-A policy looks at position 0 and picks one depth for the question. What it got right is in the run: each
-question's answer at every captured depth. Three things keep the comparison fair:
-
-- a policy with two depths can always be had by tossing a coin. `beyond` is its accuracy less what the same
-  depths, dealt to questions at random, would have got: what it *knows* about questions;
-- a threshold is chosen on other questions than those it is applied to;
-- the oracle, which needs the right answer to choose, stands in the figure and is not a policy.
+A policy looks at position 0 and picks one depth for the question; the run has its answer at every captured
+depth. `beyond` is a policy's accuracy minus that of the same depths dealt to questions at random. A threshold
+is chosen on other questions than those it is applied to. The oracle needs the right answer: it is no policy.
 
 A pass is one run of the layer stack for one generated token, or one look at position 0. Prompts cost every
 policy the same and are not counted.
@@ -23,7 +19,7 @@ import plotly.graph_objects as go
 import torch
 
 from sst_interp.analyses.answers import Answers, answers_of, mean_of
-from sst_interp.analyses.plots import BLUE, GREY, ORANGE, VERMILLION, canvas, error_bars
+from sst_interp.analyses.plots import BLUE, GREY, ORANGE, VERMILLION, canvas
 from sst_interp.analyses.result import Result
 from sst_interp.analyses.statistics.along_texts import over_questions
 from sst_interp.analyses.statistics.bootstrap import (
@@ -36,22 +32,29 @@ from sst_interp.analyses.statistics.bootstrap import (
     share_of_questions,
 )
 from sst_interp.errors import Untestable
-from sst_interp.experiments.probe.data import THRESHOLDS, traces
+from sst_interp.experiments.probe import check_depths
+from sst_interp.experiments.probe.finding import Halting, crosses
 from sst_interp.experiments.probe.validate import random_keys
+from sst_interp.models.halting import Convergence, Entropy, OutputChange, Threshold
 
 if TYPE_CHECKING:
-    from sst_interp.experiments.probe.finding import Halting
     from sst_interp.runs.run import Run
 
 FOLDS = 6
 LEVELS = 20
 """Candidate thresholds of a rule: quantiles of its numbers, never and always."""
+THRESHOLDS: dict[str, type[Threshold]] = {
+    "convergence of the state": Convergence,
+    "KL between iterations": OutputChange,
+    "entropy": Entropy,
+}
+"""Halting rules that need no training."""
 ORACLE = "oracle over depths (not a policy)"
 PROBE = "probe"
 SERIES = (
     ("flat", "flat depths", GREY, "circle", "lines+markers+text"),
     ("policy", "policies, out of fold", BLUE, "diamond", "markers+text"),
-    ("oracle", "oracle over depths (not a policy)", VERMILLION, "x", "markers"),
+    ("oracle", ORACLE, VERMILLION, "x", "markers"),
 )
 
 
@@ -61,32 +64,31 @@ class Routing(Result):
 
     policies: pd.DataFrame
     """A row per policy: name, kind (flat, policy, oracle); accuracy, passes (per question), `beyond`
-    (accuracy less that of the same depths dealt at random), saved (share of the passes of the deepest flat
+    (accuracy minus that of the same depths dealt at random), saved (share of the passes of the deepest flat
     depth) and broken_share (of the answers right at the shallowest depth), each with `_low` and `_high`;
     mean_depth; broken (right at the shallowest depth, wrong as routed), mended (the reverse) and
     conservative (wrong as routed, right at a deeper depth), in questions."""
     curve: pd.DataFrame
-    """Columns threshold, accuracy, passes: the probe at every threshold. The best of them, picked afterwards,
-    is not a policy."""
+    """Columns threshold, accuracy, passes: the probe at every threshold. The best of them is no policy."""
     of_question: pd.DataFrame
     """Columns question, id, and the depth that each policy gives."""
     label: str
-    """What the probe tells."""
+    """The probe's."""
     base: int
     deepest: int
     right: int
     """Questions right at the shallowest depth."""
     n_questions: int
     n_excluded: int
-    """Questions left out: a depth is missing."""
+    """Questions that lack a depth."""
     no_probe: str | None
     """Why there is no probe among the policies."""
     missing: tuple[str, ...]
-    """Rules the tables have no numbers for."""
+    """Rules without numbers in the tables."""
 
     @property
     def title(self) -> str:
-        """What was asked."""
+        """The heading."""
         return "Routing: accuracy against passes"
 
     @property
@@ -115,7 +117,7 @@ class Routing(Result):
         return words if self.no_probe is None else f"{words} No probe: {self.no_probe}."
 
     def interval(self, row: pd.Series, name: str) -> Interval:
-        """A number of a policy with its interval."""
+        """One number of a policy."""
         exact, low, high = (float(row[name + end]) for end in ("", "_low", "_high"))
         return Interval(exact, low, high, self.n_questions, reason="one question")
 
@@ -136,13 +138,10 @@ class Routing(Result):
             )  # fmt: skip
         for kind, name, colour, symbol, mode in SERIES:
             rows = self.policies[self.policies["kind"] == kind]
-            x, y = rows["passes"].to_numpy(), rows["accuracy"].to_numpy()
-            figure.add_scatter(
-                x=x, y=y, mode=mode, name=name, text=rows["name"], textposition="top center",
-                textfont={"size": 11}, marker={"color": colour, "size": 10, "symbol": symbol},
-                line={"color": colour, "dash": "dot"},
-                error_x=error_bars(x, rows["passes_low"].to_numpy(), rows["passes_high"].to_numpy(), colour),
-                error_y=error_bars(y, rows["accuracy_low"].to_numpy(), rows["accuracy_high"].to_numpy(), colour),
+            crosses(
+                figure, rows, "passes", "accuracy", colour,
+                mode=mode, name=name, textposition="top center", textfont={"size": 11},
+                marker={"color": colour, "size": 10, "symbol": symbol}, line={"color": colour, "dash": "dot"},
                 customdata=rows[["broken", "mended", "conservative", "saved"]],
                 hovertemplate="%{text}: %{y:.1%} at %{x:.1f} passes<br>%{customdata[0]} broken, "
                 "%{customdata[1]} mended, %{customdata[2]} conservative errors, "
@@ -169,11 +168,7 @@ def routing(
     """Route every question by every policy.
 
     Args:
-        questions: the run's `questions` table.
-        steps: its `steps` table ...
-        outputs: ... `outputs` and ...
-        pairs: ... `pairs` (the `within` rows at position 0 are used), for the rules; those without their
-            table are left out.
+        questions, steps, outputs, pairs: the run's tables; a rule without its table is left out.
         probe: the halting probe of the same run, for its out-of-fold scores.
         resamples: question resamples.
         seed: of the resampling and of the folds.
@@ -184,26 +179,26 @@ def routing(
     if not len(questions):
         raise Untestable("the table questions of this run is empty", "capture the run first")
     answers = answers_of(questions)
-    if not len(answers.questions):
-        raise Untestable("no question has a row at every depth", "capture the rest of the run")
-    depths = [int(depth) for depth in answers.depths]
-    if len(depths) < 2:
-        raise Untestable(
-            f"the run has one depth, {depths[0]}: there is nothing to choose",
-            "capture it with depths = [1, 4], for example",
-        )
+    check_depths(answers, "there is nothing to choose")
+    depths, no_probe = [int(depth) for depth in answers.depths], None
     costs = costs_of(questions, answers)
-    routed = [*flat(costs), *rules(costs, _traces(answers, steps, outputs, pairs), seed)]
-    no_probe, line = _no_probe(probe, answers), pd.DataFrame(columns=["threshold", "accuracy", "passes"])
+    routed = [*flat(costs), *rules(costs, traces(answers.questions, depths[-1], steps, outputs, pairs), seed)]
+    if probe is None:
+        no_probe = "none was given"
+    elif not np.isin(answers.questions, probe.scores["question"]).all():
+        no_probe = f"label {probe.label!r} is about some questions only, and which is not known beforehand"
+    curve = []
     if probe is not None and no_probe is None:
         own = probe.scores.set_index("question")["score"].loc[answers.questions].to_numpy(dtype=float)
         routed.append(by_score(costs, probe, own))
-        line = curve(costs, probe, own)
+        for threshold in [-np.inf, *np.unique(own)]:
+            at = by_score(costs, probe, own, threshold)
+            curve.append((threshold, costs.right(at.place).mean(), costs.passes(at.place, at.looks).mean()))
     routed.append(oracle(costs))
     named = {r.name: costs.depths[r.place] for r in routed if r.kind != "flat"}
     return Routing(
         policies=pd.DataFrame([scored(r, costs, resamples, seed) for r in routed]),
-        curve=line,
+        curve=pd.DataFrame(curve, columns=["threshold", "accuracy", "passes"]),
         of_question=pd.DataFrame({"question": answers.questions, "id": answers.ids} | named),
         label=probe.label if probe is not None else "",
         base=depths[0],
@@ -217,7 +212,7 @@ def routing(
 
 
 def routing_of(run: Run, probe: Halting | None = None, resamples: int = RESAMPLES) -> Routing:
-    """The same of a captured run: reads the parts of its tables that are needed."""
+    """The same of a captured run."""
     changes = ["question", "comparison", "position", "a", "b"]
     steps = run.table("steps", ["question", "text", "depth", "position", "iteration", "entropy"])
     outputs = run.table("outputs", [*changes, "kl"], "within")
@@ -225,40 +220,57 @@ def routing_of(run: Run, probe: Halting | None = None, resamples: int = RESAMPLE
     return routing(run.questions, steps, outputs, pairs, probe, resamples)
 
 
-def _traces(
-    answers: Answers,
-    steps: pd.DataFrame | None,
-    outputs: pd.DataFrame | None,
-    pairs: pd.DataFrame | None,
+def traces(
+    questions: np.ndarray,
+    deepest: int,
+    steps: pd.DataFrame | None = None,
+    outputs: pd.DataFrame | None = None,
+    pairs: pd.DataFrame | None = None,
 ) -> dict[str, np.ndarray]:
-    own, change = ["text", "depth", "iteration", "entropy"], ["comparison", "a", "b", "kl", "relative_l2"]
-    nothing = pd.DataFrame(columns=["question", "position", *own, *change])
-    tables = (nothing if table is None else table for table in (steps, outputs, pairs))
-    return traces(answers.questions, int(answers.depths[-1]), *tables)
+    """The numbers of every rule that the tables have for every question: name -> [iteration, question]. A
+    rule gives the same depth by them as in `model.generate`.
 
-
-def _no_probe(probe: Halting | None, answers: Answers) -> str | None:
-    if probe is None:
-        return "none was given"
-    if not np.isin(answers.questions, probe.scores["question"]).all():
-        return f"label {probe.label!r} is about some questions only, and which is not known beforehand"
-    return None
+    Args:
+        questions: indices in the run.
+        deepest: the depth whose pass is read.
+        steps: for the entropy (nats).
+        outputs: `within` rows, for KL(iteration i || i - 1) (nats).
+        pairs: `within` rows, for the median over layers of the state's relative L2 change.
+    """
+    rows = {}
+    if steps is not None:
+        own = (steps["position"] == 0) & (steps["depth"] == deepest) & (steps["text"] == "own")
+        rows["entropy"] = steps[own.to_numpy(dtype=bool)].set_index(["iteration", "question"])["entropy"]
+    columns = {"KL between iterations": (outputs, "kl"), "convergence of the state": (pairs, "relative_l2")}
+    for name, (table, column) in columns.items():
+        if table is not None:
+            here = (table["position"] == 0) & (table["comparison"] == "within")
+            here &= table["b"] == table["a"] + 1
+            changes = table[here.to_numpy(dtype=bool)].groupby(["b", "question"], observed=True)
+            rows[name] = changes[column].median()
+    numbers = {}
+    for name in (name for name in THRESHOLDS if name in rows):
+        every = pd.MultiIndex.from_product([range(THRESHOLDS[name].first, deepest + 1), questions])
+        values = rows[name].reindex(every).to_numpy(dtype=float, copy=True).reshape(-1, len(questions))
+        if len(values) and np.isfinite(values).all():
+            numbers[name] = values
+    return numbers
 
 
 class Routed(NamedTuple):
-    """What one policy does with every question."""
+    """The depths that one policy gives."""
 
     name: str
     kind: str
     """`flat`, `policy` or `oracle`."""
     place: np.ndarray
-    """Which of the captured depths each question gets [question]."""
+    """Index of each question's depth among the captured ones [question]."""
     looks: int = 0
-    """Passes spent at position 0 on looking."""
+    """Passes spent on looking at position 0."""
 
 
 class Costs(NamedTuple):
-    """What the depths got right and what they cost; of the questions in `answers`."""
+    """What each depth got right and what it cost."""
 
     answers: Answers
     tokens: np.ndarray
@@ -279,7 +291,7 @@ class Costs(NamedTuple):
 
 
 def costs_of(questions: pd.DataFrame, answers: Answers) -> Costs:
-    """From a run's `questions` table; a token each where it does not say."""
+    """From a run's `questions` table; one token each where it does not say."""
     if "tokens" not in questions.columns:
         return Costs(answers, np.ones(answers.correct.shape))
     table = questions.pivot(index="question", columns="depth", values="tokens")
@@ -303,12 +315,8 @@ def oracle(costs: Costs) -> Routed:
 
 
 def rules(costs: Costs, seen: dict[str, np.ndarray], seed: int = 0) -> list[Routed]:
-    """Every rule with its threshold chosen on the other folds: most right, then fewest passes.
-
-    Args:
-        costs: of every depth.
-        seen: the numbers of each rule, [iteration, question] (`data.traces`).
-        seed: of the folds.
+    """Every rule (its numbers from `traces`), its threshold chosen on the other folds: most right, then
+    fewest passes.
     """
     depths, n = costs.depths, len(costs.tokens)
     fold = np.argsort(np.argsort(random_keys(n, seed))) % min(FOLDS, n)
@@ -332,16 +340,6 @@ def by_score(costs: Costs, probe: Halting, scores: np.ndarray, threshold: float 
     """The probe: shallowest or deepest, by whether a score [question] is above the threshold."""
     halt = (scores > threshold) == (probe.action == "halt")
     return Routed(PROBE, "policy", np.where(halt, 0, len(costs.depths) - 1), looks=probe.iteration)
-
-
-def curve(costs: Costs, probe: Halting, scores: np.ndarray) -> pd.DataFrame:
-    """Columns threshold, accuracy, passes: the probe at every threshold."""
-    records = []
-    for threshold in [-np.inf, *np.unique(scores)]:
-        routed = by_score(costs, probe, scores, threshold)
-        passes = costs.passes(routed.place, routed.looks)
-        records.append((threshold, costs.right(routed.place).mean(), passes.mean()))
-    return pd.DataFrame(records, columns=["threshold", "accuracy", "passes"])
 
 
 def scored(routed: Routed, costs: Costs, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, object]:

@@ -1,6 +1,6 @@
-"""One probe, kept: weights in safetensors, what it is and which model it belongs to in JSON.
+"""A trained probe: a halting policy that is saved, loaded, and refused for another model.
 
-folder/probe.safetensors   dimensions it reads, their means and scales, and the weights
+folder/probe.safetensors   dimensions, their means and scales, and the weights
 folder/probe.json          layer, iteration, label, depths, threshold, the model's hashes, the evidence
 """
 
@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sst_interp.analyses.answers import answers_of
+from sst_interp.analyses.result import json_ready
 from sst_interp.errors import SSTError
-from sst_interp.experiments.probe.data import Features, Labels, halting_labels, position0, usable_layers
+from sst_interp.experiments.probe import Features, Labels, halting_labels, position0, usable_layers
 from sst_interp.experiments.probe.finding import PERMUTATIONS, Halting
 from sst_interp.experiments.probe.finding import halting as validated
 from sst_interp.experiments.probe.fit import Design, Inputs, Problems, TwoLayer, fit
@@ -45,7 +46,7 @@ PLAIN: dict[str, type] = {
     "layer": int, "iteration": int, "shallowest": int, "deepest": int, "halts": bool, "log_odds": float,
     "label": str, "model": dict, "threshold": float, "evidence": dict,
 }  # fmt: skip
-"""What the JSON holds, and of which type."""
+"""Fields of the JSON file."""
 NAMES = {int: "whole number", bool: "true or false", float: "number", str: "text", dict: "object"}
 
 
@@ -54,11 +55,10 @@ class HaltingProbe(HaltingPolicy):
     """A trained probe. It is a halting policy: `model.generate(prompts, depth=probe)`."""
 
     layer: int
-    """Which layer's output it reads, 0-based ..."""
+    """The layer whose output it reads, 0-based."""
     iteration: int
-    """... after which iteration of position 0."""
+    """The iteration of position 0 whose state it reads."""
     dims: Int[Tensor, " k"]
-    """Which dimensions."""
     weights: Mapping[str, Tensor]
     """mean and scale [k] of the dimensions; w, c of a linear probe; w, b, u, c of a two-layer one."""
     shallowest: int
@@ -66,17 +66,17 @@ class HaltingProbe(HaltingPolicy):
     deepest: int
     """Depth of the others."""
     halts: bool
-    """Whether a positive question is one to halt."""
+    """Whether a positive question should halt."""
     log_odds: float
-    """Of the positive class in training: what a logit of 0 stands for."""
+    """Of the positive class in training, for a logit of 0."""
     label: str
-    """What positive means."""
+    """Definition of a positive question."""
     model: Mapping[str, Any]
-    """Which model it belongs to: model_hash, alpha_hash, n_layers, d_model and the choices in `STREAM`."""
+    """model_hash, alpha_hash, n_layers, d_model and the choices in `STREAM` of its model."""
     threshold: float = 0.0
-    """Logit above which a question counts as positive; 0: more likely than the base rate."""
+    """A question is positive if its logit is above."""
     evidence: Mapping[str, Any] = field(default_factory=dict)
-    """What validation said of probes made in this way; it is not about this one's own training questions."""
+    """Out-of-fold results of probes made in this way."""
 
     def __post_init__(self) -> None:
         if problem := self._problem():
@@ -84,7 +84,6 @@ class HaltingProbe(HaltingPolicy):
             raise SSTError(f"this halting probe cannot be used: {problem}", hint)
 
     def _problem(self) -> str | None:
-        """What is out of range, or None."""
         for key in ("n_layers", "d_model"):
             if type(self.model.get(key, 0)) is not int:
                 return f"its model's {key} is no whole number"
@@ -139,32 +138,21 @@ class HaltingProbe(HaltingPolicy):
 
     def check(self, model: StateStreamModel) -> None:
         """Raise SSTError if it was trained on the states of another model."""
-        refuse_other(self.model, model_identity(model), "the probe was trained on", "this model has")
+        refuse_other(self.model, model_identity(model))
 
     def save(self, folder: str | Path) -> Path:
         """Write it to a folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: t.contiguous() for name, t in self.weights.items()} | {
-            "dims": self.dims.contiguous()
-        }
+        tensors = {name: t.contiguous() for name, t in (*self.weights.items(), ("dims", self.dims))}
         stage(folder / WEIGHTS, lambda path: save_file(tensors, path))
         publish(folder / WEIGHTS)
-        config = {name: getattr(self, name) for name in PLAIN}
-        replace_json(folder / CONFIG, {"format": FORMAT, **config})
+        replace_json(folder / CONFIG, {"format": FORMAT} | {name: getattr(self, name) for name in PLAIN})
         return folder
 
 
 def load_probe(folder: str | Path, model: StateStreamModel | None = None) -> HaltingProbe:
-    """Read a probe.
-
-    Args:
-        folder: where it was saved.
-        model: the model it is to be used with, checked now rather than at first use.
-
-    Raises:
-        SSTError: a file is missing or damaged, or the probe belongs to another model.
-    """
+    """A saved probe. Raises SSTError if a file is missing or damaged, or if it is not of this model."""
     folder, again = Path(folder), "save it again"
     config = read_json(folder / CONFIG, again)
     if config.get("format") != FORMAT:
@@ -184,10 +172,9 @@ def load_probe(folder: str | Path, model: StateStreamModel | None = None) -> Hal
         raise unreadable(folder / WEIGHTS, error, again) from None
     if "dims" not in tensors:
         raise SSTError(f"{folder / WEIGHTS} lacks dims", again)
+    fields = {name: config[name] for name in PLAIN}
     try:
-        probe = HaltingProbe(
-            dims=tensors.pop("dims"), weights=tensors, **{name: config[name] for name in PLAIN}
-        )
+        probe = HaltingProbe(dims=tensors.pop("dims"), weights=tensors, **fields)
     except SSTError as error:
         raise SSTError(f"{folder}: {error.message}", error.hint) from None
     if model is not None:
@@ -198,7 +185,7 @@ def load_probe(folder: str | Path, model: StateStreamModel | None = None) -> Hal
 def train_probe(
     run: Run, features: Features, labels: Labels, design: Design, evidence: Mapping[str, Any] | None = None
 ) -> HaltingProbe:
-    """Choose and train on every question. What it is worth is what validation says of its kind."""
+    """Choose and train on every question."""
     inputs, keys = Inputs(features.states), random_keys(len(labels.positive), design.seed)
     y = torch.from_numpy(labels.positive[None].astype(np.float32))
     blocks = blocks_of(y.numpy(), design.blocks, keys)
@@ -214,23 +201,14 @@ def train_probe(
         weights |= dict(zip(("w", "b", "u", "c"), params, strict=True))
     else:
         weights |= {"w": params[0][own], "c": params[1]}
-    return HaltingProbe(
-        place,
-        features.iteration,
-        own,
-        weights,
-        labels.shallowest,
-        labels.deepest,
-        labels.halts,
-        float(np.log(labels.n_positive / labels.n_negative)),
-        labels.definition,
-        run_identity(run),
-        evidence=dict(evidence or {}),
-    )
+    odds, about = float(np.log(labels.n_positive / labels.n_negative)), (labels.definition, run_identity(run))
+    depths = labels.shallowest, labels.deepest, labels.halts
+    evidence = dict(evidence or {})
+    return HaltingProbe(place, features.iteration, own, weights, *depths, odds, *about, evidence=evidence)
 
 
 def model_identity(model: StateStreamModel) -> dict[str, Any]:
-    """What a probe's states depend on, of a model."""
+    """What the states of a model depend on."""
     alpha = model.kind.digest()
     shape = {"n_layers": model.backbone.n_layers, "d_model": model.backbone.d_model}
     choices = {name: getattr(model.choices, name) for name in STREAM}
@@ -238,40 +216,32 @@ def model_identity(model: StateStreamModel) -> dict[str, Any]:
 
 
 def run_identity(run: Run) -> dict[str, Any]:
-    """The same of the model a run was captured with, as far as its manifest says."""
+    """The same of a run's model, as far as its manifest says."""
     said = run.manifest["provenance"]
     stated = {key: said[key] for key in ("model_hash", "alpha_hash", "n_layers", "d_model") if key in said}
     return stated | {name: getattr(run.recipe.choices, name) for name in STREAM}
 
 
-def refuse_other(ours: Mapping[str, Any], theirs: Mapping[str, Any], was: str, now: str) -> None:
-    """Raise if an identity differs from a model's, or does not say something that the model's does."""
+def refuse_other(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    """Raise if an identity differs from a model's or lacks a part of it."""
     for key, value in theirs.items():
         if ours.get(key) != value:
             before, after = (str(v)[:12] for v in (ours.get(key, "unknown"), value))
-            raise SSTError(
-                f"this probe belongs to another model: {was} {key} = {before}, {now} {after}",
-                "train one on a run of this model: `sst-interp probe --run NAME`",
-            )
+            wrong = f"it was trained on {key} = {before}, this model has {after}"
+            hint = "train one on a run of this model: `sst-interp probe --run NAME`"
+            raise SSTError(f"this probe belongs to another model: {wrong}", hint)
 
 
 class Probed(NamedTuple):
-    """Everything the command has to show."""
+    """A halting probe: validated, routed by, and trained on every question."""
 
     halting: Halting
-    """What the probe tells, and what it is worth."""
     routing: Routing
-    """What routing by it would do to accuracy and cost."""
     probe: HaltingProbe
-    """The probe itself, trained on every question."""
 
 
 def layer_of(text: str | int | None) -> int | None:
-    """`auto` or a layer's number, as typed; None: chosen inside each fold.
-
-    Raises:
-        SSTError: anything else.
-    """
+    """A layer's number, or None for `auto`: chosen inside each fold. Raises SSTError for anything else."""
     if text is None or text == "auto":
         return None
     try:
@@ -300,33 +270,26 @@ def probe_run(
 
     Args:
         run: a captured run, or its name.
-        label: what is to be told (`data.RULES`).
+        label, permutations, design, progress: as for `finding.halting_of`.
         layer: `auto` or a number.
-        permutations: of the labels.
-        design: the kind of probe and its candidates.
         save: a folder to keep the probe in.
-        progress: called with (what, done, of).
 
     Raises:
-        Untestable: labels all equal, a class of fewer than two questions, an iteration that the run does not
-            have, constant features.
-        SSTError: an unknown run or label, a layer or states that were not captured, a place where nothing can
-            be saved.
+        Untestable: as `finding.halting`.
+        SSTError: an unknown run, label or layer, or a folder that cannot be written.
     """
     run = open_run(run) if isinstance(run, str) else run
     if save is not None:
         check_save(save)
     asked = layer_of(layer)
-    halting = validated(run, label, asked, design, permutations=permutations, progress=progress)
+    halting = validated(run, label, layer=asked, design=design, permutations=permutations, progress=progress)
     labels = halting_labels(answers_of(run.questions), label)
     features = position0(run, labels.questions)
     design = replace(design or Design(), layers=usable_layers(features, asked))
-    said = {"auc": halting.auc.estimate, "p": halting.p_auc, "hits": halting.hits}
-    said |= {"positive": halting.n_positive, "called": halting.called, "questions": halting.n_questions}
-    said |= {"permutations": permutations}
-    evidence = {name: value if value == value else None for name, value in said.items()}
-    seen = {"run": run.name, "reply_prefix": run.recipe.reply_prefix}
-    probe = train_probe(run, features, labels, design, seen | evidence)
+    evidence = {"run": run.name, "reply_prefix": run.recipe.reply_prefix, "auc": halting.auc.estimate}
+    evidence |= {"p": halting.p_auc, "hits": halting.hits, "positive": halting.n_positive}
+    evidence |= {"called": halting.called, "questions": halting.n_questions, "permutations": permutations}
+    probe = train_probe(run, features, labels, design, json_ready(evidence))
     if save is not None:
         probe.save(save)
     return Probed(halting, routing_of(run, halting), probe)

@@ -1,22 +1,9 @@
 """What out-of-fold scores are worth: rank order, decisions and probabilities, with questions as the unit.
 
 A score above 0 says "positive". The area under the curve (AUC) is the chance that a positive question scores
-higher than a negative one, over the pairs whose scores may be compared: all of them if every score comes from
-a probe trained on the same shares of both classes, those of the same fold, or those scored by one probe.
-
-The intervals resample questions with the probes as they are. They do not say how another sample of questions
-to train on would have turned out, which varies more: a permutation of the labels does (`validate`).
-
-Hits as a binomial figure (claim C12), at every rate they may be held against. The paper: 29 of 48 must-halt
-questions found in leave-one-out, p = 0.0009. A binomial p-value is about a rate of hits without the probe,
-and the paper does not state the one it used. Three things are the matter with any:
-
-- the answer is the rate: 29 of 48 is rare against 0.37, more so against the base rate (48 of 198), and
-  ordinary against one half;
-- hits are recall. A probe that always says "halt" has 48 of 48. What it says to the other questions decides,
-  and that is in the *rate at which it says halt*: Fisher's exact test takes both margins as they are;
-- leave-one-out probes share nearly all of their training questions, so hits are not independent tosses, and a
-  choice of dimensions makes them less so. Only permuting the labels through everything has that in it.
+higher than a negative one, over the pairs whose scores are comparable: all pairs, those of one fold, or those
+scored by one probe. Intervals resample questions with the probes as they are; how much another training
+sample would change, only permuted labels say (`validate`).
 """
 
 from __future__ import annotations
@@ -73,21 +60,18 @@ def pairs_in_order(scores: np.ndarray, positive: np.ndarray, fold: np.ndarray | 
 
 
 def pairs_scored(scores: np.ndarray, positive: np.ndarray) -> Pairs:
-    """Pairs that were each scored by one probe, [pair, 2] with the positive question first, in the order of
-    `np.flatnonzero`: the negatives of the first positive, of the second ...
+    """Pairs that were each scored by one probe: [pair, 2], the positive question first; the negatives of the
+    first positive question come first.
     """
-    ones, zeros = np.flatnonzero(positive), np.flatnonzero(~positive)
-    higher = np.zeros((len(positive), len(positive)))
-    compared = higher.copy()
+    higher, compared = np.zeros((2, len(positive), len(positive)))
+    compared[np.ix_(positive, ~positive)] = 1
     gap = scores[:, 0] - scores[:, 1]
-    where = np.ix_(ones, zeros)
-    higher[where] = ((gap > 0) + 0.5 * (gap == 0)).reshape(len(ones), len(zeros))
-    compared[where] = 1
+    higher[compared > 0] = (gap > 0) + 0.5 * (gap == 0)
     return Pairs(higher, compared)
 
 
 def auc(pairs: Pairs, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
-    """The AUC, with the probes as they are and questions resampled."""
+    """The AUC; questions are resampled."""
     return over_questions(len(pairs.higher), lambda w: pair_mean(w, *pairs), resamples, seed)
 
 
@@ -116,12 +100,12 @@ def aucs(scores: np.ndarray, positive: np.ndarray, fold: np.ndarray | None = Non
 
 
 class Decisions(NamedTuple):
-    """What saying "positive" above a score of 0 gets right."""
+    """What the decisions at a score of 0 get right."""
 
     sensitivity: Interval
-    """Of the positive questions, those called positive (recall) ..."""
+    """Share of positive questions called positive (recall)."""
     specificity: Interval
-    """... and of the negative ones, those not."""
+    """Share of negative questions not called positive."""
     balanced: Interval
     """Mean of the two; one half for always and for never."""
     called: float
@@ -141,24 +125,25 @@ def decisions(
             return (totals[..., 0] / totals[..., 1] + totals[..., 2] / totals[..., 3]) / 2
 
     sums = np.stack([positive & called, positive, ~positive & ~called, ~positive], axis=1)
-    return Decisions(
-        share(called, positive),
-        share(~called, ~positive),
-        cluster_bootstrap(sums, balanced, resamples, seed=seed),
-        float(called.mean()),
-    )
+    mean = cluster_bootstrap(sums, balanced, resamples, seed=seed)
+    return Decisions(share(called, positive), share(~called, ~positive), mean, float(called.mean()))
 
 
-def balanced_accuracies(positive: np.ndarray, called: np.ndarray) -> np.ndarray:
-    """Of many labellings at once: [row, question] -> [row]."""
-    n1 = positive.sum(axis=1)
-    hits, rejected = (positive & called).sum(axis=1), (~positive & ~called).sum(axis=1)
-    return (hits / n1 + rejected / (positive.shape[1] - n1)) / 2
+def balanced_accuracies(
+    positive: np.ndarray, called: np.ndarray, use: np.ndarray | None = None
+) -> np.ndarray:
+    """Of many labellings at once: [row, question] -> [row]; with `use` likewise, of those questions."""
+    use = np.ones_like(positive) if use is None else use
+
+    def share(right: np.ndarray, of: np.ndarray) -> np.ndarray:
+        return (right & of).sum(axis=1) / np.maximum(of.sum(axis=1), 1)
+
+    return (share(called, use & positive) + share(~called, use & ~positive)) / 2
 
 
 def probabilities(scores: np.ndarray, positive: np.ndarray) -> np.ndarray:
-    """Scores of rebalanced leave-one-out as probabilities [question]: a score of 0 stands for the share of
-    positive questions in training, which is the same for every question.
+    """Scores of rebalanced leave-one-out as probabilities [question]: a score of 0 is the share of positive
+    questions in training.
     """
     share = (positive.sum() - 1) / (len(positive) - 2)
     return 1 / (1 + np.exp(-np.clip(scores + np.log(share / (1 - share)), -700, 700)))
@@ -188,37 +173,29 @@ def calibration(
 
 
 class DimsRead(NamedTuple):
-    """What the probes of one cross-validation read."""
+    """The dimensions that the probes of one cross-validation read."""
 
     table: pd.DataFrame
-    """A row per (layer, dimension) that is read at all: layer, dim, probes (how many read it), share."""
+    """A row per (layer, dimension) that any probe reads: layer, dim, probes (how many read it), share."""
     count: float
-    """Dimensions a probe reads, mean."""
+    """Mean number of dimensions per probe."""
     share: float
-    """Of the dimensions of its layer."""
+    """The same as a share of the layer."""
     layers: dict[int, int]
-    """Layer -> probes that read it."""
+    """Layer -> number of probes that read it."""
     stability: float
-    """Of the set that is read, corrected for chance: 1, always the same; 0, as random sets of that size would
-    agree (Nogueira, Sechidis & Brown 2018). NaN for one probe, or if all dimensions are read."""
+    """Agreement of the sets beyond chance (`stability`); NaN for one probe, or if all dimensions are read."""
     spread: float
-    """Largest distance of the dimensions' distribution over the index range from an even one, 0 to 1
-    (Kolmogorov-Smirnov), each weighing as often as it is read."""
+    """Kolmogorov-Smirnov distance of the dimensions from an even spread over the indices, 0 to 1; each counts
+    as often as it is read."""
     core: int
-    """Dimensions that at least half of the probes read."""
+    """Number of dimensions that at least half of the probes read."""
     core_p: float
-    """P-value of those lying evenly over the index range; NaN if there are none."""
+    """P-value that those lie evenly over the indices; NaN if there are none."""
 
 
 def dims_read(read: Sequence[np.ndarray], layers: np.ndarray, d_model: int, n_layers: int) -> DimsRead:
-    """Summarise.
-
-    Args:
-        read: per probe, the dimensions it reads.
-        layers: per probe, the layer [probe].
-        d_model: width of a layer.
-        n_layers: layers there were to choose from.
-    """
+    """Summarise the dimensions and the layer [probe] that each probe reads, of `n_layers` candidates."""
     probes = len(read)
     dims = np.concatenate([np.asarray(r, dtype=int) for r in read]) if probes else np.zeros(0, int)
     of = np.repeat(np.asarray(layers, dtype=int), [len(r) for r in read])
@@ -229,26 +206,16 @@ def dims_read(read: Sequence[np.ndarray], layers: np.ndarray, d_model: int, n_la
     count = len(dims) / probes if probes else math.nan
     core = table.loc[table["share"] >= 0.5, "dim"].to_numpy()
     values, counts = np.unique(np.asarray(layers, dtype=int), return_counts=True)
-    return DimsRead(
-        table,
-        count,
-        count / d_model,
-        dict(zip(values.tolist(), counts.tolist(), strict=True)),
-        stability([len(r) for r in read], times, probes, d_model * n_layers),
-        float(kstest((dims + 0.5) / d_model, "uniform", method="asymp").statistic) if len(dims) else math.nan,
-        len(core),
-        float(kstest((core + 0.5) / d_model, "uniform").pvalue) if len(core) else math.nan,
-    )
+    spread = kstest((dims + 0.5) / d_model, "uniform", method="asymp").statistic if len(dims) else math.nan
+    core_p = kstest((core + 0.5) / d_model, "uniform").pvalue if len(core) else math.nan
+    agree = stability([len(r) for r in read], times, probes, d_model * n_layers)
+    of_layer = dict(zip(values.tolist(), counts.tolist(), strict=True))
+    return DimsRead(table, count, count / d_model, of_layer, agree, float(spread), len(core), float(core_p))
 
 
 def stability(sizes: Sequence[int], times: np.ndarray, probes: int, candidates: int) -> float:
-    """Agreement of sets beyond chance: 1 - mean variance of "is read" over that of random sets of their size.
-
-    Args:
-        sizes: how many each set holds.
-        times: how often each candidate that is in any set is in one.
-        probes: sets.
-        candidates: how many there are to choose from.
+    """Agreement of sets beyond chance (Nogueira, Sechidis & Brown 2018): 1 if all are equal, 0 as for random
+    sets of their sizes. `times`: in how many sets each member of any set is; `candidates`: all there are.
     """
     mean = float(np.mean(sizes)) / candidates if probes else math.nan
     if probes < 2 or not 0 < mean < 1:
@@ -259,70 +226,59 @@ def stability(sizes: Sequence[int], times: np.ndarray, probes: int, candidates: 
 
 
 class Hits(NamedTuple):
-    """A count of positive questions found."""
+    """How many of the positive questions were called positive."""
 
     found: int
     of: int
 
 
 PAPER = Hits(29, 48)
+"""Must-halt questions in leave-one-out; the paper does not state the rate that its p-value is about."""
 
 
 def binomial_p(hits: Hits, rate: float) -> float:
-    """Chance of at least as many hits if each is found with this chance, independently."""
+    """Chance of at least as many hits if each has this chance, independently."""
     return float(binom.sf(hits.found - 1, hits.of, rate))
 
 
 def implied_rate(hits: Hits, p: float) -> float:
-    """The rate without the probe that a binomial p-value of these hits implies (0.37 for the paper's)."""
+    """The rate that a binomial p-value of these hits implies (0.37 for the paper's)."""
     return float(root_scalar(lambda rate: binomial_p(hits, rate) - p, bracket=(1e-9, 1 - 1e-9)).root)
 
 
 def fisher_p(hits: Hits, called: int, questions: int) -> float:
-    """Chance of at least as many hits if the same number of calls had fallen on any of the questions."""
+    """Chance of at least as many hits if as many calls fell on any of the questions."""
     return float(hypergeom.sf(hits.found - 1, questions, hits.of, called))
 
 
 def binomial_readings(
-    hits: Hits,
-    called: int,
-    questions: int,
-    others: Mapping[str, float] | None = None,
-    action: str = "halt",
+    hits: Hits, called: int, questions: int, others: Mapping[str, float] | None = None, action: str = "halt"
 ) -> pd.DataFrame:
-    """The paper's hits and a run's own, read against every rate.
+    """The paper's hits and a run's own against every rate (docs/probe.md says why the rate decides).
 
     Args:
-        hits: of the run.
-        called: how many of all its questions were called positive.
-        questions: how many there are.
+        hits, called, questions: of the run; `called` counts all questions called positive.
         others: further p-values of the run's hits by name (permutation).
-        action: what is done with a positive question, for the name of the policy that always does it.
+        action: for a positive question, `halt` or `iterate`.
 
     Returns:
         A row per reading: whose, found, of, against (in words), rate (NaN where it is not one number), p.
     """
-    implied, rows = implied_rate(PAPER, PAPER_P), []
-
-    def add(whose: str, of: Hits, against: str, rate: float, p: float) -> None:
-        rows.append((whose, *of, against, rate, p))
-
-    add("paper", PAPER, "the rate its p = 0.0009 implies", implied, binomial_p(PAPER, implied))
-    add("paper", PAPER, "one half", 0.5, binomial_p(PAPER, 0.5))
-    share = PAPER.of / PAPER_QUESTIONS
-    add("paper", PAPER, "share of positive questions", share, binomial_p(PAPER, share))
-    for against, rate in (
-        ("the rate the paper's p implies", implied),
-        ("one half", 0.5),
-        ("share of positive questions", hits.of / questions),
-        ("share of questions it calls positive", called / questions),
-    ):
-        add("this run", hits, against, rate, binomial_p(hits, rate))
-    exact = "as many calls on any questions (Fisher, exact)"
-    add("this run", hits, exact, np.nan, fisher_p(hits, called, questions))
-    for against, p in (others or {}).items():
-        add("this run", hits, against, np.nan, p)
-    everything = Hits(hits.of, hits.of)
-    add(f"always-{action}", everything, "one half", 0.5, binomial_p(everything, 0.5))
-    add(f"always-{action}", everything, exact, np.nan, fisher_p(everything, questions, questions))
+    implied, everything = implied_rate(PAPER, PAPER_P), Hits(hits.of, hits.of)
+    exact, always = "as many calls on any questions (Fisher, exact)", f"always-{action}"
+    half, base = "one half", "share of positive questions"
+    against = [
+        ("paper", PAPER, "the rate its p = 0.0009 implies", implied),
+        ("paper", PAPER, half, 0.5),
+        ("paper", PAPER, base, PAPER.of / PAPER_QUESTIONS),
+        ("this run", hits, "the rate the paper's p implies", implied),
+        ("this run", hits, half, 0.5),
+        ("this run", hits, base, hits.of / questions),
+        ("this run", hits, "share of questions it calls positive", called / questions),
+    ]
+    rows = [(whose, *of, words, rate, binomial_p(of, rate)) for whose, of, words, rate in against]
+    rows.append(("this run", *hits, exact, np.nan, fisher_p(hits, called, questions)))
+    rows += [("this run", *hits, words, np.nan, p) for words, p in (others or {}).items()]
+    rows.append((always, *everything, half, 0.5, binomial_p(everything, 0.5)))
+    rows.append((always, *everything, exact, np.nan, fisher_p(everything, questions, questions)))
     return pd.DataFrame(rows, columns=["whose", "found", "of", "against", "rate", "p"])

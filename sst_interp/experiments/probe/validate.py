@@ -1,70 +1,59 @@
 """Out-of-fold scores: every question scored by probes that were chosen and trained without it.
 
-**Choosing.** Questions are divided into blocks, both classes evenly. To choose for a question in block a,
-probes are trained without blocks a and b and judged by how well they tell the questions of b, for every other
-b in turn. No label of block a takes part, neither its questions' own nor their neighbours'; and the probe
-without a and b serves a and b alike, so that nesting costs B (B - 1) / 2 fits per candidate and not one per
-question and block. The judge is the cross-entropy with both classes weighing the same: it sees a score that
-is sure and wrong, which the area under a curve does not. Candidates are tried one coordinate after the other:
-first the layer (with the middle number of dimensions and the middle penalty), then the number, then the
-penalty.
+**Choosing.** Questions are divided into blocks. To choose for a question of block a, probes are trained
+without blocks a and b and judged on b by the balanced cross-entropy, for every other b. No label of block a
+takes part, and the probe without a and b serves both: B (B - 1) / 2 fits per candidate. Layers are tried
+first (with the middle number of dimensions and penalty), then numbers of dimensions, then penalties.
 
-**Scoring.** A *split* says which questions are scored, which may be learnt from, and which blocks the
-candidates are chosen without.
+**Scoring.** A *split* says which questions are scored, which are learnt from, and which blocks the candidates
+are chosen without (`SCHEMES`).
 
-- `plain_leave_one_out`: each question in turn. Taking out a question changes the classes' shares in what is
-  left, always against it, so scores pooled over questions are biased: a probe that knows only the base rate
-  has an AUC of 0.
-- `leave_one_out`: rebalanced. One question of the other class is left out, too (Austin, Pe'er & Korem 2025),
-  so that every split has the same shares. (Both classes weigh the same in every loss here, which takes most
-  of that bias away by itself; this takes the rest.)
-- `folds`: stratified; scores are to be compared within a fold.
-- `leave_pair_out`: each pair of a question of either class, scored by the same probe (Airola et al. 2011).
-
-**Permuting.** Labels permuted over questions, each labelling put through everything:
+**Permuting.** Labels are permuted over questions, and each labelling is put through everything:
 
     p = (b + 1) / (B + 1),    b: labellings of B that score at least as high as the real one
-
-The inputs stay with their questions and the classes keep their sizes, so under the null that labels have
-nothing to do with the states every labelling is as likely as the real one. Nothing is chosen beforehand with
-the real labels, so whatever the choosing gains is in the null, too.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from sst_interp.analyses.statistics.bootstrap import Interval
-from sst_interp.experiments.probe.fit import Design, Inputs, Problems, fit
+from sst_interp.analyses.statistics.bootstrap import Interval, as_columns
+from sst_interp.experiments.probe import SCALARS, Features, Labels
+from sst_interp.experiments.probe.fit import Design, Inputs, LabelRows, Problems, fit
 from sst_interp.experiments.probe.scores import (
     Pairs,
     auc,
+    auc_difference,
     aucs,
     balanced_accuracies,
+    brier,
+    decisions,
     pairs_in_order,
     pairs_scored,
+    probabilities,
 )
 
 AT_ONCE = 12_000
-"""Splits handled together: bounds memory, whatever the number of labellings."""
+"""Splits handled together: bounds memory."""
 MOST_PAIRS = 30_000
-"""Leave-pair-out trains a probe per pair: beyond this many it is left out."""
+"""Leave-pair-out trains a probe per pair: beyond this many there is none."""
 NULL = ("auc", "fold_auc", "balanced", "hits", "called", "fitted")
+NAMES = {"two_layer": "two-layer probe", "l2": "logistic regression, L2", "l1": "logistic regression, L1"}
 Progress = Callable[[str, int, int], Any]
 Excluded = tuple[frozenset[int], ...]
-"""Sets of blocks, each of which something is chosen without."""
+"""Sets of blocks; something is chosen without each of them."""
 
 
 class Choice(NamedTuple):
-    """What was chosen, [row, excluded]: by label row and set of blocks that it was chosen without."""
+    """The chosen candidate, [row, excluded]: by label row and excluded set of blocks."""
 
     layer: np.ndarray
     dims: np.ndarray
@@ -72,14 +61,13 @@ class Choice(NamedTuple):
 
 
 class Splits(NamedTuple):
-    """What is left out, for each label row."""
+    """Which questions each split scores and learns from."""
 
     test: np.ndarray
     """Questions scored by a split, [row, split, question] bool."""
     use: np.ndarray
     """Questions learnt from, likewise."""
     excluded: Excluded
-    """Sets of blocks that candidates are chosen without."""
     which: np.ndarray
     """[row, split]: index into `excluded`."""
     pairs: bool = False
@@ -92,11 +80,11 @@ class Scores(NamedTuple):
     logits: np.ndarray
     """[row, question]; of pairs: [row, split, 2], the question of class 1 first."""
     layer: np.ndarray
-    """[row, split]: what was chosen."""
+    """[row, split]: the chosen candidate, with the next two."""
     dims: np.ndarray
     penalty: np.ndarray
     fitted: np.ndarray
-    """[row, split]: balanced accuracy on the questions learnt from: how well labels can be memorised."""
+    """[row, split]: balanced accuracy on the questions learnt from."""
     read: list[np.ndarray]
     """Dimensions read by each split of the first row; empty unless asked for."""
 
@@ -107,9 +95,8 @@ def random_keys(n_questions: int, seed: int, repeat: int = 0) -> np.ndarray:
 
 
 def blocks_of(labels: np.ndarray, blocks: int, keys: np.ndarray) -> np.ndarray:
-    """Which block each question is in, [row, question]: each class dealt out in turn, in the order of `keys`.
-
-    It is a function of the labels, so a permuted labelling gets blocks as even as the real one's.
+    """The block of each question [row, question]: each class is dealt out in turn, in the order of `keys`, so
+    that a permuted labelling gets blocks as even as the real one.
     """
     order = np.argsort(keys, kind="stable")
     ones = labels[:, order] > 0.5
@@ -122,26 +109,13 @@ def blocks_of(labels: np.ndarray, blocks: int, keys: np.ndarray) -> np.ndarray:
 
 
 def choose(
-    design: Design,
-    inputs: Inputs,
-    labels: Float[Tensor, "row question"],
-    blocks: np.ndarray,
-    excluded: Excluded,
+    design: Design, inputs: Inputs, labels: LabelRows, blocks: np.ndarray, excluded: Excluded
 ) -> Choice:
-    """The best candidate for every label row and every set of excluded blocks.
-
-    Args:
-        design: the candidates.
-        inputs: what probes read.
-        labels: 0 or 1.
-        blocks: [row, question].
-        excluded: sets of blocks; the empty set chooses for a probe that is trained on everything.
+    """The best candidate for every label row (0 or 1) and every excluded set of blocks [row, question]; the
+    empty set chooses for a probe that is trained on everything.
     """
-    axes = (
-        design.candidate_layers(inputs.n_layers),
-        design.candidate_dims(inputs.d_model),
-        design.candidate_penalties,
-    )
+    layers, dims = design.candidate_layers(inputs.n_layers), design.candidate_dims(inputs.d_model)
+    axes = layers, dims, design.candidate_penalties
     shape = len(labels), len(excluded)
     current = [np.full(shape, axis[len(axis) // 2]) for axis in axes]
     best: np.ndarray | None = None
@@ -171,8 +145,8 @@ def _losses(
     excluded: Excluded,
     tried: Sequence[Sequence[np.ndarray]],
 ) -> list[np.ndarray]:
-    """Mean cross-entropy [row, excluded] on the other blocks, each told by a probe without it, too: of every
-    (layer, dims, penalty) that is tried, each [row, excluded].
+    """Mean cross-entropy [row, excluded] of every (layer, dims, penalty) that is tried, each [row, excluded]:
+    each of the other blocks is scored by a probe that is trained without it, too.
     """
     cases = [(e, b) for e, out in enumerate(excluded) for b in range(design.blocks) if b not in out]
     unions = np.array([sum(1 << block for block in {*excluded[e], b}) for e, b in cases])
@@ -180,7 +154,7 @@ def _losses(
     rows = np.arange(len(labels))[:, None]
     parts, backs, n = [], [], 0
     for layer, dims, penalty in tried:
-        # Two sets may need the same probe: it is fitted once. Sorted as rows of these columns would be.
+        # Two sets may need the same probe: it is fitted once.
         which = np.unique(penalty, return_inverse=True)[1].reshape(penalty.shape)
         columns = np.broadcast_arrays(rows, unions, layer[:, of], dims[:, of], which[:, of])
         key = np.zeros(columns[0].shape, dtype=np.int64)
@@ -218,21 +192,25 @@ def rebalanced_partner(labels: np.ndarray, seed: int) -> np.ndarray:
 
 
 def leave_one_out(labels: np.ndarray, blocks: np.ndarray, seed: int) -> Splits:
-    """A split per question, rebalanced; it is chosen for without the question's block."""
+    """A split per question, rebalanced: one of the other class is left out, too, so that every split has the
+    same shares of both (Austin, Pe'er & Korem 2025).
+    """
     plain = plain_leave_one_out(labels, blocks, seed)
     np.put_along_axis(plain.use, rebalanced_partner(labels, seed)[..., None], False, axis=2)
     return plain
 
 
 def plain_leave_one_out(labels: np.ndarray, blocks: np.ndarray, seed: int) -> Splits:
-    """A split per question."""
+    """A split per question. What is left always has fewer of its class, so pooled scores are biased: a probe
+    that knows only the base rate has an AUC of 0.
+    """
     rows, n = labels.shape
     test = np.broadcast_to(np.eye(n, dtype=bool), (rows, n, n))
     return Splits(test, ~test, tuple(frozenset({b}) for b in range(blocks.max() + 1)), blocks)
 
 
 def folds(labels: np.ndarray, blocks: np.ndarray, seed: int) -> Splits:
-    """A split per block."""
+    """A split per block; scores compare within a fold only."""
     n_blocks = blocks.max() + 1
     test = blocks[:, None, :] == np.arange(n_blocks)[:, None]
     which = np.broadcast_to(np.arange(n_blocks), (len(labels), n_blocks))
@@ -240,7 +218,7 @@ def folds(labels: np.ndarray, blocks: np.ndarray, seed: int) -> Splits:
 
 
 def leave_pair_out(labels: np.ndarray, blocks: np.ndarray, seed: int) -> Splits:
-    """A split per pair of a question of class 1 and one of class 0, for one label row."""
+    """A split per pair of questions of class 1 and 0 (Airola et al. 2011), for one label row."""
     ones, zeros = np.flatnonzero(labels[0] > 0.5), np.flatnonzero(labels[0] < 0.5)
     i, j = (g.ravel() for g in np.meshgrid(ones, zeros, indexing="ij"))
     test = np.zeros((1, len(i), labels.shape[1]), dtype=bool)
@@ -251,32 +229,23 @@ def leave_pair_out(labels: np.ndarray, blocks: np.ndarray, seed: int) -> Splits:
     return Splits(test, ~test, excluded, which, pairs=True)
 
 
-SCHEMES: dict[str, Callable[[np.ndarray, np.ndarray, int], Splits]] = {
-    "leave_one_out": leave_one_out,
-    "plain_leave_one_out": plain_leave_one_out,
-    "folds": folds,
-    "leave_pair_out": leave_pair_out,
-}
+SCHEMES = {each.__name__: each for each in (leave_one_out, plain_leave_one_out, folds, leave_pair_out)}
 
 
 def score(
     design: Design,
     inputs: Inputs,
-    labels: Float[Tensor, "row question"],
+    labels: LabelRows,
     schemes: Sequence[str] = ("leave_one_out",),
     repeat: int = 0,
     keep: bool = False,
     progress: Callable[[int], Any] | None = None,
 ) -> dict[str, Scores]:
-    """Choose, train and score every split of every label row.
+    """Choose, train and score every split of every label row (0 or 1), each row alone.
 
     Args:
-        design: what kind of probe, and the candidates.
-        inputs: what it reads.
-        labels: 0 or 1. Each row is put through everything, alone: a permuted labelling is one more row.
-        schemes: names of `SCHEMES`; what can be chosen once for several of them is. `leave_pair_out` takes
-        one
-            label row.
+        design, inputs, labels: the probe, what it reads, and what it tells.
+        schemes: names of `SCHEMES`; `leave_pair_out` takes one label row.
         repeat: another number divides the questions into other blocks.
         keep: return which dimensions were read.
         progress: called with the number of label rows done.
@@ -298,13 +267,12 @@ def score(
             parts[scheme].append(_score(design, inputs, rows, splits, choice, keep and start == 0))
         if progress is not None:
             progress(start + len(rows))
-    return {scheme: _joined(found) for scheme, found in parts.items()}
-
-
-def _joined(parts: list[Scores]) -> Scores:
     arrays = Scores._fields[:-1]
-    whole = {name: np.concatenate([getattr(part, name) for part in parts]) for name in arrays}
-    return Scores(**whole, read=parts[0].read)
+    joined = {
+        scheme: {name: np.concatenate([getattr(part, name) for part in some]) for name in arrays}
+        for scheme, some in parts.items()
+    }
+    return {scheme: Scores(**whole, read=parts[scheme][0].read) for scheme, whole in joined.items()}
 
 
 def _score(
@@ -318,44 +286,23 @@ def _score(
     logits, y = fits.logits.numpy(), labels.numpy()[row] > 0.5
     if splits.pairs:
         sides = [np.where(test & side, logits, 0).sum(1) for side in (y, ~y)]
-        found = np.stack(sides, -1).reshape(n_rows, n_splits, 2)
+        out_of_fold = np.stack(sides, -1).reshape(n_rows, n_splits, 2)
     else:  # each question is scored by one split
-        found = np.where(test, logits, 0).reshape(n_rows, n_splits, -1).sum(1)
-    fitted = _balanced_accuracy(logits > 0, y, use)
+        out_of_fold = np.where(test, logits, 0).reshape(n_rows, n_splits, -1).sum(1)
+    fitted = balanced_accuracies(y, logits > 0, use)
     read = [np.sort(dims.numpy()) for dims in fits.read[:n_splits]]
     layer, dims, penalty, fitted = (v.reshape(n_rows, n_splits) for v in (*config, fitted))
-    return Scores(found, layer, dims, penalty, fitted, read)
+    return Scores(out_of_fold, layer, dims, penalty, fitted, read)
 
 
-def _balanced_accuracy(positive: np.ndarray, y: np.ndarray, use: np.ndarray) -> np.ndarray:
-    def share(right: np.ndarray, of: np.ndarray) -> np.ndarray:
-        return (right & of).sum(1) / np.maximum(of.sum(1), 1)
-
-    return (share(positive, use & y) + share(~positive, use & ~y)) / 2
-
-
-def permuted(labels: np.ndarray, permutations: int, seed: int = 0) -> Float[Tensor, "row question"]:
+def permuted(labels: np.ndarray, permutations: int, seed: int = 0) -> LabelRows:
     """The labels [question] in random orders, one per row. The same seed gives the same orders."""
     rng = np.random.default_rng([seed, 2])
     rows = np.tile(np.asarray(labels, dtype=np.float32), (permutations, 1))
     return torch.from_numpy(rng.permuted(rows, axis=1))
 
 
-def permutation_scores(
-    design: Design,
-    inputs: Inputs,
-    labels: np.ndarray,
-    permutations: int = 1000,
-    schemes: tuple[str, ...] = ("leave_one_out", "folds"),
-    seed: int = 0,
-    progress: Callable[[int], Any] | None = None,
-) -> tuple[np.ndarray, dict[str, Scores]]:
-    """Out-of-fold scores of permuted labels: (labels [permutation, question] bool, scores by scheme)."""
-    rows = permuted(labels, permutations, seed)
-    return rows.numpy() > 0.5, score(design, inputs, rows, schemes, progress=progress)
-
-
-def pair_auc(design: Design, inputs: Inputs, y: Float[Tensor, "row question"], resamples: int) -> Interval:
+def pair_auc(design: Design, inputs: Inputs, y: LabelRows, resamples: int) -> Interval:
     """The leave-pair-out AUC of one labelling; none where there are more than `MOST_PAIRS` pairs."""
     positive = y[0].numpy() > 0.5
     n = int(positive.sum() * (~positive).sum())
@@ -366,45 +313,98 @@ def pair_auc(design: Design, inputs: Inputs, y: Float[Tensor, "row question"], r
     return auc(pairs_scored(scores, positive), resamples, design.seed)
 
 
-def in_folds(
-    own: Scores, design: Design, inputs: Inputs, y: Float[Tensor, "row question"], repeats: int
-) -> tuple[float, Pairs]:
+def in_folds(own: Scores, design: Design, inputs: Inputs, y: LabelRows, repeats: int) -> tuple[float, Pairs]:
     """The AUC within folds: of the first division alone, and the pairs of all divisions."""
     positive = y[0].numpy() > 0.5
     higher = compared = np.zeros((len(positive), len(positive)))
     first = math.nan
     for repeat in range(max(repeats, 1)):
-        found = own if repeat == 0 else score(design, inputs, y, ("folds",), repeat)["folds"]
+        scores = own if repeat == 0 else score(design, inputs, y, ("folds",), repeat)["folds"]
         fold = blocks_of(y.numpy(), design.blocks, random_keys(len(positive), design.seed, repeat))[0]
-        pairs = pairs_in_order(found.logits[0], positive, fold)
+        pairs = pairs_in_order(scores.logits[0], positive, fold)
         first = pairs.share if repeat == 0 else first
         higher, compared = higher + pairs.higher, compared + pairs.compared
     return first, Pairs(higher, compared)
 
 
 def null_scores(
-    design: Design,
-    inputs: Inputs,
-    positive: np.ndarray,
-    permutations: int,
-    progress: Progress | None,
+    design: Design, inputs: Inputs, positive: np.ndarray, permutations: int, progress: Progress | None
 ) -> pd.DataFrame:
-    """What permuted labels score, a row per permutation."""
+    """The scores of permuted labels, a row per permutation (columns `NULL`)."""
     if permutations < 1:
         return pd.DataFrame(columns=list(NULL), dtype=float)
     each = None if progress is None else lambda done: progress("permutations", done, permutations)
-    labels, scored = permutation_scores(
-        design, inputs, positive, permutations, seed=design.seed, progress=each
-    )
-    loo, folds = scored["leave_one_out"], scored["folds"]
+    rows = permuted(positive, permutations, design.seed)
+    labels, schemes = rows.numpy() > 0.5, ("leave_one_out", "folds")
+    loo, folds = score(design, inputs, rows, schemes, progress=each).values()
     blocks = blocks_of(labels.astype(np.float32), design.blocks, random_keys(len(positive), design.seed))
     called = loo.logits > 0
-    values = (
-        aucs(loo.logits, labels),
-        aucs(folds.logits, labels, blocks),
-        balanced_accuracies(labels, called),
-        (labels & called).sum(axis=1),
-        called.sum(axis=1),
-        loo.fitted.mean(axis=1),
-    )
-    return pd.DataFrame(dict(zip(NULL, values, strict=True)))
+    areas = aucs(loo.logits, labels), aucs(folds.logits, labels, blocks)
+    decided = balanced_accuracies(labels, called), (labels & called).sum(axis=1), called.sum(axis=1)
+    return pd.DataFrame(dict(zip(NULL, (*areas, *decided, loo.fitted.mean(axis=1)), strict=True)))
+
+
+def constants(action: str) -> tuple[str, str]:
+    """Names of the two policies without a probe: `always-halt` and `never-halt`."""
+    return f"always-{action}", f"never-{action}"
+
+
+def plain_probes(features: Features, design: Design) -> list[tuple[str, Inputs, Design]]:
+    """The plain alternatives to a probe whose inputs vary: name, what it reads, and how."""
+    states, layers = Inputs(features.states), design.layers
+    linear = replace(design, kind="l2", penalties=(), steps=0)
+    usable = [x for x in range(states.n_layers) if x not in features.constant]
+    drawn = int(np.random.default_rng([design.seed, 3]).choice(usable))
+    plain = [
+        (NAMES[kind], states, replace(linear, kind=kind, layers=layers))
+        for kind in ("l2", "l1")
+        if kind != design.kind
+    ]
+    first = replace(linear, layers=(0,))
+    plain.append((f"L2, random layer ({drawn})", states, replace(linear, layers=(drawn,))))
+    if 0 in usable:
+        plain.append(("L2, layer 0", states, first))
+    scalars = features.scalars
+    there = [
+        i for i in range(len(SCALARS))
+        if bool(torch.isfinite(scalars[:, i]).all()) and float(scalars[:, i].std()) > 0
+    ]  # fmt: skip
+    for i in there:
+        plain.append((SCALARS[i], Inputs(scalars[:, None, [i]]), first))
+    if len(there) > 1:
+        plain.append(("these together", Inputs(scalars[:, None, there]), first))
+    return plain
+
+
+def comparison(
+    features: Features, scores: pd.DataFrame, labels: Labels, design: Design, resamples: int, p: float
+) -> pd.DataFrame:
+    """The probe (its scores, design and permutation p), the plain alternatives, always and never.
+
+    All are scored in the same leave-one-out and compared on the same resampled questions.
+
+    Returns:
+        A row each: name, auc, sensitivity, specificity, balanced, brier, `probe_minus` (the probe's AUC minus
+        this one's), each with `_low` and `_high`; called (share of questions) and p (the probe's only).
+    """
+    positive, options, probe = labels.positive, (resamples, design.seed), NAMES[design.kind]
+    n, y = len(positive), torch.from_numpy(labels.positive[None].astype(np.float32))
+    pairs = pairs_in_order(scores["score"].to_numpy(), positive)
+
+    def row(name: str, own: np.ndarray, chance: np.ndarray) -> dict[str, Any]:
+        theirs, said = pairs_in_order(own, positive), decisions(positive, own > 0, *options)
+        minus, own_p = Interval(math.nan, math.nan, math.nan, n), p
+        if name != probe:
+            minus, own_p = auc_difference(pairs, theirs, *options), math.nan
+        numbers = as_columns(auc=auc(theirs, *options), sensitivity=said.sensitivity)
+        numbers |= as_columns(specificity=said.specificity, balanced=said.balanced)
+        numbers |= as_columns(brier=brier(chance, positive, *options)) | {"called": said.called}
+        return {"name": name, **numbers, **as_columns(probe_minus=minus), "p": own_p}
+
+    rows = [row(probe, scores["score"].to_numpy(), scores["probability"].to_numpy())]
+    for name, inputs, plain in plain_probes(features, design):
+        own = score(plain, inputs, y)["leave_one_out"].logits[0]
+        rows.append(row(name, own, probabilities(own, positive)))
+    for name, call in zip(constants("halt" if labels.halts else "iterate"), (1.0, 0.0), strict=True):
+        rows.append(row(name, np.full(n, call), np.full(n, call)))
+    return pd.DataFrame(rows)

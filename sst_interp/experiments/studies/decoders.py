@@ -11,7 +11,8 @@ Compute is counted in position passes: one run of the layer stack, forward and b
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,19 +22,20 @@ import pandas as pd
 import torch
 
 from sst_interp.errors import SSTError
-from sst_interp.experiments.studies import tables as written
-from sst_interp.experiments.studies.arms import (
-    BASELINE,
-    BOTH,
-    DECODER_ARMS,
-    LONGER,
-    QUIET,
-    RESIDUAL,
+from sst_interp.experiments.studies.fit import (
+    NONE,
+    OWN,
+    ZERO,
     Arm,
-    Decoder,
+    Draw,
+    Schedule,
+    Training,
+    evaluations,
+    random_model,
+    score_tokens,
 )
-from sst_interp.experiments.studies.fit import OWN, ZERO, Draw, Training, evaluations, score_tokens
-from sst_interp.experiments.studies.scores import Design, arm_scores
+from sst_interp.experiments.studies.scores import ArmScores, Design, arm_scores
+from sst_interp.experiments.studies.show import Across, interval, lines_of, number, table
 from sst_interp.experiments.studies.study import Finding, Job, Progress, TrainingStudy, register_study
 from sst_interp.experiments.studies.tasks import (
     Corpus,
@@ -45,12 +47,77 @@ from sst_interp.experiments.studies.tasks import (
     read_text,
 )
 from sst_interp.experiments.table import Table
+from sst_interp.models.kinds.lrt import MemoryDesign
 from sst_interp.models.model import attach_lrt
+from sst_interp.tables import markdown
+from sst_interp.training.recipe import TrainingRecipe
 
+_S2 = Schedule("interleaved", groups=2)
+BASELINE = Arm("baseline", NONE)
+BOTH = Arm("LRT, both", _S2, "both")
+LONGER = Arm("baseline, equal compute", NONE, longer=_S2.passes)
+RESIDUAL = Arm("LRT, residual", _S2, "residual")
+QUIET = Arm("LRT, residual from 0", _S2, "residual", gamma=0.0)
+"""Starts as the baseline: how much of an LRT's loss comes from a memory that disturbs before it helps?"""
+DECODER_ARMS = (BASELINE, BOTH, LONGER, RESIDUAL, QUIET)
+"""Of a decoder that is pretrained. An interleaved step runs the stack twice at every position, so that the
+baseline of equal compute takes twice as many steps."""
 BIN = 16
 """Positions of a text whose losses are added up together."""
 TO_BASELINES = {BASELINE.name: "the baseline at equal steps", LONGER.name: "the baseline at equal compute"}
 COST = ("steps", "position_passes", "seconds", "parameters")
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Size and optimiser of a Llama that is trained in full from random weights."""
+
+    layers: int = 4
+    d_model: int = 128
+    heads: int = 4
+    learning_rate: float = 3e-3
+    """Peak, of all weights but the memory's."""
+    memory_learning_rate: float = 6e-4
+    """Peak, of gamma, projections and gates."""
+    warmup: int = 20
+    gamma: float = 0.1
+    """Where the residual scalars start: 0.1 is the published start from scratch (arXiv 2605.26797)."""
+
+    def __post_init__(self) -> None:
+        if self.layers < 1 or self.heads < 1 or self.d_model % (2 * self.heads):
+            raise SSTError(
+                f"{self.layers} layers of d_model {self.d_model} with {self.heads} heads cannot be built",
+                "give d_model as an even multiple of the heads, for example 4 layers, d_model 128, 4 heads",
+            )
+
+    def weights(self, vocabulary: int, positions: int, seed: int) -> Any:
+        """A Llama with random weights; input and output embeddings are one matrix.
+
+        Standard deviation 1 / sqrt(d_model) everywhere. Then an embedding is about as long as 0.1 times a
+        normed memory, and neither drowns the other at the start.
+        """
+        from transformers import LlamaConfig
+
+        config = LlamaConfig(
+            vocab_size=vocabulary, hidden_size=self.d_model, intermediate_size=8 * self.d_model // 3,
+            num_hidden_layers=self.layers, num_attention_heads=self.heads, num_key_value_heads=self.heads,
+            max_position_embeddings=positions, initializer_range=self.d_model**-0.5, tie_word_embeddings=True,
+            bos_token_id=None, eos_token_id=None, pad_token_id=None,
+        )  # fmt: skip
+        return random_model(config, seed)
+
+    def design(self, arm: Arm) -> MemoryDesign:
+        """The memory of an arm; of an arm without one, a residual memory, which stays at zero."""
+        gamma = self.gamma if arm.gamma is None else arm.gamma
+        return MemoryDesign(pathway=arm.pathway or "residual", gamma=gamma)
+
+    def recipe(self, arm: Arm) -> TrainingRecipe:
+        """How an arm is trained, in the words of `sst-interp train`."""
+        return TrainingRecipe(
+            "small", "small", "small", method=arm.schedule.method, groups=arm.schedule.groups,
+            lrt=self.design(arm), learning_rate=self.learning_rate,
+            lrt_learning_rate=self.memory_learning_rate, warmup=self.warmup, dtype="float32",
+        )  # fmt: skip
 
 
 def decoder_training(decoder: Decoder, weights: Any, arm: Arm, draw: Draw, steps: int) -> Training:
@@ -78,6 +145,71 @@ class TextPlan:
     """Of documents that are held out."""
     text: str = ""
     """sha256 of the text, filled in by the study: results on another text are another study."""
+
+
+def text_cost(result: ArmScores) -> str:
+    """What every arm is and costs."""
+    columns = {
+        "arm": "arm", "parameters": number("parameters", ",.0f"), "steps": number("steps", ".0f"),
+        "position passes, thousands": thousands, "processor seconds": number("seconds", ".0f"),
+        "step / baseline's step": number("ratio", ".2f"), "gamma at the end": number("gamma", ".3f"),
+        "seeds": "seeds",
+    }  # fmt: skip
+    return table(result.defined, columns)
+
+
+def text_losses(result: ArmScores) -> str:
+    """A row per arm and evaluation."""
+    columns = {
+        "arm": "arm", "evaluated": "evaluated", "nats per token": interval("loss", ".3f"),
+        "bits per byte": interval("bits", ".3f"), "seeds": "seeds",
+    }  # fmt: skip
+    return table(result.finals, columns)
+
+
+def text_seeds(result: ArmScores) -> str:
+    """Sequential losses, a row per seed and a column per arm."""
+    return table(
+        result.seeds.sort_values("seed", kind="stable"),
+        {"seed": "seed", "{}": Across("arm", number("loss", ".4f"))},
+    )
+
+
+def text_differences(result: ArmScores) -> str:
+    """A row per arm with a memory and what it is compared with."""
+    columns = {
+        "arm, sequential": "arm", "minus": _minus, "nats per token": interval("loss", "+.3f"),
+        "bits per byte": interval("bits", "+.3f"), "position passes": lambda row: f"{row['passes']:.2f}x",
+        "": _said, "seeds": "seeds",
+    }  # fmt: skip
+    return table(result.treated(), columns)
+
+
+def text_positions(result: ArmScores) -> str:
+    """Loss by bin of positions, a column per arm, sequential evaluation."""
+    rows = result.curves["position"].sort_values(["position", "arm"])
+    return table(rows, {"from position": "position", "{}": Across("arm", number("loss", ".3f"))})
+
+
+def thousands(row: Mapping[Any, Any]) -> str:
+    """Thousands of position passes of a training."""
+    return f"{row['position_passes'] / 1000:,.0f}"
+
+
+def _minus(row: Mapping[Any, Any]) -> str:
+    if row["same"]:
+        return f"itself, evaluated: {row['minus']}"
+    return f"baseline at equal {'compute' if 'compute' in row['minus'] else 'steps'}"
+
+
+def _said(row: Mapping[Any, Any]) -> str:
+    """What the interval of a difference of losses says."""
+    low, high = row["loss_low"], row["loss_high"]
+    if not math.isfinite(low):
+        return "one seed"
+    if low <= 0 <= high:
+        return "no difference is shown"
+    return "better" if high < 0 else "worse"
 
 
 @register_study
@@ -110,11 +242,11 @@ class Pretraining(TrainingStudy):
             "text",
             lambda rows: arm_scores(rows["losses"], Pretraining.design, rows["times"]),
             {
-                "text cost": written.text_cost,
-                "text losses": written.text_losses,
-                "text seeds": written.text_seeds,
-                "text differences": written.text_differences,
-                "text positions": written.text_positions,
+                "text cost": text_cost,
+                "text losses": text_losses,
+                "text seeds": text_seeds,
+                "text differences": text_differences,
+                "text positions": text_positions,
             },
         ),
     )
@@ -129,22 +261,17 @@ class Pretraining(TrainingStudy):
         text: Text | str | Path | None = None,
         progress: Progress | None = None,
     ) -> dict[str, pd.DataFrame]:
-        """Train what is missing, and return the tables.
-
-        Args:
-            text: documents, or a file of them (`tasks.read_text`); None for articles of Wikipedia.
+        """Train what is missing, and return the tables. The text is a file of documents, or Wikipedia's.
 
         Raises:
             SSTError: the folder holds the study of another plan or text; the text is too short; more
                 interleaved groups than positions.
         """
-        for arm in self.arms:
-            if not 1 <= arm.schedule.groups <= self.plan.positions:
-                raise SSTError(
-                    f"{arm.schedule.groups} interleaved groups do not fit into {self.plan.positions} "
-                    "positions",
-                    f"give 1 to {self.plan.positions} groups",
-                )
+        most = self.plan.positions
+        for groups in (arm.schedule.groups for arm in self.arms):
+            if not 1 <= groups <= most:
+                why = f"{groups} interleaved groups do not fit into {most} positions"
+                raise SSTError(why, f"give 1 to {most} groups")
         whole = articles() if text is None else text if isinstance(text, Text) else read_text(text)
         plan = replace(self.plan, text=whole.sha256, steps=self.plan.steps if steps is None else steps)
         study = Pretraining(plan, self.arms, self.rounds)
@@ -199,6 +326,32 @@ def excluding(pairs: int) -> float:
     return sum(1 / left for left in range(1, pairs + 1)) / pairs
 
 
+def recall_scores(result: ArmScores) -> str:
+    """A row per layers, arm and evaluation, and per way to guess; a column per number of pairs."""
+
+    def right(row: Mapping[Any, Any]) -> str:
+        ends = f" [{row['lowest']:.0%} to {row['highest']:.0%}]" if row["seeds"] > 1 else ""
+        return f"{row['accuracy']:.0%}{ends}"
+
+    columns = {
+        "layers": "layers", "arm": "arm", "evaluated": "evaluated", "{} pairs": Across("pairs", right),
+        "steps": number("steps", ".0f"), "position passes, thousands": thousands,
+        "seconds": number("seconds", ".0f"), "seeds": "seeds",
+    }  # fmt: skip
+    lines = lines_of(result.finals, columns)
+    for words, share in result.design.guesses.items():
+        at = {f"{n} pairs": f"{share(int(n)):.0%}" for n in result.finals["pairs"].unique()}
+        lines.append(dict.fromkeys(lines[0], "") | {"arm": words} | at)
+    return markdown(lines)
+
+
+def recall_differences(result: ArmScores) -> str:
+    """A row per layers, arm and what it is compared with, a column per number of pairs."""
+    more = Across("pairs", result.text)
+    columns = {"layers": "layers", "arm, sequential": "arm", "minus": _minus, "{} pairs": more}
+    return table(result.treated(), columns | {"seeds": "seeds"})
+
+
 @register_study
 class RecallStudy(TrainingStudy):
     """Decoders of one and two layers trained on in-context recall, with a latent memory and without."""
@@ -224,17 +377,14 @@ class RecallStudy(TrainingStudy):
         setting_words=lambda layers: f"{layers} layer{'s' * (layers > 1)}",
         x="pairs",
         cost=COST,
-        guesses={
-            "a guess": lambda pairs: 1 / pairs,
-            "a guess among values not yet an answer": excluding,
-        },
+        guesses={"a guess": lambda pairs: 1 / pairs, "a guess among values not yet an answer": excluding},
         percent=True,
     )
     findings = (
         Finding(
             "recall",
             lambda rows: arm_scores(rows["accuracy"], RecallStudy.design),
-            {"recall": written.recall, "recall differences": written.recall_differences},
+            {"recall": recall_scores, "recall differences": recall_differences},
         ),
     )
 

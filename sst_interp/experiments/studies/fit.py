@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -16,15 +17,60 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from sst_interp.experiments.studies.arms import EXACT, NONE, Arm, Schedule
 from sst_interp.experiments.studies.tasks import FlipFlop, Labelled
+from sst_interp.models.kinds.lrt import Pathway
 from sst_interp.models.model import StateStreamModel
 from sst_interp.models.stream import Recurrence
 from sst_interp.training.data import Batch
 from sst_interp.training.objective import Pass, answer_loss, last_layer, mean_over_passes, run_passes
-from sst_interp.training.recipe import EVERY_PASS, TrainingRecipe
+from sst_interp.training.recipe import EVERY_PASS, Method, TrainingRecipe
 from sst_interp.training.trainer import MasterWeights
 
+
+class Schedule(NamedTuple):
+    """How states are computed in training: the arguments of `training.objective.run_passes`."""
+
+    method: Method = "two_pass"
+    sweeps: int = 1
+    groups: int = 1
+    chunk: int = 64
+
+    @property
+    def passes(self) -> int:
+        """How often it runs the stack at every position, whether all at once or one after the other."""
+        if self.method in ("none", "exact", "sequential", "chunked"):
+            return 1
+        return 2 if self.method == "interleaved" else 1 + self.sweeps
+
+    @property
+    def n(self) -> int:
+        """The number that names it: S groups of `interleaved`, K sweeps of the others."""
+        return self.groups if self.method == "interleaved" else self.sweeps
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train. Tables and findings know it by its name."""
+
+    name: str
+    schedule: Schedule
+    pathway: Pathway | None = None
+    """Of a decoder's latent memory; None: it has none."""
+    gamma: float | None = None
+    """Where a decoder's residual scalars start; None: where the decoder says."""
+    longer: int = 1
+    """Times as many steps as planned."""
+
+    @property
+    def passes(self) -> int:
+        """Compute of a step in position passes: runs of the layer stack at every position."""
+        return self.schedule.passes
+
+
+NONE = Schedule("none")
+EXACT = Arm("exact", Schedule("sequential"))
+TWO_PASS = Arm("two-pass", Schedule())
+NO_STREAM, NO_MEMORY = Arm("no stream", NONE), Arm("no memory", NONE)
 SEQUENTIAL, ZERO, OWN = "sequential", "zero memory", "own"
 """How states are computed when a model is scored: token by token, which is the definition; with a memory of
 zeros everywhere, which public code scores by mistake; as the arm computes them in training."""
@@ -36,14 +82,9 @@ Draw = Callable[[int], Batch | Labelled]
 
 
 class Training:
-    """One training in progress.
+    """One training in progress: of all weights, and of the stream's unless the arm's schedule is `none`.
 
-    Args:
-        model: what is trained. Its stream is trained too, unless the arm's schedule is `none`.
-        arm: how states are computed, and for how long it is trained.
-        recipe: the optimiser's settings.
-        draw: the data.
-        steps: as planned; the arm may take a multiple.
+    `steps` are those of the plan; the arm may take a multiple.
     """
 
     def __init__(
@@ -64,14 +105,6 @@ class Training:
             weights if alpha is None else None,
         )
 
-    def backward(self, schedule: Schedule | None = None) -> tuple[float, float]:
-        """Leave the gradient of the next step's batch with the masters; returns (loss, norm of the gradient).
-
-        Args:
-            schedule: how states are computed; None: as the arm does.
-        """
-        return self._backward(self.draw(self.done), schedule or self.arm.schedule)
-
     def step(self) -> float:
         """Take the next step; returns its loss in nats."""
         batch = self.draw(self.done)
@@ -85,11 +118,7 @@ class Training:
         return loss
 
     def finish(self, after_step: Callable[[], Any] | None = None) -> StateStreamModel:
-        """Take all steps that are left; returns the model.
-
-        Args:
-            after_step: called after every step.
-        """
+        """Take all steps that are left; returns the model."""
         while self.done < self.steps:
             self.step()
             if after_step is not None:
@@ -97,10 +126,11 @@ class Training:
         return self.model
 
     def gradient(self, schedule: Schedule) -> dict[str, Float[Tensor, " parameter"]]:
-        """The next step's gradient as a schedule computes it: `weights`, and `alpha` (of its logit, which is
-        what is trained). The training is left as it was.
+        """The next step's gradient under a schedule: `weights`, and `alpha` (of its logit, which is trained).
+
+        The training is left as it was.
         """
-        self.backward(schedule)
+        self._backward(self.draw(self.done), schedule)
         values = self.masters.values.items()
         parts = [v.grad.flatten() for name, v in values if name != "alpha.logit" and v.grad is not None]
         gradient = {"weights": torch.cat(parts)}
@@ -134,10 +164,8 @@ class Training:
 
 
 def loss_of(model: Recurrence, batch: Batch | Labelled, schedule: Schedule) -> Tensor:
-    """The loss that a schedule minimises, nats per token or label.
-
-    With `interleaved` and `multi_refine` it is the mean over all passes, as it was published; else it is that
-    of the positions' newest outputs.
+    """The loss that a schedule minimises, nats per token or label: with `interleaved` and `multi_refine` the
+    mean over all passes, as it was published; else that of the positions' newest outputs.
     """
     labelled = isinstance(batch, Labelled)
     if schedule.method in EVERY_PASS:
@@ -229,3 +257,12 @@ def step_times(trainings: Sequence[Training], rounds: int) -> pd.DataFrame:
     finally:
         torch.set_num_threads(threads)
     return pd.DataFrame(rows)
+
+
+def random_model(config: Any, seed: int) -> Any:
+    """A model with random weights, in float32."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -9,31 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from sst_interp.analyses.plots import (
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    SKY,
-    VERMILLION,
-    Dot,
-    Line,
-    canvas,
-    dots,
-    lines,
-)
+from sst_interp.analyses.plots import Dot, canvas, dots, error_bars
 from sst_interp.analyses.result import Result
-from sst_interp.analyses.statistics.bootstrap import OverSeeds, over_seeds, seeds_words
+from sst_interp.analyses.statistics.bootstrap import over_seeds, seeds_words
 from sst_interp.errors import Untestable
+from sst_interp.experiments.studies.show import COLOURS, groups_of, spread
 
-NO_DIFFERENCE = "No difference from {} is shown"
-COLOURS = (BLUE, VERMILLION, GREEN, ORANGE, SKY, GREY)
+ENDS = ("", "_low", "_high")
 
 
 @dataclass(frozen=True)
@@ -115,41 +104,51 @@ class ArmScores(Result):
         """JSON-ready; the design is code, and is left out."""
         return {name: value for name, value in super().to_dict().items() if name != "design"}
 
-    def row(self, arm: str, evaluated: str | None = None, **setting: Any) -> dict[Any, Any]:
-        """One row of `finals`; evaluated None is the definition."""
-        wanted = {"arm": arm, "evaluated": evaluated or self.design.definition} | setting
-        return _matching(self.finals, wanted).to_dict("records")[0]
+    @property
+    def defined(self) -> pd.DataFrame:
+        """The rows of `finals` under the evaluation that counts."""
+        return self.finals[self.finals["evaluated"] == self.design.definition]
 
-    def difference(self, arm: str, minus: str, **setting: Any) -> OverSeeds | None:
-        """Score of an arm minus that of another arm, or of another evaluation of its own weights."""
-        rows = _matching(self.differences, {"arm": arm, "minus": minus} | setting).to_dict("records")
-        return of_row(rows[0], self.design.score) if rows else None
+    def beside(self) -> pd.DataFrame:
+        """`defined` with more of its arm: `own_` score as trained, `behind_` difference from exact training,
+        each with its ends; NaN where there is none.
+        """
+        columns, by = [f"{self.design.score}{end}" for end in ENDS], [*self.design.settings, "arm"]
+        own = self.finals[self.finals["evaluated"] == "own"]
+        behind = self.differences.reindex(columns=[*by, "minus", *columns])
+        rows = self.defined
+        for name, others in (("own", own), ("behind", behind[behind["minus"] == self.design.exact])):
+            renamed = others[[*by, *columns]].rename(columns={c: f"{name}_{c}" for c in columns})
+            rows = rows.merge(renamed, how="left", on=by)
+        return rows
+
+    def treated(self) -> pd.DataFrame:
+        """The differences of all arms but those that others are compared with."""
+        if self.differences.empty:
+            return self.differences
+        return self.differences[~self.differences["arm"].isin(self.design.against)]
 
     @property
     def verdict(self) -> str:
         """Setting by setting: which arms are worse or better than what they are compared with."""
-        settings = list(self.design.settings)
-        groups = self.differences.groupby(settings) if settings and len(self.differences) else None
-        if groups is None:
-            return self._told(self.differences, ())
-        return " ".join(self._told(rows, names) for names, rows in groups)
+        if self.differences.empty:
+            return "Not testable: there are no two trainings of a seed to compare."
+        by = groups_of(self.differences, self.design.settings)
+        return " ".join(self._told(rows, setting) for setting, rows in by)
 
     def _told(self, rows: pd.DataFrame, setting: tuple) -> str:
         design = self.design
-        if rows.empty:
-            return "Not testable: there are no two trainings of a seed to compare."
         head = [words] if (words := design.setting_words(*setting)) else []
+        last = rows[design.x].max() if design.x else 0
         if design.x:
-            last = rows[design.x].max()
             head.append(f"{last} {design.x}")
             rows = rows[rows[design.x] == last]
         head.append(seeds_words(int(rows["seeds"].max())))
         told = []
         for minus, words in {**design.against, **design.readings}.items():
             own = rows[rows["minus"] == minus]
-            own = own[~own["arm"].isin(design.against) | (own["arm"] == design.exact)]
-            told += self._against(own, words)
-        if design.guesses and design.x:
+            told += self._against(own[~own["arm"].isin(design.against) | (own["arm"] == design.exact)], words)
+        if design.guesses:
             shares = " or ".join(f"{of(int(last)):.0%}" for of in design.guesses.values())
             told.append(f"A guess is right in {shares}.")
         return f"{', '.join(head)}: " + " ".join(told)
@@ -158,102 +157,87 @@ class ArmScores(Result):
         """Which arms are worse than, better than, and not known to differ from one other."""
         if rows.empty:
             return [f"No seed has a training to compare with {other}."]
-        said: dict[str, list[tuple[str, OverSeeds]]] = {"worse": [], "better": [], "no": [], "one": []}
-        for row in rows.to_dict("records"):
-            d = of_row(row, self.design.score)
-            if not np.isfinite(d.low):
-                said["one"].append((row["arm"], d))
-            elif d.low <= 0 <= d.high:
-                said["no"].append((row["arm"], d))
-            else:
-                said["worse" if (d.low > 0) != self.design.percent else "better"].append((row["arm"], d))
+        low, high = (rows[f"{self.design.score}{end}"] for end in ("_low", "_high"))
+        known, same = np.isfinite(low), (low <= 0) & (high >= 0)
+        worse = (low > 0) != self.design.percent
+        kinds = {
+            f"Worse than {other}": known & ~same & worse,
+            f"Better than {other}": known & ~same & ~worse,
+            f"No difference from {other} is shown": same,
+        }
         sentences = []
-        for kind, start in (("worse", "Worse than {}"), ("better", "Better than {}"), ("no", NO_DIFFERENCE)):
-            arms = said[kind] if kind == "no" else sorted(said[kind], key=lambda one: -abs(one[1].mean))
-            if arms:
-                number = f" ({self.text(arms[0][1])})" if kind != "no" or len(arms) == 1 else ""
-                names = "; ".join([f"{arms[0][0]}{number}", *(arm for arm, _ in arms[1:])])
-                sentences.append(f"{start.format(other)}: {names}.")
-        for arm, d in said["one"][:1]:
-            sentences.append(f"One seed has no interval: {arm} against {other} {self.text(d)}.")
+        for kind, which in kinds.items():
+            own = rows[which]
+            if which is not same:  # the largest difference first
+                own = own.sort_values(self.design.score, key=lambda score: -score.abs(), kind="stable")
+            if own.empty:
+                continue
+            first, *others = own.to_dict("records")
+            number = f" ({self.text(first)})" if which is not same or not others else ""
+            names = "; ".join([f"{first['arm']}{number}", *(row["arm"] for row in others)])
+            sentences.append(f"{kind}: {names}.")
+        for row in rows[~known].head(1).to_dict("records"):
+            sentences.append(f"One seed has no interval: {row['arm']} against {other} {self.text(row)}.")
         return sentences
 
-    def text(self, d: OverSeeds) -> str:
-        """A difference in the unit of the score."""
-        return percent(d) if self.design.percent else f"{d.text('+')} {self.design.unit}"
+    def text(self, row: Mapping[Any, Any]) -> str:
+        """The difference of a row, in the unit of the score."""
+        words = spread(row, self.design.score, "+.0%" if self.design.percent else "+.3g")
+        words += "" if np.isfinite(row[f"{self.design.score}_low"]) else " (one seed)"
+        return words if self.design.percent else f"{words} {self.design.unit}"
 
     def figure(self) -> go.Figure:
         """Score by arm; along `x` where there is one, with the most of the other setting."""
         return list(self.figures().values())[-1] if self.design.x else self._dots()
 
     def figures(self) -> dict[str, go.Figure]:
-        """Scores, and for every setting the score along steps and positions."""
-        design = self.design
+        """Scores, and for every setting the score along steps, positions or `x`."""
+        design, words = self.design, self.design.setting_words
         if design.x:
-            groups = self.finals.groupby(list(design.settings))
-            return {design.setting_words(*names): self._along_x(names, rows) for names, rows in groups}
+            by = groups_of(self.defined, design.settings)
+            return {words(*names): self._along(rows, design.x, design.x, names) for names, rows in by}
         drawn = {"final": self._dots()}
         for column, axis in design.along.items():
-            curves = self.curves[column]
-            groups = curves.groupby(list(design.settings)) if design.settings else [((), curves)]
-            for names, rows in groups:
-                words = design.setting_words(*names)
-                drawn[f"by {column}, {words}" if words else f"by {column}"] = self._curve(
-                    rows, column, axis, words
-                )
+            for names, rows in groups_of(self.curves[column], design.settings):
+                name = ", ".join(filter(None, (f"by {column}", words(*names))))
+                drawn[name] = self._along(rows, column, axis, names)
         return drawn
 
     def _dots(self) -> go.Figure:
-        design, rows = self.design, self.finals
-        if design.settings:  # one colour per setting, else one per evaluation
-            rows = rows[rows["evaluated"] == design.definition]
+        design = self.design
+        rows = self.defined if design.settings else self.finals  # a colour per setting, else per evaluation
         shown = [
             Dot(
                 row["arm"],
                 design.setting_words(*(row[name] for name in design.settings)) or row["evaluated"],
-                *(row[f"{design.score}{end}"] for end in ("", "_low", "_high")),
+                *(row[f"{design.score}{end}"] for end in ENDS),
             )
             for row in rows.to_dict("records")
         ]
-        return dots(
-            "Final score by arm",
-            f"{self._seeds(rows)}; bars: 95% over seeds",
-            f"{design.score} ({design.unit})",
-            shown,
-        )
+        about = f"{seeds_words(int(rows['seeds'].max()))}; bars: 95% over seeds"
+        return dots("Final score by arm", about, f"{design.score} ({design.unit})", shown)
 
-    def _along_x(self, names: tuple, rows: pd.DataFrame) -> go.Figure:
-        design = self.design
-        rows = rows[rows["evaluated"] == design.definition]
-        columns = [f"{design.score}{end}" for end in ("", "_low", "_high")]
-        series = [
-            Line(str(arm), own[design.x], *(own[column] for column in columns))
-            for arm, own in rows.groupby("arm", sort=False)
-        ]
-        at = np.sort(rows[design.x].unique())
-        nothing = np.full(len(at), np.nan)
-        series += [
-            Line(words, at, np.array([of(int(x)) for x in at]), nothing, nothing)
-            for words, of in design.guesses.items()
-        ]
-        subtitle = f"{design.setting_words(*names)}; {self._seeds(rows)}; bands: 95% over seeds"
-        return lines(design.title, subtitle, str(design.x), design.unit, series, percent=design.percent)
-
-    def _curve(self, rows: pd.DataFrame, column: str, axis: str, words: str) -> go.Figure:
-        subtitle = f"{words}; " * bool(words) + f"all labels of {self._seeds(self.finals)}"
-        y = f"{self.design.score}, {self.design.definition} evaluation ({self.design.unit})"
+    def _along(self, rows: pd.DataFrame, column: str, axis: str, names: tuple) -> go.Figure:
+        """A line per arm, with bars for intervals where the rows have them."""
+        design, seeds = self.design, seeds_words(int(self.finals["seeds"].max()))
+        bars, score = f"{design.score}_low" in rows, design.score
+        about = f"{seeds}; bars: 95% over seeds" if bars else f"all labels of {seeds}"
+        subtitle = "; ".join(filter(None, (design.setting_words(*names), about)))
+        y = f"{score}, {design.definition} evaluation ({design.unit})"
         figure = canvas(f"Score by {column}", subtitle, axis, y)
-        for (arm, own), colour in zip(rows.groupby("arm", sort=False), COLOURS + COLOURS, strict=False):
+        for (arm, own), colour in zip(rows.groupby("arm", sort=False), cycle(COLOURS), strict=False):
+            value, low, high = (own[f"{score}{end if bars else ''}"].to_numpy(dtype=float) for end in ENDS)
             figure.add_scatter(
-                x=own[column], y=own[self.design.score], name=str(arm), mode="lines+markers",
-                line={"color": colour, "dash": "dot" if arm == self.design.baseline else "solid"},
-                marker={"size": 5}, hovertemplate=f"{arm}, {column} %{{x}}: %{{y:.4f}}<extra></extra>",
+                x=own[column], y=own[score], name=str(arm), mode="lines+markers", marker={"size": 5},
+                line={"color": colour, "dash": "dot" if arm == design.baseline else "solid"},
+                error_y=error_bars(value, low, high, colour) if bars else None,
+                hovertemplate=f"{arm}, {column} %{{x}}: %{{y:.4f}}<extra></extra>",
             )  # fmt: skip
-        figure.update_yaxes(rangemode="tozero")
+        at = np.sort(rows[column].unique())
+        for words, of in design.guesses.items():
+            figure.add_scatter(x=at, y=[of(int(x)) for x in at], name=words, mode="lines")
+        figure.update_yaxes(rangemode="tozero", tickformat=".0%" if design.percent else None)
         return figure
-
-    def _seeds(self, rows: pd.DataFrame) -> str:
-        return seeds_words(int(rows["seeds"].max()))
 
 
 def arm_scores(table: pd.DataFrame, design: Design, times: pd.DataFrame | None = None) -> ArmScores:
@@ -281,14 +265,13 @@ def arm_scores(table: pd.DataFrame, design: Design, times: pd.DataFrame | None =
     by = [*design.by, "arm", "evaluated"]
     scores = _means(last, [*by, "seed"], design, design.cost)
     ratios, finals = step_ratios(times, design.baseline), []
-    for names, own in scores.groupby(by, sort=False):
-        record: dict[str, Any] = dict(zip(by, names, strict=True)) | {"seeds": len(own)}
+    for names, own in groups_of(scores, by, sort=False):
+        record = dict[str, Any](zip(by, names, strict=True)) | {"seeds": len(own)}
         for name in design.measures:
             record |= over_seeds(own[name].to_numpy(dtype=float)).columns(name)
         record |= {"lowest": own[design.score].min(), "highest": own[design.score].max()}
-        finals.append(
-            record | own[list(design.cost)].mean().to_dict() | {"ratio": ratios.get(record["arm"], np.nan)}
-        )
+        record |= own[list(design.cost)].mean().to_dict()
+        finals.append(record | {"ratio": ratios.get(record["arm"], np.nan)})
     rank = {arm: k for k, arm in enumerate(design.arms)}
     finals.sort(key=lambda row: ([row[name] for name in design.settings], rank.get(row["arm"], len(rank))))
     counted = scores.reset_index()
@@ -298,13 +281,8 @@ def arm_scores(table: pd.DataFrame, design: Design, times: pd.DataFrame | None =
         rows = table if column == "step" else last
         rows = rows[rows["evaluated"] == design.definition]
         curves[column] = _means(rows, [*design.settings, "arm", column], design, ()).reset_index()
-    return ArmScores(
-        design,
-        pd.DataFrame(finals),
-        _differences(scores, design),
-        counted[[*design.by, "seed", "arm", design.score]],
-        curves,
-    )
+    seeds = counted[[*design.by, "seed", "arm", design.score]]
+    return ArmScores(design, pd.DataFrame(finals), _differences(scores, design), seeds, curves)
 
 
 def step_ratios(times: pd.DataFrame | None, baseline: str) -> dict[str, float]:
@@ -313,18 +291,6 @@ def step_ratios(times: pd.DataFrame | None, baseline: str) -> dict[str, float]:
         return {}
     wide = times.pivot(index="round", columns="arm", values="seconds")
     return {str(arm): float(v) for arm, v in wide.div(wide[baseline], axis=0).median().items()}
-
-
-def of_row(row: Mapping[Any, Any], name: str) -> OverSeeds:
-    """A number of a table's row with its interval."""
-    low, high = row[f"{name}_low"], row[f"{name}_high"]
-    return OverSeeds(row[name], low, high, np.nan, np.nan, int(row["seeds"]))
-
-
-def percent(d: OverSeeds) -> str:
-    """`+31% [+12%, +50%]`."""
-    ends = f" [{d.low:+.0%}, {d.high:+.0%}]" if np.isfinite(d.low) else " (one seed)"
-    return f"{d.mean:+.0%}{ends}"
 
 
 def _means(rows: pd.DataFrame, by: list[str], design: Design, cost: Sequence[str]) -> pd.DataFrame:
@@ -340,18 +306,14 @@ def _means(rows: pd.DataFrame, by: list[str], design: Design, cost: Sequence[str
 
 def _differences(scores: pd.DataFrame, design: Design) -> pd.DataFrame:
     """Within seeds: the definition's score of an arm minus whatever it is compared with."""
-    records = []
-    rows = scores.reset_index()
-    groups = rows.groupby(design.by) if design.by else [((), rows)]
-    for names, own in groups:
+    records, rows = [], scores.reset_index()
+    for names, own in groups_of(rows, design.by):
         by_seed = {key: part.set_index("seed") for key, part in own.groupby(["arm", "evaluated"], sort=False)}
         for arm in dict.fromkeys(own["arm"]):
-            if (arm, design.definition) not in by_seed:
-                continue
             others = [(other, (other, design.definition)) for other in design.against if other != arm]
             others += [(reading, (arm, reading)) for reading in design.readings]
             for minus, key in others:
-                if key not in by_seed:
+                if (arm, design.definition) not in by_seed or key not in by_seed:
                     continue
                 a, b = by_seed[arm, design.definition], by_seed[key]
                 both = a.index.intersection(b.index)
@@ -365,9 +327,3 @@ def _differences(scores: pd.DataFrame, design: Design) -> pd.DataFrame:
                     record["passes"] = float((a["position_passes"] / b["position_passes"])[both].mean())
                 records.append(record)
     return pd.DataFrame(records)
-
-
-def _matching(rows: pd.DataFrame, wanted: Mapping[str, Any]) -> pd.DataFrame:
-    for column, value in wanted.items() if len(rows) else ():
-        rows = rows[rows[column] == value]
-    return rows

@@ -1,8 +1,7 @@
-"""The one idea of a study: a plan, arms, one table that resumes, and findings written as Markdown.
+"""A study: a question, tables that resume, and findings written as Markdown.
 
-A study is a class with `@register_study`. It says which question it answers (`question`), which tables it
-keeps (`tables`), and what is made of them (`findings`); `run` measures what is missing. `TrainingStudy` is
-the common case: the same small model trained in several ways, for several seeds.
+A study is a class with `@register_study`. It names its question, its tables and its findings; `run` measures
+what is missing. `TrainingStudy` is the common case: one small model trained in several ways, over seeds.
 """
 
 from __future__ import annotations
@@ -20,8 +19,7 @@ import pandas as pd
 from sst_interp import paths
 from sst_interp.analyses.result import Result
 from sst_interp.errors import SSTError, Untestable, unknown_name
-from sst_interp.experiments.studies.arms import Arm
-from sst_interp.experiments.studies.fit import Training, step_times
+from sst_interp.experiments.studies.fit import Arm, Training, step_times
 from sst_interp.experiments.table import Table, same_plan
 from sst_interp.files import check_place
 from sst_interp.tables import NOT_YET
@@ -56,19 +54,10 @@ class Study(ABC):
 
     @abstractmethod
     def run(self, folder: str | Path, *, progress: Progress | None = None) -> dict[str, pd.DataFrame]:
-        """Measure what is missing, and return the tables. A measurement that is in them is not repeated.
-
-        Args:
-            folder: where the tables are kept.
-            progress: called after every piece of work.
-        """
+        """Measure what the folder's tables lack, and return the tables."""
 
     def read(self, folder: str | Path) -> dict[str, pd.DataFrame]:
-        """The tables by name; an empty one where there is none yet.
-
-        Raises:
-            SSTError: one is damaged.
-        """
+        """The tables by name; an empty one where there is none yet. Raises SSTError if one is damaged."""
         return {name: table.read(folder) for name, table in self.tables.items()}
 
     def measured(self, folder: str | Path) -> bool:
@@ -95,27 +84,23 @@ class Study(ABC):
         return [name for f in self.findings for name in (*f.written, f"{f.name} verdict")]
 
     def show(self, folder: str | Path) -> dict[str, str]:
-        """Every table and verdict as Markdown, by name. A table that is not measured yet says so, and the
-        verdict of a study that has none says what to type.
-        """
+        """Every table and verdict as Markdown, by name; those that are not measured yet say what to type."""
         shown, measured = {}, self.measured(folder)
         for finding, result in zip(self.findings, self.results(folder).values(), strict=True):
-            for name, write in finding.written.items():
-                shown[name] = NOT_YET if isinstance(result, Untestable) else write(result)
             if not isinstance(result, Untestable):
+                shown |= {name: write(result) for name, write in finding.written.items()}
                 verdict = result.verdict
-            elif measured:
-                verdict = f"Not testable: {result.message}."
             else:
-                verdict = f"{NOT_YET} `{self.command}` measures it."
+                shown |= dict.fromkeys(finding.written, NOT_YET)
+                why = f"Not testable: {result.message}."
+                verdict = why if measured else f"{NOT_YET} `{self.command}` measures it."
             shown[f"{finding.name} verdict"] = verdict
         return shown
 
     def folder(self, studies: Path | None = None) -> Path:
         """The folder asked for; else the working folder's, if it has a table of this study; else the shipped.
 
-        Raises:
-            SSTError: the folder asked for is not there.
+        Raises SSTError if the folder asked for is not there.
         """
         if studies is None:
             own = paths.studies_dir()
@@ -138,12 +123,8 @@ class TrainingStudy(Study):
     """The same small model trained in several ways, for several seeds.
 
     All arms of a seed start from the same weights and see the same data in the same order, so that
-    differences are taken within a seed.
-
-    Args:
-        plan: everything that decides the results, but the seeds and the arms; None for the study's own.
-        arms: what is compared; None for the study's own.
-        rounds: of the timing; None for the study's own number, 0 for none.
+    differences are taken within a seed. A plan decides all results, but for seeds and arms; `rounds` are of
+    the timing. What is None is the study's own.
     """
 
     options: ClassVar[tuple[str, ...]] = ("seeds", "steps")
@@ -176,11 +157,7 @@ class TrainingStudy(Study):
 
     @abstractmethod
     def measure(self, job: Job, training: Training, after_step: Callable[[], Any]) -> dict[str, pd.DataFrame]:
-        """Take all steps of a training, and return its rows by table, the main one last.
-
-        Args:
-            after_step: to be called after every step.
-        """
+        """Take all steps of a training, and return its rows by table, the main one last."""
 
     def missing(self, folder: str | Path, seeds: Sequence[int]) -> list[Job]:
         """Trainings that are not in the table."""
@@ -199,11 +176,9 @@ class TrainingStudy(Study):
         """Train what is missing, and return the tables.
 
         Args:
-            folder: where the tables are kept.
             seeds: each has its own start and its own data, shared by all arms.
             steps: of the shortest training; None for the plan's.
-            progress: called after every step with the position passes done, and those of all that was
-                missing.
+            progress: called after every step with the position passes done and in all.
 
         Raises:
             SSTError: the folder holds the study of another plan.
@@ -260,11 +235,7 @@ def studies() -> dict[str, type[Study]]:
 
 
 def find_study(name: str) -> Study:
-    """The study of a name, with its own plan.
-
-    Raises:
-        SSTError: there is none, with the nearest names.
-    """
+    """The study of a name, with its own plan. Raises SSTError with the nearest names if there is none."""
     known = studies()
     if name not in known:
         raise unknown_name("study", name, known, "sst-interp study list")

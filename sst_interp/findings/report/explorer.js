@@ -14,7 +14,7 @@ async function explorer(data) {
     node.append(...children.filter((child) => child !== null && child !== undefined));
     return node;
   }
-  const options = (select, labels) => select.replaceChildren(...labels.map((label) => el("option", {}, label)));
+  const options = (select, labels, values = labels) => select.replaceChildren(...labels.map((label, i) => el("option", { value: values[i] }, label)));
   const pair = () => now.info.pairs[pick.pair.selectedIndex];
   const pairWords = ([a, b], info = now.info) => `${info.unit} ${a} → ${b}`;
   const length = () => now.info.lengths[at.q];
@@ -46,6 +46,12 @@ async function explorer(data) {
     explorerMap.draw(map, viewOf(pair(), length() ? [at.position, at.layer] : null));
   }
 
+  function answers(correct) {
+    const at = (which) => correct.filter(([, right]) => right === which).map(([depth]) => depth).join(", ");
+    if (!at(true) || !at(false)) return ` Answer ${at(true) ? "right" : "wrong"} at every depth.`;
+    return ` Answer right at depth ${at(true)}, wrong at depth ${at(false)}.`;
+  }
+
   function draw() {
     values = now.map(at.q, pair(), pick.quantity.value);
     at.position = Math.max(0, Math.min(at.position, length() - 1));
@@ -54,10 +60,10 @@ async function explorer(data) {
     const { correct } = data.questions[at.q], [shifted, of] = now.info.shifted[at.q], lead = now.info.pairs[now.info.headline];
     const apart = now.info.differs_from[at.q];
     byId("ex-summary").textContent = (of
-      ? `Question ${name(at.q)}, ${now.info.comparison}: ${shifted} of ${of} cells (${(100 * shifted / of).toFixed(1)}%) are below ${Number(now.info.threshold).toPrecision(4)} at ${pairWords(lead)} (${now.info.provenance}).`
-      : `Question ${name(at.q)}, ${now.info.comparison}: no cell in this comparison.`)
+      ? `Question ${name(at.q)}, ${now.info.words}: ${shifted.toLocaleString("en")} of ${of.toLocaleString("en")} cells (${(100 * shifted / of).toFixed(1)}%) are below ${Number(Number(now.info.threshold).toPrecision(4))} at ${pairWords(lead)} (${now.info.provenance}).`
+      : `Question ${name(at.q)}, ${now.info.words}: no cell in this comparison.`)
       + (typeof apart === "number" ? ` The two texts differ from position ${apart} on (dashed line).` : "")
-      + (correct ? ` Answer: ${correct.map(([depth, right]) => `depth ${depth} ${right ? "right" : "wrong"}`).join(", ")}.` : "");
+      + (correct ? answers(correct) : "");
     drawDepths();
     drawText();
     drawCell();
@@ -228,7 +234,7 @@ async function explorer(data) {
 
   byId("explorer").hidden = false;
   options(pick.question, data.questions.map((_, i) => name(i)));
-  options(pick.comparison, data.comparisons.map((c) => c.comparison));
+  options(pick.comparison, data.comparisons.map((c) => c.words), data.comparisons.map((c) => c.comparison));
   const first = Math.max(0, data.comparisons.findIndex((c) => c.comparison === data.lead));
   pick.comparison.selectedIndex = first;
   await comparison(first);

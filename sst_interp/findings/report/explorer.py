@@ -1,10 +1,9 @@
-"""What the explorer shows, taken from a run's tables and made small: every comparison, pair and question.
+"""The explorer's data, from a run's tables: every comparison, pair and question, made small.
 
-Per comparison a block of arrays. A question takes `lengths[q]` positions; its cells are [layer, position],
-its outputs [position], both behind those of the questions before it. `states` are the depths (or iterations,
-in `within`) whose hidden states were compared, and `pairs` name two of them. Norms and cosines of a pair are
-stored as differences to the pair before, and relative L2 (of pairs that begin at 1) as the difference to what
-cosine and norms imply: together that halves the file.
+Each comparison is a block of arrays, question after question: cells [layer, position] and outputs [position].
+`states` are the depths (in `within`, iterations) whose hidden states were compared; `pairs` name two of them.
+Norms and cosines are differences to the pair before, relative L2 (of pairs from 1) to its value implied by
+cosine and norms: that halves the file.
 """
 
 from __future__ import annotations
@@ -20,27 +19,36 @@ import numpy as np
 import pandas as pd
 
 from sst_interp.analyses.contrast import Tables, overlap_of
+from sst_interp.analyses.result import comparison_words
 from sst_interp.errors import SSTError
-from sst_interp.findings.report import lists as token_lists
-from sst_interp.findings.report.lists import lens_arrays, lens_words
-from sst_interp.findings.report.packing import DISTANCE, OUTPUT, SIZE, Places, implied_l2, pack
+from sst_interp.findings.report.packing import (
+    DISTANCE,
+    OUTPUT,
+    SIZE,
+    Places,
+    Vocabulary,
+    implied_l2,
+    lens_arrays,
+    lens_words,
+    pack,
+    token_arrays,
+)
 from sst_interp.models.choices import COMPARISONS
 from sst_interp.runs.provenance import shows_text
 from sst_interp.tables import visible
 
 LARGEST = 9_300_000
-"""Bytes of the explorer's data at most, for a file under 12 MB: of a larger run the first questions are kept,
-and the page says so."""
+"""Bytes of the data at most, for a file under 12 MB. A larger run shows its first questions, and says so."""
 CELL = 2
-"""Bytes that a row of `pairs` takes at least."""
+"""Bytes of a row of `pairs`, at least."""
 LOWEST = 24
-"""Positions offered as the lowest overlaps of the run, in each comparison."""
+"""Lowest overlaps offered in each comparison."""
 WORDS = {"teacher_forced": "depth", "within": "iteration", "free_running": "depth"}
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """Below which overlap a pair has shifted in a comparison, where that is from, and its headline pair."""
+    """Overlap below which a pair has shifted, its provenance, and the headline pair."""
 
     value: float
     provenance: str
@@ -49,7 +57,7 @@ class Threshold:
 
 
 def table_of(run: Any, name: str) -> pd.DataFrame:
-    """A run's table with every column; an empty one where it is missing or damaged."""
+    """A run's table; an empty one if it is missing or damaged."""
     try:
         table = getattr(run, name, None)
     except SSTError:
@@ -69,8 +77,8 @@ def explorer_data(
     Args:
         run: name, recipe, manifest and tables.
         thresholds: per comparison to show.
-        tokenizer: with `decode`, for token texts; without one, ids. Used for unrestricted runs only.
-        questions: indices of those to show; all if None.
+        tokenizer: for token texts (None: ids); unrestricted runs only.
+        questions: indices to show (None: all).
         largest: bytes of its JSON at most; one question is always kept.
     """
     tables = ("pairs", "outputs", "steps", "lens", "questions")
@@ -82,12 +90,12 @@ def explorer_data(
     fits = max(1, int((counts.cumsum() <= largest / CELL).sum()))
     while True:
         kept = [int(q) for q in counts.index[:fits]]
-        vocabulary = token_lists.Vocabulary() if shows_text(run) else None
+        vocabulary = Vocabulary() if shows_text(run) else None
         shown = []
         for c in present:
             own, out = _of(pairs, c, kept), _of(outputs, c, kept)
             shown.append(_comparison(c, thresholds[c], run.recipe, own, out, steps, lens, kept, vocabulary))
-        found = {
+        data = {
             "questions": _labels(asked, kept),
             "left_out": len(counts) - len(kept),
             "comparisons": shown,
@@ -96,9 +104,9 @@ def explorer_data(
             "lens": lens_words(run.name, lens),
             "overlap": run.recipe.choices.overlap,
         }
-        size = len(json.dumps(found))
+        size = len(json.dumps(data))
         if size <= largest or fits == 1:
-            return found
+            return data
         fits = max(1, min(fits - 1, int(0.98 * fits * largest / size)))
 
 
@@ -108,7 +116,7 @@ def _of(table: pd.DataFrame, comparison: str, kept: list[int]) -> pd.DataFrame:
 
 
 def _labels(questions: pd.DataFrame, kept: list[int]) -> list[dict[str, Any]]:
-    """Record id and which depths answered rightly, per question kept. No text, and no answer letters."""
+    """Record id and correctness by depth, per question. No text and no answer letters."""
     labels = []
     for q in kept:
         rows = questions[(questions["question"] == q).to_numpy(dtype=bool)]
@@ -130,7 +138,7 @@ def _comparison(
     steps: pd.DataFrame,
     lens: pd.DataFrame,
     kept: list[int],
-    vocabulary: token_lists.Vocabulary | None,
+    vocabulary: Vocabulary | None,
 ) -> dict[str, Any]:
     layers = np.unique(pairs["layer"].to_numpy())
     last = pairs.groupby("question")["position"].max()
@@ -164,13 +172,14 @@ def _comparison(
     arrays |= _steps(steps, places, comparison, states, max(recipe.depths))
     if vocabulary is not None:
         passes = {n: _pass(steps, comparison, n, max(recipe.depths)) for n in states}
-        arrays |= token_lists.arrays(passes, places, names, vocabulary)
+        arrays |= token_arrays(passes, places, names, vocabulary)
         looked_into = {n: _pass(lens, comparison, n, max(recipe.depths)) for n in states}
         arrays |= lens_arrays(looked_into, places, vocabulary)
     headline = names.index((threshold.a, threshold.b)) if (threshold.a, threshold.b) in names else 0
     rows, _ = chosen[names[headline]]
     return {
         "comparison": comparison,
+        "words": comparison_words(comparison),
         "unit": WORDS[comparison],
         "pairs": [list(ab) for ab in names],
         "states": states,
@@ -187,8 +196,8 @@ def _comparison(
 
 
 def _outputs(outputs: pd.DataFrame, places: Places, names: list[tuple[int, int]]) -> dict[str, np.ndarray]:
-    """What happened to the output at each position, per pair: 1 + tokens replaced, 1 + rank of the new
-    winner, KL, and flags (1: there is a row, 2: same prefix, 4: argmax changed).
+    """The output at each position, per pair: 1 + tokens replaced, 1 + rank of the new winner, KL, and flags
+    (1: there is a row, 2: same prefix, 4: argmax changed).
     """
     arrays = {}
     outputs = places.inside(outputs)
@@ -206,7 +215,7 @@ def _outputs(outputs: pd.DataFrame, places: Places, names: list[tuple[int, int]]
 
 
 def _pass(steps: pd.DataFrame, comparison: str, n: int, deepest: int) -> pd.DataFrame:
-    """The steps of one state of a comparison: which text, depth and iteration it is."""
+    """The rows of one state of a comparison."""
     text, depth, iteration = {
         "teacher_forced": ("own" if n == 1 else "depth1", n, n),
         "within": ("own", deepest, n),
@@ -231,23 +240,23 @@ def _steps(
 
 
 def _first_difference(rows: pd.DataFrame, kept: list[int]) -> list[int | None]:
-    """First position at which the two passes had not read the same tokens, per question; None for never."""
+    """First position with different tokens read, per question; None for never."""
     apart = rows[~rows["same_prefix"].to_numpy(dtype=bool)]
     first = apart.groupby("question")["position"].min().reindex(kept, fill_value=-1)
     return [int(p) if p >= 0 else None for p in first.to_numpy()]
 
 
 def _shifted(rows: pd.DataFrame, kept: list[int], threshold: float, kind: str) -> list[list[int]]:
-    """[shifted pairs, pairs] of each question, counted before anything is rounded."""
+    """[shifted pairs, pairs] of each question, before rounding."""
     overlap = overlap_of(rows, kind)
     table = pd.DataFrame({"q": rows["question"].to_numpy(), "o": overlap}).dropna()
     table["shifted"] = table["o"] < threshold
-    found = table.groupby("q")["shifted"].agg(["sum", "size"]).reindex(kept, fill_value=0)
-    return found.to_numpy(dtype=int).tolist()
+    counts = table.groupby("q")["shifted"].agg(["sum", "size"]).reindex(kept, fill_value=0)
+    return counts.to_numpy(dtype=int).tolist()
 
 
 def _lowest(rows: pd.DataFrame, kept: list[int], kind: str) -> list[list[int]]:
-    """[question, position, layer] of the lowest overlaps, at most one a position; questions as in `kept`."""
+    """[question (place in `kept`), position, layer] of the lowest overlaps, at most one a position."""
     table = rows[["question", "position", "layer"]].assign(o=overlap_of(rows, kind)).dropna()
     table = table.sort_values("o", kind="stable").drop_duplicates(["question", "position"]).head(LOWEST)
     return [

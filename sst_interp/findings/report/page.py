@@ -1,21 +1,20 @@
-"""One self-contained HTML file about a run: opens offline, in any browser of the last years, from an archive.
+"""A run's report as one HTML file that works offline.
 
-Nothing is fetched. The page carries plotly.js (compressed), its own script and its data, under a Content
-Security Policy that admits exactly those two scripts by their sha256. The same run gives the same bytes.
+Nothing is fetched: the page carries plotly.js (compressed), its own script and its data. A Content Security
+Policy admits exactly those two scripts by their sha256. The same run gives the same bytes.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import html
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jinja2
 import pandas as pd
@@ -23,7 +22,7 @@ import plotly.graph_objects as go
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from sst_interp.analyses.result import Result, table_html
+from sst_interp.analyses.result import Result, comparison_words, table_html
 from sst_interp.analyses.statistics.bootstrap import LEVEL, RESAMPLES
 from sst_interp.errors import SSTError
 from sst_interp.files import check_output, put_bytes
@@ -31,6 +30,7 @@ from sst_interp.findings.ledger import Ledger, claims
 from sst_interp.findings.report.explorer import Threshold, explorer_data
 from sst_interp.findings.report.packing import packed
 from sst_interp.findings.report.sections import (
+    CHIPS,
     MEANING,
     STORY,
     Panel,
@@ -40,6 +40,7 @@ from sst_interp.findings.report.sections import (
     facts,
     flat,
     sections,
+    shortened,
     shown_manifest,
 )
 from sst_interp.models.choices import Choices
@@ -50,49 +51,14 @@ HERE = Path(__file__).parent
 EXPLORER_SCRIPTS = ("unpack.js", "explorer_data.js", "explorer_map.js", "explorer_plots.js", "explorer.js")
 
 
-class ReportableRun(Protocol):
-    """What a report needs of a run (docs/run-format.md). Tables that are missing are said to be."""
-
-    @property
-    def name(self) -> str:
-        """How the report calls it."""
-        ...
-
-    @property
-    def recipe(self) -> Any:
-        """A `Recipe`."""
-        ...
-
-    @property
-    def manifest(self) -> Mapping[str, Any]:
-        """Provenance, sessions and shards."""
-        ...
-
-    @property
-    def questions(self) -> pd.DataFrame:
-        """The questions table."""
-        ...
-
-    @property
-    def pairs(self) -> pd.DataFrame:
-        """The pairs table."""
-        ...
-
-
-def write_report(
-    run: ReportableRun, path: str | Path, ledger: Ledger | None = None, tokenizer: Any = None
-) -> Path:
-    """Write the HTML report of a run; a reader finds the old file or the whole new one.
+def write_report(run: Any, path: str | Path, ledger: Ledger | None = None, tokenizer: Any = None) -> Path:
+    """Write the HTML report of a run, atomically; returns its path.
 
     Args:
-        run: name, recipe, manifest and tables.
-        path: the file to write; its folder is made if need be.
-        ledger: of `ledger_of` or `claims` (computed here if None). Any other `Result` in its `results` gets
-            a section of its own, under its key.
-        tokenizer: for token texts, of a run whose data may be shown (looked for if None).
-
-    Returns:
-        The path written.
+        run: a `Run`, or anything with its name, recipe, manifest and tables.
+        path: the file to write; its folder is made if needed.
+        ledger: of `ledger_of` or `claims` (None: computed). Other results in it get a section.
+        tokenizer: for token texts, if the run's data may be shown (None: looked up).
 
     Raises:
         SSTError: if the file cannot be written.
@@ -107,7 +73,7 @@ def write_report(
     return path
 
 
-def render_report(run: ReportableRun, ledger: Ledger | None = None, tokenizer: Any = None) -> str:
+def render_report(run: Any, ledger: Ledger | None = None, tokenizer: Any = None) -> str:
     """The report as one HTML text. No file is written and the clock is not read."""
     ledger = ledger if ledger is not None else _ledger(run)
     choices: Choices = run.recipe.choices
@@ -139,6 +105,8 @@ def render_report(run: ReportableRun, ledger: Ledger | None = None, tokenizer: A
         story=_story(shown),
         sections=shown,
         meaning=MEANING,
+        chips=CHIPS,
+        shortened=shortened,
         lead=choices.comparison,
         choices=[(*row, getattr(choices, row[0])) for row in choices_rows([f.name for f in fields(choices)])],
         facts=facts(run),
@@ -153,13 +121,13 @@ def render_report(run: ReportableRun, ledger: Ledger | None = None, tokenizer: A
 def page(
     template: str, scripts: tuple[str, ...], data: Any, more: tuple[str, ...] = (), **values: Any
 ) -> str:
-    """A page from a template, with its style, scripts, data and the policy that admits them.
+    """A page from a template, with style, scripts, data and the policy that admits them.
 
     Args:
         template: file in this folder.
         scripts: files in this folder, joined in this order.
         data: JSON-ready, for the script.
-        more: scripts that the page's own script may add, besides itself.
+        more: other scripts that the policy admits.
         values: for the template.
     """
     script = script_source("\n".join((HERE / name).read_text("utf-8") for name in scripts))
@@ -167,22 +135,22 @@ def page(
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters["visible"] = visible
+    environment.filters |= {"visible": visible, "spoken": comparison_words}
     return environment.get_template(template).render(
         style=Markup(style),
         script=Markup(script),
         data=Markup(script_json(data)),
-        script_src=" ".join(map(script_hash, (script, *more))),
+        script_src=Markup(" ".join(map(script_hash, (script, *more)))),
         # plotly writes style elements and attributes; without it the page's own style is all there is.
-        style_src="'unsafe-inline'" if more else script_hash(style),
+        style_src=Markup("'unsafe-inline'" if more else script_hash(style)),
         **values,
     )
 
 
 def thresholds(ledger: Ledger) -> dict[str, Threshold]:
-    """Per testable comparison, what the explorer needs to know of its basin shifts."""
-    found: list[Any] = [r for key, r in ledger.results.items() if key.split(".")[0] == "basin_shifts"]
-    return {r.comparison: Threshold(r.threshold, r.provenance, r.a, r.b) for r in found}
+    """Per testable comparison, the threshold of its basin shifts."""
+    shifts: list[Any] = [r for key, r in ledger.results.items() if key.split(".")[0] == "basin_shifts"]
+    return {r.comparison: Threshold(r.threshold, r.provenance, r.a, r.b) for r in shifts}
 
 
 def _ledger(run: Any) -> Ledger:
@@ -193,11 +161,8 @@ def _ledger(run: Any) -> Ledger:
 
 
 def _draw(section: Section, panel: Panel, figures: dict[str, Any]) -> None:
-    """Fill a panel's figures, the one that shows the finding first; their data go to `figures` by id."""
-    if getattr(panel.result, "not_testable", None):
-        return
-    drawn = panel.result.figures()
-    for i, (kind, figure) in enumerate(drawn.items()):
+    """Fill a panel's figures, the leading one first; their data go to `figures` by id."""
+    for i, (kind, figure) in enumerate(panel.result.figures().items()):
         key = f"{panel.id}-f{i}"
         title, subtitle = _pop_title(figure)
         figures[key] = visible_texts(json.loads(figure.to_json()))  # type: ignore[arg-type]
@@ -211,7 +176,7 @@ def _draw(section: Section, panel: Panel, figures: dict[str, Any]) -> None:
 
 
 def _story(shown: list[Section]) -> list[dict[str, Any]]:
-    """The figures of the first screen, per comparison; each refers to its figure in the section."""
+    """The figures of the first screen, per comparison."""
     story = []
     for analysis, kind, asks in STORY:
         figures: dict[str, Any] = {}
@@ -226,7 +191,7 @@ def _story(shown: list[Section]) -> list[dict[str, Any]]:
 
 
 def _csv(name: str, table: pd.DataFrame) -> dict[str, str]:
-    """A table as a download, at full precision. A text that a spreadsheet takes for a formula gets a `'`."""
+    """A table as a CSV download. Texts that a spreadsheet would take for a formula get a `'` in front."""
     inert = visible_table(table).map(_no_formula)
     inert.columns = [_no_formula(name) for name in inert.columns]
     return {"name": re.sub(r"[^a-z0-9_-]+", "-", name.lower()), "text": inert.to_csv(index=False)}
@@ -238,7 +203,7 @@ def _no_formula(cell: Any) -> Any:
 
 
 def _pop_title(figure: go.Figure) -> tuple[str, str]:
-    """Take a figure's title: the page shows it as text, which wraps on a phone and is read aloud."""
+    """Take the title off a figure: the page shows it as text, which wraps on a phone and is read aloud."""
     title = figure.layout.title.text or ""
     subtitle = figure.layout.title.subtitle.text or ""
     figure.update_layout(title={"text": None, "subtitle": {"text": None}}, margin={"t": 40, "l": 50, "r": 10})
@@ -257,11 +222,7 @@ def _packed_plotly() -> str:
 
 
 def script_source(source: str) -> str:
-    """A script as the browser will see it and hash it.
-
-    Raises:
-        ValueError: if it would end its own element (plotly.js and the page's script do not).
-    """
+    """A script as the browser hashes it; ValueError if it would end its own element."""
     source = source.replace("\r\n", "\n").replace("\r", "\n")
     if any(stop in source.lower() for stop in ("</script", "<!--", "\0")):
         raise ValueError("a script that would close its own element")
@@ -272,64 +233,34 @@ _IN_SCRIPT = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 
 
 def visible_table(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with every text in it, and its columns' names, `visible`."""
+    """The table with its texts and column names made `visible`."""
     shown = table.map(lambda cell: visible(cell, lines=True) if isinstance(cell, str) else cell)
     return shown.set_axis([visible(name) for name in shown.columns], axis=1)
 
 
 def script_json(value: Any) -> str:
-    """JSON that can stand inside a `<script type="application/json">` and never close it."""
+    """JSON that cannot close the `<script type="application/json">` around it."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False, sort_keys=True)
     return text.translate(_IN_SCRIPT)
 
 
 def script_hash(source: str) -> str:
-    """The CSP source `'sha256-...'` that admits exactly this inline script."""
+    """The source `'sha256-...'` that admits exactly this inline script."""
     return "'sha256-" + base64.b64encode(hashlib.sha256(source.encode()).digest()).decode() + "'"
 
 
-STYLE = """
-:root { color-scheme: light dark; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; padding: 0 1rem; }
-h1, h2, p { overflow-wrap: anywhere; }
-.scroll { overflow-x: auto; }
-.plot { min-width: 36rem; }
-table { border-collapse: collapse; }
-th, td { padding: .25rem .6rem; border-bottom: 1px solid #8884; text-align: left; white-space: nowrap; }
-"""
-DRAW = """
-for (const [at, figure] of JSON.parse(document.getElementById("data").textContent).entries())
-  Plotly.newPlot(`plot-${at}`, figure.data, figure.layout, { responsive: true, displaylogo: false });
-document.documentElement.dataset.ready = "yes";
-"""
-_SCRIPT = re.compile(r"<script\b[^>]*>(.*?)</script>", re.DOTALL | re.IGNORECASE)
-
-
 def result_page(title: str, results: Sequence[Result]) -> str:
-    """A page about some results. The same results give the same bytes."""
-    parts, figures = [], []
+    """A page about some results: verdicts, figures, tables. The same results give the same bytes."""
+    figures: list[Any] = []
+    shown = []
     for result in results:
-        parts.append(f"<h2>{_text(result.title)}</h2><p>{_text(result.verdict)}</p>")
-        for figure in result.figures().values():
-            plot = f'<div class="plot" id="plot-{len(figures)}"></div>'
-            parts.append(f'<div class="scroll" tabindex="0">{plot}</div>')
-            figures.append(visible_texts(json.loads(str(figure.to_json()))))
-        parts.append(f'<div class="scroll" tabindex="0">{table_html(visible_table(result.table))}</div>')
-    scripts = plotly_script(), script_source(DRAW)
-    policy = (
-        f"default-src 'none'; script-src {' '.join(map(script_hash, scripts))}; style-src 'unsafe-inline'; "
-        "img-src data: blob:; base-uri 'none'; form-action 'none'"
-    )
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<link rel="icon" href="data:,"><title>{_text(title)}</title><style>{STYLE}</style></head>'
-        f"<body><h1>{_text(title)}</h1>{''.join(parts)}"
-        f'<script type="application/json" id="data">{script_json(figures)}</script>'
-        f"{''.join(f'<script>{script}</script>' for script in scripts)}</body></html>\n"
-    )
-
-
-def _text(text: str) -> str:
-    return html.escape(visible(text))
+        drawn = [visible_texts(json.loads(str(figure.to_json()))) for figure in result.figures().values()]
+        ids = range(len(figures), len(figures) + len(drawn))
+        table = Markup(table_html(visible_table(result.table)))
+        shown.append({"title": result.title, "verdict": result.verdict, "figures": ids, "table": table})
+        figures += drawn
+    plotly = plotly_script()
+    return page(
+        "results.html", ("results.js",), figures, more=(plotly,),
+        title=title, results=shown, plotly=Markup(plotly),
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""One question of a run, to look at in a notebook: the explorer, its table, its map as a figure."""
+"""One question of a run in a notebook: the explorer, its table, its map."""
 
 from __future__ import annotations
 
@@ -20,20 +20,18 @@ from sst_interp.models.choices import COMPARISONS
 from sst_interp.runs.provenance import tokenizer_of
 
 HEIGHT = 900
-"""Of the frame in a notebook, pixels."""
+"""Pixels of the frame in a notebook."""
 
 
 @dataclass(frozen=True, eq=False)
 class QuestionView:
-    """A question of a run. In a notebook it shows the explorer; nothing is fetched, and no other page is
-    touched (it lives in a sandboxed frame).
-    """
+    """A question of a run. In a notebook it shows the explorer, in a sandboxed frame."""
 
     run: Any = field(repr=False)
     question: int
-    """Index of the question in the run."""
+    """Index in the run."""
     id: str
-    """The dataset's own record id."""
+    """Record id in the dataset."""
     threshold: float
     """Overlap below which a cell is marked as shifted."""
     provenance: str
@@ -46,10 +44,7 @@ class QuestionView:
         return pairs[(pairs["question"] == self.question).to_numpy(dtype=bool)].reset_index(drop=True)
 
     def map(self, comparison: str | None = None) -> QuestionMap:
-        """Overlap and norm ratio by position and layer, at 1 and the deepest (default: leading comparison).
-
-        Raises SSTError if the question has no pair in it.
-        """
+        """Overlap and norm ratio by position and layer, at 1 and the deepest; SSTError without pairs."""
         return Contrast.of(self.run, comparison).question_map(self.question)
 
     def figure(self, comparison: str | None = None) -> go.Figure:
@@ -60,7 +55,7 @@ class QuestionView:
 
     @property
     def html(self) -> str:
-        """The explorer of this question as a page of its own."""
+        """The explorer of this question as a page."""
         thresholds = {}
         for comparison in COMPARISONS:
             c = Contrast.of(self.run, comparison)
@@ -102,10 +97,9 @@ def question_view(
 
     Args:
         run: name, recipe, manifest and tables.
-        question: index in the run, or the dataset's record id.
-        threshold: below which overlap a cell is marked (`BasinShifts.threshold` has the run's own). None: the
-            recipe's if it is a number, else the paper's 0.99.
-        tokenizer: for token texts, of a run whose data may be shown (looked for if None).
+        question: index in the run, or record id.
+        threshold: overlap below which a cell is marked (None: the recipe's if it is a number, else 0.99).
+        tokenizer: for token texts, if the run's data may be shown (None: looked up).
 
     Raises:
         SSTError: if the run has no such question.
@@ -113,10 +107,10 @@ def question_view(
     ids = run.questions.drop_duplicates("question").set_index("question")["id"]
     index = question
     if isinstance(question, str):
-        found = ids.index[(ids == question).to_numpy(dtype=bool)]
-        if not len(found):
+        matches = ids.index[(ids == question).to_numpy(dtype=bool)]
+        if not len(matches):
             raise unknown_name(f"question of run {run.name}", question, ids.tolist())
-        index = int(found[0])
+        index = int(matches[0])
     if index not in ids.index:
         raise SSTError(
             f"run {run.name} has no question {question}",

@@ -1,4 +1,4 @@
-"""The sections of the report: one for each analysis, as it was registered, with its claims."""
+"""What the report shows beside the figures: claims, a section per analysis, choices, provenance."""
 
 from __future__ import annotations
 
@@ -10,32 +10,31 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from sst_interp.analyses.result import ANALYSES, Analysis, Result
+from sst_interp.findings.answers import KEPT
 from sst_interp.findings.claims import EVERYWHERE, FAILS, HOLDS, UNTESTED, Claim, Row
-from sst_interp.findings.experiments import KEPT
 from sst_interp.findings.ledger import Ledger
 from sst_interp.models.choices import COMPARISONS
 from sst_interp.runs.provenance import kind_words, run_kind
 
 MEANING = {
-    "teacher_forced": "The text that depth 1 wrote is replayed token by token at the deeper depth: only the depth "
-    "differs.",
-    "within": "Iterations of one and the same pass at the deepest depth, on its own text.",
-    "free_running": "Each depth writes its own text and states are compared by position. Once the texts differ by a "
-    "token, the inputs differ too: a low overlap may say no more than that.",
+    "teacher_forced": "Both depths read the text that depth 1 wrote: only the depth differs.",
+    "within": "Iterations of one pass at the deepest depth, on its own text.",
+    "free_running": "Each depth writes its own text; states are compared by position. Once a token differs, "
+    "the inputs differ, and a low overlap may mean no more than that.",
 }
-
+"""Comparison -> what differs in it."""
 
 STORY = (
     ("basin_shifts", "overlap", "Is there a second mode?"),
     ("basin_shifts", "rates", "Where do states shift?"),
     ("token_replacement", "replaced", "What does it do to the output?"),
 )
-"""The three figures of the first screen: analysis, figure, what it answers."""
+"""Figures of the first screen: analysis, figure, the question it answers."""
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One result in the report: what is shown of it, beside it and behind it."""
+    """One result in the report, with its claims and figures."""
 
     id: str
     comparison: str
@@ -45,33 +44,33 @@ class Panel:
 
     @property
     def first(self) -> str:
-        """The first sentence of the verdict, without the comparison that the page names already."""
+        """The first sentence of the verdict."""
         return split_verdict(self.result.verdict)[0]
 
     @property
     def rest(self) -> str:
-        """What follows it."""
+        """The other sentences of the verdict."""
         return split_verdict(self.result.verdict)[1]
 
 
 @dataclass(frozen=True)
 class Section:
-    """One analysis, in every comparison it was made for."""
+    """One analysis in all its comparisons."""
 
     id: str
     name: str
     about: Analysis
-    """What was registered of it."""
+    """Its entry in the registry."""
     panels: list[Panel]
     missing: dict[str, str]
 
 
 def split_verdict(verdict: str) -> tuple[str, str]:
-    """(first sentence, rest). A full stop ends one where a capital letter or the end follows."""
-    found = re.search(r"(?<=[a-z0-9)\]%])\.(?=\s+[A-Z])", verdict)
-    if found is None:
+    """(first sentence, rest): a full stop before a capital letter ends a sentence."""
+    stop = re.search(r"(?<=[a-z0-9)\]%])\.(?=\s+[A-Z])", verdict)
+    if stop is None:
         return verdict, ""
-    return verdict[: found.end()], verdict[found.end() :].strip()
+    return verdict[: stop.end()], verdict[stop.end() :].strip()
 
 
 def sections(ledger: Ledger, lead: str) -> list[Section]:
@@ -82,13 +81,13 @@ def sections(ledger: Ledger, lead: str) -> list[Section]:
 
 
 def by_lead(names: Iterable[str], lead: str) -> list[str]:
-    """Comparisons in their order, the leading one first, any other name after them."""
+    """Comparisons in their order: the leading one first, unknown names last."""
     known = {name: i for i, name in enumerate(COMPARISONS)}
     return sorted(names, key=lambda name: (name != lead, known.get(name, len(known))))
 
 
 def _about(name: str, ledger: Ledger) -> Analysis:
-    """What is known of an analysis; of a result that was never registered, its own title."""
+    """The registry's entry of an analysis; for an unregistered result, an entry with its title."""
     if name in ANALYSES:
         return ANALYSES[name]
     if name in KEPT:
@@ -104,9 +103,9 @@ def _not_registered(_: Any) -> NoReturn:
 
 
 def _section(ledger: Ledger, about: Analysis, index: int, lead: str) -> Section:
-    def of(found: Iterable[str]) -> dict[str, str]:
-        """Comparison -> key, of the keys of this analysis."""
-        return {k.partition(".")[2] or EVERYWHERE: k for k in found if k.split(".")[0] == about.name}
+    def of(keys: Iterable[str]) -> dict[str, str]:
+        """Comparison -> key, for the keys of this analysis."""
+        return {k.partition(".")[2] or EVERYWHERE: k for k in keys if k.split(".")[0] == about.name}
 
     results = of(ledger.results)
     panels = [
@@ -123,70 +122,44 @@ def _rows(ledger: Ledger, about: Analysis, comparison: str) -> list[Row]:
 
 
 CHIPS = {HOLDS: ("holds", "\u2713"), FAILS: ("fails", "\u2717"), UNTESTED: ("untested", "\u25cb")}
-"""Class and mark of a verdict: it shows in words, shape and colour."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One verdict: what is seen at once, and what behind it."""
-
-    row: Row
-    short: str
-    """This run's figure without what stands in brackets."""
-
-    @property
-    def chip(self) -> tuple[str, str]:
-        """CSS class and mark."""
-        return CHIPS.get(self.row.state, CHIPS[UNTESTED])
-
-    @property
-    def reason(self) -> str:
-        """Why it is not testable; empty if it is."""
-        return self.row.finding.verdict.partition(": ")[2]
+"""Verdict -> CSS class and mark: it differs in words, shape and colour."""
 
 
 @dataclass(frozen=True)
 class ClaimRow:
-    """One claim: its cells by comparison, or one cell for the whole run."""
+    """One claim: its rows of the ledger by comparison, or one for the whole run."""
 
     claim: Claim
-    cells: dict[str, Cell]
-
-    @property
-    def whole(self) -> Cell | None:
-        """The cell of a claim that does not depend on a comparison."""
-        return self.cells.get(EVERYWHERE)
+    cells: dict[str, Row]
 
 
 def claim_rows(ledger: Ledger, lead: str) -> tuple[list[str], list[ClaimRow]]:
-    """(comparisons in their order, rows). A claim measured more than once for the run has a row for each."""
+    """(comparisons in order, rows). A claim with several findings for the run has a row for each."""
     columns = by_lead({r.comparison for r in ledger.rows if r.comparison != EVERYWHERE}, lead)
     rows: list[ClaimRow] = []
     for row in ledger.rows:
-        cell = Cell(row, shortened(row.finding.here))
         last = rows[-1] if rows else None
         if last is None or last.claim.id != row.claim.id or row.comparison in last.cells:
-            rows.append(ClaimRow(row.claim, {row.comparison: cell}))
+            rows.append(ClaimRow(row.claim, {row.comparison: row}))
         else:
-            last.cells[row.comparison] = cell
+            last.cells[row.comparison] = row
     return columns, rows
 
 
-def shortened(words: str) -> str:
-    """The first figure of a finding: up to the first semicolon, and with its first interval only."""
-    words = re.split(r"; ", words)[0]
-    return "" if words == "none" else words
+def shortened(here: str) -> str:
+    """The first figure of a finding, up to the first semicolon."""
+    return "" if here == "none" else here.split("; ")[0]
 
 
 _LEFT_OUT = re.compile(r"^recipe\.|(^|\.)(host|command)$")
-"""Manifest keys that are not shown: the recipe stands above them, and a report is for others to read."""
+"""Manifest keys that a report leaves out: the recipe, which it shows apart, and names of the machine."""
 
 CHOICES = {
-    "carry": "what a layer hands on to the next pass: its output, or its FFN branch alone",
+    "carry": "what becomes the next state: the output of the layer, or of its FFN branch",
     "blend": "how the state is mixed in: convex (1 - alpha) m + alpha s, or additive m + alpha s",
     "prompt": "how the prompt is read: recurrence on and certified (exact), off, or in two passes",
     "kv": "which iteration's keys and values later positions attend to",
-    "initial_guess": "how a pass without the blend becomes states: shifted by a position, or a moving average",
+    "initial_guess": "how a pass without the blend becomes states: shift by a position, or a moving average",
     "overlap": "similarity of two hidden states",
     "comparison": "the comparison that the report leads with; all three are measured, never pooled",
     "threshold": "overlap below which a pair has shifted: the antimode of the run's overlaps, or a number",
@@ -194,7 +167,7 @@ CHOICES = {
 
 
 def choices_rows(names: Iterable[str]) -> list[tuple[str, str]]:
-    """(choice, what it decides) of every choice."""
+    """(choice, what it decides) for every choice."""
     return [(name, CHOICES.get(name, "")) for name in names]
 
 
@@ -210,21 +183,21 @@ def facts(run: Any) -> list[tuple[str, str]]:
     dataset += f", {data['split']} split" if data.get("split") else ""
     questions = f"{asked:,}"
     questions += f" of {data['available']:,}" if isinstance(data.get("available"), int) else ""
-    found = [("kind", kind_words(run_kind(recipe, made)))] if made else []
-    found += [("model", model), ("dataset", dataset), ("questions", questions)]
-    found.append(("depths", ", ".join(map(str, recipe.depths))))
-    found.append(("answers", f"up to {recipe.max_new_tokens} tokens"))
-    found.append(("stream", _stream(recipe, made)))
+    rows = [("kind", kind_words(run_kind(recipe, made)))] if made else []
+    rows += [("model", model), ("dataset", dataset), ("questions", questions)]
+    rows.append(("depths", ", ".join(map(str, recipe.depths))))
+    rows.append(("answers", f"up to {recipe.max_new_tokens} tokens"))
+    rows.append(("stream", _stream(recipe, made)))
     if made.get("dtype"):
-        found.append(("arithmetic", str(made["dtype"])))
+        rows.append(("arithmetic", str(made["dtype"])))
     started = [s.get("started", "")[:10] for s in run.manifest.get("sessions", []) if isinstance(s, Mapping)]
     if any(started):
-        found.append(("captured", max(started)))
-    return found
+        rows.append(("captured", max(started)))
+    return rows
 
 
 def _stream(recipe: Any, made: Mapping[str, Any]) -> str:
-    """What the kind of model does not say: how its state is read, with which weights."""
+    """How the state is read, and with which weights."""
     choices, kind = recipe.choices, run_kind(recipe, made)
     if kind == "looped":
         how = "in place of" if choices.blend == "convex" else "added to"
@@ -255,5 +228,5 @@ def flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
 
 
 def shown_manifest(rows: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The rows that a report shows."""
+    """The manifest rows that a report shows."""
     return [row for row in rows if not _LEFT_OUT.search(row[0])]
