@@ -150,6 +150,9 @@ def test_sql_of_a_damaged_run_names_the_shard(new, tmp_path):
         file.write(b"x")
     with pytest.raises(SSTError, match=r"steps/0001\.parquet is damaged"):
         open_run(folder).sql("select 1")
+    (folder / "steps/0001.parquet").write_bytes(b"x")
+    with pytest.raises(SSTError, match="the query cannot be answered"):
+        open_run(folder, verify=False).sql("select * from steps")
 
 
 # What the terminal shows

@@ -184,10 +184,8 @@ def refuse_other_model(model: StateStreamModel, recipe: Recipe) -> None:
     if dtype != recipe.dtype:
         raise SSTError(f"the model is {dtype}, the recipe says {recipe.dtype}", f"dtype = {dtype!r}")
     if recipe.kind is not None and recipe.kind != model.kind.name:
-        raise SSTError(
-            f"the model is a {model.kind.words}, the recipe's kind is {recipe.kind!r}",
-            f'kind = "{model.kind.name}"',
-        )
+        said = f"the model is a {model.kind.words}, the recipe's kind is {recipe.kind!r}"
+        raise SSTError(said, f'kind = "{model.kind.name}"')
     if recipe.alpha is not None and model.kind.name != "sst":
         raise SSTError(f"a {model.kind.words} has no alpha", "leave alpha out of the recipe")
     if recipe.alpha is not None and not torch.allclose(

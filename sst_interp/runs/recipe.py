@@ -354,6 +354,6 @@ _CHECKS: dict[str, tuple[Check, str]] = {
     "controls": (whole(0), "24"),
     "split": (or_none(text()), '"validation"'),
     "instruction": (or_none(text()), '"Answer with one letter."'),
-    "reply_prefix": (or_none(text(empty=False)), '"The answer is ("'),
+    "reply_prefix": (or_none(text("text that is not empty", empty=False)), '"The answer is ("'),
     "choices": ((lambda value: isinstance(value, Choices), "a table"), "{}"),
 }

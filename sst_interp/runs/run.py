@@ -84,9 +84,8 @@ class Run:
             raise unreadable(self.folder / name, error, self._again) from None
         said = sum(entry["rows"] for entry in self._entries(name))
         if rows != said or any(c not in dataset.schema.names for c in KEYS[name]):
-            raise SSTError(
-                f"run {self.name}: table {name} is not the one that its manifest lists", self._again
-            )
+            said = f"run {self.name}: table {name} is not the one that its manifest lists"
+            raise SSTError(said, self._again)
         present, where = dataset.schema.names, None
         for column in columns or ():
             if column not in present:
@@ -95,9 +94,8 @@ class Run:
             known = COMPARISONS if "comparison" in present else ()
             if comparison not in known:
                 raise unknown_name(f"comparison in {name}", comparison, known)
-            where = ds.field("comparison").isin(
-                [comparison, *(old for old, new in BEFORE.items() if new == comparison)]
-            )
+            names = [comparison, *(old for old, new in BEFORE.items() if new == comparison)]
+            where = ds.field("comparison").isin(names)
         wanted = list(columns) if columns is not None else present
         columns = list(dict.fromkeys([*wanted, *KEYS[name]]))
         read = dataset.to_table(columns, filter=where, batch_readahead=2, fragment_readahead=1)  # memory
@@ -126,16 +124,16 @@ class Run:
         names = {name: ", ".join(map(_quoted, files)) for name, files in shards.items()}
         today = "".join(f" when {_quoted(old)} then {_quoted(new)}" for old, new in BEFORE.items())
         with duckdb.connect(config={"python_enable_replacements": False}) as tables:
-            tables.execute(f"set allowed_paths = [{', '.join(filter(None, names.values()))}]")
-            tables.execute("set enable_external_access = false; set lock_configuration = true")
-            for name, files in names.items():
-                if not files:
-                    tables.register(name, TABLES[name].empty_table())
-                    continue
-                renamed = f"case comparison{today} else comparison end as comparison"
-                every = f"* replace ({renamed})" if "comparison" in TABLES[name].names else "*"
-                tables.execute(f"create view {name} as select {every} from read_parquet([{files}])")
             try:
+                tables.execute(f"set allowed_paths = [{', '.join(filter(None, names.values()))}]")
+                tables.execute("set enable_external_access = false; set lock_configuration = true")
+                for name, files in names.items():
+                    if not files:
+                        tables.register(name, TABLES[name].empty_table())
+                        continue
+                    renamed = f"case comparison{today} else comparison end as comparison"
+                    every = f"* replace ({renamed})" if "comparison" in TABLES[name].names else "*"
+                    tables.execute(f"create view {name} as select {every} from read_parquet([{files}])")
                 statements = tables.extract_statements(query)
                 if [s.type for s in statements] != [duckdb.StatementType.SELECT]:
                     raise SSTError("a query is one SELECT", 'for example "select count(*) from pairs"')
@@ -162,9 +160,8 @@ class Run:
         """
         if iteration not in (kept := self.kept_iterations):
             has = ", ".join(map(str, kept)) or "none"
-            raise SSTError(
-                f"run {self.name} keeps no states of iteration {iteration}", f"at position 0 it has {has}"
-            )
+            said = f"run {self.name} keeps no states of iteration {iteration}"
+            raise SSTError(said, f"at position 0 it has {has}")
         return self.states(question)[:, iteration - 1]
 
     def states(
@@ -185,18 +182,16 @@ class Run:
         keep, deepest = self.recipe.keep, max(self.recipe.depths)
         depth = deepest if depth is None else depth
         if keep != "all" and (keep == "none" or (position, depth, text) != (0, deepest, "own")):
-            has = (
-                "no states" if keep == "none" else f"states at position 0 of depth {deepest}'s own text only"
-            )
+            only = f"states at position 0 of depth {deepest}'s own text only"
+            has = "no states" if keep == "none" else only
             raise SSTError(
                 f"run {self.name} has {has}, not position {position} of depth {depth} on text {text!r}",
                 f"`sst-interp capture --run {self.name} --keep all --fresh` records every state",
             )
         key = f"q{question}.{text}.d{depth}" if keep == "all" else f"q{question}.position0"
         if question not in self._batch_of:
-            raise SSTError(
-                f"run {self.name} has no question {question}", f"it has {len(self._batch_of)}, from 0"
-            )
+            said = f"run {self.name} has no question {question}"
+            raise SSTError(said, f"it has {len(self._batch_of)}, from 0")
         file = self._listed("states").get(self._batch_of[question])
         if file is None:
             raise SSTError(f"run {self.name} has no states of question {question}", self._again)

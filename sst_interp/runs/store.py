@@ -127,15 +127,13 @@ def publish(
     """
     folder, kept = Path(folder), tuple(sorted(iterations))
     if not run.complete:
-        raise SSTError(
-            f"run {run.name} is not complete", f"`sst-interp capture --run {run.name}` finishes it"
-        )
+        hint = f"`sst-interp capture --run {run.name}` finishes it"
+        raise SSTError(f"run {run.name} is not complete", hint)
     if os.path.lexists(folder):
         raise SSTError(f"{folder} exists already", "name another folder, or remove it")
     if run.recipe.keep not in ("none", "position0"):
-        raise SSTError(
-            f"run {run.name} keeps the states of {run.recipe.keep}", 'publish runs with keep = "position0"'
-        )
+        said = f"run {run.name} keeps the states of {run.recipe.keep}"
+        raise SSTError(said, 'publish runs with keep = "position0"')
     has = run.kept_iterations or range(1, max(run.recipe.depths) + 1)
     if bad := [i for i in kept if i not in has]:
         raise SSTError(f"run {run.name} has no iteration {bad[0]}", f"it has {', '.join(map(str, has))}")

@@ -150,10 +150,9 @@ class RunWriter:
                 f"n_batches = {count}, but batches up to {max(self.committed, default=0)} are committed"
             )
         if missing := sorted(set(range(count)) - self.committed):
-            raise SSTError(
-                f"run {self.folder.name} is not complete: {len(missing)} of {count} batches are missing",
-                f"`sst-interp capture --run {self.folder.name}` goes on with batch {missing[0]}",
-            )
+            run = self.folder.name
+            said = f"run {run} is not complete: {len(missing)} of {count} batches are missing"
+            raise SSTError(said, f"`sst-interp capture --run {run}` goes on with batch {missing[0]}")
         self._save(state="complete", n_batches=count)
 
     def drop_corrupt(self) -> list[int]:
@@ -224,9 +223,8 @@ def _refuse_links(folder: Path) -> None:
     """A link in the place of a run's own folder or lock would have another place written."""
     for name in (*TABLES, "states", ".lock"):
         if (folder / name).is_symlink():
-            raise SSTError(
-                f"{folder / name} is a link to somewhere else: nothing is written there", "remove the link"
-            )
+            said = f"{folder / name} is a link to somewhere else: nothing is written there"
+            raise SSTError(said, "remove the link")
 
 
 def _unlock(folder: Path, lock: FileLock) -> None:
@@ -264,9 +262,8 @@ def _disk(folder: Path) -> Iterator[None]:
                 f"make room; `sst-interp capture --run {folder.name}` then goes on: committed batches stay",
             ) from error
         name = error.filename2 or error.filename
-        where = (
-            f"{os.path.relpath(os.fsdecode(name), folder)}: " if isinstance(name, str | bytes | Path) else ""
-        )
+        named = isinstance(name, str | bytes | Path)
+        where = f"{os.path.relpath(os.fsdecode(name), folder)}: " if named else ""
         raise SSTError(
             f"cannot write run {folder.name} in {folder}: {where}{error.strerror or error}",
             "put that right, or capture under another --run name",
