@@ -20,7 +20,7 @@ import plotly.graph_objects as go
 
 from sst_interp.analyses.contrast import READ, Contrast, Grid, same_questions
 from sst_interp.analyses.plots import Dot, dots, empty_figure
-from sst_interp.analyses.result import Compared, analysis
+from sst_interp.analyses.result import Shifts, analysis
 from sst_interp.analyses.statistics.along_texts import (
     LabelShare,
     Matched,
@@ -41,15 +41,11 @@ DISTANCE, SHIFTED = "distance", "shifted share"
 
 
 @dataclass(frozen=True, eq=False)
-class Content(Compared):
+class Content(Shifts):
     """What the size of the change along a text goes with. Intervals resample questions."""
 
     named = "Position or content"
     shown = "measures"
-    kind: str
-    """Which overlap."""
-    threshold: float
-    """Overlap below which a pair counts as shifted."""
     provenance: str
     """Where the threshold comes from."""
     n_positions: int
@@ -187,9 +183,7 @@ def content(c: Contrast) -> Content:
         missing[row["measure"]] = row["note"]
     measures["p_holm"] = holm(measures["p_other"].to_numpy(dtype=float))
     return Content(
-        **c.compared,
-        kind=c.kind,
-        threshold=c.threshold,
+        **c.judged,
         provenance=c.division.provenance,
         n_questions=len(grid.questions),
         n_positions=int(grid.there.any(axis=-1).sum()),

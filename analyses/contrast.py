@@ -5,8 +5,7 @@
     c.grid.overlap                       # [question, position, layer]
     c.at(1, 2).threshold                 # another pair of iterations
 
-Tables are read one comparison at a time. Comparisons and depths are never pooled: that makes modes which none
-of them has.
+Comparisons and depths are never pooled: that makes modes which none of them has.
 """
 
 from __future__ import annotations
@@ -128,7 +127,7 @@ class Contrast:
         """The contrast of a run; what is left out comes from its recipe.
 
         Args:
-            run: a `Run`, or anything with its tables as DataFrames (`pairs`, `outputs`, ...).
+            run: a `Run`, or anything with its tables as DataFrames.
             comparison: which; default: the one that the choices lead with.
             a: depth or iteration of the first state; default: the pair (1, deepest).
             b: of the second.
@@ -193,8 +192,13 @@ class Contrast:
 
     @property
     def compared(self) -> dict[str, Any]:
-        """The comparison and its pair, as fields of a `result.Compared`."""
+        """The fields of a `result.Compared`."""
         return {"comparison": self.comparison, "a": self.a, "b": self.b}
+
+    @property
+    def judged(self) -> dict[str, Any]:
+        """The fields of a `result.Shifts`."""
+        return self.compared | {"kind": self.kind, "threshold": self.threshold}
 
     @property
     def words(self) -> str:
@@ -243,8 +247,8 @@ class Contrast:
         known = self._deepest_modes if self.pair is None else {}
         key = self.comparison, self.kind, self.resampling
         if key not in known:
-            resamples, seed = self.resampling
-            known[key] = find_modes(self.histograms, RESOLUTION[self.kind], resamples=resamples, seed=seed)
+            how = self.resampling._asdict()
+            known[key] = find_modes(self.histograms, RESOLUTION[self.kind], **how)
         return known[key]
 
     @cached_property
@@ -333,9 +337,8 @@ class Contrast:
             cells = ("own", self.a, self.a), (text, self.b, self.b)
         sides = []
         for side, (of_text, of_depth, of_iteration) in zip("ab", cells, strict=True):
-            here = (
-                (depth == of_depth) & (iteration == of_iteration) & (steps["text"] == of_text).to_numpy(bool)
-            )
+            here = (depth == of_depth) & (iteration == of_iteration)
+            here &= (steps["text"] == of_text).to_numpy(bool)
             rows = steps.loc[here, ["question", "position", *READ]]
             sides.append(rows.rename(columns={name: f"{name}_{side}" for name in READ}))
         return sides[0].merge(sides[1], on=["question", "position"])[columns]
@@ -382,7 +385,6 @@ class Grid(NamedTuple):
     questions: np.ndarray
     """Index of each question in the run."""
     positions: np.ndarray
-    """Generated position of each column."""
     layers: np.ndarray
     a: int
     b: int
@@ -426,7 +428,7 @@ class Grid(NamedTuple):
         return np.where(self.there.any(axis=-1), values, np.nan)
 
     def of_questions(self, rows: np.ndarray) -> Grid:
-        """The same for some questions, in the order given."""
+        """Of some questions, in the order given."""
         return self._replace(overlap=self.overlap[rows], questions=self.questions[rows])
 
     def where_also(self, other: Grid) -> Grid:
@@ -437,11 +439,10 @@ class Grid(NamedTuple):
 
 
 class QuestionMap(NamedTuple):
-    """One question by position (rows) and layer (columns)."""
+    """One question by position (rows) and layer (columns): overlap, and norm_b / norm_a."""
 
     overlap: pd.DataFrame
     norm_ratio: pd.DataFrame
-    """norm_b / norm_a."""
 
 
 def overlap_of(pairs: pd.DataFrame, kind: str = "cosine") -> np.ndarray:

@@ -19,7 +19,7 @@ import plotly.graph_objects as go
 
 from sst_interp.analyses.contrast import Contrast, at_positions
 from sst_interp.analyses.plots import BLUE, GREY, ORANGE, VERMILLION, add_line, canvas, error_bars
-from sst_interp.analyses.result import Compared, analysis
+from sst_interp.analyses.result import Shifts, analysis
 from sst_interp.analyses.statistics.bootstrap import (
     Interval,
     Resampling,
@@ -50,15 +50,11 @@ SCORES = (
 
 
 @dataclass(frozen=True, eq=False)
-class Divergence(Compared):
+class Divergence(Shifts):
     """Where two depths' texts part, and the shifts around it. All intervals resample questions."""
 
     named = "When texts part"
     shown = "per_pair"
-    threshold: float
-    """Overlap below which a pair counts as shifted."""
-    kind: str
-    """Which overlap."""
     diverged: Interval
     """Share of questions whose texts part."""
     position: Interval
@@ -257,10 +253,8 @@ def _pair(
     upto = both[both["when"].to_numpy() < 2]
     upto = at_positions(upto, same[["question", "position", "margin_a", "entropy_a"]])
     return Divergence(
-        **c.compared,
+        **c.judged,
         n_questions=len(divergence),
-        threshold=c.threshold,
-        kind=c.kind,
         diverged=share(question, parts, *c.resampling),
         position=grouped_medians(question, divergence["position"].to_numpy(), [parts], (), *c.resampling)[0],
         where=divergence.assign(a=c.a, b=c.b)[["a", "b", *divergence.columns]],

@@ -29,7 +29,7 @@ from scipy.special import gammaln
 
 from sst_interp.analyses.contrast import Contrast
 from sst_interp.analyses.plots import BLUE, GREY, ORANGE, Line, canvas, lines
-from sst_interp.analyses.result import Compared, analysis
+from sst_interp.analyses.result import Shifts, analysis
 from sst_interp.analyses.statistics.bootstrap import (
     Interval,
     Resampling,
@@ -45,13 +45,11 @@ from sst_interp.errors import Untestable
 
 
 @dataclass(frozen=True, eq=False)
-class Dwell(Compared):
+class Dwell(Shifts):
     """Stable stretches of one comparison and one pair of depths. Lengths are in generated positions."""
 
     named = "Stable stretches"
     shown = "by_layer"
-    threshold: float
-    """Overlap below which a position counts as shifted."""
     median: Interval
     """Median length of the stretches that begin after a shift; a stretch that the end cuts is censored."""
     median_shuffled: float
@@ -168,8 +166,7 @@ def dwell(c: Contrast) -> Dwell:
 
     shuffled = float(median_length(complete, cut))
     return Dwell(
-        **c.compared,
-        threshold=c.threshold,
+        **c.judged,
         n_questions=n,
         median=_median(of_question[used], span, c.resampling),
         median_shuffled=shuffled if shuffled <= span else math.nan,

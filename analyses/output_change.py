@@ -18,7 +18,7 @@ import plotly.graph_objects as go
 
 from sst_interp.analyses.contrast import Contrast, at_positions, overlap_of
 from sst_interp.analyses.plots import BLUE, VERMILLION, add_line, canvas
-from sst_interp.analyses.result import Compared, analysis
+from sst_interp.analyses.result import Shifts, analysis
 from sst_interp.analyses.statistics.bootstrap import (
     Interval,
     Resampling,
@@ -47,17 +47,13 @@ SIDES = (("stable", NONE, BLUE), ("shifted", SOME, VERMILLION))
 
 
 @dataclass(frozen=True, eq=False)
-class TokenReplacement(Compared):
+class TokenReplacement(Shifts):
     """The output at shifts and at stable positions. Medians are over positions; intervals resample
     questions.
     """
 
     named = "Tokens replaced"
     shown = "groups"
-    threshold: float
-    """Overlap below which a pair counts as shifted."""
-    kind: str
-    """Which overlap."""
     groups: pd.DataFrame
     """A row per group of positions (`where`): positions, questions, share with a new winner (`new_winner`),
     medians of `MEASURED` (tokens of 100, nats, 0-based rank), each with `_low` and `_high`."""
@@ -230,9 +226,7 @@ def token_replacement(c: Contrast) -> TokenReplacement:
         no_layers = error.message
     counts = [np.bincount(replaced[mask].astype(int), minlength=TOP + 1) for mask in first[:2]]
     return TokenReplacement(
-        **c.compared,
-        threshold=c.threshold,
-        kind=c.kind,
+        **c.judged,
         groups=group_table(rows, groups, c.resampling),
         per_pair=per_pair_table(c),
         **dict(zip(MEDIANS, medians, strict=True)),

@@ -30,7 +30,7 @@ from sst_interp.analyses.contrast import (
     same_questions,
 )
 from sst_interp.analyses.plots import Line, lines
-from sst_interp.analyses.result import Compared, analysis
+from sst_interp.analyses.result import Shifts, analysis
 from sst_interp.analyses.statistics.along_texts import likeness, over_questions, pair_mean
 from sst_interp.analyses.statistics.bootstrap import (
     Interval,
@@ -110,15 +110,11 @@ class StartUp:
 
 
 @dataclass(frozen=True, eq=False)
-class PositionZero(Compared):
+class PositionZero(Shifts):
     """Position 0 against later positions, in one comparison. All intervals resample questions."""
 
     named = "Position 0"
     shown = "per_pair"
-    kind: str
-    """Which overlap."""
-    threshold: float
-    """Overlap below which a pair counts as shifted."""
     provenance: str
     """Where the threshold comes from."""
     n_shifted: int
@@ -211,9 +207,7 @@ def position_zero(c: Contrast) -> PositionZero:
         raise Untestable(f"comparison {c.comparison!r} has no pairs at position 0")
     own = at_zero(grid, level)
     return PositionZero(
-        **c.compared,
-        kind=c.kind,
-        threshold=level,
+        **{**c.judged, "threshold": level},
         provenance=provenance,
         n_questions=int(np.isfinite(own.any_zero).sum()),
         n_shifted=int(np.nansum(own.any_zero)),

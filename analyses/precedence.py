@@ -25,7 +25,7 @@ import plotly.graph_objects as go
 
 from sst_interp.analyses.contrast import Contrast, position_key
 from sst_interp.analyses.plots import BLUE, GREEN, GREY, ORANGE, SKY, Line, canvas, error_bars, lines
-from sst_interp.analyses.result import Compared, analysis, comparison_words
+from sst_interp.analyses.result import Shifts, analysis, comparison_words
 from sst_interp.analyses.statistics.bootstrap import (
     Interval,
     Resampling,
@@ -59,14 +59,11 @@ Bar = tuple[str, str, float, float, float]  # label, series, share and its ends
 
 
 @dataclass(frozen=True, eq=False)
-class Precedence(Compared):
+class Precedence(Shifts):
     """Which came first, in one comparison. All intervals resample questions."""
 
     named = "State and argmax"
     shown = "orders"
-    kind: str
-    threshold: float
-    """A position counts as shifted where the overlap of some layer is below this."""
     steps: tuple[int, ...]
     """Iterations or depths that are compared with the first, ascending."""
     n_positions: int
@@ -246,9 +243,7 @@ def precedence(c: Contrast) -> Precedence:
         why = error.message
     table, difference = changed_by_state(rows, c.resampling)
     return Precedence(
-        **{**c.compared, "a": 1, "b": steps[-1]},
-        kind=c.kind,
-        threshold=c.threshold,
+        **{**c.judged, "a": 1, "b": steps[-1]},
         steps=steps,
         n_positions=len(question),
         n_questions=n_questions,

@@ -93,10 +93,23 @@ class Compared(Result):
 
     @property
     def subtitle(self) -> str:
-        """What every figure says: comparison, number of questions, and the threshold if there is one."""
-        below = getattr(self, "threshold", None)
-        words = f"{self.words}; {questions_words(self.n_questions)}"
-        return words if below is None else f"{words}; shifted: overlap below {below:.4g}"
+        """What every figure says."""
+        return f"{self.words}; {questions_words(self.n_questions)}"
+
+
+@dataclass(frozen=True, eq=False)
+class Shifts(Compared):
+    """A result in which pairs count as shifted or stable."""
+
+    kind: str
+    """Which overlap."""
+    threshold: float
+    """Overlap below which a pair counts as shifted."""
+
+    @property
+    def subtitle(self) -> str:
+        """What every figure says, the threshold included."""
+        return f"{super().subtitle}; shifted: overlap below {self.threshold:.4g}"
 
 
 def pair_words(comparison: str, a: int, b: int) -> str:

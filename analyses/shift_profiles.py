@@ -22,7 +22,7 @@ import plotly.graph_objects as go
 
 from sst_interp.analyses.contrast import Contrast
 from sst_interp.analyses.plots import BLUE, GREY, Line, canvas, lines
-from sst_interp.analyses.result import Compared, analysis
+from sst_interp.analyses.result import Shifts, analysis
 from sst_interp.analyses.statistics.along_texts import over_questions
 from sst_interp.analyses.statistics.bootstrap import (
     Interval,
@@ -37,13 +37,11 @@ from sst_interp.analyses.statistics.permutation import sign_flip
 
 
 @dataclass(frozen=True, eq=False)
-class LayerProfile(Compared):
+class LayerProfile(Shifts):
     """Shift rate per layer of one comparison and one pair of depths."""
 
     named = "Shift rate by layer"
     shown = "profile"
-    threshold: float
-    """Overlap below which a pair counts as shifted."""
     share: Interval
     """Shifted share of all pairs: the mean of the profile."""
     profile: pd.DataFrame
@@ -107,8 +105,7 @@ def layer_profile(c: Contrast) -> LayerProfile:
     test = sign_flip(off, *c.resampling)
     profile = by("layer", c.grid.layers[layer], question, shifted[there], *c.resampling)
     return LayerProfile(
-        **c.compared,
-        threshold=c.threshold,
+        **c.judged,
         n_questions=len(c.grid.questions),
         share=share(question, shifted[there], *c.resampling),
         profile=profile.assign(off=test.estimate, p=test.p_value, p_layers=test.p_family),
@@ -119,12 +116,10 @@ QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
 @dataclass(frozen=True, eq=False)
-class ShiftsPerQuestion(Compared):
+class ShiftsPerQuestion(Shifts):
     """How shifts are spread over the questions of one comparison and one pair of depths."""
 
     named = "Shifts per question"
-    threshold: float
-    """Overlap below which a pair counts as shifted."""
     median: Interval
     """Median over questions of the shifted share of a question's pairs."""
     without: Interval
@@ -210,8 +205,7 @@ def shifts_per_question(c: Contrast) -> ShiftsPerQuestion:
 
     # Both are given how often each question was drawn, in order of their shares and of their shifts.
     return ShiftsPerQuestion(
-        **c.compared,
-        threshold=c.threshold,
+        **c.judged,
         n_questions=len(table),
         median=over_questions(len(table), median, *c.resampling),
         without=share_of_questions(shifts == 0, *c.resampling),

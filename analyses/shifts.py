@@ -17,7 +17,7 @@ import plotly.graph_objects as go
 from sst_interp.analyses.contrast import PAPER_THRESHOLD, Contrast
 from sst_interp.analyses.modes import OverlapDistribution, overlap_distribution
 from sst_interp.analyses.plots import Dot, Line, dots, lines, matrix
-from sst_interp.analyses.result import Compared, analysis
+from sst_interp.analyses.result import Shifts, analysis
 from sst_interp.analyses.statistics.bootstrap import (
     RESAMPLES,
     Interval,
@@ -35,15 +35,11 @@ from sst_interp.models.choices import COMPARISONS, Comparison
 
 
 @dataclass(frozen=True, eq=False)
-class BasinShifts(Compared):
+class BasinShifts(Shifts):
     """How many pairs shifted in one comparison, where, and by how much. All intervals resample questions."""
 
     named = "Basin shifts"
     shown = "per_pair"
-    kind: str
-    """Which overlap."""
-    threshold: float
-    """Overlap below which a pair counts as shifted."""
     provenance: str
     """Where the threshold comes from."""
     share: Interval
@@ -175,10 +171,8 @@ def basin_shifts(c: Contrast) -> BasinShifts:
         norms = rows["norm_b"].to_numpy(dtype=float) / rows["norm_a"].to_numpy(dtype=float)
     distribution = overlap_distribution(c)
     shifts = BasinShifts(
-        **c.compared,
-        kind=c.kind,
+        **c.judged,
         n_questions=len(distribution.histograms),
-        threshold=c.threshold,
         provenance=c.division.provenance,
         share=share(question, shifted, *c.resampling),
         share_at_paper=share(question, overlap < PAPER_THRESHOLD, *c.resampling),

@@ -1,12 +1,13 @@
-"""What the claims ledger costs, and how that grows: all analyses with 2,000 resamples on synthetic run folders.
+"""What the claims ledger costs, and how that grows: all analyses with 2,000 resamples on synthetic run
+folders.
 
     python benchmarks/ledger.py               # 1, 3, 10 and 30 million pairs
     python benchmarks/ledger.py --pairs 1e6   # one size
     python benchmarks/ledger.py --run gpqa    # a captured run
 
 A synthetic run is written to a temporary folder first. Every size is then read and judged in a process of its
-own, which prints processor time, wall time and peak memory. 30 million pairs are Gemma-3-27B (62 layers) on 198
-questions at four depths.
+own, which prints processor time, wall time and peak memory. 30 million pairs are Gemma-3-27B (62 layers) on
+198 questions at four depths.
 """
 
 from __future__ import annotations

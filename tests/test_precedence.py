@@ -392,7 +392,7 @@ def test_without_perturbations_that_part_is_not_known():
     table = nudges_table(nudged(), "teacher_forced")
     for nudges in (None, table[:0], table):  # the last: of another comparison
         found = found_in(pairs, outputs, nudges=nudges)
-        assert "No random changes of the same size: the run has no norm-matched perturbations (within; " in found.verdict
+        assert "same size: the run has no norm-matched perturbations (within; " in found.verdict
         assert found.beside_perturbations.empty
         assert found.by_construction.empty
         assert np.isfinite(found.before.estimate), "the rest is there"
@@ -405,7 +405,7 @@ def test_without_perturbations_that_part_is_not_known():
         nudges=nudges_table(nudged(), "within"),
         choices=Choices(overlap="lens_jaccard"),
     )
-    assert "No random changes of the same size: norm-matched perturbations have no lens_jaccard" in jaccard.verdict
+    assert "same size: norm-matched perturbations have no lens_jaccard" in jaccard.verdict
 
 
 def test_nudges_elsewhere_than_the_run_are_said_to_be_useless():
