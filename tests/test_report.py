@@ -185,6 +185,16 @@ def test_every_claim_verdict_control_choice_and_missing_analysis_is_on_the_page(
     assert 'checkpoint = "tiny-random"' in text
 
 
+def test_comparisons_go_by_their_words(page):
+    text = without_scripts(page)
+    for name, words in (("teacher_forced", "teacher-forced"), ("free_running", "free-running")):
+        assert text.count(f">{name}<") == 1, "where the methods name the key"
+        assert f'<th scope="col">{words}</th>' in text
+    assert {c["words"] for c in embedded(page)["explorer"]["comparisons"]} == {
+        "teacher-forced", "within", "free-running",
+    }  # fmt: skip
+
+
 def test_a_verdict_is_split_after_its_first_sentence():
     assert split_verdict("14.2% [1, 2] fell below 0.99. The rest, of C1.") == (
         "14.2% [1, 2] fell below 0.99.",
