@@ -334,7 +334,9 @@ def diverged_by(divergence: pd.DataFrame, resampling: Resampling) -> pd.DataFram
     estimate, low, high = bootstrap_ends(
         np.stack([done, np.ones_like(done)], axis=-1), ratio, resampling.resamples, seed=resampling.seed
     )
-    return pd.DataFrame({"position": positions, "diverged": estimate, "diverged_low": low, "diverged_high": high})
+    return pd.DataFrame(
+        {"position": positions, "diverged": estimate, "diverged_low": low, "diverged_high": high}
+    )
 
 
 def reading_table(rows: pd.DataFrame, resampling: Resampling) -> pd.DataFrame:

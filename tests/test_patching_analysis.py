@@ -8,8 +8,8 @@ import pytest
 
 from sst_interp.errors import SSTError, Untestable
 from sst_interp.experiments.patching.finding import patching, size_regression
-from sst_interp.findings.claims import FAILS, HOLDS
 from sst_interp.findings.answers import patching_rows
+from sst_interp.findings.claims import FAILS, HOLDS
 
 LAYERS = (3, 9, 15, 19)
 

@@ -12,8 +12,8 @@ from sst_interp.errors import Untestable
 from sst_interp.experiments.probe.finding import at_chance, halting_of
 from sst_interp.experiments.probe.fit import Design
 from sst_interp.experiments.probe.routing import routing
-from sst_interp.findings.claims import EVERYWHERE, FAILS, HOLDS, UNTESTED
 from sst_interp.findings.answers import probe_rows
+from sst_interp.findings.claims import EVERYWHERE, FAILS, HOLDS, UNTESTED
 
 QUICK = Design(dims=(2, 4), penalties=(0.03,), blocks=3)
 
