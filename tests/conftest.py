@@ -46,3 +46,17 @@ def registries():
     for registry, before in kept:
         registry.clear()
         registry.update(before)
+
+
+@pytest.fixture
+def only(registries):
+    """Leaves these analyses in the registry: the others are most of the time."""
+
+    from sst_interp.analyses import load
+
+    def keep(*names):
+        known = load()
+        for name in known.keys() - set(names):
+            del known[name]
+
+    return keep

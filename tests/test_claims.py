@@ -80,18 +80,6 @@ def keys():
     return own + [a.name for a in known if a.per == "run"]
 
 
-@pytest.fixture
-def only(registries):
-    """Leaves these analyses in the registry: the others are most of the time."""
-
-    def keep(*names):
-        known = load()
-        for name in known.keys() - set(names):
-            del known[name]
-
-    return keep
-
-
 @pytest.fixture(scope="module")
 def planted():
     baseline = run_of(pairs_of(), correct=(0.3, 0.3, 0.3), seed=9)

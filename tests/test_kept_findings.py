@@ -30,7 +30,8 @@ def run(tmp_path, monkeypatch):
     return open_run(tiny_run.capture(tmp_path / "runs" / "tiny"))
 
 
-def test_rows_come_back_as_they_were_and_stand_in_the_ledger(run):
+def test_rows_come_back_as_they_were_and_stand_in_the_ledger(run, only):
+    only()
     assert kept_findings(run).rows == []
     file = keep_findings(run, "probe", [TOLD, UNKNOWN], {"seed": 0})
     assert file == run.folder / "findings" / "probe.json"
@@ -81,7 +82,8 @@ class Measured(Result):
         return {"first": self.figure(), "second": go.Figure()}
 
 
-def test_a_result_comes_back_as_it_was_and_has_its_section_in_the_report(run):
+def test_a_result_comes_back_as_it_was_and_has_its_section_in_the_report(run, only):
+    only("basin_shifts")
     given = Measured()
     keep_findings(run, "patching", [], {}, {"patching": given})
     back = kept_findings(run).results["patching"]
@@ -142,7 +144,8 @@ def test_a_damaged_file_costs_its_own_rows_and_nothing_else(run, how):
         assert "`sst-interp probe --run tiny`" in verdict
 
 
-def test_the_ledger_names_a_damaged_file(run):
+def test_the_ledger_names_a_damaged_file(run, only):
+    only()
     file = keep_findings(run, "probe", [TOLD], {})
     file.write_bytes(file.read_bytes()[:-40])
     shown = ledger_of(run, resamples=20).table.set_index("claim")

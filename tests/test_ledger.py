@@ -21,7 +21,8 @@ def runs(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_companions_are_found_by_name(runs):
+def test_companions_are_found_by_name(runs, only):
+    only("overthinking")
     assert companions(open_run("tiny")).runs == {}
     blend_off = tiny_run.tiny_recipe("tiny-blend-off", choices=Choices(prompt="blend_off"))
     tiny_run.capture(runs / "tiny-blend-off", blend_off)
@@ -75,13 +76,20 @@ def test_the_approximation_is_that_of_the_runs_own_model(runs, tmp_path, monkeyp
     assert "smollm2-135m" in approximation_of(run).headline
 
 
-def test_a_ledger_fills_the_places_of_its_run_and_no_others(runs, tmp_path):
+def test_a_ledger_fills_the_places_of_its_run_and_no_others(runs, tmp_path, only):
+    only()
     page = tmp_path / "page.md"
     kept = "<!-- gpqa verdict -->\nleft alone\n<!-- end of gpqa verdict -->\n"
     page.write_text("# Found\n<!-- tiny by claim -->\nstale\n<!-- end of tiny by claim -->\n" + kept)
     ledger = ledger_of(open_run("tiny"), resamples=20)
     assert fill(page, ledger.blocks(), others=True) == ["tiny by claim"]
     text = page.read_text()
+    blocks = ledger.blocks()
+    for row in ledger.rows:
+        block = blocks[f"tiny {row.claim.id}" + f".{row.comparison}" * (row.comparison != "-")]
+        assert row.finding.verdict in block
+        assert row.finding.here in block
+    assert "| teacher-forced | within | free-running |" in blocks["tiny by claim"]
     assert "stale" not in text
     assert kept in text
     assert text.count("\n| C") == len(ledger.by_claim) == 13

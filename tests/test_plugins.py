@@ -44,7 +44,8 @@ def run_command(monkeypatch, *words):
     return stopped.value.code
 
 
-def test_a_plugin_stands_in_the_report(plugin, runs, monkeypatch, capsys):
+def test_a_plugin_stands_in_the_report(only, plugin, runs, monkeypatch, capsys):
+    only("basin_shifts", "bimodality")
     run = open_run("tiny")
     ledger = ledger_of(run, resamples=20)
     assert "halves.within" in ledger.results
@@ -64,7 +65,10 @@ def test_a_plugin_stands_in_the_report(plugin, runs, monkeypatch, capsys):
         assert "failed: halves.free_running: KeyError: 'x' (halves.py, line 1)" in capsys.readouterr().err
 
 
-def test_the_command_shows_a_plugin_and_tells_a_crash_by_its_exit_code(plugin, runs, monkeypatch, capsys):
+def test_the_command_shows_a_plugin_and_tells_a_crash_by_its_exit_code(
+    only, plugin, runs, monkeypatch, capsys
+):
+    only()
     once = 'if c.comparison == "free_running": c.nothing_of_the_kind\n    rows = c.rows['
     plugin.write_text(PLUGIN.replace("rows = c.rows[", once))
     assert run_command(monkeypatch, "claims", "--run", "tiny", "--resamples", "20", "--json") == 3

@@ -185,6 +185,15 @@ def test_every_claim_verdict_control_choice_and_missing_analysis_is_on_the_page(
     assert 'checkpoint = "tiny-random"' in text
 
 
+def test_comparisons_go_by_their_words(page):
+    text = without_scripts(page)
+    words = {"teacher_forced": "teacher-forced", "within": "within", "free_running": "free-running"}
+    assert dict(re.findall(r'data-comparison="(\w+)"[^>]*>([^<]+)<', text)) == words
+    assert set(re.findall(r'data-label="([^"]+)"', text)) == {"paper", "this run", *words.values()}
+    shown = {c["comparison"]: c["words"] for c in embedded(page)["explorer"]["comparisons"]}
+    assert shown == words
+
+
 def test_a_verdict_is_split_after_its_first_sentence():
     assert split_verdict("14.2% [1, 2] fell below 0.99. The rest, of C1.") == (
         "14.2% [1, 2] fell below 0.99.",

@@ -11,7 +11,6 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -38,10 +37,9 @@ from sst_interp.findings.report.sections import (
     choices_rows,
     claim_rows,
     facts,
-    flat,
+    manifest_rows,
     sections,
     shortened,
-    shown_manifest,
 )
 from sst_interp.models.choices import Choices
 from sst_interp.runs.provenance import shows_text, tokenizer_of
@@ -83,7 +81,9 @@ def render_report(run: Any, ledger: Ledger | None = None, tokenizer: Any = None)
     for section in shown:
         for panel in section.panels:
             _draw(section, panel, figures)
-            tables[panel.id] = _csv(f"{section.name}-{panel.comparison}".rstrip("-"), panel.result.table)
+            tables[panel.id] = _csv(
+                f"{section.about.name}-{panel.comparison}".rstrip("-"), panel.result.table
+            )
     columns, rows = claim_rows(ledger, choices.comparison)
     data = {
         "figures": packed(json.dumps(figures, separators=(",", ":"), sort_keys=True).encode()),
@@ -108,10 +108,10 @@ def render_report(run: Any, ledger: Ledger | None = None, tokenizer: Any = None)
         chips=CHIPS,
         shortened=shortened,
         lead=choices.comparison,
-        choices=[(*row, getattr(choices, row[0])) for row in choices_rows([f.name for f in fields(choices)])],
+        choices=choices_rows(choices),
         facts=facts(run),
         shows_text=shows_text(run),
-        manifest=shown_manifest(flat(run.manifest)),
+        manifest=manifest_rows(run.manifest),
         resamples=RESAMPLES,
         level=LEVEL,
         table_html=lambda table: Markup(table_html(visible_table(table))),
@@ -180,7 +180,7 @@ def _story(shown: list[Section]) -> list[dict[str, Any]]:
     story = []
     for analysis, kind, asks in STORY:
         figures: dict[str, Any] = {}
-        of = [section for section in shown if section.name == analysis]
+        of = [section for section in shown if section.about.name == analysis]
         for section in of:
             figures |= {
                 p.comparison: next((f for f in p.figures if f["kind"] == kind), None) for p in section.panels

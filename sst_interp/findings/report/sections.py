@@ -6,14 +6,14 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, NoReturn
 
 from sst_interp.analyses.result import ANALYSES, Analysis, Result
 from sst_interp.findings.answers import KEPT
 from sst_interp.findings.claims import EVERYWHERE, FAILS, HOLDS, UNTESTED, Claim, Row
 from sst_interp.findings.ledger import Ledger
-from sst_interp.models.choices import COMPARISONS
+from sst_interp.models.choices import COMPARISONS, Choices
 from sst_interp.runs.provenance import kind_words, run_kind
 
 MEANING = {
@@ -58,7 +58,6 @@ class Section:
     """One analysis in all its comparisons."""
 
     id: str
-    name: str
     about: Analysis
     """Its entry in the registry."""
     panels: list[Panel]
@@ -113,7 +112,7 @@ def _section(ledger: Ledger, about: Analysis, index: int, lead: str) -> Section:
         for i, place in enumerate(by_lead(results, lead))
     ]
     missing = {place: ledger.missing[key] for place, key in of(ledger.missing).items()}
-    return Section(f"a{index}", about.name, about, panels, missing)
+    return Section(f"a{index}", about, panels, missing)
 
 
 def _rows(ledger: Ledger, about: Analysis, comparison: str) -> list[Row]:
@@ -166,9 +165,9 @@ CHOICES = {
 }
 
 
-def choices_rows(names: Iterable[str]) -> list[tuple[str, str]]:
-    """(choice, what it decides) for every choice."""
-    return [(name, CHOICES.get(name, "")) for name in names]
+def choices_rows(choices: Choices) -> list[tuple[str, str, Any]]:
+    """(choice, what it decides, this run's value) for every choice."""
+    return [(f.name, CHOICES.get(f.name, ""), getattr(choices, f.name)) for f in fields(choices)]
 
 
 def facts(run: Any) -> list[tuple[str, str]]:
@@ -227,6 +226,6 @@ def flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
     return [(prefix, text)]
 
 
-def shown_manifest(rows: list[tuple[str, str]]) -> list[tuple[str, str]]:
+def manifest_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The manifest rows that a report shows."""
-    return [row for row in rows if not _LEFT_OUT.search(row[0])]
+    return [row for row in flat(manifest) if not _LEFT_OUT.search(row[0])]
