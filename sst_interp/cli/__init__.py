@@ -17,9 +17,29 @@ def __getattr__(name: str) -> object:
     """`app`, imported when it is asked for."""
     if name != "app":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from sst_interp.cli.common import whole_app
-
     return whole_app()
+
+
+def whole_app() -> object:
+    """The app with every command, in the panels of its help."""
+    from sst_interp.cli import experiments, runs, studies
+    from sst_interp.cli.common import app
+
+    if app.registered_commands:
+        return app
+    panels = {
+        "Run": (
+            *(runs.basin_shifts, runs.claims, runs.report, runs.capture),
+            *(runs.publish, runs.runs, runs.datasets),
+        ),
+        "Look": (experiments.compare, experiments.probe, experiments.patch),
+        "Train": (experiments.train, experiments.evaluate),
+    }
+    for panel, commands in panels.items():
+        for command in commands:
+            app.command(rich_help_panel=panel)(command)
+    app.add_typer(studies.app, name="study", rich_help_panel="Study")
+    return app
 
 
 def main() -> None:
@@ -36,6 +56,7 @@ def main() -> None:
             signal.signal(signal.SIGINT, stop)
         from sst_interp.cli.common import run
 
+        whole_app()
         run()
     except KeyboardInterrupt:
         _stopped()

@@ -40,30 +40,10 @@ def top(
     load_plugins()
 
 
-@functools.cache
-def whole_app() -> typer.Typer:
-    """The app with every command, in the panels of its help."""
-    from sst_interp.cli import experiments, runs, studies
-
-    panels = {
-        "Run": (
-            *(runs.basin_shifts, runs.claims, runs.report, runs.capture),
-            *(runs.publish, runs.runs, runs.datasets),
-        ),
-        "Look": (experiments.compare, experiments.probe, experiments.patch),
-        "Train": (experiments.train, experiments.evaluate),
-    }
-    for panel, commands in panels.items():
-        for command in commands:
-            app.command(rich_help_panel=panel)(command)
-    app.add_typer(studies.app, name="study", rich_help_panel="Study")
-    return app
-
-
 def run() -> None:
     """Run the command that was typed."""
     try:
-        whole_app()()
+        app()
     except SSTError as error:
         _fail(error.message, error.hint)
     except BrokenPipeError:
