@@ -29,6 +29,7 @@ from sst_interp.analyses.statistics.bootstrap import Interval, as_columns
 from sst_interp.experiments.probe import SCALARS, Features, Labels
 from sst_interp.experiments.probe.fit import Design, Inputs, LabelRows, Problems, fit
 from sst_interp.experiments.probe.scores import (
+    Decisions,
     Pairs,
     auc,
     auc_difference,
@@ -391,8 +392,8 @@ def comparison(
     n, y = len(positive), torch.from_numpy(labels.positive[None].astype(np.float32))
     pairs = pairs_in_order(scores["score"].to_numpy(), positive)
 
-    def row(name: str, own: np.ndarray, chance: np.ndarray) -> dict[str, Any]:
-        theirs, said = pairs_in_order(own, positive), decisions(positive, own > 0, *options)
+    def row(name: str, own: np.ndarray, chance: np.ndarray, said: Decisions) -> dict[str, Any]:
+        theirs = pairs_in_order(own, positive)
         minus, own_p = Interval(math.nan, math.nan, math.nan, n), p
         if name != probe:
             minus, own_p = auc_difference(pairs, theirs, *options), math.nan
@@ -401,10 +402,13 @@ def comparison(
         numbers |= as_columns(brier=brier(chance, positive, *options)) | {"called": said.called}
         return {"name": name, **numbers, **as_columns(probe_minus=minus), "p": own_p}
 
-    rows = [row(probe, scores["score"].to_numpy(), scores["probability"].to_numpy())]
+    own = scores["score"].to_numpy()
+    rows = [row(probe, own, scores["probability"].to_numpy(), decisions(positive, own > 0, *options))]
     for name, inputs, plain in plain_probes(features, design):
         own = score(plain, inputs, y)["leave_one_out"].logits[0]
-        rows.append(row(name, own, probabilities(own, positive)))
+        rows.append(row(name, own, probabilities(own, positive), decisions(positive, own > 0, *options)))
     for name, call in zip(constants("halt" if labels.halts else "iterate"), (1.0, 0.0), strict=True):
-        rows.append(row(name, np.full(n, call), np.full(n, call)))
+        # The same for every sample of questions: the ends are the number itself.
+        right, wrong, half = (Interval(share, share, share, n) for share in (call, 1 - call, 0.5))
+        rows.append(row(name, np.full(n, call), np.full(n, call), Decisions(right, wrong, half, call)))
     return pd.DataFrame(rows)
