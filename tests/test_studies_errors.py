@@ -122,12 +122,11 @@ def test_no_examples_is_an_error(model):
 
 
 def test_a_layer_that_is_switched_off_does_not_blend():
-    backbone = attach(tiny("llama")).backbone
     for where, n, on in (("all", 0, [0, 1, 2]), ("first", 1, [0]), ("last", 2, [1, 2]), ("spread", 1, [1])):
         weights = Condition(0.02, where, n).weights(3)
         assert weights.nonzero()[:, 0].tolist() == on == switched_on(3, where, n)
     bare = Condition(0.05, "last", 1).weights(3)
-    table = measure_errors(type(attach(tiny("llama")))(backbone, None, bare), [example()], [Schedule()])
+    table = measure_errors(attach(tiny("llama"), alpha=bare), [example()], [Schedule()])
     both = measure_errors(attach(tiny("llama"), alpha=0.05), [example()], [Schedule()])
     assert 0 < total(table)["error2"] < total(both)["error2"]
     with pytest.raises(SSTError, match="cannot blend"):
