@@ -23,7 +23,7 @@ from sst_interp.analyses.statistics.bootstrap import Resampling, ratio
 from sst_interp.analyses.statistics.modes import Modes, find_modes, question_histograms, to_v
 from sst_interp.errors import SSTError, Untestable, unknown_name
 from sst_interp.models.choices import COMPARISONS, Choices
-from sst_interp.runs.schema import IDS, OPTIONAL, TABLES, to_frame
+from sst_interp.runs.schema import IDS, empty_table
 
 PAPER_THRESHOLD = 0.99
 """The paper's division between stable and shifted (arXiv 2605.00206)."""
@@ -79,8 +79,7 @@ class Tables:
                 return self.run.table(name, columns, comparison)
         elif (table := getattr(self.run, name, None)) is not None and len(table):
             return table if comparison is None else table[(table["comparison"] == comparison).to_numpy(bool)]
-        columns = [c for c in TABLES[name].names if c not in OPTIONAL]
-        return to_frame(TABLES[name].empty_table().select(columns))
+        return empty_table(name)
 
 
 class Threshold(NamedTuple):

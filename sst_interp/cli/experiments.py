@@ -262,10 +262,9 @@ def train(
 
         sst-interp train my-recipe.toml --out checkpoints/mine
     """
-    from sst_interp.experiments.training_curves import training_curves
+    from sst_interp.experiments.training_results import training_curves
     from sst_interp.findings.report.page import result_page
-    from sst_interp.training.card import CURVES
-    from sst_interp.training.log import read_log
+    from sst_interp.training.card import CURVES, read_log
     from sst_interp.training.recipe import find_training_recipe
     from sst_interp.training.trainer import Training
 
@@ -318,7 +317,7 @@ def evaluate(
 
         sst-interp evaluate checkpoints/mine --tasks gsm8k --questions 50 --depths 1,4
     """
-    from sst_interp.experiments.depth_scores import depth_scores
+    from sst_interp.experiments.training_results import depth_scores
     from sst_interp.files import check_place
     from sst_interp.models.checkpoint import checkpoint_folder
     from sst_interp.runs.recipe import MAX_DEPTH

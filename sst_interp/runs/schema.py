@@ -217,3 +217,9 @@ def to_frame(table: pa.Table) -> pd.DataFrame:
         codes = np.array([*place, -1], np.int8)[was.codes]
         frame[column] = pd.Categorical.from_codes(codes, dtype=pd.CategoricalDtype(known))
     return frame.assign(**nullable)[order] if nullable else frame
+
+
+def empty_table(name: str) -> pd.DataFrame:
+    """A table without rows, with the columns that every run has."""
+    columns = [c for c in TABLES[name].names if c not in OPTIONAL]
+    return to_frame(TABLES[name].empty_table().select(columns))

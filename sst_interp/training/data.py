@@ -182,14 +182,14 @@ def schedule(lengths: Sequence[int], batch_size: int, examples: int | None, seed
     return steps
 
 
-def padded(longest: int) -> int:
+def padded(longest: int, width: int = WIDTH) -> int:
     """Positions of a batch whose longest example has this many tokens."""
-    return -(-longest // WIDTH) * WIDTH
+    return -(-longest // width) * width
 
 
-def make_batch(examples: Sequence[Example]) -> Batch:
-    """The examples as tensors, as wide as the longest, rounded up to a multiple of `WIDTH`."""
-    columns = padded(max(len(example.tokens) for example in examples))
+def make_batch(examples: Sequence[Example], width: int = WIDTH) -> Batch:
+    """The examples as tensors, as wide as the longest, rounded up to a multiple of `width`."""
+    columns = padded(max(len(example.tokens) for example in examples), width)
     tokens = torch.zeros(len(examples), columns, dtype=torch.long)
     answer = torch.zeros(len(examples), columns, dtype=torch.bool)
     for row, example in enumerate(examples):

@@ -27,7 +27,7 @@ from sst_interp.experiments.studies.study import Finding, Progress, Study, regis
 from sst_interp.experiments.table import Table
 from sst_interp.files import check_place
 from sst_interp.models.checkpoint import checkpoint_folder, read_checkpoint
-from sst_interp.models.kinds.sst import LayerBlend
+from sst_interp.models.kinds.sst import PAPER_ALPHA, LayerBlend
 from sst_interp.models.loading import load
 from sst_interp.models.model import StateStreamModel
 from sst_interp.models.solvers.layerwise import solve_layerwise

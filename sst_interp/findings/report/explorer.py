@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sst_interp.analyses.contrast import Tables, overlap_of
+from sst_interp.analyses.contrast import overlap_of
 from sst_interp.analyses.result import comparison_words
 from sst_interp.errors import SSTError
 from sst_interp.findings.report.packing import (
@@ -35,6 +35,7 @@ from sst_interp.findings.report.packing import (
 )
 from sst_interp.models.choices import COMPARISONS
 from sst_interp.runs.provenance import shows_text
+from sst_interp.runs.schema import empty_table
 from sst_interp.tables import visible
 
 LARGEST = 9_300_000
@@ -62,7 +63,7 @@ def table_of(run: Any, name: str) -> pd.DataFrame:
         table = getattr(run, name, None)
     except SSTError:
         table = None
-    return table if table is not None and len(table) else Tables(run).empty(name)
+    return table if table is not None and len(table) else empty_table(name)
 
 
 def explorer_data(
