@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_loading import save_model
-from tiny_capture import capture_module, interrupt, word_tokenizer, write_questions
+from tiny_capture import capture_module, interrupt, save_model, word_tokenizer, write_questions
 from tiny_training import write_gsm8k
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from typer.testing import CliRunner

@@ -10,8 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_loading import save_model
-from tiny_capture import tiny_llama, word_tokenizer
+from tiny_capture import save_model, tiny_llama, word_tokenizer
 from tiny_training import EXAMPLES
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_capture import tiny_llama, word_tokenizer
+from tiny_capture import save_model, tiny_llama
 
 from sst_interp import paths
 from sst_interp.assets import ASSET_MODELS
@@ -19,13 +19,6 @@ from sst_interp.models.model import attach
 
 THEIRS = Choices(carry="ffn_output", blend="additive", kv="first", initial_guess="scan")
 """Choices none of which is the default."""
-
-
-def save_model(folder, dtype=torch.float32, seed=0, **config):
-    """A tiny Llama and its tokenizer as a Hugging Face folder."""
-    tiny_llama(dtype, seed, **config).save_pretrained(folder)
-    word_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from test_loading import save_model
 from tiny import FAMILIES, prompts, relative, tiny
+from tiny_capture import save_model
 from transformers import DynamicCache
 
 import sst_interp as sst

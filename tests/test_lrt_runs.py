@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_loading import save_model
 from tiny import lrt
-from tiny_capture import recipe_for, tiny_llama, word_tokenizer, write_questions
+from tiny_capture import recipe_for, save_model, tiny_llama, word_tokenizer, write_questions
 from tiny_training import write_gsm8k
 
 from sst_interp.analyses import Contrast, basin_shifts

@@ -9,8 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiny_run
-from test_loading import save_model
-from tiny_capture import write_questions
+from tiny_capture import save_model, write_questions
 from tiny_kinds import WORDS, capture_kinds, models
 
 from sst_interp import paths

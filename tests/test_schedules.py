@@ -3,10 +3,10 @@
 import pytest
 import torch
 from tiny import lrt, relative, tiny
+from tiny_training import token_batch
 
 from sst_interp.errors import SSTError
 from sst_interp.models.model import attach
-from sst_interp.training.data import Batch
 from sst_interp.training.objective import (
     answer_loss,
     last_layer,
@@ -26,13 +26,6 @@ def model_of(kind):
     weights = {name: w.detach().requires_grad_() for name, w in model.kind.weights().items()}
     model.kind = model.kind.with_weights(weights)
     return model, list(weights.values())
-
-
-def batch(rows=2, seed=0):
-    tokens = torch.randint(3, 97, (rows, T), generator=torch.Generator().manual_seed(seed))
-    answer = torch.ones(rows, T, dtype=torch.bool)
-    answer[:, -1] = answer[0, 0] = False
-    return Batch(tokens, answer)
 
 
 def refined_loss(model, data, *how):
@@ -55,7 +48,7 @@ KINDS = ["sst", "lrt-residual", "lrt-kv", "lrt-both"]
 def test_enough_passes_are_sequential_unrolling(kind, how):
     """In states, loss and gradients."""
     model, weights = model_of(kind)
-    data = batch()
+    data = token_batch()
     exact = last_layer(model, data, "sequential")
     assert relative(last_layer(model, data, *how), exact) < 1e-9
     ours, theirs = refined_loss(model, data, *how), answer_loss(model, data, exact)
@@ -68,7 +61,7 @@ def test_enough_passes_are_sequential_unrolling(kind, how):
 def test_more_passes_come_closer(kind):
     """Over S and K: the error in states falls, and the gradient turns towards the exact one."""
     model, weights = model_of(kind)
-    data = batch()
+    data = token_batch()
     exact = last_layer(model, data, "sequential")
     true = torch.cat([g.flatten() for g in gradients(model, weights, answer_loss(model, data, exact))])
 
@@ -92,7 +85,7 @@ def test_more_passes_come_closer(kind):
 @pytest.mark.parametrize("kind", ["sst", "lrt-both"])
 def test_what_each_pass_computes(kind):
     model, _ = model_of(kind)
-    tokens = batch().tokens
+    tokens = token_batch().tokens
     exact = run_passes(model, tokens, "sequential")[0].last
     interleaved = run_passes(model, tokens, "interleaved", groups=3)
     assert [p.at.tolist() for p in interleaved] == [list(range(T)), [0, 3, 6], [1, 4, 7], [2, 5]]
@@ -111,7 +104,7 @@ def test_what_each_pass_computes(kind):
 
 def test_the_loss_is_the_mean_over_all_passes():
     model, _ = model_of("lrt-residual")
-    data = batch()
+    data = token_batch()
     recipe = TrainingRecipe("tiny", "tiny", "none", method="interleaved", groups=3)
     passes = run_passes(model, data.tokens, "interleaved", groups=3)
     by_hand = []
@@ -134,7 +127,7 @@ def test_the_loss_is_the_mean_over_all_passes():
 def test_gradients_flow_through_the_pass_without_memory():
     """The buffer is not detached: a finite difference of the loss agrees, and would not otherwise."""
     model, _ = model_of("lrt-both")
-    data = batch()
+    data = token_batch()
     recipe = TrainingRecipe("tiny", "tiny", "none", method="interleaved", groups=2)
     weight = model.backbone.layers[1].ffn.down_proj.weight
     (gradient,) = torch.autograd.grad(training_loss(model, data, recipe), weight)
@@ -152,7 +145,7 @@ def test_gradients_flow_through_the_pass_without_memory():
 def test_bad_schedules_are_one_clear_line():
     model, _ = model_of("lrt-residual")
     with pytest.raises(SSTError, match="9 interleaved groups are more than the 8 positions"):
-        run_passes(model, batch().tokens, "interleaved", groups=9)
+        run_passes(model, token_batch().tokens, "interleaved", groups=9)
     for how, said in (
         ({"method": "interleaved", "sweeps": 2}, "'interleaved' makes no sweeps"),
         ({"method": "multi_refine", "groups": 2}, "'multi_refine' makes no groups"),

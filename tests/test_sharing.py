@@ -16,7 +16,7 @@ import pytest
 import tiny_run
 import torch
 from huggingface_hub import HfApi, constants
-from test_loading import save_model
+from tiny_capture import save_model
 
 from sst_interp.errors import SSTError
 from sst_interp.models import checkpoint as adapters

@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 import torch
 from tiny import lrt
-from tiny_run import batch
 from tiny_studies import LRT
+from tiny_training import token_batch
 
 from sst_interp.errors import SSTError, Untestable
 from sst_interp.experiments.studies import lrt_equivalence
@@ -35,7 +35,7 @@ def interleaved(s: int) -> Schedule:
 def text_and_model():
     """A tiny float64 LRT with random weights, a text of 8 tokens, and some of the backbone's weights."""
     model = lrt(size=0.05)
-    data = replace(batch(), tokens=batch().tokens[:1], answer=batch().answer[:1])
+    data = replace(token_batch(), tokens=token_batch().tokens[:1], answer=token_batch().answer[:1])
     layer = model.backbone.layers[0]
     weights = {"down": layer.ffn.down_proj.weight, "k": layer.attention.k_proj.weight}
     text = Sample(

@@ -10,8 +10,7 @@ import torch
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_loading import save_model
-from tiny_capture import tiny_llama
+from tiny_capture import save_model, tiny_llama
 from tiny_training import save_backbone, training_recipe, write_gsm8k
 
 from sst_interp.errors import SSTError

@@ -71,3 +71,10 @@ def interrupt(monkeypatch, owner, name, call, after=False):
         return real(*args, **kwargs)
 
     monkeypatch.setattr(owner, name, wrapped)
+
+
+def save_model(folder, dtype=torch.float32, seed=0, **config):
+    """A tiny Llama and its tokenizer as a Hugging Face folder."""
+    tiny_llama(dtype, seed, **config).save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return folder

@@ -3,7 +3,7 @@
 import json
 
 import torch
-from test_loading import save_model
+from tiny_capture import save_model
 
 from sst_interp.training.data import Batch, Example
 from sst_interp.training.recipe import TrainingRecipe
@@ -47,3 +47,10 @@ def training_recipe(folder, backbone):
 
 def save_backbone(folder):
     return save_model(folder / "tiny", max_position_embeddings=256)
+
+
+def token_batch(rows=2, seed=0, T=8):
+    tokens = torch.randint(3, 97, (rows, T), generator=torch.Generator().manual_seed(seed))
+    answer = torch.ones(rows, T, dtype=torch.bool)
+    answer[:, -1] = answer[0, 0] = False
+    return Batch(tokens, answer)
