@@ -4,6 +4,7 @@ import html
 import importlib
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -18,6 +19,7 @@ from sst_interp.errors import SSTError
 from sst_interp.findings import of_run
 from sst_interp.findings.report.page import render_report
 from sst_interp.models.checkpoint import save_checkpoint
+from sst_interp.runs import provenance
 from sst_interp.runs.provenance import _of_the_stream, kind_words, run_kind
 from sst_interp.runs.recipe import Recipe
 from sst_interp.runs.store import list_runs, open_run
@@ -143,3 +145,18 @@ def test_a_recipe_asks_for_the_loop(tmp_path):
         replace(recipe, kind="spiral")
     with pytest.raises(SSTError, match="kind = 'looped': a depth-looped model has no alpha"):
         replace(recipe, alpha=0.1)
+
+
+def test_a_capture_from_a_checkout_notes_its_revision(monkeypatch, tmp_path):
+    """The module's place in the tree is part of how it finds the checkout."""
+    (tmp_path / ".git").mkdir()
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "sst_interp" / "runs" / "provenance.py"))
+    asked = []
+
+    def run(command, **_):
+        asked.append(command[2])
+        return SimpleNamespace(stdout="abc\n")
+
+    monkeypatch.setattr(provenance.subprocess, "run", run)
+    assert provenance._git_revision() == "abc"
+    assert asked == [str(tmp_path)]
