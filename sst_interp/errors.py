@@ -45,6 +45,14 @@ def unknown_name(kind: str, name: str, known: Iterable[str], list_with: str | No
     return SSTError(f"unknown {kind} {name!r}", hint)
 
 
+def check_known(kind: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """Raises `unknown_name` for the first of `names` that is not known."""
+    known = list(known)
+    for name in names:
+        if name not in known:
+            raise unknown_name(kind, name, known)
+
+
 def upstairs(name: str) -> Callable[..., Any]:
     """`package.module:function` of a floor above, for methods that open a door upwards (`run.question(3)`).
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
-from sst_interp.errors import SSTError, unknown_name
+from sst_interp.errors import SSTError, check_known
 
 MAX_DEPTH = 127
 """The deepest iteration anywhere: depths and iterations are int8 in a run's tables."""
@@ -79,9 +79,7 @@ class Choices:
         """Choices from a recipe's `[choices]` table; an unknown key is an error with the nearest name."""
         known = [field.name for field in fields(cls)]
         values = {BEFORE.get(key, key): value for key, value in values.items()}
-        for key in values:
-            if key not in known:
-                raise unknown_name("choice", key, known)
+        check_known("choice", values, known)
         if "comparison" in values and isinstance(values["comparison"], str):
             values["comparison"] = BEFORE.get(values["comparison"], values["comparison"])
         return cls(**values)

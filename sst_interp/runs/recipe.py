@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from sst_interp import paths
-from sst_interp.errors import SSTError, unknown_name
+from sst_interp.errors import SSTError, check_known, unknown_name
 from sst_interp.files import read_whole
 from sst_interp.models.choices import ANALYSIS, BEFORE, MAX_DEPTH, Choices, shown
 from sst_interp.models.kinds import kind_named, kinds
@@ -141,10 +141,7 @@ class Recipe:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Recipe:
         """A recipe from plain values (TOML or JSON); unknown and missing keys are errors."""
-        known = [f.name for f in fields(cls)]
-        for key in values:
-            if key not in known:
-                raise unknown_name("recipe key", key, known)
+        check_known("recipe key", values, [f.name for f in fields(cls)])
         for key in ("name", "checkpoint", "dataset"):
             if key not in values:
                 raise SSTError(f"{key} is missing", f"for example {key} = {_CHECKS[key][1]}")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from sst_interp import paths
-from sst_interp.errors import SSTError, unknown_name
+from sst_interp.errors import SSTError, check_known, unknown_name
 from sst_interp.models.choices import Choices
 from sst_interp.models.kinds.lrt import MemoryDesign
 from sst_interp.models.solvers.implicit import Solver
@@ -197,10 +197,7 @@ class TrainingRecipe:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainingRecipe:
         """A recipe from plain values; unknown and missing keys are errors."""
-        known = [f.name for f in fields(cls)]
-        for key in values:
-            if key not in known:
-                raise unknown_name("training recipe key", key, known)
+        check_known("training recipe key", values, [f.name for f in fields(cls)])
         for key in ("name", "backbone", "data"):
             if key not in values:
                 raise SSTError(f"{key} is missing", f"for example {key} = {_CHECKS[key][2]}")

@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from sst_interp.errors import SSTError, unknown_name
+from sst_interp.errors import SSTError, check_known
 from sst_interp.models.backbone import Backbone, Layer
 from sst_interp.models.choices import Choices, shown
 from sst_interp.models.hooks import Visit
@@ -67,10 +67,7 @@ class MemoryDesign:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MemoryDesign:
         """From a recipe's table; an unknown key is an error with the nearest name."""
-        known = [field.name for field in fields(cls)]
-        for key in values:
-            if key not in known:
-                raise unknown_name("key of [lrt]", key, known)
+        check_known("key of [lrt]", values, [field.name for field in fields(cls)])
         return cls(**values)
 
 
