@@ -116,7 +116,7 @@ def test_a_bad_file_is_refused_and_the_place_is_named(tmp_path, name, text, says
         ("arc-easy", {"n": -3}, "cannot ask -3"),
         ("arc-easy", {"split": "tset"}, "did you mean 'test'"),
         ("arc-easy", {"columns": {"id": "x"}}, "its own columns"),
-        ("arc-easy:here", {}, "only gpqa takes a path"),
+        ("arc-easy:here", {}, "takes nothing after the colon"),
         ("gpqa:nowhere.zip", {}, "no GPQA file at nowhere.zip"),
     ],
 )
@@ -210,7 +210,9 @@ def test_no_access_to_the_hub_tells_how_to_get_it(monkeypatch):
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("dataset", [name for name in known_datasets() if name != "gpqa"])
+@pytest.mark.parametrize(
+    "dataset", [name for name in known_datasets() if name not in ("gpqa", "reasoning-gym")]
+)
 def test_every_registered_dataset_reads_whole(dataset):
     expected = {"arc-challenge": 299, "arc-easy": 570, "sciq": 1000, "openbookqa": 500, "gsm8k": 1319}
     found = load_questions(dataset)
@@ -240,3 +242,41 @@ def test_the_official_gpqa_archive(monkeypatch):
     assert letters == set("ABCD")
     assert not shown
     assert fields == {"id", "prompt", "gold", "kind", "n_choices", "choices"}
+
+
+SUMS = "reasoning-gym:chain_sum?min_terms=2&max_terms=3&size=30"
+
+
+def test_questions_made_by_rule_are_right_and_ask_for_themselves():
+    asked = load_questions(SUMS).questions
+    assert len({q.id for q in asked}) == 30
+    for question in asked:
+        sum_ = question.prompt.removeprefix("State the final answer to the following arithmetic problem: ")
+        assert eval(sum_.removesuffix(" =")) == int(question.gold)
+        assert grade("number", f"It is {question.gold}.") == question.gold
+
+
+def test_a_set_made_by_rule_is_its_settings():
+    ids = lambda name: [(q.id, q.prompt) for q in load_questions(name).questions]  # noqa: E731
+    assert ids(SUMS) == ids(SUMS)
+    assert not {text for _, text in ids(SUMS)} & {text for _, text in ids(f"{SUMS}&seed=1000&min_digits=4")}
+    assert ids(f"{SUMS}&seed=10")[0][1] == ids(SUMS)[10][1]  # seeds closer than the size share questions
+    provenance = load_questions(SUMS, 5, instruction=None).provenance
+    assert "chain_sum max_terms=3 min_terms=2 seed=0 size=30" in provenance["source"]
+    assert provenance["instruction"] == {"number": ""}
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("reasoning-gym", "unknown task"),
+        ("reasoning-gym:chain", "chain_sum"),
+        ("reasoning-gym:chain_sum?min_termz=2", "min_termz"),
+        ("reasoning-gym:chain_sum?min_terms=-1", "positive"),
+        ("arc-easy:x", "nothing after the colon"),
+    ],
+)
+def test_a_set_that_cannot_be_made_by_rule_is_refused(name, says):
+    with pytest.raises(SSTError, match=says) as error:
+        load_questions(name)
+    assert error.value.hint

@@ -8,7 +8,16 @@ from tiny_training import write_gsm8k
 
 from sst_interp.errors import SSTError
 from sst_interp.models.model import attach
-from sst_interp.training.data import WIDTH, Example, encode, load_split, make_batch, read_items, schedule
+from sst_interp.training.data import (
+    WIDTH,
+    Example,
+    encode,
+    load_split,
+    make_batch,
+    padded,
+    read_items,
+    schedule,
+)
 from sst_interp.training.recipe import TrainingRecipe
 
 
@@ -156,3 +165,34 @@ def test_a_batch_marks_the_positions_before_answer_tokens():
     assert batch.tokens[:, :4].tolist() == [[5, 6, 7, 8], [5, 6, 7, 0]]
     assert not batch.tokens[:, 4:].any()
     assert batch.answer.nonzero().tolist() == [[0, 1], [0, 2], [1, 0], [1, 1]]
+
+
+@given(st.lists(st.integers(2, 300), min_size=1, max_size=80), st.integers(64, 900), st.integers(0, 3))
+def test_a_step_takes_as_many_examples_as_fit(lengths, positions, seed):
+    steps = schedule(lengths, 8, None, seed, positions)
+    assert sorted(i for step in steps for i in step) == list(range(len(lengths)))
+    for step in steps:
+        assert len(step) == 1 or len(step) * padded(max(lengths[i] for i in step)) <= positions
+
+
+def test_several_datasets_train_together(recipe, model):
+    from dataclasses import replace
+
+    sums = "reasoning-gym:chain_sum?size=9"
+    split = load_split(replace(recipe, data=[recipe.data, sums]), model)
+    held_out, train = ({e.id for e in part} for part in (split.held_out, split.train))
+    assert held_out | train == {str(n) for n in range(1, 21)} | {f"chain_sum-0-{n}" for n in range(9)}
+    assert split.data_hash != load_split(recipe, model).data_hash
+
+
+def test_few_steps_go_deeper_if_the_recipe_says_so(recipe):
+    from dataclasses import replace
+
+    exact = replace(recipe, method="exact", depths=(1, 4))
+    drawn = [exact.depth(step) for step in range(400)]
+    few = [replace(exact, deeper=0.2).depth(step) for step in range(400)]
+    assert {*drawn} == {*few} == {1, 2, 3, 4}
+    assert sum(d > 1 for d in few) < 90 < 250 < sum(d > 1 for d in drawn)
+    assert TrainingRecipe.from_dict(exact.to_dict()) == exact
+    with pytest.raises(SSTError, match="deeper"):
+        replace(exact, deeper=1.5)

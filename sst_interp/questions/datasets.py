@@ -126,7 +126,10 @@ def load_questions(
         "n": len(questions),
         "available": len(items),
         "seed": seed,
-        "instruction": {kind: INSTRUCTIONS[kind] if instruction is None else instruction for kind in kinds},
+        "instruction": {
+            kind: next((t for t in (instruction, items[0].instruction) if t is not None), INSTRUCTIONS[kind])
+            for kind in kinds
+        },
     }
     return QuestionSet(provenance["dataset"], questions, restricted, provenance)
 
@@ -146,7 +149,9 @@ def load_items(name: str, split: str | None = None) -> tuple[list[Item], dict[st
 def _named(name: str, known: Dataset, split: str | None) -> tuple[list[Item], dict[str, Any]]:
     _, has_path, path = name.partition(":")
     if has_path and not (known.takes_path and path):
-        raise SSTError(f"dataset {name!r}: only gpqa takes a path", "for example gpqa:/path/to/dataset.zip")
+        raise SSTError(
+            f"dataset {name!r}: {known.name} takes nothing after the colon", f"dataset = {known.name!r}"
+        )
     split = split or known.splits[0]
     if split not in known.splits:
         raise unknown_name(f"split of {known.name}", split, known.splits)

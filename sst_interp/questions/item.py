@@ -59,6 +59,8 @@ class Item:
     """Index into `choices`, or the number as the dataset writes it."""
     worked: str = field(default="", repr=False)
     """The worked answer, if there is one: what a training learns to write."""
+    instruction: str | None = None
+    """Follows the question instead of the kind's default; empty if the question itself says it all."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "text", Hidden(self.text))
@@ -132,6 +134,7 @@ def ask(item: Item, seed: int = 0, instruction: str | None = None, ordered: bool
         SSTError: more than 26 choices, or a gold answer that is not a number.
     """
     kind: Kind = "choice" if item.choices else "number"
+    instruction = item.instruction if instruction is None else instruction
     instruction = INSTRUCTIONS[kind] if instruction is None else instruction
     if kind == "number":
         gold = canonical_number(str(item.answer))

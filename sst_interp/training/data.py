@@ -16,13 +16,15 @@ from torch import Tensor
 
 from sst_interp.errors import SSTError, unknown_name
 from sst_interp.models.model import StateStreamModel
-from sst_interp.questions.datasets import read_file
+from sst_interp.questions.datasets import known_datasets, load_items, read_file
 from sst_interp.questions.item import INSTRUCTIONS, Item, ask, message
 from sst_interp.training.recipe import TrainingRecipe
 
 GSM8K_HUB = ("openai/gsm8k", "main/train-00000-of-00001.parquet")
 WINDOW = 32
 """Batches that are sorted by length together: enough to waste little on padding, few enough to mix."""
+MIXED = 512
+"""Examples that are sorted together where a step takes as many as fit."""
 WIDTH = 32
 """Batches are padded to a multiple of this: CPU kernels are compiled per shape, so few shapes are fast."""
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
@@ -57,7 +59,8 @@ def load_split(recipe: TrainingRecipe, model: StateStreamModel) -> Split:
     Raises:
         SSTError: the data is missing or cannot be read, or nothing is left to train on.
     """
-    items = read_items(recipe.data)
+    names = (recipe.data,) if isinstance(recipe.data, str) else recipe.data
+    items = [item for name in names for item in read_items(name)]
     order = list(range(len(items)))
     random.Random(f"holdout:{recipe.seed}").shuffle(order)
     if recipe.holdout >= len(items):
@@ -97,6 +100,7 @@ def encode(item: Item, model: StateStreamModel, instruction: str | None = None) 
     else:
         answer = _CALCULATOR.sub("", item.worked or str(item.answer))
         default = INSTRUCTIONS["number"] if "####" in answer else ""
+        default = default if item.instruction is None else item.instruction
         prompt = message(item.text, default if instruction is None else instruction)
     before = model.chat(prompt)
     end = getattr(model.tokenizer, "eos_token_id", None)
@@ -105,7 +109,7 @@ def encode(item: Item, model: StateStreamModel, instruction: str | None = None) 
 
 
 def read_items(data: str) -> list[Item]:
-    """The records of `gsm8k`, `gsm8k:PATH`, or a .csv or .jsonl file.
+    """The records of `gsm8k`, `gsm8k:PATH`, another dataset that has a name, or a .csv or .jsonl file.
 
     `gsm8k` alone reads `$SST_INTERP_GSM8K` if that is set, else the training split on the Hugging Face hub.
 
@@ -118,9 +122,12 @@ def read_items(data: str) -> list[Item]:
         if has_path and not path:
             raise SSTError("gsm8k: names no file", "for example gsm8k:train.jsonl")
         return read_file(Path(path).expanduser())[0] if path else _from_hub()
+    if name in known_datasets():
+        return load_items(data)[0]
     file = Path(data).expanduser()
     if file.suffix not in (".csv", ".jsonl"):
-        raise unknown_name("training data", data, ["gsm8k", "gsm8k:PATH", "FILE.csv", "FILE.jsonl"])
+        names = ["gsm8k:PATH", *known_datasets(), "FILE.csv", "FILE.jsonl"]
+        raise unknown_name("training data", data, names)
     return read_file(file)[0]
 
 
@@ -155,14 +162,19 @@ class Batch:
         return Batch(self.tokens.to(device), self.answer.to(device))
 
 
-def schedule(lengths: Sequence[int], batch_size: int, examples: int | None, seed: int) -> list[list[int]]:
+def schedule(
+    lengths: Sequence[int], batch_size: int, examples: int | None, seed: int, positions: int | None = None
+) -> list[list[int]]:
     """Indices of every step's examples: epochs of a seeded shuffle, batched by length.
 
     Args:
         lengths: tokens per example.
         batch_size: examples per step; the last step of an epoch may have fewer.
         examples: how many in all; None for one epoch.
+        positions: instead of `batch_size`, a step takes as many examples as fit, padding included.
     """
+    if positions is not None:
+        batch_size = MIXED // WINDOW
     total = len(lengths) if examples is None else examples
     steps: list[list[int]] = []
     epoch = 0
@@ -174,12 +186,26 @@ def schedule(lengths: Sequence[int], batch_size: int, examples: int | None, seed
         batches = []
         for start in range(0, len(order), WINDOW * batch_size):
             window = sorted(order[start : start + WINDOW * batch_size], key=lambda i: (lengths[i], i))
-            batches += [window[k : k + batch_size] for k in range(0, len(window), batch_size)]
+            batches += _cut(window, lengths, batch_size, positions)
         rng.shuffle(batches)
         steps += batches
         total -= len(order)
         epoch += 1
     return steps
+
+
+def _cut(
+    window: list[int], lengths: Sequence[int], batch_size: int, positions: int | None
+) -> list[list[int]]:
+    """The examples of a window, shortest first, cut into batches."""
+    if positions is None:
+        return [window[k : k + batch_size] for k in range(0, len(window), batch_size)]
+    batches: list[list[int]] = [[]]
+    for i in window:
+        if batches[-1] and (len(batches[-1]) + 1) * padded(lengths[i]) > positions:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
 
 
 def padded(longest: int, width: int = WIDTH) -> int:

@@ -33,9 +33,9 @@ class TrainingRecipe:
     backbone: str
     """The model to start from: a shipped name, a hub id or a folder."""
 
-    data: str
-    """Questions with worked answers: `gsm8k`, `gsm8k:PATH`, or a .csv or .jsonl file with the columns
-    `question` and `answer`."""
+    data: str | tuple[str, ...]
+    """Questions with worked answers: `gsm8k`, `gsm8k:PATH`, another dataset that has a name, a .csv or .jsonl
+    file with the columns `question` and `answer`, or a list of these."""
 
     method: Method = "two_pass"
     """How states are computed in training. `two_pass`: a blend-off pass, then `sweeps` sweeps in `groups`
@@ -63,6 +63,9 @@ class TrainingRecipe:
 
     depths: tuple[int, int] = (1, 1)
     """Least and most iterations of every position (`exact`, `sequential`); a step draws one number."""
+
+    deeper: float = 1.0
+    """Share of steps that draw from all of `depths`; the others take the least."""
 
     recompute: bool = False
     """Compute every layer again in the backward pass (`exact`): slower, in less memory."""
@@ -112,6 +115,10 @@ class TrainingRecipe:
     batch_size: int = 8
     """Examples per step."""
 
+    batch_tokens: int | None = None
+    """Instead of `batch_size`: a step takes as many examples of like length as fit into so many positions,
+    padding included."""
+
     examples: int | None = None
     """How many examples to train on in all, over several epochs if need be; left out: one epoch."""
 
@@ -143,8 +150,8 @@ class TrainingRecipe:
                 raise SSTError(f"{key} = {value!r} is not {expected}", f"for example {key} = {example}")
         for key in ("alpha_bounds", "loss_weights"):
             object.__setattr__(self, key, tuple(map(float, getattr(self, key))))
-        for key in ("targets", "depths", "exact_sweeps"):
-            if (value := getattr(self, key)) is not None:
+        for key in ("data", "targets", "depths", "exact_sweeps"):
+            if (value := getattr(self, key)) is not None and not isinstance(value, str):
                 object.__setattr__(self, key, tuple(value))
         low, high = self.alpha_bounds
         if not low < self.alpha < high:
@@ -222,7 +229,9 @@ class TrainingRecipe:
 
     def depth(self, step: int) -> int:
         """Iterations of every position in step `step` (from 0)."""
-        return random.Random(f"depth:{self.seed}:{step}").randint(*self.depths)
+        drawn = random.Random(f"depth:{self.seed}:{step}")
+        depth = drawn.randint(*self.depths)
+        return depth if drawn.random() < self.deeper else self.depths[0]
 
     def differences(self, now: TrainingRecipe) -> list[tuple[str, Any, Any]]:
         """(key, this recipe's value, `now`'s) wherever the two would learn something different."""
@@ -232,7 +241,10 @@ class TrainingRecipe:
         return [(key, ours.get(key), theirs.get(key)) for key in keys]
 
 
-_LATER = ("chunk", "loss_weights", "lrt_learning_rate", "tolerance", "exact_sweeps", "depths", "recompute")
+_LATER = (
+    "chunk", "loss_weights", "lrt_learning_rate", "tolerance", "exact_sweeps", "depths", "deeper",
+    "recompute", "batch_tokens",
+)  # fmt: skip
 """Keys that older recipes lack. They are written only if they differ from the default."""
 
 
@@ -282,7 +294,10 @@ _FOLDER = "a plain folder name (letters, digits, '-', '_' and '.')"
 _CHECKS: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "name": (lambda v: _word(v) and re.fullmatch(NAME, v) is not None, _FOLDER, '"my-sst"'),
     "backbone": (_word, "the name of a model", '"smollm2-135m"'),
-    "data": (_word, "the name of a dataset or a file", '"gsm8k"'),
+    "data": (
+        lambda v: _word(v) or (_list(v, (_word, "")) and len(v) > 0),
+        "the name of a dataset or a file, or a list of them", '"gsm8k"',
+    ),
     "method": (*_one_of(*get_args(Method)), '"two_pass"'),
     "sweeps": (*_whole(1), "1"),
     "groups": (*_whole(1), "1"),
@@ -293,6 +308,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str, str]] = {
         lambda v: _list(v, _whole(1), 2) and v[0] <= v[1],
         "two whole numbers from 1, the lower first", "[1, 4]",
     ),
+    "deeper": (*_number(0, 1), "0.2"),
     "recompute": (lambda v: isinstance(v, bool), "true or false", "true"),
     "loss_weights": (
         lambda v: _list(v, _number(0)) and (not v or any(v)), "a list of numbers from 0, not all 0", "[1, 1]"
@@ -313,6 +329,9 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "weight_decay": (*_number(0), "0.0"),
     "clip": (*_number(0, above=True), "1.0"),
     "batch_size": (*_whole(1), "8"),
+    "batch_tokens": (
+        lambda v: v is None or _whole(1)[0](v), "a whole number from 1 (left out: batch_size)", "1600"
+    ),
     "examples": (
         lambda v: v is None or _whole(1)[0](v), "a whole number from 1 (left out: one epoch)", "2560"
     ),

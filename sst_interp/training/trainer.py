@@ -49,10 +49,12 @@ from sst_interp.training.recipe import EVERY_PASS, TrainingRecipe
 
 STATE = "training.safetensors"
 VERSIONS = ("sst-interp", "torch", "transformers", "peft")
-LOOKS = 5
+LOOKS = 11
 """How often the held-out loss is measured, evenly from before the first step to after the last."""
 LOOK_EXAMPLES = 24
 """On how many held-out examples."""
+LOOK_DEPTHS = (1, 4)
+"""Iterations of every position at which they are measured; a model without a stream is at depth 1 only."""
 
 
 class Training:
@@ -94,7 +96,9 @@ class Training:
             self.model.backbone.model, recipe.rank, recipe.lora_alpha, recipe.targets, recipe.seed
         )
         lengths = [len(example.tokens) for example in self.split.train]
-        self.schedule = schedule(lengths, recipe.batch_size, recipe.examples, recipe.seed)
+        self.schedule = schedule(
+            lengths, recipe.batch_size, recipe.examples, recipe.seed, recipe.batch_tokens
+        )
         if recipe.method == "interleaved":
             refuse_short_batches([max(lengths[i] for i in step) for step in self.schedule], recipe.groups)
         shape, memory = None, None
@@ -162,10 +166,13 @@ class Training:
 
     def look(self) -> dict[str, float]:
         """Loss on held-out examples: under exact evaluation, and as the recipe's method computes it."""
-        recipe, examples = self.recipe, self.split.held_out[:LOOK_EXAMPLES]
+        recipe, held_out = self.recipe, self.split.held_out
+        examples = held_out[:: max(1, len(held_out) // LOOK_EXAMPLES)][:LOOK_EXAMPLES]
         if not examples:
             return {}
         ways: dict[str, dict[str, Any]] = {"held_out_exact": {}}
+        if recipe.method != "none" and recipe.lrt is None:
+            ways |= {f"held_out_depth_{d}": {"iterations": d} for d in LOOK_DEPTHS[1:]}
         if recipe.method in ("two_pass", *EVERY_PASS):
             ways["held_out_as_trained"] = {"sweeps": recipe.sweeps, "groups": recipe.groups}
         means = {}
