@@ -3,8 +3,8 @@
     reasoning-gym:chain_sum?min_terms=2&max_terms=3&seed=7&size=1000
 
 The settings are the task's own; `seed` and `size` are settings of every task. Question k of a set is made
-from `seed + k`: two sets share none if their seeds are further apart than the first one's size. (Of a task that
-has few questions, both may still hold the same one.)
+from `seed + k`: two sets share none if their seeds are further apart than the size of the first. (Of a task
+that has few questions, both may still hold the same one.)
 """
 
 from __future__ import annotations
