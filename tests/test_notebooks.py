@@ -21,6 +21,7 @@ CLAIMS = {
     "05-two-pass-against-exact": ("C15",),
     "06-your-own-model-and-questions": (),
     "07-causal-patching": ("C16", "C16b"),
+    "08-train-exactly": (),
 }
 LARGEST = 2_000_000
 MACHINE = re.compile(r"/(tmp|home|root|Users|work|workspace|usr|opt|mnt|builds?)/|:\\\\Users|site-packages")

@@ -213,7 +213,7 @@ class TrainingStudy(Study):
 
     def passes(self, job: Job) -> int:
         """Position passes of a training, in steps of a baseline."""
-        return self.plan.steps * job.arm.longer * job.arm.passes
+        return round(self.plan.steps * job.arm.longer * job.arm.passes)
 
 
 _STUDIES: dict[str, type[Study]] = {}
