@@ -43,7 +43,7 @@ from sst_interp.models.backbone import Backbone
 from sst_interp.models.choices import check_iterations, whole
 from sst_interp.models.generation import Generation, generate
 from sst_interp.models.hooks import SITES, Hook, Site, Visit, alike
-from sst_interp.models.model import Prompts, StateStreamModel, check_stop
+from sst_interp.models.model import Prompts, StateStreamModel
 from sst_interp.models.stream import Recurrence, stack_pass
 
 OWN = ("resid_mid", "stream_state", "resid_blended")
@@ -303,7 +303,7 @@ class StateStreamBridge(TransformerBridge):
         hooked.backbone.unembed = model.backbone.unembed
         out = generate(
             hooked, tokens, pad, [iterations] * len(pad), max_new_tokens,
-            model.stop_tokens if stop_tokens is None else check_stop(stop_tokens),
+            model.endings(stop_tokens),
             observe=lambda step: last.append(torch.stack([it.resid_post[-1] for it in step.iterations], 1)),
             hook=self._hook,
         )  # fmt: skip

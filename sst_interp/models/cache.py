@@ -67,6 +67,16 @@ class KeyValues:
             assert value is not None
             key[:, :, column], value[:, :, column] = k, v
 
+    def make_room(self, columns: int) -> None:
+        """Room for so many columns; what is stored stays."""
+        for store in (self.keys, self.values):
+            for n, kept in enumerate(store):
+                if kept is not None and columns > kept.shape[2]:
+                    rows, heads, _, d_head = kept.shape
+                    store[n] = kept.new_zeros(rows, heads, columns, d_head)
+                    store[n][:, :, : kept.shape[2]] = kept  # pyright: ignore
+        self.columns = max(self.columns, columns)
+
     def take(self, rows: Tensor) -> KeyValues:
         """An independent copy of these rows, in this order; a row may be named several times."""
         copy = KeyValues(len(self.keys), self.columns)
