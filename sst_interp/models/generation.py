@@ -102,7 +102,7 @@ class Sampling:
 
     def draws(self, prompts: Sequence[Sequence[int]], order: Sequence[int]) -> list[random.Random]:
         """Every row's generator; `order` says which of the seeds is whose."""
-        given = self.seed
+        given: Any = self.seed
         several = isinstance(given, Sequence) and not isinstance(given, str)
         seeds = list(given) if several else [given] * len(prompts)
         if len(seeds) != len(prompts):

@@ -202,7 +202,7 @@ class TrainingStudy(Study):
                 nonlocal done
                 done += job.arm.passes
                 if progress is not None:
-                    progress(words, done, total)
+                    progress(words, round(done), total)
 
             for name, rows in self.measure(job, self.begin(job), after_step).items():
                 self.tables[name].put(folder, rows)
