@@ -1,4 +1,4 @@
-"""Likelihoods of continuations: the sequential definition, token by token, at every depth and of every kind."""
+"""Likelihoods of continuations: the sequential definition, token by token, at every depth."""
 
 import pytest
 import torch

@@ -1,8 +1,8 @@
 """How likely given continuations of a text are at any depth: log-probabilities, token by token.
 
-The context is read once at depth 1 up to its last token, as a prompt is. From there every position is iterated
-to the depth asked for, the context's last token included: its logits predict the first token of a
-continuation. It is the model that writes at that depth (`generation`), asked about a text that is not its own.
+The context is read once at depth 1 up to its last token, as a prompt is. From there every position is
+iterated to the depth asked for, the context's last token included: its logits predict the first token of a
+continuation. It is the model that writes at that depth (`generation`), asked about a text not its own.
 """
 
 from __future__ import annotations
