@@ -470,7 +470,7 @@ def test_restricted_text_is_nowhere(csv, model, tmp_path, monkeypatch, keep):
             for name, tensor in load_file(file).items():
                 assert tensor.is_floating_point() or name.endswith(".shifts.index"), name
     # The same search finds the words where they are allowed: it can fail.
-    assert "quorvex" in str(restricted(str(csv), instruction="").questions[0].prompt)
+    assert "quorvex" in str(restricted(recipe_for(csv)).questions[0].prompt)
 
 
 def test_one_depth_has_nothing_to_compare(csv, model, tmp_path):
