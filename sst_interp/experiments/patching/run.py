@@ -209,7 +209,9 @@ class _Patching:
     def _likeliest(self, question: int, written: Texts) -> list[str | None] | None:
         """The likeliest choices of the patched row, the base and the donor; None after position 0."""
         asked = self.asked[question]
-        return written.sums and [grade_by_likelihood(asked, sums)[0].answer for sums in written.sums]
+        if written.sums is None:
+            return None
+        return [grade_by_likelihood(asked, sums)[0].answer for sums in written.sums]
 
     def _answer(self, question: int, before: Sequence[int], new: Sequence[int]) -> str | None:
         """The answer in the text so far."""
