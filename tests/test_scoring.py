@@ -19,6 +19,7 @@ from sst_interp.questions import Graded, Item, Question, grade, graded, load_que
 from sst_interp.questions import datasets as datasets_module
 from sst_interp.questions.item import ask, canonical_text, final_lines
 from sst_interp.questions.scoring import _SCORERS, grade_by_likelihood
+from sst_interp.runs.provenance import prompt_tokens
 from sst_interp.runs.recipe import Recipe
 from sst_interp.training import evaluation
 from sst_interp.training.evaluation import TASKS, choices, evaluate
@@ -47,6 +48,16 @@ def test_the_question_is_the_harness_cloze_and_shows_no_choice():
         question = ask(METALS, seed, scoring="likelihood")
         assert question.prompt == "Question: Which is a metal?\nAnswer:"
         assert question.choices["ABC".index(question.gold)] == "tin"
+
+
+def test_no_chat_template_is_put_around_it():
+    templated = word_tokenizer()
+    templated.chat_template = "{{ 'quorvex9 quorvex8 ' + messages[0]['content'] }}"
+    model = attach(tiny_llama(), templated)
+    cloze, lettered = ask(METALS, scoring="likelihood"), ask(METALS)
+    assert prompt_tokens(model, cloze) == model.encode(cloze.prompt)
+    assert prompt_tokens(model, lettered) == model.chat(lettered.prompt)
+    assert len(model.chat(cloze.prompt)) == len(model.encode(cloze.prompt)) + 2
 
 
 def test_the_likeliest_choice_is_the_answer_and_the_margin_says_by_how_much():
