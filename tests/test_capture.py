@@ -438,12 +438,12 @@ def test_only_the_damaged_batch_is_captured_again(whole, model, tmp_path, monkey
 
 @pytest.mark.parametrize("keep", ["all", "shifts"])
 def test_restricted_text_is_nowhere(csv, model, tmp_path, monkeypatch, keep):
-    real = load_questions
+    real = capture_module.questions_of
 
     def restricted(*args, **kwargs):
         return dataclasses.replace(real(*args, **kwargs), restricted=True)
 
-    monkeypatch.setattr(capture_module, "load_questions", restricted)
+    monkeypatch.setattr(capture_module, "questions_of", restricted)
     run = capture(recipe_for(csv, keep=keep), model, tmp_path / "own", progress=False)
     assert run.manifest["provenance"]["restricted"] is True
     assert run.steps[["token", "argmax", "top100"]].isna().all().all()
@@ -470,7 +470,7 @@ def test_restricted_text_is_nowhere(csv, model, tmp_path, monkeypatch, keep):
             for name, tensor in load_file(file).items():
                 assert tensor.is_floating_point() or name.endswith(".shifts.index"), name
     # The same search finds the words where they are allowed: it can fail.
-    assert "quorvex" in str(restricted(str(csv), instruction="").questions[0].prompt)
+    assert "quorvex" in str(restricted(recipe_for(csv)).questions[0].prompt)
 
 
 def test_one_depth_has_nothing_to_compare(csv, model, tmp_path):

@@ -458,12 +458,12 @@ def test_more_controls_are_another_run(run, csv, model):
 
 
 def test_controls_of_restricted_questions_name_no_token(csv, model, tmp_path, monkeypatch):
-    real = load_questions
+    real = capture_module.questions_of
 
     def restricted(*args, **kwargs):
         return dataclasses.replace(real(*args, **kwargs), restricted=True)
 
-    monkeypatch.setattr(capture_module, "load_questions", restricted)
+    monkeypatch.setattr(capture_module, "questions_of", restricted)
     run = capture(recipe_for(csv, controls=5), model, tmp_path / "own", progress=False)
     assert run.nudges["question"].nunique() == 5
     for table in (run.noise, run.nudges):

@@ -25,6 +25,7 @@ from sst_interp.training import evaluation as by_name
 from sst_interp.training import evaluation as tasks
 from sst_interp.training.data import Example
 from sst_interp.training.evaluation import (
+    BY_DEFAULT,
     TASKS,
     answer_losses,
     answers,
@@ -338,6 +339,6 @@ def test_the_shipped_measurements_are_found_without_a_model(monkeypatch):
     monkeypatch.setattr(by_name, "load", lambda *_a, **_k: pytest.fail("loaded"))
     sst = "smollm2-135m-sst"
     for name, held_out in ((sst, sst), ("smollm2-135m-baseline", sst), ("smollm2-135m", sst)):
-        found = evaluate_by_name(name, [1, 2, 3, 4], list(TASKS), held_out_of=held_out)
-        assert set(found["task"]) == {*TASKS, "held-out-loss"}
+        found = evaluate_by_name(name, [1, 2, 3, 4], list(BY_DEFAULT), held_out_of=held_out)
+        assert set(found["task"]) == {*BY_DEFAULT, "held-out-loss"}
     evaluate_by_name("smollm2-135m-lrt", [1, 2, 3, 4], ["gsm8k-loss", "arc-challenge"], 32)

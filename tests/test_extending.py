@@ -14,6 +14,7 @@ from sst_interp import cli
 from sst_interp.models import kinds as kinds_module
 from sst_interp.models.kinds import kinds
 from sst_interp.questions import datasets as datasets_module
+from sst_interp.questions import scoring
 from sst_interp.questions.datasets import known_datasets
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
@@ -30,6 +31,7 @@ def here(tmp_path, monkeypatch, registries):
     for module, loaded in ((kinds_module, kinds()), (datasets_module, known_datasets())):
         name = "_KINDS" if module is kinds_module else "_DATASETS"
         monkeypatch.setattr(module, name, dict(loaded))
+    monkeypatch.setattr(scoring, "_SCORERS", dict(scoring._SCORERS))
     for name, code in EXAMPLES.items():
         (tmp_path / name).write_text(code)
     monkeypatch.chdir(tmp_path)
@@ -37,7 +39,7 @@ def here(tmp_path, monkeypatch, registries):
     tiny_llama(torch.float32, max_position_embeddings=256).save_pretrained(tmp_path / "tiny")
     word_tokenizer().save_pretrained(tmp_path / "tiny")
     (tmp_path / "r.toml").write_text(
-        'checkpoint = "tiny"\ndataset = "riddles"\nkind = "damped"\ndepths = [1, 2]\n'
+        'checkpoint = "tiny"\ndataset = "riddles"\nkind = "damped"\nscoring = "rhyme"\ndepths = [1, 2]\n'
         'max_new_tokens = 4\nbatch_size = 2\ndtype = "float32"\n'
     )
     return tmp_path
@@ -50,8 +52,8 @@ def command(monkeypatch, *words):
     return stopped.value.code
 
 
-def test_the_page_has_an_analysis_a_kind_and_a_dataset():
-    assert set(EXAMPLES) == {"halves.py", "damped.py", "riddles.py"}
+def test_the_page_has_an_example_of_everything_that_is_registered():
+    assert set(EXAMPLES) == {"halves.py", "damped.py", "riddles.py", "rhyme.py"}
 
 
 def test_the_examples_are_captured_listed_and_reported(here, monkeypatch, capsys):
@@ -62,6 +64,11 @@ def test_the_examples_are_captured_listed_and_reported(here, monkeypatch, capsys
     assert command(monkeypatch, "runs", "--json") in (0, None)
     row = next(row for row in json.loads(capsys.readouterr().out) if row["name"] == "r")
     assert (row["kind"], row["dataset"], row["state"]) == ("damped", "riddles", "complete")
+    run = sst.open_run("r")
+    assert run.manifest["provenance"]["dataset"]["scoring"] == "rhyme"
+    assert [
+        a.endswith(g) for a, g in zip(run.questions["answer"], run.questions["gold"].str.lower(), strict=True)
+    ] == (run.questions["correct"].tolist())
     assert command(monkeypatch, "report", "r", "--html", "r.html") in (0, None)
     page = Path("r.html").read_text()
     for words in ("Damped loop", "Two halves", "riddles"):

@@ -215,6 +215,7 @@ def test_no_access_to_the_hub_tells_how_to_get_it(monkeypatch):
 )
 def test_every_registered_dataset_reads_whole(dataset):
     expected = {"arc-challenge": 299, "arc-easy": 570, "sciq": 1000, "openbookqa": 500, "gsm8k": 1319}
+    expected["piqa"] = 1838
     found = load_questions(dataset)
     assert len(found) == expected[dataset]
     for q in found.questions:
@@ -241,7 +242,7 @@ def test_the_official_gpqa_archive(monkeypatch):
     assert counts == (198, 198)
     assert letters == set("ABCD")
     assert not shown
-    assert fields == {"id", "prompt", "gold", "kind", "n_choices", "choices"}
+    assert fields == {"id", "prompt", "gold", "kind", "n_choices", "choices", "scoring", "entry"}
 
 
 SUMS = "reasoning-gym:chain_sum?min_terms=2&max_terms=3&size=30"

@@ -38,6 +38,8 @@ recipes = st.builds(
     lens_tokens=st.sampled_from(["none", "position0", "all"]),
     seed=st.integers(0, 2**40),
     instruction=st.none() | st.text(),
+    scoring=st.none() | st.sampled_from(["letter", "text", "roman"]),
+    columns=st.none() | st.fixed_dictionaries({"question": words, "choices": st.lists(words, max_size=2)}),
     controls=st.integers(0, 10**9),
     choices=choices,
 )
@@ -91,6 +93,8 @@ def test_fingerprints_differ_exactly_where_what_is_captured_does(a, b):
         {"seed": 3},
         {"instruction": ""},
         {"reply_prefix": "("},
+        {"scoring": "likelihood"},
+        {"columns": {"question": "Q"}},
         {"controls": 3},
         {"choices": Choices(kv="first")},
     ],
@@ -163,6 +167,9 @@ BAD = [
     ("controls", 0.5),
     ("controls", "all"),
     ("instruction", 3),
+    ("scoring", ""),
+    ("columns", {"prompt": "Q"}),
+    ("columns", "question"),
     ("choices", "exact"),
 ]
 

@@ -18,6 +18,7 @@ from sst_interp.errors import SSTError
 from sst_interp.experiments.origin import origin_of, written_tokens
 from sst_interp.models.choices import whole
 from sst_interp.models.model import StateStreamModel
+from sst_interp.runs.provenance import prompt_tokens
 from sst_interp.runs.run import Run
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def run_caches(
     depth = max(recipe.depths) if depth is None else whole("depth", depth, 1)
     tokens = written_tokens(run, question, 1 if text == "depth1" else depth, text)
     model, asked = origin_of(run, model)
-    prompt = model.chat(asked[question].prompt, reply_prefix=recipe.reply_prefix or "")
+    prompt = prompt_tokens(model, asked[question], recipe.reply_prefix)
     return bridge(model).read_with_caches(prompt, tokens, depth, names_filter)[1]
 
 

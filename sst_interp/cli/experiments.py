@@ -298,7 +298,7 @@ def train(
 def evaluate(
     models: Annotated[list[str], typer.Argument(help="Checkpoints or backbones; the first is tested.")],
     depths: Annotated[str, typer.Option(help="Iteration depths.")] = "1,2,3,4",
-    tasks: Annotated[str, typer.Option(help="With commas; default: all.")] = "",
+    tasks: Annotated[str, typer.Option(help="With commas; default: GSM8K, and ARC by letter.")] = "",
     questions: Annotated[int | None, typer.Option(min=1, help="At most so many per task.")] = None,
     held_out: Annotated[bool, typer.Option("--held-out", help="Also held-out training examples.")] = False,
     card: Annotated[bool, typer.Option("--card", help="Write the first one's model card.")] = False,
@@ -316,20 +316,22 @@ def evaluate(
         sst-interp evaluate smollm2-135m-sst smollm2-135m-baseline smollm2-135m
 
         sst-interp evaluate checkpoints/mine --tasks gsm8k --questions 50 --depths 1,4
+
+        sst-interp evaluate smollm2-135m --tasks arc-easy-likelihood-per-character --questions 200
     """
     from sst_interp.experiments.training_results import depth_scores
     from sst_interp.files import check_place
     from sst_interp.models.checkpoint import checkpoint_folder
     from sst_interp.runs.recipe import MAX_DEPTH
     from sst_interp.training.card import write_card
-    from sst_interp.training.evaluation import TASKS, evaluate_by_name
+    from sst_interp.training.evaluation import BY_DEFAULT, evaluate_by_name
 
     at = whole_numbers("--depths", depths, "1,2,3,4")
     if any(depth > MAX_DEPTH for depth in at):
         raise SSTError(f"depths go up to {MAX_DEPTH}, not {max(at)}", "for example --depths 1,2,3,4")
     if out is not None:
         check_place(out, "give another --out")
-    wanted = [task.strip() for task in tasks.split(",")] if tasks else list(TASKS)
+    wanted = [task.strip() for task in tasks.split(",")] if tasks else list(BY_DEFAULT)
     own = models[0] if held_out else None
     twice = lambda name: [Path(m).name for m in models].count(Path(name).name) > 1  # noqa: E731
     with stopping("what was measured is kept: the same command goes on from there"):

@@ -113,7 +113,7 @@ def runs(as_json: JsonFlag = False) -> None:
 
 
 def datasets(as_json: JsonFlag = False) -> None:
-    """List the datasets that recipes can name; a .csv or .jsonl path works, too.
+    """List the datasets that recipes can name; a .csv or .jsonl path or hf:OWNER/NAME:CONFIG works, too.
 
     Example:
         sst-interp datasets

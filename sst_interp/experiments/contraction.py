@@ -35,7 +35,7 @@ from sst_interp.models.loading import load
 from sst_interp.models.model import StateStreamModel
 from sst_interp.models.solvers.sequential import TOLERANCE
 from sst_interp.models.solvers.sweeps import solve_by_sweeps
-from sst_interp.questions import load_questions
+from sst_interp.runs.provenance import questions_of
 from sst_interp.runs.run import Run
 
 COLUMNS = ["text", "tokens", "depth", "sweep", "residual", "settled"]
@@ -129,9 +129,7 @@ def contraction_of(
     residuals = {}
     for run in check_texts(names, texts):
         recipe, depths = run.recipe, sorted({1, max(run.recipe.depths)})
-        asked = load_questions(
-            recipe.dataset, texts, recipe.seed, recipe.split, instruction=recipe.instruction
-        )
+        asked = questions_of(recipe, texts)
         model = load(recipe.checkpoint, recipe.alpha, recipe.choices, "float32", kind=recipe.kind)
         read = [model.encode(q.prompt) for q in asked.questions]
         with tqdm(desc=f"sweeps of {run.name}", total=len(read) * len(depths), unit="text") as bar:

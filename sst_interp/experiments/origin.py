@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from sst_interp.errors import SSTError
 from sst_interp.models.loading import load
 from sst_interp.models.model import StateStreamModel
-from sst_interp.questions import Question, load_questions
-from sst_interp.runs.provenance import provenance
+from sst_interp.questions import Question
+from sst_interp.runs.provenance import provenance, questions_of
 from sst_interp.runs.run import Run
 
 
@@ -25,9 +25,7 @@ def origin_of(run: Run, model: StateStreamModel | None = None) -> tuple[StateStr
         SSTError: a model or questions that are not the run's.
     """
     recipe = run.recipe
-    asked = load_questions(
-        recipe.dataset, recipe.questions, recipe.seed, recipe.split, instruction=recipe.instruction
-    )
+    asked = questions_of(recipe)
     if model is None:
         model = load(recipe.checkpoint, recipe.alpha, recipe.choices, recipe.dtype, kind=recipe.kind)
     now = provenance(model, asked)

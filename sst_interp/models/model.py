@@ -44,6 +44,7 @@ from sst_interp.models.hooks import Edit
 from sst_interp.models.kinds.looped import Looped
 from sst_interp.models.kinds.lrt import MemoryDesign, Pathway, Projections, build_memory
 from sst_interp.models.kinds.sst import PAPER_ALPHA, LayerBlend
+from sst_interp.models.likelihood import LogLikelihood, loglikelihood
 from sst_interp.models.prompts import Prompt, Prompts, check_stop, ids_of, in_time, listed
 from sst_interp.models.solvers import Replay, prefill, replay
 from sst_interp.models.solvers.sequential import Certificate
@@ -92,6 +93,19 @@ class StateStreamModel(Recurrence):
     def encode_plain(self, text: str) -> list[int]:
         """Token ids of a piece of text inside a conversation: no special tokens are added."""
         return self._tokenize(text, add_special_tokens=False)
+
+    def encode_pair(self, context: Prompt, continuation: Prompt) -> tuple[list[int], list[int]]:
+        """Token ids of a context and of a text that continues it.
+
+        The continuation's are those of the two together after as many as the context has alone, and white
+        space at the context's end belongs to the continuation: lm-evaluation-harness splits them so.
+        """
+        if not isinstance(context, str) or not isinstance(continuation, str):
+            after = self.encode_plain(continuation) if isinstance(continuation, str) else ids_of(continuation)
+            return self.encode(context), after
+        before = context.rstrip()
+        ids = self.encode(before)
+        return ids, self.encode(context + continuation)[len(ids) :]
 
     def _tokenize(self, text: str, **how: bool) -> list[int]:
         if self.tokenizer is None:
@@ -322,6 +336,31 @@ class StateStreamModel(Recurrence):
         ends = self.endings()
         by_depth = generate_at_depths(self, tokens, pad, depths, max_new_tokens, ends, progress)
         return {depth: self.with_texts(out, ends) for depth, out in by_depth.items()}
+
+    def loglikelihood(
+        self, context: Prompt, continuations: Sequence[Prompt], iterations: int | Sequence[int] = 1
+    ) -> LogLikelihood:
+        """How likely each continuation of a context is, at one depth or at several.
+
+            model.loglikelihood("The sky is", [" blue", " green"], iterations=4).sums
+
+        Args:
+            context: a text, or ids. It is read once, at depth 1, up to its last token.
+            continuations: texts, or lists of ids.
+            iterations: depth of every position from the context's last token on; a list adds an axis.
+
+        Raises:
+            SSTError: as `generate`; an empty context or continuation.
+        """
+        several = isinstance(iterations, Sequence | Tensor | np.ndarray) and np.ndim(iterations) > 0
+        depths: Any = iterations if several else [iterations]
+        if isinstance(continuations, str):
+            raise SSTError("continuations are one text", 'give a list, for example [" blue", " green"]')
+        pairs = [self.encode_pair(context, continuation) for continuation in continuations]
+        after = [ids for _, ids in pairs]
+        tokens, pad = self.batch([pairs[0][0] if pairs else self.encode(context)])
+        out = loglikelihood(self, tokens, pad, [after], check_iterations(depths))
+        return out if several else LogLikelihood(out.sums[0], out.terms[0], out.lengths)
 
     def with_texts(self, out: Generation, stop: Endings) -> Generation:
         """The generation with its tokens as texts, each up to the string that ended it."""

@@ -4,15 +4,17 @@
     >>> q = questions.questions[0]
     >>> grade(q.kind, "(B) because ...", q.n_choices, q.choices) == q.gold
 
-`datasets` names them and loads them; `olmo`, `gpqa` and `files` read one source each; `prompts`
-words the message; `grading` reads the answer.
+`datasets` names them and loads them; `olmo`, `gpqa` and `reasoning_gym` read one source each; `item` words
+the message and reads the answer; `scoring` says how an answer is graded.
 """
 
 from sst_interp.questions.datasets import Dataset, dataset, known_datasets, load_questions
 from sst_interp.questions.item import Item, Kind, Question, QuestionSet, canonical_number, grade
+from sst_interp.questions.scoring import Graded, graded, scorer
 
 __all__ = [
     "Dataset",
+    "Graded",
     "Item",
     "Kind",
     "Question",
@@ -20,6 +22,8 @@ __all__ = [
     "canonical_number",
     "dataset",
     "grade",
+    "graded",
     "known_datasets",
     "load_questions",
+    "scorer",
 ]

@@ -1,4 +1,4 @@
-"""Loading questions: datasets that have names, and the user's own CSV and JSONL files.
+"""Loading questions: datasets that have names, the Hugging Face hub's, the user's own CSV and JSONL files.
 
 A named dataset is one file, here or a plugin's, with a reader under `@dataset`:
 
@@ -24,7 +24,16 @@ from typing import Any, NamedTuple, TypeVar
 from sst_interp.errors import SSTError, unknown_name
 from sst_interp.files import from_json, read_whole
 from sst_interp.paths import user_path
-from sst_interp.questions.item import INSTRUCTIONS, Hidden, HiddenBytes, Item, QuestionSet, ask
+from sst_interp.questions.item import (
+    INSTRUCTIONS,
+    LIKELIHOOD,
+    Hidden,
+    HiddenBytes,
+    Item,
+    QuestionSet,
+    ask,
+)
+from sst_interp.questions.scoring import check_scoring
 
 
 class Records(NamedTuple):
@@ -93,26 +102,37 @@ def load_questions(
     split: str | None = None,
     columns: Columns | None = None,
     instruction: str | None = None,
+    scoring: str | None = None,
 ) -> QuestionSet:
     """The first `n` questions of a dataset, in its own order.
 
     Args:
-        dataset: a name of `known_datasets()`, the path of a `.csv` or `.jsonl` file, or `gpqa:PATH`.
+        dataset: a name of `known_datasets()`, the path of a `.csv` or `.jsonl` file, `gpqa:PATH`, or
+            `hf:OWNER/NAME:CONFIGURATION` of the Hugging Face hub (`read_hub`).
         n: how many; None for all.
         seed: of the order of the choices, per question by its id.
-        split: one of the dataset's; None for the first it lists.
-        columns: for a file that uses other column names, see `read_file`.
+        split: one of the dataset's; None for the first it lists (of the hub: `test`).
+        columns: for a file or a hub dataset that uses other column names, see `read_file`.
         instruction: replaces the default of `item.INSTRUCTIONS`.
+        scoring: how answers are graded (`sst_interp.questions.scoring`); None: by the kind of question.
 
     Raises:
-        SSTError: there is no such dataset or split, or not so many questions; a file is not as described.
+        SSTError: there is no such dataset, split or scoring, or not so many questions; a file is not as
+            described.
     """
     if n is not None and n < 1:
         raise SSTError(f"cannot ask {n} questions", "give a number from 1 up, or none for all")
     known = known_datasets().get(dataset.partition(":")[0])
+    check_scoring(scoring)
+    if instruction and scoring in LIKELIHOOD:
+        raise SSTError("scored by likelihood, a question is asked without an instruction", "leave it out")
     if known is not None and columns is not None:
-        raise SSTError(f"dataset {dataset!r} has its own columns", "columns is for .csv and .jsonl files")
-    items, provenance = _named(dataset, known, split) if known else _own_file(dataset, split, columns)
+        hint = "columns is for .csv and .jsonl files and for hf: datasets"
+        raise SSTError(f"dataset {dataset!r} has its own columns", hint)
+    if dataset.startswith(HUB):
+        items, provenance = _of_hub(dataset, split, columns)
+    else:
+        items, provenance = _named(dataset, known, split) if known else _own_file(dataset, split, columns)
     _check_ids(dataset, items)
     if not items:
         raise SSTError(f"dataset {dataset!r} has no questions")
@@ -120,17 +140,21 @@ def load_questions(
         said = f"dataset {dataset!r} has {len(items)} questions, not {n}"
         raise SSTError(said, f"give {len(items)} or fewer")
     restricted = known is not None and known.restricted
-    questions = tuple(ask(item, seed, instruction, ordered=not restricted) for item in items[:n])
+    questions = tuple(ask(item, seed, instruction, not restricted, scoring) for item in items[:n])
     kinds = sorted({question.kind for question in questions})
     provenance |= {
         "n": len(questions),
         "available": len(items),
         "seed": seed,
-        "instruction": {
+        "instruction": {}
+        if scoring in LIKELIHOOD
+        else {
             kind: next((t for t in (instruction, items[0].instruction) if t is not None), INSTRUCTIONS[kind])
             for kind in kinds
         },
     }
+    if scoring is not None:
+        provenance["scoring"] = scoring
     return QuestionSet(provenance["dataset"], questions, restricted, provenance)
 
 
@@ -165,7 +189,8 @@ def _own_file(dataset: str, split: str | None, columns: Columns | None) -> tuple
     if path.suffix not in (".csv", ".jsonl"):
         if path.exists():
             raise SSTError(f"{dataset} is neither .csv nor .jsonl", "GPQA's archive is given as gpqa:PATH")
-        raise unknown_name("dataset", dataset, [*known_datasets(), "FILE.csv", "FILE.jsonl", "gpqa:PATH"])
+        other = ("FILE.csv", "FILE.jsonl", "gpqa:PATH", "hf:OWNER/NAME:CONFIGURATION")
+        raise unknown_name("dataset", dataset, [*known_datasets(), *other])
     if split is not None:
         raise SSTError(f"{path.name} has no splits", "leave split out")
     items, sha256 = read_file(path, columns)
@@ -179,6 +204,116 @@ def _check_ids(dataset: str, items: list[Item]) -> None:
         if (first := seen.setdefault(item.id, number)) != number:
             said = f"dataset {dataset!r} has two questions with one id: numbers {first} and {number}"
             raise SSTError(said, "make the ids unique")
+
+
+HUB, DEFAULT = "hf:", "default"
+"""The prefix of a dataset of the hub, and the configuration of one that has no other."""
+CONVERTED = "refs/convert/parquet"
+"""The branch on which the hub keeps every public dataset as CONFIGURATION/SPLIT/0000.parquet."""
+
+
+def _of_hub(dataset: str, split: str | None, columns: Columns | None) -> tuple[list[Item], dict[str, Any]]:
+    name, _, configuration = dataset.removeprefix(HUB).partition(":")
+    split = split or "test"
+    items, digest, source = read_hub(name, configuration or DEFAULT, split, columns or {})
+    about = {"dataset": f"{HUB}{name}", "split": split, "source": source}
+    return items, about | {"sha256": digest, "licence": None}
+
+
+def read_hub(name: str, configuration: str, split: str, columns: Columns) -> tuple[list[Item], str, str]:
+    """A dataset of the Hugging Face hub, from its Parquet files: nothing of it is run.
+
+    The columns are those of `read_file`. A column inside a column is named with a dot (`choices.text`).
+    Choices with labels beside them (`{"text": [...], "label": [...]}`, as ARC has them) are told by their
+    labels; an answer that is a whole number counts the choices from 0.
+
+    Args:
+        name: OWNER/NAME, or a folder (`./NAME`) that is laid out like one: CONFIGURATION/SPLIT/*.parquet, or
+            CONFIGURATION/SPLIT-*.parquet.
+        configuration: of the dataset.
+
+    Returns:
+        (items, sha256 of the files, their source in words).
+
+    Raises:
+        SSTError: it cannot be had (offline, gated, no such name), or has no such configuration or split.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    local = name.startswith((".", "/", "~"))
+    folder = user_path(name) if local else _from_hub(name, configuration, split)
+    files = _parquet_files(folder, configuration, split)
+    if not files:
+        there = sorted({str(path.relative_to(folder)) for path in folder.rglob("*.parquet")})
+        said = f"{name} has no Parquet files of configuration {configuration!r}, split {split!r}"
+        hint = f"it has {', '.join(there[:10])}" if there else "its page on the hub lists what it has"
+        raise SSTError(said, f'{hint}; a dataset is hf:OWNER/NAME:CONFIGURATION, with split = "test"')
+    digest, rows = hashlib.sha256(), []
+    for path in files:
+        try:
+            digest.update(read_whole(path, LARGEST))
+            rows += pq.read_table(path).to_pylist()
+        except (OSError, pa.ArrowException) as error:
+            said = f"cannot read {path.name} of {name}: {type(error).__name__}"
+            raise SSTError(said, "fetch it again") from None
+    short = Path(name).name if local else name
+    where = f"{short} {configuration} {split} row"
+    items = [_item(f"{where} {i}", _flat(row, columns), columns, i) for i, row in enumerate(rows, 1)]
+    return items, digest.hexdigest(), f"{'folder' if local else 'hub'} {short} {configuration}"
+
+
+def _from_hub(name: str, configuration: str, split: str) -> Path:
+    """The folder that the hub's cache keeps these files in, after fetching what is missing."""
+    from huggingface_hub import snapshot_download
+
+    wanted = [f"{configuration}/{split}/*.parquet", f"{configuration}/{split}-*.parquet"]
+    error: Exception | None = None
+    for revision in (CONVERTED, "main"):
+        try:
+            folder = Path(
+                snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=wanted)
+            )
+        except Exception as raised:  # gated, no token, offline, no such name: each a class of its own
+            error = error or raised
+            continue
+        if _parquet_files(folder, configuration, split) or revision == "main":
+            return folder
+    response = getattr(error, "response", None)
+    code = f" {response.status_code}" if response is not None else ""
+    said = f"could not get {name} from the hub ({type(error).__name__}{code})"
+    hint = (
+        "check the name and the connection, or download its Parquet files and give hf:./FOLDER:CONFIGURATION"
+    )
+    raise SSTError(said, hint)
+
+
+def _parquet_files(folder: Path, configuration: str, split: str) -> list[Path]:
+    """The files of a split in the first place that has any; without a configuration, `data/` is one."""
+    places = [configuration, *(["data", "."] if configuration == DEFAULT else [])]
+    patterns = (f"{split}/*.parquet", f"{split}-*.parquet", f"{split}.parquet")
+    tried = (sorted((folder / place).glob(pattern)) for place in places for pattern in patterns)
+    return next((files for files in tried if files), [])
+
+
+def _flat(row: dict[str, Any], columns: Columns) -> dict[str, Any]:
+    """A row of the hub as a file would have it: no column inside a column, an answer by letter or text."""
+    flat = _hidden(row)
+    for name, cell in row.items():
+        if isinstance(cell, dict):
+            flat |= {f"{name}.{part}": value for part, value in _hidden(cell).items()}
+    choices, answer = columns.get("choices", "choices"), str(columns.get("answer", "answer"))
+    texts: Any = choices if isinstance(choices, list) else row.get(choices)
+    labels: list[str] = []
+    if isinstance(texts, dict) and {"text", "label"} <= texts.keys():
+        labels = [str(label) for label in texts["label"]]
+        flat[str(choices)] = texts = texts["text"]
+    said = flat.get(answer)
+    if str(said) in labels:
+        flat[answer] = ascii_uppercase[labels.index(str(said))]
+    elif isinstance(texts, list) and type(said) is int and 0 <= said < len(texts):
+        flat[answer] = ascii_uppercase[said]
+    return flat
 
 
 NEEDED = (

@@ -12,12 +12,15 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from string import ascii_uppercase
 from typing import Any, Literal
 
 from sst_interp.errors import SSTError
 
-Kind = Literal["choice", "number"]
+Kind = Literal["choice", "number", "text"]
+LIKELIHOOD = ("likelihood", "likelihood_per_character")
+"""Scorings that ask which choice the model finds likeliest, and not what it writes."""
 
 
 class Hidden(str):
@@ -54,13 +57,17 @@ class Item:
     id: str
     text: str = field(repr=False)
     choices: tuple[str, ...] = field(repr=False)
-    """In the dataset's order; empty for a question whose answer is a number."""
+    """In the dataset's order; empty for a question whose answer is a number or a text."""
     answer: int | str
-    """Index into `choices`, or the number as the dataset writes it."""
+    """Index into `choices`, or the number or text as the dataset writes it."""
     worked: str = field(default="", repr=False)
     """The worked answer, if there is one: what a training learns to write."""
     instruction: str | None = None
     """Follows the question instead of the kind's default; empty if the question itself says it all."""
+    scoring: str | None = None
+    """How its dataset has it graded, where a recipe does not say (`scoring`); None: by its kind."""
+    entry: Any = field(default=None, repr=False, compare=False)
+    """What a scorer of the dataset's own needs to know."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "text", Hidden(self.text))
@@ -77,12 +84,16 @@ class Question:
     prompt: str = field(repr=False)
     """The user's message; the chat template is applied by whoever generates."""
     gold: str
-    """A letter, or a number in the form of `grading.canonical_number`."""
+    """A letter, a number in the form of `canonical_number`, or a text in that of `canonical_text`."""
     kind: Kind
     n_choices: int
-    """0 for a number."""
+    """0 for a number or a text."""
     choices: tuple[str, ...] = field(default=(), repr=False)
-    """Their texts in the order asked; for `grading.grade`."""
+    """Their texts in the order asked; for `grade`, and what is scored by likelihood."""
+    scoring: str | None = None
+    """How it is graded (`sst_interp.questions.scoring`); None: by its kind."""
+    entry: Any = field(default=None, repr=False, compare=False)
+    """As the item has it."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", Hidden(self.prompt))
@@ -107,6 +118,7 @@ class QuestionSet:
 INSTRUCTIONS: dict[str, str] = {
     "choice": "Start your reply with the letter of the correct answer, then give a short reason.",
     "number": "Work it out step by step, then give the final number after ####.",
+    "text": "Reply with the answer alone.",
 }
 """The default instruction of each kind. Of the wordings tried on SmolLM2-135M, the one for choices, with
 "(A)" rather than "A.", got an answer most often (22 of 24 questions)."""
@@ -117,8 +129,17 @@ _POINTS_AT_OTHERS = re.compile(
 )
 
 
-def ask(item: Item, seed: int = 0, instruction: str | None = None, ordered: bool = True) -> Question:
+def ask(
+    item: Item,
+    seed: int = 0,
+    instruction: str | None = None,
+    ordered: bool = True,
+    scoring: str | None = None,
+) -> Question:
     """The question as it is asked: the text, the lettered choices, an instruction.
+
+    By likelihood it is `Question: TEXT`, and on a line of its own `Answer:`, as lm-evaluation-harness words
+    it; what is scored is a space and a choice after it. Neither choices nor an instruction are shown.
 
     The choices are shuffled by `random.Random(f"{seed}:{id}")`, so that a question looks the same whichever
     others are asked with it. Choices that point at one another ("all of the above") keep their author's
@@ -129,21 +150,16 @@ def ask(item: Item, seed: int = 0, instruction: str | None = None, ordered: bool
         seed: of the shuffle.
         instruction: replaces the kind's default; `{letters}` becomes "A, B, C or D".
         ordered: the dataset's order of choices is its author's (GPQA's is not: the right one is first).
+        scoring: how it is graded; None: as the item says, else by its kind.
 
     Raises:
-        SSTError: more than 26 choices, or a gold answer that is not a number.
+        SSTError: more than 26 choices, a gold answer that is not a number, or a scoring that does not fit.
     """
-    kind: Kind = "choice" if item.choices else "number"
-    instruction = item.instruction if instruction is None else instruction
-    instruction = INSTRUCTIONS[kind] if instruction is None else instruction
-    if kind == "number":
-        gold = canonical_number(str(item.answer))
-        if gold is None:
-            raise SSTError(
-                f"question {item.id[:60]}: the answer is not a number",
-                "give it as digits (18, 1,450, -2.5), or give the question choices",
-            )
-        return Question(item.id, message(item.text, instruction), gold, "number", 0)
+    scoring = item.scoring if scoring is None else scoring
+    if wrong := _misfit(item, scoring):
+        raise SSTError(f"question {item.id[:60]}{wrong[0]}", wrong[1])
+    if not item.choices:
+        return _ask_openly(item, instruction, scoring)
     n = len(item.choices)
     if not 2 <= n <= len(ascii_uppercase):
         raise SSTError(f"question {item.id[:60]} has {n} choices; 2 to 26 can be lettered")
@@ -151,12 +167,47 @@ def ask(item: Item, seed: int = 0, instruction: str | None = None, ordered: bool
     if not (ordered and any(_POINTS_AT_OTHERS.search(choice) for choice in item.choices)):
         random.Random(f"{seed}:{item.id}").shuffle(order)
     letters = ascii_uppercase[:n]
+    gold = letters[order.index(int(item.answer))]
+    shuffled = tuple(item.choices[i] for i in order)
+    asked = partial(
+        Question, item.id, gold=gold, kind="choice", n_choices=n, choices=shuffled, scoring=scoring,
+        entry=item.entry,
+    )  # fmt: skip
+    if scoring in LIKELIHOOD:
+        return asked(f"Question: {item.text}\nAnswer:")
+    instruction = _instruction(item, instruction, "choice")
     lines = (f"({letter}) {item.choices[i]}" for letter, i in zip(letters, order, strict=True))
     listed = Hidden("\n".join(lines))
     instruction = instruction.replace("{letters}", f"{', '.join(letters[:-1])} or {letters[-1]}")
-    gold = letters[order.index(int(item.answer))]
-    shuffled = tuple(item.choices[i] for i in order)
-    return Question(item.id, message(item.text, listed, instruction), gold, "choice", n, shuffled)
+    return asked(message(item.text, listed, instruction))
+
+
+def _ask_openly(item: Item, instruction: str | None, scoring: str | None) -> Question:
+    """A question without choices: its answer is a number, or a text if its scoring is not by number."""
+    number, said = canonical_number(str(item.answer)), str(item.answer).strip()
+    kind: Kind = (
+        "text" if scoring == "text" or (number is None and scoring not in (None, "number")) else "number"
+    )
+    gold = canonical_text(said) if scoring == "text" else number or said
+    asked = message(item.text, _instruction(item, instruction, kind))
+    return Question(item.id, asked, gold, kind, 0, scoring=scoring, entry=item.entry)
+
+
+def _instruction(item: Item, instruction: str | None, kind: Kind) -> str:
+    return next(t for t in (instruction, item.instruction, INSTRUCTIONS[kind]) if t is not None)
+
+
+def _misfit(item: Item, scoring: str | None) -> tuple[str, str] | None:
+    """Why an item cannot be graded so, and what to type."""
+    if item.choices:
+        if scoring in ("number", "text"):
+            return f" has choices, and scoring is {scoring!r}", 'scoring = "letter", or "likelihood"'
+    elif scoring == "letter" or scoring in LIKELIHOOD:
+        return f" has no choices, and scoring is {scoring!r}", "leave scoring out, or choose another dataset"
+    elif scoring in (None, "number") and canonical_number(str(item.answer)) is None:
+        digits = "give it as digits (18, 1,450, -2.5), or give the question choices"
+        return ": the answer is not a number", f'{digits}; scoring = "text" compares texts'
+    return None
 
 
 def message(*parts: str) -> str:
@@ -192,7 +243,7 @@ _HASHED = re.compile(rf"####[\s*$]*{_NUMBER}")
 
 
 def grade(kind: Kind, text: str, n_choices: int = 0, choices: Sequence[str] = ()) -> str | None:
-    """The answer in a generated text: a letter, or a number in canonical form; None if there is none.
+    """The answer in a generated text: a letter, or a number or text in canonical form; None if there is none.
 
     Letters are looked for in this order: a statement ("the answer is (B)", "B is correct"; the last one
     counts, since a text may correct itself); the letter that the text begins with; a letter that begins a
@@ -205,7 +256,7 @@ def grade(kind: Kind, text: str, n_choices: int = 0, choices: Sequence[str] = ()
     way).
 
     Args:
-        kind: `choice` or `number`.
+        kind: `choice`, `number` or `text`.
         text: what the model wrote, without the prompt and special tokens.
         n_choices: letters beyond this many are ignored.
         choices: their texts in the order asked (`Question.choices`); without them only letters count.
@@ -214,7 +265,9 @@ def grade(kind: Kind, text: str, n_choices: int = 0, choices: Sequence[str] = ()
         return _choice(text, ascii_uppercase[:n_choices], choices)
     if kind == "number":
         return _number(text)
-    raise ValueError(f"kind {kind!r} is neither 'choice' nor 'number'")
+    if kind == "text":
+        return canonical_text(final_lines(text)) or None
+    raise ValueError(f"kind {kind!r} is neither 'choice', 'number' nor 'text'")
 
 
 def _choice(text: str, letters: str, choices: Sequence[str]) -> str | None:
@@ -263,6 +316,32 @@ def _number(text: str) -> str | None:
         return None
     sign, digits = matches[-1].groups()
     return _canonical(bool(sign.strip("$")), digits)
+
+
+_ANNOUNCED = re.compile(r"####|(?i:\banswer(?:\s+is\b)?\s*:|\banswer\s+is\b)")
+
+
+def final_lines(reply: str, lines: int = 1) -> str:
+    """Where a reply gives its answer: after its last `####`, `answer:` or `answer is`, else at its start.
+
+    Args:
+        lines: how many; empty ones do not count.
+    """
+    announced = [match.end() for match in _ANNOUNCED.finditer(reply) if reply[match.end() :].strip()]
+    after = reply[announced[-1] :] if announced else reply
+    return "\n".join([line.strip() for line in after.splitlines() if line.strip()][:lines])
+
+
+def canonical_text(text: str) -> str:
+    """A text in the one form answers are compared in: `The  Eiffel Tower.` is `eiffel tower`.
+
+    Case, white space, an article in front, and punctuation at both ends do not count. A text that is nothing
+    else stays as it is.
+    """
+    said = " ".join(text.casefold().split())
+    bare = re.sub(r"^[\W_]+|[\W_]+$", "", said)
+    bare = re.sub(r"^(?:an?|the) ", "", bare)
+    return bare or said
 
 
 def canonical_number(text: str) -> str | None:

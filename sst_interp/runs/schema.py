@@ -29,7 +29,7 @@ CATEGORIES: dict[str, tuple[str, ...]] = {
     "direction": DIRECTIONS,
 }
 """Columns with a fixed set of values, in the order in which they sort; one byte a row."""
-OPTIONAL = frozenset({"lens_jaccard"})
+OPTIONAL = frozenset({"lens_jaccard", "likelihood_margin"})
 """Columns that a run may lack."""
 CONTROLS = ("noise", "nudges")
 """Tables that only some questions of a run have rows in, or none: `controls` in the recipe."""
@@ -64,6 +64,7 @@ TABLES: dict[str, pa.Schema] = {
             "gold": pa.string(),
             "answer": pa.string(),
             "correct": pa.bool_(),
+            "likelihood_margin": pa.float32(),
             "tokens": pa.int16(),
             "stopped": pa.bool_(),
             "prompt_tokens": pa.int32(),

@@ -27,12 +27,16 @@ from sst_interp.files import check_place, put_in_place, read_json, read_table, r
 from sst_interp.models.checkpoint import checkpoint_folder, fingerprint, read_checkpoint
 from sst_interp.models.choices import TRAINED, check_iterations, whole
 from sst_interp.models.generation import Step
+from sst_interp.models.likelihood import loglikelihood
 from sst_interp.models.loading import load
 from sst_interp.models.model import StateStreamModel
 from sst_interp.models.solvers import solve_exactly
 from sst_interp.models.solvers.sweeps import solve_by_sweeps
-from sst_interp.questions import Question, grade, load_questions
+from sst_interp.questions import Graded, Question, graded, load_questions
 from sst_interp.questions.datasets import load_items
+from sst_interp.questions.item import LIKELIHOOD
+from sst_interp.questions.scoring import grade_by_likelihood
+from sst_interp.runs.provenance import choice_tokens, prompt_tokens
 from sst_interp.training.card import read_about
 from sst_interp.training.data import Example, encode, load_split, make_batch
 from sst_interp.training.objective import answer_token_losses
@@ -43,9 +47,10 @@ from sst_interp.training.recipe import TrainingRecipe
 class Task:
     """One task of an evaluation."""
 
-    kind: Literal["loss", "written", "letter"]
+    kind: Literal["loss", "written", "letter", "likelihood", "likelihood_per_character"]
     """`loss` of the worked answer (nats per token); `written`: the model writes greedily and is graded;
-    `letter`: the letter with the highest logit is the answer."""
+    `letter`: the letter with the highest logit is the answer; the others: the likeliest choice is, as in a
+    recipe's `scoring`."""
     dataset: str
     split: str
     questions: int
@@ -59,6 +64,14 @@ TASKS: dict[str, Task] = {
     "arc-easy": Task("letter", "arc-easy", "validation", 570),
     "arc-challenge": Task("letter", "arc-challenge", "validation", 299),
 }
+BY_DEFAULT = tuple(TASKS)
+"""The tasks of an evaluation that names none."""
+for _dataset, _questions in (
+    *(("arc-easy", 570), ("arc-challenge", 299), ("openbookqa", 500), ("sciq", 1000), ("piqa", 1838)),
+):
+    for _scoring in LIKELIHOOD:  # the harness calls them acc and acc_norm
+        _name = f"{_dataset}-{_scoring.replace('_', '-')}"
+        TASKS[_name] = Task(_scoring, _dataset, "validation", _questions)
 HELD_OUT, HELD_OUT_QUESTIONS = "held-out-loss", 128
 """The task of a training's held-out examples. It needs the training data, so it runs only if asked for."""
 COLUMNS = ("question", "value", "weight")
@@ -72,7 +85,7 @@ def evaluate(
     model: StateStreamModel,
     folder: str | Path,
     depths: Sequence[int] = (1, 2, 3, 4),
-    tasks: Sequence[str] = tuple(TASKS),
+    tasks: Sequence[str] = BY_DEFAULT,
     held_out: Sequence[Example] = (),
     questions: int | None = None,
     progress: Callable[[str, int, int], Any] | None = None,
@@ -121,7 +134,7 @@ def evaluate(
 def evaluate_by_name(
     name: str,
     depths: Sequence[int] = (1, 2, 3, 4),
-    tasks: Sequence[str] = tuple(TASKS),
+    tasks: Sequence[str] = BY_DEFAULT,
     questions: int | None = None,
     held_out_of: str | None = None,
     out: Path | None = None,
@@ -310,13 +323,17 @@ def _measure(
     """Depth -> a row per question."""
     task, by_depth = TASKS.get(name), {}
     if task is not None and task.kind != "loss":
-        asked = load_questions(task.dataset, n, split=task.split).questions
-        if task.kind == "written":
-            graded = answers(model, asked, depths, task.max_new_tokens, progress=progress)
+        by_likelihood = task.kind in LIKELIHOOD
+        how: dict[str, Any] = {"scoring": task.kind} if by_likelihood else {}
+        asked = load_questions(task.dataset, n, split=task.split, **how).questions
+        if by_likelihood:
+            read = choices(model, asked, depths, progress=progress)
+        elif task.kind == "written":
+            read = answers(model, asked, depths, task.max_new_tokens, progress=progress)
         else:
-            graded = letters(model, asked, depths, progress=progress)
+            read = letters(model, asked, depths, progress=progress)
         for depth in depths:
-            rows = graded[graded["depth"] == depth]
+            rows = read[read["depth"] == depth]
             by_depth[depth] = {"question": rows["id"], "value": rows["correct"], "weight": 1.0}
     else:
         items = [] if task is None else load_items(task.dataset, task.split)[0][:n]
@@ -367,8 +384,7 @@ def answers(
         for depth, out in written.items():
             for i, text, tokens in zip(chosen, out.texts or [], out.tokens, strict=True):
                 asked = questions[i]
-                answer = grade(asked.kind, text, asked.n_choices, asked.choices)
-                rows[depth, i] = _row(depth, asked, answer) | {"tokens": len(tokens)}
+                rows[depth, i] = _row(depth, asked, graded(asked, text)) | {"tokens": len(tokens)}
     return pd.DataFrame([rows[depth, i] for depth in depths for i in range(len(questions))])
 
 
@@ -399,13 +415,47 @@ def letters(
         for depth in depths:
             for i, logits in zip(chosen, steps[0].logits[depth - 1], strict=True):
                 known = ascii_uppercase[: questions[i].n_choices]
-                best = int(logits[[codes[letter][common] for letter in known]].argmax())
-                rows[depth, i] = _row(depth, questions[i], known[best])
+                best = known[int(logits[[codes[letter][common] for letter in known]].argmax())]
+                rows[depth, i] = _row(depth, questions[i], Graded(best, best == questions[i].gold))
     return pd.DataFrame([rows[depth, i] for depth in depths for i in range(len(questions))])
 
 
-def _row(depth: int, asked: Question, answer: str | None) -> dict[str, Any]:
-    return {"depth": depth, "id": asked.id, "correct": answer == asked.gold, "answer": answer}
+def choices(
+    model: StateStreamModel,
+    questions: Sequence[Question],
+    depths: Sequence[int] = (1,),
+    batch_size: int = 16,
+    progress: Callable[[int], Any] | None = None,
+) -> pd.DataFrame:
+    """The likeliest choice of every question at every depth.
+
+    Args:
+        questions: asked with a scoring by likelihood.
+        depths: of every position from the prompt's last token on.
+        batch_size: questions whose prompts are read together; they are batched by prompt length.
+
+    Returns:
+        A row per depth and question, in the order given: depth, id, correct, answer, margin (of the right
+        choice over the best wrong one: nats, or nats per character).
+    """
+    depths = check_iterations(depths, "depths")
+    prompts = [prompt_tokens(model, question) for question in questions]
+    rows = {}
+    for chosen in _by_length([len(prompt) for prompt in prompts], batch_size, progress):
+        tokens, pad = model.batch([prompts[i] for i in chosen])
+        asked = [questions[i] for i in chosen]
+        of_each = [choice_tokens(model, question) for question in asked]
+        sums = loglikelihood(model, tokens, pad, of_each, depths).sums
+        per_question = sums.split([question.n_choices for question in asked], dim=1)
+        for i, question, of_question in zip(chosen, asked, per_question, strict=True):
+            for depth, values in zip(depths, of_question.tolist(), strict=True):
+                of_choices, margin = grade_by_likelihood(question, values)
+                rows[depth, i] = _row(depth, question, of_choices) | {"margin": margin}
+    return pd.DataFrame([rows[depth, i] for depth in depths for i in range(len(questions))])
+
+
+def _row(depth: int, asked: Question, graded: Graded) -> dict[str, Any]:
+    return {"depth": depth, "id": asked.id, "correct": graded.correct, "answer": graded.answer}
 
 
 @torch.no_grad()

@@ -216,6 +216,8 @@ class Texts(NamedTuple):
     patched: list[int]
     base: list[int]
     donor: list[int]
+    sums: list[list[float]] | None = None
+    """Log-likelihoods of the choices in the same three, where there are any at position 0."""
 
 
 Sizes = dict[tuple[Direction, int], tuple[float, float]]
@@ -257,6 +259,7 @@ def effects(
     windows: int,
     new_tokens: int,
     key: Sequence[object],
+    choices: Sequence[Sequence[int]] = (),
 ) -> tuple[list[dict[str, Any]], list[Texts]]:
     """The effect of every patch at a position.
 
@@ -266,6 +269,8 @@ def effects(
         layers, windows: see `interventions`.
         new_tokens: how many tokens are written after the patched position's.
         key: decides the random directions.
+        choices: token ids of each choice of a question that is answered by likelihood. They go on from the
+            prompt, so they are scored at position 0 only.
 
     Returns:
         A row of numbers per patch, and the texts of the patched row, its base and its donor.
@@ -277,7 +282,10 @@ def effects(
         todo = [intervention for intervention in every if intervention.continued == continued]
         patches, sizes = placed(reading, other, position, todo, key)
         written = write(model, reading, position, patches, len(todo) + 1, steps)
-        done, wrote = measured(todo, sizes, written, model.stop_tokens)
+        sums = None
+        if choices and continued and position == 0:
+            sums = choice_sums(model, reading, patches, len(todo) + 1, choices)
+        done, wrote = measured(todo, sizes, written, model.stop_tokens, sums)
         rows += [row | {"continued": continued} for row in done]
         texts += wrote
     return rows, texts
@@ -326,9 +334,7 @@ def write(
     current = torch.full((2 * copies,), reading.inputs[position], device=model.backbone.device)
     first, tokens, states = None, [], []
     for step in range(new_tokens + 1):
-        iterations = advance(model, stream, current, depths, partial(patches.hook, step))
-        deep, shallow = iterations[-1].resid_post[:, :copies], iterations[0].resid_post[:, copies:]
-        resid_post = torch.cat([deep, shallow], dim=1)
+        resid_post = _last_states(model, stream, current, depths, patches, step)
         final = model.backbone.unembed(resid_post[-1])
         if first is None:
             first = final
@@ -341,11 +347,44 @@ def write(
     return Written(first, torch.stack(tokens, 1), torch.stack(states) if states else none)
 
 
+@torch.no_grad()
+def choice_sums(
+    model: StateStreamModel,
+    reading: TextStates,
+    patches: Patches,
+    copies: int,
+    choices: Sequence[Sequence[int]],
+) -> Float[Tensor, "row choice"]:
+    """The log-likelihood of every choice in the rows of `write` at position 0, nats."""
+    depths, sums = torch.tensor([reading.depth] * copies + [1] * copies), []
+    for choice in choices:
+        stream = reading.at(0, copies, len(choice))
+        current = torch.full((2 * copies,), reading.inputs[0], device=model.backbone.device)
+        terms = []
+        for step, token in enumerate(choice):
+            resid_post = _last_states(model, stream, current, depths, patches, step)
+            terms.append(wide(model.backbone.unembed(resid_post[-1])).log_softmax(-1)[:, token])
+            current = torch.full_like(current, token)
+        sums.append(torch.stack(terms).sum(0))
+    return torch.stack(sums, 1)
+
+
+def _last_states(
+    model: StateStreamModel, stream: Stream, tokens: Tensor, depths: Tensor, patches: Patches, step: int
+) -> Float[Tensor, "layer row d_model"]:
+    """One position read, patched: each row's layer outputs at its own depth, deep rows first."""
+    copies = len(tokens) // 2
+    iterations = advance(model, stream, tokens, depths, partial(patches.hook, step))
+    deep, shallow = iterations[-1].resid_post[:, :copies], iterations[0].resid_post[:, copies:]
+    return torch.cat([deep, shallow], dim=1)
+
+
 def measured(
     todo: Sequence[Intervention],
     sizes: Sizes,
     written: Written,
     stop_tokens: Sequence[int] = (),
+    sums: Float[Tensor, "row choice"] | None = None,
 ) -> tuple[list[dict[str, Any]], list[Texts]]:
     """A row per direction and patch. Nothing after the base's stop token is compared."""
     rows: list[dict[str, Any]] = []
@@ -395,5 +434,7 @@ def measured(
                     "later_overlap_donor": float(later["donor"][k]),
                 }
             )
-            texts.append(Texts(*(tokens[r].tolist() for r in (row, base, donor))))
+            three = [row, base, donor]
+            scored = None if sums is None else sums[three].tolist()
+            texts.append(Texts(*tokens[three].tolist(), sums=scored))
     return rows, texts

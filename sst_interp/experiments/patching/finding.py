@@ -269,7 +269,7 @@ MEASURES = {
     "kl": ("kl", "one"),
     "token_changed": ("token_changed", "one"),
     "later_changed": ("later_changed", "written"),
-    "answer_changed": ("answer_changed", "written"),
+    "answer_changed": ("answer_changed", "answered"),
     "answer_followed": ("followed", "differ"),
 }
 """Measure -> the column of its numerator, and of its denominator."""
@@ -282,8 +282,9 @@ def _measured(
     written = rows["continued"].astype(float)
     differ = written * (rows["answers_differ"] == 1)
     whole = rows.assign(
-        one=1.0, written=written, differ=differ, followed=differ * rows["answer_donors"].fillna(0)
-    )
+        one=1.0, written=written, differ=differ, followed=differ * rows["answer_donors"].fillna(0),
+        answered=written * rows["answer_changed"].notna(),
+    )  # fmt: skip
     records = []
     for names, own in whole.groupby(list(by), sort=False, observed=True):
         sums = own.groupby("question")[[column for name in measures for column in MEASURES[name]]].sum()

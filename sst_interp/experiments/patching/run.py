@@ -23,12 +23,15 @@ from sst_interp import paths
 from sst_interp.analyses.contrast import Contrast
 from sst_interp.errors import SSTError
 from sst_interp.experiments.origin import origin_of, written_tokens
-from sst_interp.experiments.patching.effects import TextStates, effects, read_text, spread
+from sst_interp.experiments.patching.effects import Texts, TextStates, effects, read_text, spread
 from sst_interp.files import check_place, put_in_place, read_json, read_table, replace_json, stage
 from sst_interp.models.choices import whole
 from sst_interp.models.model import StateStreamModel
-from sst_interp.questions import grade
+from sst_interp.questions import graded
+from sst_interp.questions.item import LIKELIHOOD
+from sst_interp.questions.scoring import grade_by_likelihood
 from sst_interp.runs import manifest
+from sst_interp.runs.provenance import choice_tokens, prompt_tokens
 from sst_interp.runs.run import Run
 
 ROLES = ("first", "shift", "stable", "random")
@@ -169,12 +172,16 @@ class _Patching:
         for role, position in positions_of(overlaps, len(tokens) - 1, (plan.seed, question)).items():
             effect, texts = effects(
                 self.model, reading, other, position, self.layers, plan.windows, plan.new_tokens,
-                (plan.seed, question),
+                (plan.seed, question), choice_tokens(self.model, self.asked[question]),
             )  # fmt: skip
             own = overlaps.loc[[position]].to_numpy(dtype=float)[0]
             answer = cache(partial(self._answer, question, tokens[:position]))  # most texts are alike
             for row, written in zip(effect, texts, strict=True):
-                patched, base, donor = (answer(tuple(text)) for text in written)
+                answers = self._likeliest(question, written)
+                if self.run.recipe.scoring not in LIKELIHOOD:
+                    answers = [answer(tuple(text)) for text in written[:3]]
+                answered = row["continued"] and answers is not None
+                patched, base, donor = answers or ("", "", "")
                 here = own[row["first"] : row["last"] + 1]
                 rows.append(
                     {
@@ -185,20 +192,26 @@ class _Patching:
                         "overlap": float(here.mean()),
                         "shifted": float((here < self.threshold).mean()),
                         "position_shifted": float((own < self.threshold).mean()),
-                        "answer_changed": float(patched != base) if row["continued"] else nan,
-                        "answer_donors": float(patched == donor) if row["continued"] else nan,
-                        "answers_differ": float(base != donor) if row["continued"] else nan,
+                        "answer_changed": float(patched != base) if answered else nan,
+                        "answer_donors": float(patched == donor) if answered else nan,
+                        "answers_differ": float(base != donor) if answered else nan,
                     }
                 )
         return pd.DataFrame(rows)
 
     def _reading(self, question: int) -> TextStates:
         if question not in self._readings:
-            prefix = self.run.recipe.reply_prefix or ""
-            prompt = self.model.chat(self.asked[question].prompt, reply_prefix=prefix)
+            prompt = prompt_tokens(self.model, self.asked[question], self.run.recipe.reply_prefix)
             written = written_tokens(self.run, question, 1)
             self._readings[question] = read_text(self.model, prompt, written, self.depth)
         return self._readings[question]
+
+    def _likeliest(self, question: int, written: Texts) -> list[str | None] | None:
+        """The likeliest choices of the patched row, the base and the donor; None after position 0."""
+        asked = self.asked[question]
+        if written.sums is None:
+            return None
+        return [grade_by_likelihood(asked, sums)[0].answer for sums in written.sums]
 
     def _answer(self, question: int, before: Sequence[int], new: Sequence[int]) -> str | None:
         """The answer in the text so far."""
@@ -207,7 +220,7 @@ class _Patching:
         tokens = [*before, *new[: stops[0] if stops else len(new)]]
         reply = self.run.recipe.reply_prefix or ""
         reply += self.model.tokenizer.decode(tokens, skip_special_tokens=True)
-        return grade(asked.kind, reply, asked.n_choices, asked.choices)
+        return graded(asked, reply).answer
 
 
 def _same_plan(folder: Path, run: Run, plan: Plan, threshold: float) -> None:
