@@ -8,9 +8,12 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass
 from functools import cached_property
+from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 from sst_interp.errors import SSTError
 
@@ -208,3 +211,89 @@ def unsupported(family: str, missing: str) -> SSTError:
 
 LOOPS = ("ouro", "huginn_raven", "hrm_text", "dory")
 """Families whose own forward pass runs layers several times: one pass through the layers is not the model."""
+
+
+class PlainConfig(SimpleNamespace):
+    """A config.json of a family that transformers does not know: its entries as attributes."""
+
+    _attn_implementation = "sdpa"
+    _commit_hash = None
+
+    def get_text_config(self, decoder: bool = True) -> PlainConfig:
+        """Itself."""
+        return self
+
+
+class PlainModel(nn.Module):
+    """A language model of a family that transformers does not know, with what `Backbone` asks of any.
+
+    A family's own model has its checkpoint's names, and a forward pass as it is published, to check
+    the parts against.
+    """
+
+    config: PlainConfig
+    lm_head: nn.Linear
+    generation_config = None
+    computed: tuple[str, ...] = ()
+    """Tensors of a checkpoint that are computed anew."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.lm_head.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.lm_head.weight.device
+
+    def get_output_embeddings(self) -> nn.Linear:
+        """The unembedding."""
+        return self.lm_head
+
+    def read(self, weights: dict[str, Tensor]) -> tuple[list[str], list[str]]:
+        """Take these weights, as they are: (names that are missing, names that have no place)."""
+        weights = {name: value for name, value in weights.items() if name not in self.computed}
+        missing, surplus = self.load_state_dict(weights, strict=False, assign=True)
+        return self.tie(list(missing)), list(surplus)
+
+    def tie(self, missing: list[str]) -> list[str]:
+        """Of the names that are missing, those that no other weight stands for."""
+        return missing
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) in float32, times a weight."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width]."""
+        wide = x.float()
+        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+class Rotary(nn.Module):
+    """Angles of rotary embeddings, one per pair of dimensions: cos and sin [row, position, d_head / 2]."""
+
+    def __init__(self, d_head: int, base: float) -> None:
+        super().__init__()
+        self.d_head, self.base = d_head, base
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """In float32."""
+        exponent = torch.arange(0, self.d_head, 2, dtype=torch.float32, device=x.device) / self.d_head
+        angle = position_ids[..., None].float() * (1.0 / self.base**exponent)
+        return angle.cos(), angle.sin()
+
+
+def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
+    """Causal attention [row, position, width] of q, k, v [row, head, position, d_head], through a cache."""
+    if cache is not None:
+        k, v = cache.update(k, v, module.layer_idx)
+    causal = mask is None and q.shape[2] > 1
+    grouped = q.shape[1] != k.shape[1]
+    out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+    return out.transpose(1, 2).flatten(2)

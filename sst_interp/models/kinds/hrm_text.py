@@ -6,9 +6,9 @@ With the embedding `e`, N a norm without weights, and slow cycles of F fast step
     H       = N(slow(H + L(t, i)))         # after each F-th step; before the first, H = e(t)
 
 The iteration axis counts fast steps. It has two indices, and `name_of(i)` says them: iteration i is fast step
-(i - 1) mod F + 1 of slow cycle (i - 1) div F + 1. The slow stack runs after every fast step as a read-out (what
-the model says if it stops there), and its output becomes H after each F-th. The layers are those of the fast
-stack, then those of the slow one. Every (iteration, layer) keeps its own keys and values.
+(i - 1) mod F + 1 of slow cycle (i - 1) div F + 1. The slow stack runs after every fast step as a read-out
+(what the model says if it stops there), and its output becomes H after each F-th. The layers are those of the
+fast stack, then those of the slow one. Every (iteration, layer) keeps its own keys and values.
 
 Text is read causally: the published model reads an instruction in both directions if it is told where one is.
 """

@@ -28,7 +28,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from jaxtyping import Float, Int
@@ -38,7 +38,7 @@ from torch.nn.functional import linear
 from sst_interp.errors import SSTError
 from sst_interp.models.backbone import Backbone
 from sst_interp.models.choices import Choices, as_weights, shown, whole
-from sst_interp.models.families import unsupported
+from sst_interp.models.families import PlainModel, unsupported
 from sst_interp.models.hooks import Visit
 from sst_interp.models.kinds import kind, kinds
 from sst_interp.models.stream import Kind, Pass, PassInputs, Reading, Recurrence, run_layer
@@ -79,6 +79,8 @@ class Looped(Kind):
     gate: Float[Tensor, " d_model_and_bias"] | None = None
     """A trained exit gate: see `exit_probabilities`."""
 
+    module: ClassVar[type[PlainModel] | None] = None
+    """The model itself, where transformers does not know its family."""
     own = "loop of its own"
     keeps_each = True
     holds = (
@@ -151,8 +153,13 @@ class Looped(Kind):
         """How a model of the kind's own family loops by its config.json, and the keys and values it keeps."""
         raise NotImplementedError(cls.__name__)
 
+    @property
+    def checked(self) -> int:
+        """Iterations that `validate` runs."""
+        return self.depth
+
     def logits_of(self, backbone: Backbone, tokens: Int[Tensor, "row position"]) -> Tensor:
-        """The model's own logits at its own depth."""
+        """The model's own logits after `checked` iterations."""
         return backbone.model(tokens, use_cache=False).logits
 
     @torch.no_grad()
@@ -163,7 +170,7 @@ class Looped(Kind):
         stream = model.new_stream(torch.zeros_like(tokens[:, 0]), tokens.shape[1])
         columns, state = torch.arange(tokens.shape[1], device=tokens.device), None
         resid_post = torch.zeros(())
-        for i in range(1, self.depth + 1):
+        for i in range(1, self.checked + 1):
             p = Pass(stream, tokens, columns, state, None, "write", iteration=i)
             resid_post, state = self.run(model, p)
         ours, theirs = backbone.unembed(resid_post[-1]), self.logits_of(backbone, tokens)
@@ -366,10 +373,16 @@ def native_kind(backbone: Backbone) -> tuple[Looped, Choices]:
     Raises:
         SSTError: no kind knows its family.
     """
-    for known in kinds().values():
-        if issubclass(known, Looped) and known.native == backbone.family:
-            return known.of(backbone)
-    raise unsupported(backbone.family, "it loops in a way that no kind knows")
+    known = looping_family(backbone.family)
+    if known is None:
+        raise unsupported(backbone.family, "it loops in a way that no kind knows")
+    return known.of(backbone)
+
+
+def looping_family(model_type: str) -> type[Looped] | None:
+    """The kind of a family that loops by itself, by the `model_type` of its config.json; None for others."""
+    looping = [k for k in kinds().values() if issubclass(k, Looped) and k.native]
+    return next((k for k in looping if k.native == model_type), None)
 
 
 def span_of(
