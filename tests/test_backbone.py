@@ -123,3 +123,13 @@ def test_where_branches_run_in_parallel_there_is_no_residual_between_them(family
         model.generate([prompts()[0]], 2, 2, edit=at(lambda t, **_: t, site="resid_mid"))
     with pytest.raises(SSTError, match="in parallel"):
         attach(tiny(family), alpha=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["olmo2", "glm4", "nanochat"])
+def test_transformer_lens_sees_newer_families(family):
+    model, tokens = attach(tiny(family, torch.float32), alpha=0.1), [[5, 6, 7, 8]]
+    logits, caches = model.run_with_cache(tokens, iterations=2)
+    assert relative(logits[-1], model.replay(tokens, 2).logits[:, :, -1]) < 1e-5
+    resid_post = model.replay(tokens, 2).resid_post[:, :, 1, 0]
+    assert relative(caches[0]["blocks.1.hook_resid_post"], resid_post) < 1e-5

@@ -8,17 +8,20 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tiny import COMMON, prompts, relative
-from tiny_capture import word_tokenizer
+from tiny_capture import recipe_for, word_tokenizer, write_questions
 from transformers import AutoModelForCausalLM, DoryConfig, DynamicCache, HrmTextConfig
 
 import sst_interp as sst
 from sst_interp.errors import SSTError
+from sst_interp.findings.of_run import ledger_of
+from sst_interp.models.checkpoint import save_checkpoint
 from sst_interp.models.choices import Choices
 from sst_interp.models.hooks import Record
 from sst_interp.models.kinds.dory import Dory
 from sst_interp.models.kinds.huginn import HuginnModel
 from sst_interp.models.kinds.ouro import OuroModel
 from sst_interp.models.model import attach, attach_looped, attach_lrt
+from sst_interp.runs.capture import capture
 
 SINGLE = 1e-5
 """These models norm in float32, whatever their dtype."""
@@ -347,3 +350,28 @@ def test_a_folder_that_is_not_whole_is_refused_in_one_line(tmp_path, make, confi
     (folder / "config.json").write_text(json.dumps(config | odd))
     with pytest.raises(SSTError, match="published"):
         sst.load(folder, dtype="float32")
+
+
+@pytest.mark.parametrize(("make", "config"), [(ouro, OURO), (huginn, HUGINN)], ids=["ouro", "huginn"])
+def test_it_is_captured_saved_and_seen_as_any_model(tmp_path, make, config):
+    folder = stored(tmp_path / "tiny", make(), config)
+    csv = write_questions(tmp_path / "words.csv", 3)
+    recipe = recipe_for(
+        csv, questions=3, max_new_tokens=3, checkpoint=str(folder), dtype="float32", controls=1
+    )
+    run = capture(recipe, None, tmp_path / "own", progress=False)
+    model = sst.load(folder, dtype="float32")
+    assert run.kind == model.kind.name
+    assert run.manifest["provenance"]["choices"]["kv"] == "each"
+    assert sorted(set(run.pairs["layer"])) == list(model.kind.iterated(model.backbone.n_layers))
+    assert not ledger_of(run, resamples=50).failed
+    saved = save_checkpoint(model, tmp_path / "saved", str(folder))
+    again = sst.load(saved, dtype="float32")
+    assert (again.kind.digest(), again.choices) == (model.kind.digest(), model.choices)
+    assert torch.equal(again.replay([[5, 6, 7]], 3).logits, model.replay([[5, 6, 7]], 3).logits)
+    with torch.no_grad():
+        traced = model.nnsight(2)
+        with traced.trace([5, 6, 7]):
+            y = traced.iteration[2].layers[1].resid_post.output.save()  # of position 0
+        first = model.replay([[5, 6, 7]], 2).resid_post[0, 0, 1, 1]
+    assert relative(y[0, 0], first) < SINGLE

@@ -141,7 +141,7 @@ def load_tokenizer(name: str | Path, trust_remote_code: bool = False) -> Any:
 
     folder = checkpoint_folder(name) or fetch_checkpoint(str(name))
     source = _source(str(name) if folder is None else read_checkpoint(folder)[0]["backbone"]["name"])
-    with _readable(str(name)):
+    with _quiet_transformers(), _readable(str(name)):
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
 
 

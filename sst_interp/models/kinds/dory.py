@@ -4,10 +4,10 @@ With `e` the input layers' output, N the norm to length 1, and s(t, 0) = e:
 
     x(t, i) = N(s(t, i-1)) + N(e(t)),      s(t, i) = core(x(t, i)),      y(t) = output layers(s(t, D))
 
-Its config.json says which keys and values are kept. `per_loop` is `kv = "each"`; `last_loop` is `kv = "last"`:
-a position attends to the last loop's entries of earlier positions, as when a text is read token by token. A
-forward pass over a whole text without a cache attends to those of the same loop, which is `each`. So under
-`last_loop` transformers gives other logits for the same text by how it is cut (docs/looped.md).
+Its config.json says which keys and values are kept. `per_loop` is `kv = "each"`. `last_loop` is `kv =
+"last"`: a position attends to the last loop's entries of earlier positions, as when a text is read token by
+token. A forward pass over a whole text without a cache attends to those of the same loop, which is `each`. So
+under `last_loop` transformers gives other logits for the same text by how it is cut (docs/looped.md).
 """
 
 from __future__ import annotations
