@@ -366,7 +366,7 @@ def attach(
     The model is not copied or changed; parts are resolved by family and validated by numbers.
 
     Args:
-        model: `AutoModelForCausalLM` of a supported family (Llama, Qwen2/3, Mistral, Gemma 2/3, GPT-2).
+        model: `AutoModelForCausalLM` of a supported family (`sst_interp.models.families.SUPPORTED`).
         tokenizer: its tokenizer, if texts are to be used.
         alpha: blend weights in [0, 1]: a number (the default is the paper's mean), one per layer [layer], or
             [layer, d_model].
