@@ -268,8 +268,9 @@ class Looped(Kind):
         if initial == "zeros":
             return torch.zeros_like(e)
         position = (p.columns[None] - p.stream.pad[: len(e), None]).clamp(min=0)
-        table = torch.stack([_noise(self.seed, t, e.shape[-1]) for t in range(int(position.max()) + 1)])
-        return (self.noise * table).to(e)[position]
+        different, which = position.unique(return_inverse=True)
+        table = torch.stack([_noise(self.seed, t, e.shape[-1]) for t in different.tolist()])
+        return (self.noise * table).to(e)[which]
 
     def memory(self, backbone: Backbone) -> list[int]:
         """The slots of the state that an iteration reads of the one before."""
