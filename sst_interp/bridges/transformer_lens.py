@@ -202,8 +202,12 @@ class StateStreamBridge(TransformerBridge):
         """Where the values come from that hooks are called with."""
         norms: list[Any] = [self.ln_final]
         for index, block in enumerate(self.blocks):
-            norms += [block.ln1, block.ln2]
-            backbone.layers[index] = replace(backbone.layers[index], norm1=block.ln1, norm2=block.ln2)
+            layer = backbone.layers[index]
+            before = {"norm1": "ln1", "norm2": "ln2"}  # OLMo 2 norms after its branches alone
+            own = [ours for ours in before if not isinstance(getattr(layer, ours), nn.Identity)]
+            theirs = {ours: getattr(block, before[ours]) for ours in own}
+            norms += theirs.values()
+            backbone.layers[index] = replace(layer, **theirs)
         for norm in norms:
             norm.use_native_layernorm_autograd = True  # the backbone's own numbers, unless a hook edits them
         backbone.final_norm = self.ln_final

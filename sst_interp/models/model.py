@@ -8,7 +8,7 @@ model.generate(["Why is the sky blue?"], iterations=4).texts
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from sst_interp.errors import SSTError, upstairs
+from sst_interp.errors import SSTError, check_known, upstairs
 from sst_interp.models.backbone import Backbone
 from sst_interp.models.choices import (
     MAX_DEPTH,
@@ -41,7 +41,7 @@ from sst_interp.models.generation import (
 )
 from sst_interp.models.halting import Flat, HaltingPolicy
 from sst_interp.models.hooks import Edit
-from sst_interp.models.kinds.looped import Looped
+from sst_interp.models.kinds.looped import Looped, Range, native_kind, span_of
 from sst_interp.models.kinds.lrt import MemoryDesign, Pathway, Projections, build_memory
 from sst_interp.models.kinds.sst import PAPER_ALPHA, LayerBlend
 from sst_interp.models.likelihood import LogLikelihood, loglikelihood
@@ -393,7 +393,7 @@ def attach(
     The model is not copied or changed; parts are resolved by family and validated by numbers.
 
     Args:
-        model: `AutoModelForCausalLM` of a supported family (Llama, Qwen2/3, Mistral, Gemma 2/3, GPT-2).
+        model: `AutoModelForCausalLM` of a supported family (`sst_interp.models.families.SUPPORTED`).
         tokenizer: its tokenizer, if texts are to be used.
         alpha: blend weights in [0, 1]: a number (the default is the paper's mean), one per layer [layer], or
             [layer, d_model].
@@ -411,16 +411,35 @@ def attach(
 
 
 def attach_looped(
-    model: nn.Module, tokenizer: Any = None, choices: Choices | None = None, name: str | None = None
+    model: nn.Module,
+    tokenizer: Any = None,
+    choices: Choices | None = None,
+    name: str | None = None,
+    prelude: Range | None = None,
+    core: Range | None = None,
+    coda: Range | None = None,
+    **loop: Any,
 ) -> StateStreamModel:
-    """Loop any Hugging Face causal LM in memory over its depth; the arguments are those of `attach`.
+    """Loop any Hugging Face causal LM in memory over its depth. One that loops by itself is taken as it does.
 
-    `choices.blend` says how an iteration is read: `convex` in place of the embedding, `additive` on top.
+    Args:
+        model, tokenizer, choices, name: as for `attach`.
+        prelude, core, coda: layers, as (first, one after the last), that run once, again and again, and after
+            the loop; what is left out fills the rest. Without any of them the whole stack is the core.
+        loop: fields of `sst_interp.models.kinds.looped.Looped`: `inject`, `initial`, `norm`, `damping` ...
 
     Raises:
-        SSTError: an unsupported family, or a choice that does not apply.
+        SSTError: an unsupported family, or a range, setting or choice that does not apply.
     """
-    return attach(model, tokenizer, choices=choices, name=name, kind=Looped())
+    backbone = Backbone(model)
+    check_known("setting of a loop", loop, [field.name for field in fields(Looped)])
+    given = prelude is not None or core is not None or coda is not None
+    if backbone.loops and not (given or loop):
+        kind, own = native_kind(backbone)
+        choices = choices or own
+    else:
+        kind = Looped(core=span_of(backbone.n_layers, prelude, core, coda) if given else None, **loop)
+    return StateStreamModel(backbone, kind, tokenizer, choices, name or backbone.family)
 
 
 def attach_lrt(

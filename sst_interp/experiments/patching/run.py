@@ -174,7 +174,8 @@ class _Patching:
                 self.model, reading, other, position, self.layers, plan.windows, plan.new_tokens,
                 (plan.seed, question), choice_tokens(self.model, self.asked[question]),
             )  # fmt: skip
-            own = overlaps.loc[[position]].to_numpy(dtype=float)[0]
+            every = range(self.model.backbone.n_layers)  # a layer that runs once has no pair: it stays
+            own = overlaps.loc[[position]].reindex(columns=every, fill_value=1.0).to_numpy(dtype=float)[0]
             answer = cache(partial(self._answer, question, tokens[:position]))  # most texts are alike
             for row, written in zip(effect, texts, strict=True):
                 answers = self._likeliest(question, written)
