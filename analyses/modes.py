@@ -372,8 +372,8 @@ def in_layers(c: Contrast) -> tuple[pd.DataFrame, np.ndarray]:
     """Modes of every layer of the pair that is compared, without the dip test.
 
     Returns:
-        A row per layer with the columns of `Bimodality.scopes` and `weight` (share of its pairs below the antimode),
-        and the histograms [layer, question, BINS].
+        A row per layer with the columns of `Bimodality.scopes` and `weight` (share of its pairs below the
+        antimode), and the histograms [layer, question, BINS].
     """
     here, resolution = c.there, RESOLUTION[c.kind]
     question, questions = pd.factorize(c.rows["question"].to_numpy()[here], sort=True)
@@ -391,8 +391,9 @@ def in_layers(c: Contrast) -> tuple[pd.DataFrame, np.ndarray]:
 
 
 SPIKE, SPIKE_AT, SPIKE_SPREAD = 0.14, 0.6, 0.24
-"""The paper's mode: its share of the pairs, its middle overlap, and the spread of log(1 - overlap), which together
-put its 1% quantile at 0.30."""
+"""The paper's mode: its share of the pairs, its middle overlap, and the spread of log(1 - overlap), which
+together put its 1% quantile at 0.30.
+"""
 
 
 def spiked_layers(cube: np.ndarray, resolution: float, resamples: int, seed: int) -> float:

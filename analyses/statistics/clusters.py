@@ -1,8 +1,9 @@
-"""Intervals that cover at 24 questions: the variance is taken between questions, the quantile from Student's t.
+"""Intervals that cover at 24 questions: the variance is taken between questions, the quantile from Student's
+t.
 
-A percentile bootstrap of 8 questions covers 0.855 instead of 0.95. Here a share is treated on the logit, a
-quantile through the share of rows below it (Woodruff 1952), and a ratio by its linear approximation; each has n - 1
-degrees of freedom for n questions.
+A percentile bootstrap of 8 questions covers 0.855 instead of 0.95. Here a share is treated on the logit,
+a quantile through the share of rows below it (Woodruff 1952), and a ratio by its linear approximation;
+each has n - 1 degrees of freedom for n questions.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ def per_question(question: np.ndarray, *columns: np.ndarray) -> np.ndarray:
 
 
 def ratio_t(sums: np.ndarray) -> Interval:
-    """A ratio of totals from its parts per question [question, 2]; questions without a denominator are left out."""
+    """A ratio of totals from its parts per question [question, 2]; questions without a denominator are left
+    out.
+    """
     sums = sums[sums[:, 1] > 0]
     n = len(sums)
     if not n:
@@ -62,11 +65,15 @@ def ratio_t(sums: np.ndarray) -> Interval:
 
 
 def jackknife_t(sums: np.ndarray, statistic: Statistic) -> Interval:
-    """A statistic of totals [resample, ...] from its parts per question [question, ...], each left out in turn."""
+    """A statistic of totals [resample, ...] from its parts per question [question, ...], each left out in
+    turn.
+    """
     n, whole = len(sums), sums.sum(axis=0)
     estimate = float(statistic(whole[None])[0])
     if n < 3 or not math.isfinite(estimate):
-        return Interval(estimate, math.nan, math.nan, n, reason=ONE_QUESTION if n == 1 else "too few questions")
+        return Interval(
+            estimate, math.nan, math.nan, n, reason=ONE_QUESTION if n == 1 else "too few questions"
+        )
     left = statistic(whole - sums)
     half = t_quantile(n) * math.sqrt((n - 1) / n * float(((left - left.mean()) ** 2).sum()))
     if not math.isfinite(half):
@@ -112,7 +119,9 @@ def cluster_quantile(question: np.ndarray, values: np.ndarray, q: float) -> Inte
 
 
 def apart(one: Interval, other: Interval) -> Interval:
-    """one - other, of two estimates with intervals of their own; taken as independent, which is the wider way."""
+    """One - other, of two estimates with intervals of their own; taken as independent, which is the wider
+    way.
+    """
     if not one.known or not other.known:
         return nothing(str((other if one.known else one).reason), other.n_questions)
     half = math.hypot((one.high - one.low) / 2, (other.high - other.low) / 2)

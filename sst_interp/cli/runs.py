@@ -207,7 +207,11 @@ def claims(
             say(f"{row.claim.id}: {row.claim.words}")
             say(f"    paper     {row.claim.paper}\n    this run  {row.finding.here or '-'}")
             say(f"    grade     {row.finding.verdict}\n    rule      supported if {row.claim.rule}")
-            for name, words in (("beside", row.finding.control), ("checks", row.checked), ("errs", row.rates)):
+            for name, words in (
+                ("beside", row.finding.control),
+                ("checks", row.checked),
+                ("errs", row.rates),
+            ):
                 if words:
                     say(f"    {name:9} {words}")
         say()

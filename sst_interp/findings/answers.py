@@ -1,5 +1,5 @@
-"""Claims about the output, the answers and the blend (C4, C5, C10, C11, C14, C15), and those that take an
-experiment of their own: the halting probe (C12, C13) and causal patching (C16, C16b).
+"""Claims about the answers and the blend (C10, C11, C14, C15), and those that take an experiment of their own:
+the halting probe (C12, C13) and causal patching (C16, C16b).
 
 The commands of the experiments take minutes and keep their rows with the run (`of_run.keep_findings`).
 """
@@ -14,15 +14,11 @@ import numpy as np
 import pandas as pd
 
 from sst_interp.analyses.answers import Answers, answers_of, mcnemar
-from sst_interp.analyses.contrast import Tables, at_positions
+from sst_interp.analyses.contrast import Tables
 from sst_interp.analyses.result import Analysis, Result
 from sst_interp.analyses.statistics.bootstrap import Interval, nothing, percent_text, questions_words
 from sst_interp.analyses.statistics.clusters import (
-    apart,
-    cluster_quantile,
     cluster_share,
-    in_factors,
-    in_logs,
     mean_t,
 )
 from sst_interp.errors import Untestable
@@ -41,7 +37,6 @@ from sst_interp.findings.claims import (
     graded,
     not_comparable,
 )
-from sst_interp.findings.state import cut
 
 ALPHA = {"1% quantile": (0.0075, 0.03), "99% quantile": (0.05, 0.2)}
 MUST_HALT = 35
@@ -72,70 +67,10 @@ def blend_weights(
 
 
 @claim(
-    "C4", "a shift replaces half of the top 100 tokens, a stable position hardly any",
-    "54 against 1 (medians)",
-    "by the last layer, while both have read the same tokens: the median at shifts is between 27 and 81, at "
-    "stable positions at most 5.4 (both by their intervals), and the change replaces more than random changes "
-    "of the same norm", 54,
-)  # fmt: skip
-def replaced(e: Evidence) -> Finding:
-    """Tokens replaced at shifts and at stable positions of the last layer; beside it random changes."""
-    c = e.contrast
-    rows = _with_last(e, c.outputs)
-    question, tokens = rows["question"].to_numpy(), rows["replaced"].to_numpy(dtype=float)
-    shifted = rows["last"].to_numpy() < cut(c)
-    medians = [
-        cluster_quantile(question[here], tokens[here], 0.5) if here.any() else nothing(f"no position {what}")
-        for here, what in ((shifted, "shifts"), (~shifted, "is stable"))
-    ]
-    beyond = nothing("no norm-matched perturbations")
-    try:
-        beyond = _beyond_random(e)
-    except Untestable as error:
-        beyond = nothing(error.message)
-    return graded(
-        Part("replaced at shifts", medians[0], 27, 81),
-        Part("at stable positions", medians[1], high=5.4),
-        control=Part("at shifts beyond random changes (mean)", beyond, low=0),
-    )
-
-
-@claim(
-    "C5", "the new winner comes from rank 50 or deeper", "50",
-    "the 99% quantile of the rank (0-based) of a new most likely token is between 25 and 100 by its interval, and "
-    "deeper than that of random changes of the same norm; 300 new winners of 50 questions", 50,
-)  # fmt: skip
-def deepest_winner(e: Evidence) -> Finding:
-    """The 99% quantile of new winners' ranks; beside it that of random changes."""
-    c = e.contrast
-    rows = c.outputs[c.outputs["argmax_changed"].to_numpy(dtype=bool)]
-    if rows.empty:
-        raise Untestable("the most likely token never changes")
-    rank = cluster_quantile(rows["question"].to_numpy(), rows["winner_rank"].to_numpy(), 0.99)
-    few = None if len(rows) >= 300 else f"{len(rows):,} new winners, and 300 are needed"
-    factor, note = nothing("no norm-matched perturbations"), ""
-    try:
-        random = _perturbed(e, "random")
-        random = random[(random["winner_rank"] > 0).to_numpy(dtype=bool)]
-        deep = cluster_quantile(random["question"].to_numpy(), random["winner_rank"].to_numpy(), 0.99)
-        factor = in_factors(apart(in_logs(rank, 1), in_logs(deep, 1)))
-        note = f"99% quantile with random changes {deep.text()}"
-    except Untestable as error:
-        factor = nothing(error.message)
-    return graded(
-        Part("99% quantile of the rank", rank, 25, 100),
-        control=Part("over random changes", factor, low=1, form="factor"),
-        least=50,
-        too_few=few,
-        note=note,
-    )
-
-
-@claim(
     "C10", "thinking longer about every question breaks right answers",
     "51.0% at depth 1, 42.9% at depth 4; 30 of 101 broken",
-    "the paired difference of accuracy, deepest less shallowest depth, is below 0 by its interval; contradicted if "
-    "the interval lies above -4 points (half of the paper's); 260 questions", 0.429 - 0.510,
+    "the paired difference of accuracy, deepest less shallowest depth, is below 0 by its interval; "
+    "contradicted if the interval lies above -4 points (half of the paper's); 260 questions", 0.429 - 0.510,
     per="run",
 )  # fmt: skip
 def broken(e: Evidence) -> Finding:
@@ -144,7 +79,9 @@ def broken(e: Evidence) -> Finding:
     first, last = answers.correct[:, 0], answers.correct[:, -1]
     broke, mended = int((first & ~last).sum()), int((last & ~first).sum())
     n, p = len(first), float(mcnemar(broke, mended))
-    note = f"{broke} of {int(first.sum())} right answers broken, {mended} of {n - int(first.sum())} wrong ones "
+    note = (
+        f"{broke} of {int(first.sum())} right answers broken, {mended} of {n - int(first.sum())} wrong ones "
+    )
     note += f"mended (exact McNemar p = {p:.2g}); accuracy {percent_text(first.mean())} at depth "
     note += f"{answers.depths[0]}, {percent_text(last.mean())} at depth {answers.depths[-1]}"
     difference = mean_t(last * 1.0 - first)
@@ -154,8 +91,8 @@ def broken(e: Evidence) -> Finding:
 
 @claim(
     "C11", "the best depth per question (an oracle) beats the matched baseline", "61.1% against 46.0%",
-    "the oracle over the depths exceeds the oracle over as many re-draws (sampled answers) of the same model, by the "
-    "interval; contradicted if the interval lies below 4 points; 200 questions", 0.611 - 0.460,
+    "the oracle over the depths exceeds the oracle over as many re-draws (sampled answers) of the same "
+    "model, by the interval; contradicted if the interval lies below 4 points; 200 questions", 0.611 - 0.460,
     per="run",
 )  # fmt: skip
 def oracle_beats(e: Evidence) -> Finding:
@@ -175,8 +112,8 @@ def oracle_beats(e: Evidence) -> Finding:
 
 @claim(
     "C14", "the learned blend weights: mean, range", "0.027, [0.015, 0.10]",
-    "in two trainings or more that no bounds confine, from starts that differ by a factor of 2, the 1% quantile is "
-    "0.0075 to 0.03 and the 99% quantile 0.05 to 0.2", 0.027,
+    "in two trainings or more that no bounds confine, from starts that differ by a factor of 2, the 1% "
+    "quantile is 0.0075 to 0.03 and the 99% quantile 0.05 to 0.2", 0.027,
     per="run",
 )  # fmt: skip
 def learned_blend(e: Evidence) -> Finding:
@@ -211,8 +148,8 @@ def learned_blend(e: Evidence) -> Finding:
 
 @claim(
     "C15", "the error of the two-pass approximation is of the order of alpha squared", "6e-4 to 1.2e-3",
-    "the slope of log error on log alpha is between 1.7 and 2.3 by its interval, for logits and for states and for "
-    "every number of blended layers; 4 alphas and 8 texts", 2.0,
+    "the slope of log error on log alpha is between 1.7 and 2.3 by its interval, for logits and for states "
+    "and for every number of blended layers; 4 alphas and 8 texts", 2.0,
     per="run",
 )  # fmt: skip
 def two_pass_error(e: Evidence) -> Finding:
@@ -236,7 +173,9 @@ def two_pass_error(e: Evidence) -> Finding:
                 continue
             x = np.log(own.columns.to_numpy(dtype=float))
             slope = (np.log(own.to_numpy(dtype=float)) @ (x - x.mean())) / ((x - x.mean()) ** 2).sum()
-            parts.append(Part(f"slope of {what}, {layers} layers", mean_t(slope), 1.7, 2.3, shown=len(parts) < 3))
+            parts.append(
+                Part(f"slope of {what}, {layers} layers", mean_t(slope), 1.7, 2.3, shown=len(parts) < 3)
+            )
     if not parts:
         raise Untestable(f"4 alphas are needed, and there are {' and '.join(dict.fromkeys(few)) or 'none'}")
     alpha = logits.columns.to_numpy(dtype=float)
@@ -273,9 +212,11 @@ def _guesses(answers: Answers) -> str | None:
 
 
 def _over_redraws(answers: Answers, redraws: Tables, depths: int) -> np.ndarray:
-    """Right at some depth, less the chance of being right in as many re-draws, by question; NaN without them.
+    """Right at some depth, less the chance of being right in as many re-draws, by question; NaN without
+    them.
 
-    The rows of a question in `redraws` are its re-draws. More of them than depths give the mean over all choices.
+    The rows of a question in `redraws` are its re-draws. More of them than depths give the mean over all
+    choices.
     """
     table = redraws("questions")
     drawn = table.groupby("id")["correct"].agg(["sum", "size"])
@@ -285,37 +226,6 @@ def _over_redraws(answers: Answers, redraws: Tables, depths: int) -> np.ndarray:
     for k in range(depths):
         none *= np.clip(of - right - k, 0, None) / np.where(of > k, of - k, np.nan)
     return answers.correct.any(axis=1) - (1 - none)
-
-
-def _with_last(e: Evidence, rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows with `last`, the overlap of the last layer at their position; those without one are left out."""
-    c = e.contrast
-    pairs = c.rows.assign(last=c.overlap)
-    pairs = pairs[(pairs["layer"] == pairs["layer"].max()).to_numpy(dtype=bool)]
-    joined = at_positions(rows, pairs[["question", "position", "last"]])
-    return joined[joined["last"].notna().to_numpy(dtype=bool)]
-
-
-def _perturbed(e: Evidence, direction: str) -> pd.DataFrame:
-    """Norm-matched perturbations of the last layer's output at the deepest pair."""
-    if e.comparison == "free_running":
-        raise Untestable("each depth reads its own text")
-    rows: Any = e.contrast.tables("nudges", e.comparison)
-    rows = rows[((rows["site"] == "output") & (rows["direction"] == direction)).to_numpy(dtype=bool)]
-    if rows.empty:
-        raise Untestable(f"the run has no {direction} changes of the last layer")
-    return rows[(rows["b"] == rows["b"].max()).to_numpy(dtype=bool)]
-
-
-def _beyond_random(e: Evidence) -> Interval:
-    """Tokens replaced by the true change less by random ones of its norm, at shifts, mean per question."""
-    keys = ["question", "position"]
-    true = _with_last(e, _perturbed(e, "true")[[*keys, "replaced"]])
-    true = true[(true["last"] < cut(e.contrast)).to_numpy(dtype=bool)]
-    random = _perturbed(e, "random").astype({"question": "int64", "position": "int64"})
-    both = true.merge(random.groupby(keys)["replaced"].mean().reset_index(), on=keys, suffixes=("", "_random"))
-    gap = (both["replaced"] - both["replaced_random"]).groupby(both["question"]).mean()
-    return mean_t(gap.to_numpy(dtype=float))
 
 
 PAPER_LABEL = "must-halt"
@@ -351,8 +261,9 @@ KEPT = {
 @claim(
     "C12", "a probe of the state at position 0 tells which questions must halt",
     "29 of 48 in leave-one-out, p = 0.0009; 107 of 5,376 dimensions of layer 15 of 62",
-    "for must-halt, everything chosen inside the fold: the AUC in repeated stratified folds is 0.65 or more and its "
-    "permutation p below 0.05; contradicted if the upper end is below 0.60. 35 must-halt questions and 35 others",
+    "for must-halt, everything chosen inside the fold: the AUC in repeated stratified folds is 0.65 or more"
+    " and its permutation p below 0.05; contradicted if the upper end is below 0.60. 35 must-halt questions"
+    " and 35 others",
     29 / 48,
     per="run",
     measured="probe",
@@ -360,11 +271,14 @@ KEPT = {
 def probe_tells(probe: Any) -> Finding:
     """AUC in folds and its p; beside it the paper's leave-one-out."""
     n = min(probe.n_positive, probe.n_questions - probe.n_positive)
-    note = f"leave-one-out: {probe.hits} of {probe.n_positive} hits, AUC {probe.auc.text()}, p = {probe.p_auc:.2g}"
+    note = f"leave-one-out: {probe.hits} of {probe.n_positive} hits, AUC {probe.auc.text()}, "
+    note += f"p = {probe.p_auc:.2g}"
     dims = probe.dims
     note += f"; {dims.count:.0f} dimensions ({percent_text(dims.share)} of a layer)" if dims else ""
     note += f"; with selection outside the fold {probe.leaky_auc.estimate:.2f}"
-    return folds_grade(probe.tested_auc, probe.p_tested, n, probe.permutations, _not_by_this_probe(probe), note)
+    return folds_grade(
+        probe.tested_auc, probe.p_tested, n, probe.permutations, _not_by_this_probe(probe), note
+    )
 
 
 def folds_grade(
@@ -389,9 +303,9 @@ def folds_grade(
 
 @claim(
     "C13", "the depth that the probe picks breaks no right answer", "0 broken, 4 conservative errors",
-    "routed out of fold by the must-halt probe, fewer right answers break than with the same depths dealt at random "
-    "(interval below 0); contradicted if the interval lies above minus half of what dealing breaks. 35 must-halt "
-    "questions. None broken is what the paper shows in sample",
+    "routed out of fold by the must-halt probe, fewer right answers break than with the same depths dealt "
+    "at random (interval below 0); contradicted if the interval lies above minus half of what dealing "
+    "breaks. 35 must-halt questions. None broken is what the paper shows in sample",
     per="run",
     measured="probe",
 )  # fmt: skip
@@ -401,13 +315,15 @@ def routed_breaks(probe: Any, routing: Any) -> Finding:
         return not_comparable(routing.no_probe)
     row = routing.row("probe")
     spared = routing.interval(row, "spared")
-    note = f"{row['broken']} of {routing.right} right answers broken, {row['conservative']} conservative errors; "
-    note += f"{row['mended']} mended"
+    note = f"{row['broken']} of {routing.right} right answers broken, {row['conservative']} conservative "
+    note += f"errors; {row['mended']} mended"
     n = min(probe.n_positive, probe.n_questions - probe.n_positive)
     return routed_grade(spared, float(row["dealt_broken"]), n, _not_by_this_probe(probe), note)
 
 
-def routed_grade(spared: Interval, dealt: float, smaller: int, why: str | None = None, note: str = "") -> Finding:
+def routed_grade(
+    spared: Interval, dealt: float, smaller: int, why: str | None = None, note: str = ""
+) -> Finding:
     """The grade of C13.
 
     Args:
@@ -420,14 +336,18 @@ def routed_grade(spared: Interval, dealt: float, smaller: int, why: str | None =
     few = None
     if smaller < MUST_HALT:
         few = f"the smaller class has {questions_words(smaller)}, and {MUST_HALT} are needed"
-    part = Part("broken beyond dealt at random", spared, high=0, above=-dealt / 2, below=-math.inf, form="points")
-    return graded(part, why=why, too_few=few, note=f"dealing breaks {percent_text(dealt)} of questions; {note}")
+    part = Part(
+        "broken beyond dealt at random", spared, high=0, above=-dealt / 2, below=-math.inf, form="points"
+    )
+    return graded(
+        part, why=why, too_few=few, note=f"dealing breaks {percent_text(dealt)} of questions; {note}"
+    )
 
 
 @claim(
     "C16", "a shift matters more than its size (our own)", "not in the paper",
-    "in a regression of the log effect of a patch below the last layer on its log norm, shifted pairs have a larger "
-    "effect than stable ones (interval of the coefficient above 0); 40 questions",
+    "in a regression of the log effect of a patch below the last layer on its log norm, shifted pairs have "
+    "a larger effect than stable ones (interval of the coefficient above 0); 40 questions",
     per="run",
     measured="patching",
 )  # fmt: skip
@@ -435,16 +355,17 @@ def beyond_its_size(patching: Any) -> Finding:
     """The effect of shifting at equal norm (a `Patching`); beside it the coefficient of the norm."""
     if patching.beyond_size is None or patching.size_slope is None:
         return not_comparable(str(patching.why_not))
-    note = f"coefficient of the log norm {patching.size_slope.text()}; {patching.shifted:.0%} of the pairs shifted"
+    note = f"coefficient of the log norm {patching.size_slope.text()}"
+    note += f"; {patching.shifted:.0%} of the pairs shifted"
     part = Part("log KL, shifted less stable at equal norm", patching.beyond_size, low=0)
     return graded(part, least=40, note=note)
 
 
 @claim(
     "C16b", "a depth's state carries its output (our own)", "not in the paper",
-    "at shifted pairs below the last layer the other depth's state moves the logit difference its way in both "
-    "directions (intervals above 0), and further than a random change and another question's change of the same "
-    "norm (intervals of the differences above 0); 40 questions",
+    "at shifted pairs below the last layer the other depth's state moves the logit difference its way in "
+    "both directions (intervals above 0), and further than a random change and another question's change of"
+    " the same norm (intervals of the differences above 0); 40 questions",
     per="run",
     measured="patching",
 )  # fmt: skip

@@ -1,10 +1,12 @@
-"""How often do the rules of the claims err? Runs with known truths are simulated and judged by the rules themselves.
+"""How often do the rules of the claims err? Runs with known truths are simulated and judged by the rules
+themselves.
 
     sst-interp study run calibration --seeds 200
 
-A *world* says what is true: one as the paper describes its model, and worlds in which a claim is false in the way that
-is hardest to tell. Questions differ, layers go together (an autoregression of 0.9), and only the tables that a claim
-reads are made. The study goes on where it was stopped: a batch of replicates of one world and size is one job.
+A *world* says what is true: one as the paper describes its model, and worlds in which a claim is false in
+the way that is hardest to tell. Questions differ, layers go together (an autoregression of 0.9), and only
+the tables that a claim reads are made. The study goes on where it was stopped: a batch of replicates of
+one world and size is one job.
 """
 
 from __future__ import annotations
@@ -23,7 +25,6 @@ import plotly.graph_objects as go
 import torch
 from scipy.stats import norm
 
-from sst_interp import paths
 from sst_interp.analyses.answers import answers_of
 from sst_interp.analyses.contrast import Contrast
 from sst_interp.analyses.plots import BLUE, VERMILLION, Dot, dots
@@ -38,7 +39,16 @@ from sst_interp.experiments.studies.study import Finding as Found
 from sst_interp.experiments.studies.study import Progress, Study, register_study
 from sst_interp.experiments.table import Table
 from sst_interp.findings.answers import folds_grade, routed_grade
-from sst_interp.findings.claims import GRADES, SUPPORTED, Evidence, Finding, Part, graded, number
+from sst_interp.findings.claims import (
+    CONTRADICTED,
+    GRADES,
+    SUPPORTED,
+    Evidence,
+    Finding,
+    Part,
+    graded,
+    number,
+)
 from sst_interp.tables import markdown
 
 SIZES, ANSWERED = (24, 50, 198), (24, 50, 198, 1000)
@@ -67,7 +77,9 @@ class State(NamedTuple):
     first: bool = True
     """Whether position 0 shifts in every question."""
     smooth: bool = False
-    """Whether argmax and tokens only read off a distance that grows in step, as for random changes of its norm."""
+    """Whether argmax and tokens only read off a distance that grows in step, as for random changes of its
+    norm.
+    """
     noise: float = 2.0
     """Of another batch shape, in bf16 roundings, as `change`."""
     change: float = 15.0
@@ -100,7 +112,9 @@ def states(world: State) -> Callable[[np.random.Generator, int, Sequence[str]], 
 
 
 def layered(rng: np.random.Generator, n: int) -> np.ndarray:
-    """Standard normal [question, position, layer]: layers go together, and each question has a part of its own."""
+    """Standard normal [question, position, layer]: layers go together, and each question has a part of its
+    own.
+    """
     own = rng.normal(size=(n, POSITIONS, LAYERS))
     for layer in range(1, LAYERS):
         own[..., layer] = 0.9 * own[..., layer - 1] + np.sqrt(1 - 0.81) * own[..., layer]
@@ -161,8 +175,8 @@ def simulated(rng: np.random.Generator, n: int, world: State) -> tuple[Any, Any]
         [
             pd.DataFrame(
                 {
-                    "question": q, "comparison": "teacher_forced", "position": p, "layer": layer, "a": 1, "b": k + 2,
-                    "same_prefix": True, "cosine": 1 - u[k].ravel(), "relative_l2": change.ravel(),
+                    "question": q, "comparison": "teacher_forced", "position": p, "layer": layer,
+                    "a": 1, "b": k + 2, "same_prefix": True, "cosine": 1 - u[k].ravel(), "relative_l2": change.ravel(),
                     "norm_a": 100.0, "norm_b": 100.0, "bf16_ratio": 256 * change.ravel(),
                 }
             )
@@ -173,7 +187,9 @@ def simulated(rng: np.random.Generator, n: int, world: State) -> tuple[Any, Any]
     q2, p2 = (part.ravel() for part in np.indices(shape))
     at = {"question": q2, "position": p2}
 
-    def rows(k: int, changed: np.ndarray, rank: np.ndarray, replaced: np.ndarray, use: np.ndarray, **more: Any):
+    def rows(
+        k: int, changed: np.ndarray, rank: np.ndarray, replaced: np.ndarray, use: np.ndarray, **more: Any
+    ):
         table = {
             "comparison": "teacher_forced", "a": 1, "b": k + 2, "argmax_changed": changed[k].ravel(),
             "winner_rank": np.where(changed[k], rank[k], 0).ravel(), "same_prefix": True,
@@ -197,7 +213,9 @@ def simulated(rng: np.random.Generator, n: int, world: State) -> tuple[Any, Any]
     noise = noise.assign(cosine=0.99999, relative_l2=size, bf16_ratio=256 * size)
     second = np.where(shifts()[..., None] & (rng.random(z.shape) > 0.02), 0.5, 0.999)
     again = pairs[pairs["b"] == STEPS + 1].assign(cosine=second.ravel())
-    run = SimpleNamespace(pairs=pairs, outputs=outputs, nudges=pd.concat(nudges, ignore_index=True), noise=noise)
+    run = SimpleNamespace(
+        pairs=pairs, outputs=outputs, nudges=pd.concat(nudges, ignore_index=True), noise=noise
+    )
     return run, SimpleNamespace(pairs=again)
 
 
@@ -206,7 +224,9 @@ JOINT = {(True, True): 71, (True, False): 30, (False, True): 14, (False, False):
 
 
 def answered(rng: np.random.Generator, n: int, real: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Right answers [question, 4 depths] and re-draws [question, 4 draws]; without an effect both are re-draws."""
+    """Right answers [question, 4 depths] and re-draws [question, 4 draws]; without an effect both are
+    re-draws.
+    """
     if not real:
         chance = rng.beta(0.6, 0.6, size=(n, 1))
         return rng.random((n, 4)) < chance, rng.random((n, 4)) < chance
@@ -274,8 +294,8 @@ def approximations(slope: float) -> Callable[[np.random.Generator, int, Sequence
                 error = 500 * alpha**slope * np.exp(0.3 * own + 0.15 * rng.normal(size=2))
                 rows.append(
                     {
-                        "method": "sweeps", "groups": 1, "sweeps": 1, "reference": "layerwise", "alpha": alpha,
-                        "alpha_low": alpha, "alpha_high": alpha, "n_layers": 30, "question": text,
+                        "method": "sweeps", "groups": 1, "sweeps": 1, "reference": "layerwise",
+                        "alpha": alpha, "alpha_low": alpha, "alpha_high": alpha, "n_layers": 30, "question": text,
                         "error2": error[0] ** 2, "norm2": 1.0, "state": error[1], "positions": 1,
                     }
                 )  # fmt: skip
@@ -294,8 +314,9 @@ def patched(effect: float) -> Callable[[np.random.Generator, int, Sequence[str]]
         kl = 1.4 * size + effect * shifted + 0.8 * own + rng.normal(size=(n, 24))
         rows = pd.DataFrame(
             {
-                "question": np.repeat(np.arange(n), 24), "direction": "back", "last": np.tile(np.arange(6), 4 * n),
-                "size": np.exp(size).ravel(), "shifted": shifted.ravel().astype(int), "kl": np.exp(kl).ravel(),
+                "question": np.repeat(np.arange(n), 24), "direction": "back",
+                "last": np.tile(np.arange(6), 4 * n), "size": np.exp(size).ravel(),
+                "shifted": shifted.ravel().astype(int), "kl": np.exp(kl).ravel(),
             }
         )  # fmt: skip
         _, extra = size_regression(rows)
@@ -310,20 +331,24 @@ WORLDS: dict[str, World] = {
         "198 x 62 x 60 as the paper describes it", states(State()), tuple(f"C{i}" for i in range(1, 10)), True
     ),
     "one mode": World(
-        "one spread, of which 0.99 cuts off 14%", states(State(0.14, modes="one", first=False)), ("C1", "C2", "C3")
+        "one spread, of which 0.99 cuts off 14%",
+        states(State(0.14, modes="one", first=False)), ("C1", "C2", "C3")
     ),
     "a tail": World(
         "one mode with a tail of 14%, even in the overlap",
         states(State(0.14, modes="tail", first=False)), ("C1", "C2", "C3"),
     ),
     "at the ends": World(
-        "two modes, every number just outside its region: 29% shifted, 1% quantile 0.46, a correlation of 0.09 and a "
-        "change of twice the noise", states(State(0.29, 0.305, content=CONTENT, first=False, change=3.8, deepest=1.5)),
+        "numbers just outside their regions: 29% shifted, 1% quantile 0.46, correlation 0.09, twice the noise",
+        states(State(0.29, 0.305, content=CONTENT, first=False, change=3.8, deepest=1.5)),
         ("C1", "C3", "C7", "C9"),
     ),
-    "everywhere": World("all positions shift, position 0 as any", states(State(0.985, first=False)), ("C6", "C8")),
+    "everywhere": World(
+        "all positions shift, position 0 as any", states(State(0.985, first=False)), ("C6", "C8")
+    ),
     "smooth": World(
-        "output and argmax read off a distance, as for random changes", states(State(smooth=True)), ("C4", "C5", "C6")
+        "output and argmax read off a distance, as for random changes",
+        states(State(smooth=True)), ("C4", "C5", "C6")
     ),
     "no content": World(
         "shifts by chance, position 0 as any, the change as large as noise",
@@ -335,7 +360,9 @@ WORLDS: dict[str, World] = {
     "re-draws": World("depths are re-draws of one model", answers(False), ("C10", "C11"), sizes=ANSWERED),
     "noise labels": World("the probe knows nothing", answers(False), ("C12", "C13"), sizes=ANSWERED),
     "order two": World("the error goes as alpha squared", approximations(2.0), ("C15",), True, (8, 24)),
-    "order one and a half": World("it goes as alpha to the 1.5", approximations(1.5), ("C15",), sizes=(8, 24)),
+    "order one and a half": World(
+        "it goes as alpha to the 1.5", approximations(1.5), ("C15",), sizes=(8, 24)
+    ),
     "a shift matters": World("half a log unit beyond its size", patched(0.5), ("C16",), True, (40, 50, 198)),
     "only its size": World("nothing beyond its size", patched(0.0), ("C16",), sizes=(40, 50, 198)),
 }  # fmt: skip
@@ -351,7 +378,9 @@ class CalibrationStudy(Study):
     page = "docs/claims.md"
     options = ("seeds",)
     tables = {"counts": COUNTS}  # noqa: RUF012
-    findings = (Found("calibration", lambda rows: calibration(rows["counts"]), {"error rates": lambda r: r.text}),)
+    findings = (
+        Found("calibration", lambda rows: calibration(rows["counts"]), {"error rates": lambda r: r.text}),
+    )
 
     def __init__(self, worlds: Mapping[str, World] | None = None) -> None:
         self.worlds = WORLDS if worlds is None else worlds
@@ -393,7 +422,7 @@ class CalibrationStudy(Study):
                 for id, found in world.judge(rng, job["n"], world.claims).items():
                     counts[id][found.grade] += 1
         rows = [
-            job | {"claim": id, "true": world.true, "replicates": BATCH} | {grade: of[grade] for grade in GRADES}
+            job | {"claim": id, "true": world.true, "replicates": BATCH} | {g: of[g] for g in GRADES}
             for id, of in counts.items()
         ]  # fmt: skip
         return pd.DataFrame(rows)
@@ -414,15 +443,19 @@ class Calibration(Result):
     @property
     def verdict(self) -> str:
         """The worst rate of false support, and the least of true support at 198 questions."""
-        false = self.rates[~self.rates["true"].to_numpy(dtype=bool) & (self.rates["n"] >= 24).to_numpy(dtype=bool)]
+        false = self.rates[
+            ~self.rates["true"].to_numpy(dtype=bool) & (self.rates["n"] >= 24).to_numpy(dtype=bool)
+        ]
         worst = false.loc[false[SUPPORTED].idxmax()]
         words = f"A false claim is supported in at most {percent_text(worst[SUPPORTED])} of simulated runs "
         words += f"({worst['claim']}, {worst['n']} questions)."
         seen = self.rates[(self.rates["world"] == PAPER) & (self.rates["n"] == SIZES[-1])]
         if len(seen):
             least = seen.loc[seen[SUPPORTED].idxmin()]
-            words += f" A run as the paper says is supported on C1 to C9 in {percent_text(least[SUPPORTED])} or more "
-            words += f"({least['claim']}) at {SIZES[-1]}."
+            words += (
+                f" A run as the paper says is supported on C1 to C9 in {percent_text(least[SUPPORTED])} or "
+            )
+            words += f"more ({least['claim']}) at {SIZES[-1]}."
         return f"{words} {int(self.rates['replicates'].min())} replicates or more of each."
 
     def figure(self) -> go.Figure:
@@ -436,24 +469,20 @@ class Calibration(Result):
 
     @property
     def text(self) -> str:
-        """A Markdown table: a row per claim and world, the grades by number of questions."""
+        """A Markdown table: a row per claim and world, supported and contradicted by number of questions."""
         rows = []
         for (claim, world), own in self.rates.groupby(["claim", "world"], sort=False):
-            row = {"claim": claim, "world": world, "the claim is": "true" if own["true"].iloc[0] else "false"}
-            for n in (24, 50, 198, 1000):
-                at = own[own["n"] == n]
-                row[f"n = {n}"] = ""
-                if len(at):
-                    one = at.iloc[0]
-                    row[f"n = {n}"] = f"{one[SUPPORTED]:.1%} / {one['contradicted']:.1%}"
-            other = own[~own["n"].isin((24, 50, 198, 1000))]
-            if len(other):
-                row["other n"] = "; ".join(
-                    f"{r['n']}: {r[SUPPORTED]:.1%} / {r['contradicted']:.1%}" for r in other.to_dict("records")
-                )
-            rows.append(row | {"replicates": int(own["replicates"].min())})
-        columns = ["claim", "world", "the claim is", "n = 24", "n = 50", "n = 198", "n = 1000", "other n", "replicates"]
-        return markdown([{name: row.get(name, "") for name in columns} for row in rows])
+            shown = [f"{r[SUPPORTED]:.1%} / {r[CONTRADICTED]:.1%}" for r in own.to_dict("records")]
+            said = {
+                "claim": claim,
+                "world": world,
+                "the claim is": "true" if own["true"].iloc[0] else "false",
+            }
+            said["questions: supported / contradicted"] = "; ".join(
+                f"{n}: {both}" for n, both in zip(own["n"], shown, strict=True)
+            )
+            rows.append(said | {"runs": int(own["replicates"].min())})
+        return markdown(rows)
 
 
 def calibration(counts: pd.DataFrame) -> Calibration:
@@ -475,7 +504,8 @@ def _measured(file: Path, when: float) -> pd.DataFrame:
 
 
 def rates_at(claim: str, n: int) -> str:
-    """How often a rule errs at a number of questions, by the shipped simulation; empty if it was not simulated.
+    """How often a rule errs at a number of questions, by the shipped simulation; empty if it was not
+    simulated.
 
     The nearest simulated number that is not larger is taken, or else the smallest.
     """
@@ -494,8 +524,10 @@ def rates_at(claim: str, n: int) -> str:
     false, true = (own[own["true"].to_numpy(dtype=bool) == side] for side in (False, True))
     words = f"at {at} {'texts' if claim == 'C15' else 'questions'}"
     if len(false):
-        words += f" supported in {percent_text(float(false[SUPPORTED].max()))} of simulated runs where it is false"
+        words += (
+            f" supported in {percent_text(float(false[SUPPORTED].max()))} of simulated runs where it is false"
+        )
     if len(true):
         words += f", in {percent_text(float(true[SUPPORTED].min()))} where it is true"
-        words += f" (contradicted in {percent_text(float(true['contradicted'].max()))})"
+        words += f" (contradicted in {percent_text(float(true[CONTRADICTED].max()))})"
     return f"{words}; {int(own['replicates'].min())} runs each"

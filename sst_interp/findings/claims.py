@@ -2,15 +2,16 @@
 
 A claim is one place, a function from `Evidence` to its `Finding`:
 
-    @claim("C8", "every question shifts at position 0", "198 of 198", "position 0 shifts in more layers ...", 1.0)
-    def shift_at_zero(e: Evidence) -> Finding:
+    @claim("C8", "every question shifts at position 0", "198 of 198", "position 0 shifts in more layers
+    ...", 1.0) def shift_at_zero(e: Evidence) -> Finding:
         ...
         return graded(Part("layers at 0 less later", difference, low=0), least=59)
 
-A rule names numbers, each with its interval, and for each the region that supports the claim. An interval inside
-all regions supports it, one outside any region contradicts it, and one that straddles an end is inconclusive: so
-fewer questions can only make a claim undecided. One comparison decides (`DECIDES`); the others are checks.
-How often each rule errs is simulated (`sst-interp study run calibration`, docs/claims.md).
+A rule names numbers, each with its interval, and for each the region that supports the claim. An interval
+inside all regions supports it, one outside any region contradicts it, and one that straddles an end is
+inconclusive: so fewer questions can only make a claim undecided. One comparison decides (`DECIDES`); the
+others are checks. How often each rule errs is simulated (`sst-interp study run calibration`,
+docs/claims.md).
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ class Part(NamedTuple):
         return self.interval.low >= above or self.interval.high <= below
 
     def needed(self) -> float:
-        """Questions with which this estimate would decide, if intervals shrink as the root of their number."""
+        """Questions with which this estimate would decide, if intervals shrink as the root of n."""
         at, low, high = self.interval.estimate, self.interval.low, self.interval.high
         if self.low < at < self.high:
             room = [(at - self.low) / (at - low) if at > low else math.inf,
@@ -99,7 +100,9 @@ class Part(NamedTuple):
         else:
             above = self.high if math.isnan(self.above) else self.above
             below = self.low if math.isnan(self.below) else self.below
-            room = [(at - above) / (at - low) if at > above else (below - at) / (high - at) if at < below else 0]
+            room = [
+                (at - above) / (at - low) if at > above else (below - at) / (high - at) if at < below else 0
+            ]
         scale = min(room)
         return self.interval.n_questions / scale**2 if scale > 0 else math.inf
 
@@ -192,7 +195,9 @@ class SameTokens:
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """What a claim is judged by: the comparison, the results of the analyses, and what stands beside the run."""
+    """What a claim is judged by: the comparison, the results of the analyses, and what stands beside the
+    run.
+    """
 
     contrast: Contrast
     """The comparison of the row; for a claim about the whole run, the leading one."""
@@ -263,8 +268,9 @@ def claim(
 ) -> Callable[[R], R]:
     """Register a function of `Evidence` that judges a claim.
 
-    The arguments are fields of `Claim` and `Registered`. The function returns a `Finding`, and raises `Untestable`
-    where the run cannot be compared. Raises SSTError if another module has registered the id.
+    The arguments are fields of `Claim` and `Registered`. The function returns a `Finding`, and raises
+    `Untestable` where the run cannot be compared. Raises SSTError if another module has registered the
+    id.
     """
 
     def register(judge: R) -> R:

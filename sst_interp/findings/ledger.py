@@ -3,9 +3,8 @@
     ledger = claims(run, baseline=baseline)    # every registered analysis, then every registered claim
     ledger.verdict, ledger.table, ledger.figure()
 
-One comparison is in memory at a time; teacher-forced text decides, the others are checks. A claim that cannot be
-compared says why. An analysis that crashes is in
-`failed`: a crash is not a finding.
+One comparison is in memory at a time; teacher-forced text decides, the others are checks. A claim that
+cannot be compared says why. An analysis that crashes is in `failed`: a crash is not a finding.
 """
 
 from __future__ import annotations
@@ -148,7 +147,9 @@ class Ledger(Result):
         """
         shown = ["claim", "paper", "this run", "grade", "why", "checks", "control", "error rates"]
         texts = {
-            "claims": markdown([{name: row[name] for name in shown} for row in self.table.to_dict("records")]),
+            "claims": markdown(
+                [{name: row[name] for name in shown} for row in self.table.to_dict("records")]
+            ),
             "by claim": markdown(self.by_claim),
             "verdict": self.verdict,
         } | {name: result.verdict for name, result in self.results.items()}
@@ -398,7 +399,9 @@ def _n_questions(c: Contrast) -> int:
 
 
 def after_holm(rows: Sequence[Row]) -> list[Row]:
-    """The rows in order; claims that rest on a p-value are supported after Holm's adjustment over all that do."""
+    """The rows in order; claims that rest on a p-value are supported after Holm's adjustment over all that
+    do.
+    """
     rows = sorted(rows, key=lambda row: number(row.claim.id))
     asked = [i for i, row in enumerate(rows) if math.isfinite(row.finding.p) and row.grade != INCOMPARABLE]
     adjusted = holm(np.array([rows[i].finding.p for i in asked]))

@@ -137,7 +137,8 @@ def blend_of(run: Run) -> BlendWeights | None:
 
 
 def approximation_of(run: Run) -> pd.DataFrame | None:
-    """Two-pass errors of the run's backbone at several alphas (`sst-interp study run two-pass BACKBONE`), or None.
+    """Two-pass errors of the run's backbone at several alphas (`sst-interp study run two-pass BACKBONE`), or
+    None.
 
     A trained checkpoint has one blend; the order of the error is told where alpha varies.
     """
@@ -228,7 +229,9 @@ def _kept(file: Path, run: Run) -> Kept:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise unreadable(file, error, again) from None
     except SSTError as error:
-        lost = not_comparable(f"{error.message}; delete it, or `sst-interp {file.stem} --run {run.name}` again")
+        lost = not_comparable(
+            f"{error.message}; delete it, or `sst-interp {file.stem} --run {run.name}` again"
+        )
         measured = [entry.claim for entry in CLAIMS.values() if entry.measured == file.stem]
         return Kept([Row(claim, EVERYWHERE, lost) for claim in measured])
 
@@ -250,7 +253,9 @@ def _row(values: dict[str, Any], command: str, name: str) -> Row:
     verdict, _, reason = finding["verdict"].partition(": ")
     here, control = finding["here"], finding["control"]
     if id == "C16" and interval.known:
-        found = graded(Part("log KL, shifted less stable at equal norm", interval, low=0), least=40, note=control)
+        found = graded(
+            Part("log KL, shifted less stable at equal norm", interval, low=0), least=40, note=control
+        )
     else:
         again = f"kept by version 0.1 without what the rule asks: `sst-interp {command} --run {name}` again"
         found = not_comparable(reason if verdict == "not testable" else again, here, control)

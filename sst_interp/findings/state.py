@@ -1,4 +1,4 @@
-"""Claims about the state (C1 to C3, C6 to C9), each with its control. All numbers come from one comparison."""
+"""Claims about the state and what it does to the output (C1 to C9), each with its control."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pandas as pd
 from scipy import stats
 
 from sst_interp.analyses.content import SHIFTED, second_run
-from sst_interp.analyses.contrast import RESOLUTION, Contrast, overlap_of, position_key
+from sst_interp.analyses.contrast import RESOLUTION, Contrast, at_positions, overlap_of, position_key
 from sst_interp.analyses.modes import in_layers, spiked_layers
 from sst_interp.analyses.noise import TINY
 from sst_interp.analyses.position_zero import StartUp, at_zero, start_up, threshold_at_zero
@@ -24,6 +24,7 @@ from sst_interp.analyses.statistics.clusters import (
     cluster_quantile,
     cluster_share,
     in_factors,
+    in_logs,
     mean_t,
     per_question,
     ratio_t,
@@ -56,8 +57,8 @@ def cut(c: Contrast) -> float:
 
 @claim(
     "C1", "few (position, layer) pairs shift, the rest is stable", "14% (86% stable)",
-    "the share of pairs below 0.99 is between 7% and 28% by its interval, and C2 is supported (a cut through one "
-    "mode divides no two kinds); 50 questions", 0.14,
+    "the share of pairs below 0.99 is between 7% and 28% by its interval, and C2 is supported (a cut "
+    "through one mode divides no two kinds); 50 questions", 0.14,
 )  # fmt: skip
 def share_shifted(e: Evidence) -> Finding:
     """Share below 0.99; beside it what noise alone shifts."""
@@ -76,8 +77,8 @@ def share_shifted(e: Evidence) -> Finding:
 
 @claim(
     "C2", "stable and shifted pairs are two modes, not one spread", "yes",
-    "more than half of the layers have two modes within themselves (false discovery rate 5%); contradicted if at most "
-    "a quarter have, and a mode of 14% put into the run's own overlaps is seen in 80% of them",
+    "more than half of the layers have two modes within themselves (false discovery rate 5%); contradicted "
+    "if at most a quarter have, and a mode of 14% put into the run's own overlaps is seen in 80% of them",
 )  # fmt: skip
 def two_modes(e: Evidence) -> Finding:
     """Layers with two modes within themselves; beside it their second mode's weight."""
@@ -93,8 +94,8 @@ def two_modes(e: Evidence) -> Finding:
     # p of the claim: at what level would just more than half of the layers pass?
     p = float(np.sort(table.loc[tested, "p_layers"].where(table["modes"] == "two", 1.0).to_numpy())[of // 2])
     weight = float(np.mean(table.loc[two, "weight"])) if two.any() else math.nan
-    found = Part("layers with two modes", Interval(share, share, share, n, reason="a count"), 0.5, 1.01, below=0.25,
-                 form="percent")  # fmt: skip
+    found = Part("layers with two modes", Interval(share, share, share, n), 0.5, 1.01,
+                 below=0.25, form="percent")  # fmt: skip
     missing = Part("weight of the lower mode", Interval(weight, weight, weight, n), form="percent")
     parts = [found, *([missing] if two.any() else [])]
     verdict = graded(*parts, p=p)
@@ -112,7 +113,8 @@ def two_modes(e: Evidence) -> Finding:
 
 @claim(
     "C3", "the overlap falls to 0.30 at a shift", "0.30",
-    "the 1% quantile of the overlaps of shifted pairs is between 0.20 and 0.45 by its interval; 50 questions", 0.30,
+    "the 1% quantile of the overlaps of shifted pairs is between 0.20 and 0.45 by its interval; 50 questions",
+    0.30,
 )  # fmt: skip
 def lowest_overlap(e: Evidence) -> Finding:
     """1% quantile of shifted overlaps; beside it that of noise."""
@@ -129,10 +131,71 @@ def lowest_overlap(e: Evidence) -> Finding:
 
 
 @claim(
+    "C4", "a shift replaces half of the top 100 tokens, a stable position hardly any",
+    "54 against 1 (medians)",
+    "by the last layer, while both have read the same tokens: the median at shifts is between 27 and 81, at"
+    " stable positions at most 5.4 (both by their intervals), and the change replaces more than random "
+    "changes of the same norm", 54,
+)  # fmt: skip
+def replaced(e: Evidence) -> Finding:
+    """Tokens replaced at shifts and at stable positions of the last layer; beside it random changes."""
+    c = e.contrast
+    rows = _with_last(e, c.outputs)
+    question, tokens = rows["question"].to_numpy(), rows["replaced"].to_numpy(dtype=float)
+    shifted = rows["last"].to_numpy() < cut(c)
+    medians = [
+        cluster_quantile(question[here], tokens[here], 0.5) if here.any() else nothing(f"no position {what}")
+        for here, what in ((shifted, "shifts"), (~shifted, "is stable"))
+    ]
+    beyond = nothing("no norm-matched perturbations")
+    try:
+        beyond = _beyond_random(e)
+    except Untestable as error:
+        beyond = nothing(error.message)
+    return graded(
+        Part("replaced at shifts", medians[0], 27, 81),
+        Part("at stable positions", medians[1], high=5.4),
+        control=Part("at shifts beyond random changes (mean)", beyond, low=0),
+    )
+
+
+@claim(
+    "C5", "the new winner comes from rank 50 or deeper", "50",
+    "the 99% quantile of the rank (0-based) of a new most likely token is between 25 and 100 by its "
+    "interval, and deeper than that of random changes of the same norm; 300 new winners of 50 questions", 50,
+)  # fmt: skip
+def deepest_winner(e: Evidence) -> Finding:
+    """The 99% quantile of new winners' ranks; beside it that of random changes."""
+    c = e.contrast
+    rows = c.outputs[c.outputs["argmax_changed"].to_numpy(dtype=bool)]
+    if rows.empty:
+        raise Untestable("the most likely token never changes")
+    rank = cluster_quantile(rows["question"].to_numpy(), rows["winner_rank"].to_numpy(), 0.99)
+    few = None if len(rows) >= 300 else f"{len(rows):,} new winners, and 300 are needed"
+    factor, note = nothing("no norm-matched perturbations"), ""
+    try:
+        random = _perturbed(e, "random")
+        random = random[(random["winner_rank"] > 0).to_numpy(dtype=bool)]
+        deep = cluster_quantile(random["question"].to_numpy(), random["winner_rank"].to_numpy(), 0.99)
+        factor = in_factors(apart(in_logs(rank, 1), in_logs(deep, 1)))
+        note = f"99% quantile with random changes {deep.text()}"
+    except Untestable as error:
+        factor = nothing(error.message)
+    return graded(
+        Part("99% quantile of the rank", rank, 25, 100),
+        control=Part("over random changes", factor, low=1, form="factor"),
+        least=50,
+        too_few=few,
+        note=note,
+    )
+
+
+@claim(
     "C6", "the state shifts before the argmax changes, never after", "always",
-    "of the changes at step 2 or later (100 or more), at most 2% have no shift at that step or before, by the interval's "
-    "upper end; and with a cut at which shifts are as frequent as changes, earlier less later shifts exceed what "
-    "random changes of the same norm give. Saturated if 90% of all positions have shifted at step 1", 1.0,
+    "of the changes at step 2 or later (100 or more), at most 2% have no shift at that step or before, by "
+    "the interval's upper end; and with a cut at which shifts are as frequent as changes, earlier less "
+    "later shifts exceed what random changes of the same norm give. Saturated if 90% of all positions have "
+    "shifted at step 1", 1.0,
 )  # fmt: skip
 def state_first(e: Evidence) -> Finding:
     """Earlier less later shifts, and shifts that come after; beside it random changes grown in step."""
@@ -146,7 +209,11 @@ def state_first(e: Evidence) -> Finding:
     placebo = float((steps.lowest[:, 0] < cut(c)).mean())
     if not steps.changed.any():
         raise Untestable("the argmax never changes")
-    after = cluster_share(steps.question[late], (at > first)[late]) if n_late else nothing("no change after step 1")
+    after = (
+        cluster_share(steps.question[late], (at > first)[late])
+        if n_late
+        else nothing("no change after step 1")
+    )
     own = _earlier_less_later(steps.question, steps.lowest, steps.changed)
     beyond, random = nothing("no norm-matched perturbations"), None
     try:
@@ -157,7 +224,9 @@ def state_first(e: Evidence) -> Finding:
     few = f"{n_late} changes at step 2 or later, and 100 are needed" if n_late < 100 else None
     saturated = None
     if placebo >= SATURATES:
-        saturated = f"{percent_text(placebo)} of all positions have shifted at step 1, so every change is preceded"
+        saturated = (
+            f"{percent_text(placebo)} of all positions have shifted at step 1, so every change is preceded"
+        )
     beside = f"earlier less later {own.text()}" + (f", random changes {random.text()}" if random else "")
     return graded(
         Part("no shift until after", after, high=0.02, form="percent"),
@@ -170,8 +239,8 @@ def state_first(e: Evidence) -> Finding:
 
 @claim(
     "C7", "the change is many bf16 roundings, most in the deepest layer", "15x, deepest layer 29x (medians)",
-    "the change is more than twice the measured noise, and more in the deepest layer than over all layers (both by "
-    "the interval over questions)", 15,
+    "the change is more than twice the measured noise, and more in the deepest layer than over all layers "
+    "(both by the interval over questions)", 15,
 )  # fmt: skip
 def above_rounding(e: Evidence) -> Finding:
     """The change over measured noise, and the deepest layer over all; beside it the change in roundings."""
@@ -189,7 +258,9 @@ def above_rounding(e: Evidence) -> Finding:
     median = float(np.median(rows["bf16_ratio"]))
     note = f"median change {median:.3g} bf16 roundings" + (f"; noise of {which}" if which else "")
     return graded(
-        Part("deepest layer over all", in_factors(mean_t((deepest - every).to_numpy())), low=1.0, form="factor"),
+        Part(
+            "deepest layer over all", in_factors(mean_t((deepest - every).to_numpy())), low=1.0, form="factor"
+        ),
         control=Part("over the measured noise", floor, low=2.0, form="factor"),
         note=note + _against_overlap(c, median),
     )
@@ -197,11 +268,13 @@ def above_rounding(e: Evidence) -> Finding:
 
 @claim(
     "C8", "every question shifts at position 0", "198 of 198",
-    "95% of questions or more shift there in some layer (exact bound), and position 0 shifts in more of its layers than "
-    "later positions do (interval above 0); 59 questions", 1.0,
+    "95% of questions or more shift there in some layer (exact bound), and position 0 shifts in more of its"
+    " layers than later positions do (interval above 0); 59 questions", 1.0,
 )  # fmt: skip
 def shift_at_zero(e: Evidence) -> Finding:
-    """Layers shifted at position 0 less later, and questions with a shift there; beside it placebo positions."""
+    """Layers shifted at position 0 less later, and questions with a shift there; beside it placebo
+    positions.
+    """
     c = e.contrast
     grid = c.grid
     if not grid.there[:, grid.positions == 0].any():
@@ -211,12 +284,16 @@ def shift_at_zero(e: Evidence) -> Finding:
     n, k = int(known.sum()), int(np.nansum(zero.any_zero))
     low = float(stats.beta.ppf(1 - INSIDE, k, n - k + 1)) if k else 0.0  # one-sided, Clopper and Pearson
     any_zero = Interval(k / n, low, float(stats.beta.ppf(INSIDE, k + 1, n - k)) if k < n else 1.0, n)
-    note = f"placebo: {percent_text(float(np.nanmean(zero.any_later)))} of later positions shift in some layer"
+    note = (
+        f"placebo: {percent_text(float(np.nanmean(zero.any_later)))} of later positions shift in some layer"
+    )
     note += f"; layers {percent_text(float(np.nanmean(zero.layers_zero)))} at 0, "
     note += f"{percent_text(float(np.nanmean(zero.layers_later)))} later"
     start = start_up(c, cut(c)) if "blend_off" in c.beside else StartUp(0, not_testable="none was captured")
     if start.not_testable is None:
-        note += f"; {percent_text(start.control_layers.estimate)} at 0 with the prompt read without the recurrence"
+        note += (
+            f"; {percent_text(start.control_layers.estimate)} at 0 with the prompt read without recurrence"
+        )
     return graded(
         Part("layers at 0 less later", mean_t(zero.layers_zero - zero.layers_later), low=0.0, form="points"),
         Part("questions that shift at 0", any_zero, 0.95, 1.01, form="percent"),
@@ -227,16 +304,18 @@ def shift_at_zero(e: Evidence) -> Finding:
 
 @claim(
     "C9", "which positions shift depends on content", "yes",
-    "where a question shifts goes with where it shifts in a second run with reshuffled choices: a correlation of the "
-    "shift indicators beyond that of other questions above 0.1 by its interval, p < 0.05. Saturated if fewer than 2% or "
-    "more than 90% of the pairs shift",
+    "where a question shifts goes with where it shifts in a second run with reshuffled choices: a "
+    "correlation of the shift indicators beyond that of other questions above 0.1 by its interval, p < "
+    "0.05. Saturated if fewer than 2% or more than 90% of the pairs shift",
 )  # fmt: skip
 def tied_to_content(e: Evidence) -> Finding:
     """The correlation with a second run beyond position; beside it that of other questions."""
     c = e.contrast
     share = float((c.overlap[c.there] < cut(c)).mean())
     again, why = second_run(c, cut(c))
-    saturated = None if 0.02 <= share <= 0.9 else f"{percent_text(share)} of the pairs shift: where says little"
+    saturated = (
+        None if 0.02 <= share <= 0.9 else f"{percent_text(share)} of the pairs shift: where says little"
+    )
     if again is None:
         return Finding(SATURATED, "none", saturated) if saturated else not_comparable(why)
     mine, theirs = again
@@ -247,10 +326,49 @@ def tied_to_content(e: Evidence) -> Finding:
     n = len(table)
     others = np.where(np.eye(n, dtype=bool), np.nan, table)
     by_position = (np.nanmean(others, axis=0) + np.nanmean(others, axis=1)) / 2 if n > 1 else np.zeros(n)
-    tie = mean_t(np.diag(table) - by_position) if n else nothing("no question shifts here and there in both runs")
+    tie = (
+        mean_t(np.diag(table) - by_position)
+        if n
+        else nothing("no question shifts here and there in both runs")
+    )
     p = matched(x, y, *c.resampling).p_other if n > 1 else math.nan
-    note = f"of the same question {np.diag(table).mean():.2g}, of others {by_position.mean():.2g}" if n else ""
+    note = (
+        f"of the same question {np.diag(table).mean():.2g}, of others {by_position.mean():.2g}" if n else ""
+    )
     return graded(Part("correlation beyond position", tie, low=0.1), saturated=saturated, p=p, note=note)
+
+
+def _with_last(e: Evidence, rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows with `last`, the overlap of the last layer at their position; those without one are left out."""
+    c = e.contrast
+    pairs = c.rows.assign(last=c.overlap)
+    pairs = pairs[(pairs["layer"] == pairs["layer"].max()).to_numpy(dtype=bool)]
+    joined = at_positions(rows, pairs[["question", "position", "last"]])
+    return joined[joined["last"].notna().to_numpy(dtype=bool)]
+
+
+def _perturbed(e: Evidence, direction: str) -> pd.DataFrame:
+    """Norm-matched perturbations of the last layer's output at the deepest pair."""
+    if e.comparison == "free_running":
+        raise Untestable("each depth reads its own text")
+    rows: Any = e.contrast.tables("nudges", e.comparison)
+    rows = rows[((rows["site"] == "output") & (rows["direction"] == direction)).to_numpy(dtype=bool)]
+    if rows.empty:
+        raise Untestable(f"the run has no {direction} changes of the last layer")
+    return rows[(rows["b"] == rows["b"].max()).to_numpy(dtype=bool)]
+
+
+def _beyond_random(e: Evidence) -> Interval:
+    """Tokens replaced by the true change less by random ones of its norm, at shifts, mean per question."""
+    keys = ["question", "position"]
+    true = _with_last(e, _perturbed(e, "true")[[*keys, "replaced"]])
+    true = true[(true["last"] < cut(e.contrast)).to_numpy(dtype=bool)]
+    random = _perturbed(e, "random").astype({"question": "int64", "position": "int64"})
+    both = true.merge(
+        random.groupby(keys)["replaced"].mean().reset_index(), on=keys, suffixes=("", "_random")
+    )
+    gap = (both["replaced"] - both["replaced_random"]).groupby(both["question"]).mean()
+    return mean_t(gap.to_numpy(dtype=float))
 
 
 def _noise(e: Evidence) -> tuple[pd.DataFrame, np.ndarray]:
@@ -276,7 +394,9 @@ def _log_medians(rows: pd.DataFrame, column: str) -> pd.Series:
 
 
 def _over_noise(c: Contrast) -> tuple[Interval, str]:
-    """The change over the strictest measured noise, question by question, as a factor; and which noise it is."""
+    """The change over the strictest measured noise, question by question, as a factor; and which noise it
+    is.
+    """
     noise = c.tables("noise")
     keys = position_key(c.rows)
     best: tuple[Interval, str] | None = None
@@ -295,7 +415,7 @@ def _over_noise(c: Contrast) -> tuple[Interval, str]:
 
 
 def _against_overlap(c: Contrast, median: float) -> str:
-    """Whether the overlaps say the same: a state that turns by little and keeps its norm changed by little."""
+    """Whether the overlaps say the same: a state that hardly turns and keeps its norm hardly changed."""
     rows = c.rows
     if c.kind != "cosine" or not {"norm_a", "norm_b"} <= set(rows.columns):
         return ""
@@ -341,8 +461,8 @@ def lowest_by_step(c: Contrast) -> LowestByStep:
 def _earlier_less_later(question: np.ndarray, lowest: np.ndarray, changed: np.ndarray) -> Interval:
     """Share of late changes that a shift precedes, less the share that it follows or misses.
 
-    `lowest` and `changed` are [position, step]. The cut is where shifts are as frequent as changes at the last
-    step: two readouts of one distance then come first equally often.
+    `lowest` and `changed` are [position, step]. The cut is where shifts are as frequent as changes at the
+    last step: two readouts of one distance then come first equally often.
     """
     level = np.quantile(lowest[:, -1], changed[:, -1].mean())
     x, y = first_at(lowest < level), first_at(changed)

@@ -65,11 +65,12 @@ class Routing(Result):
 
     policies: pd.DataFrame
     """A row per policy: name, kind (flat, policy, oracle); accuracy, passes (per question), `beyond`
-    (accuracy minus that of the same depths dealt at random), spared (share of questions that break, less that with
-    the same depths dealt at random, which is `dealt_broken`), saved (share of the passes of the deepest flat
-    depth) and broken_share (of the answers right at the shallowest depth), each with `_low` and `_high`;
-    mean_depth; broken (right at the shallowest depth, wrong as routed), mended (the reverse) and
-    conservative (wrong as routed, right at a deeper depth), in questions."""
+    (accuracy minus that of the same depths dealt at random), spared (share of questions that break, less
+    that with the same depths dealt at random, which is `dealt_broken`), saved (share of the passes of the
+    deepest flat depth) and broken_share (of the answers right at the shallowest depth), each with `_low`
+    and `_high`; mean_depth; broken (right at the shallowest depth, wrong as routed), mended (the reverse)
+    and conservative (wrong as routed, right at a deeper depth), in questions.
+    """
     curve: pd.DataFrame
     """Columns threshold, accuracy, passes: the probe at every threshold. The best of them is no policy."""
     of_question: pd.DataFrame

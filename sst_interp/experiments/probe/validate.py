@@ -332,9 +332,10 @@ def in_folds(own: Scores, design: Design, inputs: Inputs, y: LabelRows, repeats:
 def tested(area: float, null: np.ndarray, n: int) -> tuple[Interval, float]:
     """An AUC with the interval that its permutation test gives when it is inverted, and the one-sided p.
 
-    The null is taken to keep its shape at other true values, so that the interval runs from the AUC less the
-    distance of the upper quantile of the null from its middle to the AUC less that of the lower one. The null is of one
-    division into folds, the AUC may be of several, which spreads less: p and interval are on the safe side.
+    The null is taken to keep its shape at other true values, so that the interval runs from the AUC less
+    the distance of the upper quantile of the null from its middle to the AUC less that of the lower one.
+    The null is of one division into folds, the AUC may be of several, which spreads less: p and interval
+    are on the safe side.
 
     Args:
         area: the AUC of the real labels.

@@ -117,12 +117,13 @@ def _section(ledger: Ledger, about: Analysis, index: int, lead: str) -> Section:
 
 def _rows(ledger: Ledger, about: Analysis, comparison: str) -> list[Row]:
     """The ledger's rows that stand beside a result."""
-    return [
-        row if comparison in (row.comparison, EVERYWHERE) or row.comparison == EVERYWHERE
-        else replace(row, finding=row.checks[comparison], comparison=comparison)
-        for row in ledger.rows
-        if row.claim.id in about.claims and (row.comparison in (comparison, EVERYWHERE) or comparison in row.checks)
-    ]  # fmt: skip
+    rows = []
+    for row in ledger.rows:
+        if row.claim.id in about.claims and row.comparison in (comparison, EVERYWHERE):
+            rows.append(row)
+        elif row.claim.id in about.claims and comparison in row.checks:
+            rows.append(replace(row, finding=row.checks[comparison], comparison=comparison))
+    return rows
 
 
 CHIPS = dict(zip(GRADES, (("holds", "\u2713"), ("fails", "\u2717"), ("untested", "?"), ("untested", "\u25a0"),
@@ -132,7 +133,9 @@ CHIPS = dict(zip(GRADES, (("holds", "\u2713"), ("fails", "\u2717"), ("untested",
 
 def comparisons(ledger: Ledger, lead: str) -> list[str]:
     """The comparisons that the report shows, the leading one first."""
-    return by_lead({name for row in ledger.rows for name in (row.comparison, *row.checks)} - {EVERYWHERE}, lead)
+    return by_lead(
+        {name for row in ledger.rows for name in (row.comparison, *row.checks)} - {EVERYWHERE}, lead
+    )
 
 
 _LEFT_OUT = re.compile(r"^recipe\.|(^|\.)(host|command)$")
