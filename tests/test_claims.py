@@ -222,7 +222,7 @@ def test_a_missing_table_costs_only_what_needs_it(table):
         "questions": {"C10", "C11"},
         "steps": set(),
         "noise": {"C7"},
-        "nudges": set(),
+        "nudges": {"C4", "C5", "C6"},
     }[table]
     said = {
         row.claim.id for row in ledger.rows
@@ -360,7 +360,7 @@ def test_controls_are_beside_the_figure(only):
     run = run_of(pairs_of(planted=Planted(share=0.3)))
     off = run_of(pairs_of(planted=Planted(share=0.3), seed=1), prompt="blend_off")
     ledger = claims(run, blend_off=off, reshuffled=off, resamples=FEW)
-    assert "with the prompt read without the recurrence" in finding(ledger, "C8").control
+    assert "with the prompt read without recurrence" in finding(ledger, "C8").control
     assert "of the same question" in finding(ledger, "C9").control
     assert "noise alone shifts 0.0% (24 questions)" in finding(ledger, "C1").control
 
@@ -431,8 +431,8 @@ def test_the_order_of_the_two_pass_error_is_its_slope():
         two_pass_error(beside())
 
 
-def between(low, high, n=100, **region):
-    return Part("it", Interval((low + high) / 2, low, high, n), **region)
+def between(least, most, n=100, **region):
+    return Part("it", Interval((least + most) / 2, least, most, n), **region)
 
 
 def test_an_interval_inside_supports_and_one_outside_contradicts():

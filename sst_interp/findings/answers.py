@@ -1,5 +1,5 @@
-"""Claims about the answers and the blend (C10, C11, C14, C15), and those that take an experiment of their own:
-the halting probe (C12, C13) and causal patching (C16, C16b).
+"""Claims about the answers and the blend (C10, C11, C14, C15), and those that an experiment measures: the
+halting probe (C12, C13) and causal patching (C16, C16b).
 
 The commands of the experiments take minutes and keep their rows with the run (`of_run.keep_findings`).
 """
@@ -304,8 +304,8 @@ def folds_grade(
 @claim(
     "C13", "the depth that the probe picks breaks no right answer", "0 broken, 4 conservative errors",
     "routed out of fold by the must-halt probe, fewer right answers break than with the same depths dealt "
-    "at random (interval below 0); contradicted if the interval lies above minus half of what dealing "
-    "breaks. 35 must-halt questions. None broken is what the paper shows in sample",
+    "at random (interval below 0); contradicted if routing avoids less than a fifth of what dealing breaks. "
+    "35 must-halt questions. None broken is what the paper shows in sample",
     per="run",
     measured="probe",
 )  # fmt: skip
@@ -337,7 +337,7 @@ def routed_grade(
     if smaller < MUST_HALT:
         few = f"the smaller class has {questions_words(smaller)}, and {MUST_HALT} are needed"
     part = Part(
-        "broken beyond dealt at random", spared, high=0, above=-dealt / 2, below=-math.inf, form="points"
+        "broken beyond dealt at random", spared, high=0, above=-dealt / 5, below=-math.inf, form="points"
     )
     return graded(
         part, why=why, too_few=few, note=f"dealing breaks {percent_text(dealt)} of questions; {note}"
