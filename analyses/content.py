@@ -226,9 +226,7 @@ def _row(
     return row | {"questions": share.n_questions, "note": share.reason}
 
 
-def second_run(
-    c: Contrast, threshold: float
-) -> tuple[tuple[np.ndarray, dict[str, np.ndarray]] | None, str]:
+def second_run(c: Contrast, threshold: float) -> tuple[tuple[np.ndarray, dict[str, np.ndarray]] | None, str]:
     """Rows of this run and both quantities of the second, at the positions of this one; or why not."""
     other, grid = c.of_companion("reshuffled"), c.grid
     if other is None:

@@ -28,7 +28,7 @@ from scipy.stats import norm
 
 from sst_interp.analyses.answers import answers_of
 from sst_interp.analyses.contrast import Contrast
-from sst_interp.analyses.plots import BLUE, VERMILLION, Dot, dots
+from sst_interp.analyses.plots import Dot, dots
 from sst_interp.analyses.result import Result
 from sst_interp.analyses.statistics.bootstrap import Interval, percent_text
 from sst_interp.errors import SSTError, Untestable
@@ -165,7 +165,7 @@ def simulated(rng: np.random.Generator, n: int, world: State) -> tuple[Any, Any]
     shallow = np.ceil(10 * rng.random(last.shape) ** 3).astype(int)
     if world.smooth:
         argmax, tokens = flips, by_distance + rng.normal(0, 3, shape)
-    asked = np.arange(n) < min(n, 24)  # controls
+    asked = np.arange(n) < 24  # controls
     random_tokens = np.where(last[-1] > 0.01, rng.normal(25, 8, shape), rng.poisson(1, shape))
     random = last * np.exp(0.4 * rng.normal(size=last.shape)) > np.quantile(last[-1], 0.85)
     if world.smooth:
@@ -313,41 +313,30 @@ PAPER = "as the paper says"
 WORLDS: dict[str, World] = {
     PAPER: World(
         "two modes, 14% in the lower one, and all that follows",
-        states(State()), tuple(f"C{i}" for i in range(1, 10)), True,
-    ),
+        states(State()), tuple(f"C{i}" for i in range(1, 10)), True),
     "one mode": World(
         "one spread, of which 0.99 cuts off 14%",
-        states(State(0.14, modes="one", first=False)), ("C1", "C2", "C3")
-    ),
+        states(State(0.14, modes="one", first=False)), ("C1", "C2", "C3")),
     "a tail": World(
         "one mode with a tail of 14%, even in the overlap",
-        states(State(0.14, modes="tail", first=False)), ("C1", "C2", "C3"),
-    ),
+        states(State(0.14, modes="tail", first=False)), ("C1", "C2", "C3")),
     "at the ends": World(
-        "numbers just outside their regions: 29% shifted, 1% quantile 0.46, correlation 0.09, twice the noise",
-        states(State(0.29, 0.305, content=CONTENT, first=False, change=3.5, deepest=1.5)),
-        ("C1", "C3", "C7", "C9"),
-    ),
+        "just outside the regions: 29% shifted, 1% quantile 0.46, correlation 0.09, twice the noise",
+        states(State(0.29, 0.305, content=CONTENT, first=False, change=3.5, deepest=1.5)), ("C1", "C3", "C7", "C9")),
     "everywhere": World(
-        "all positions shift, position 0 as any", states(State(0.985, first=False)), ("C8",)
-    ),
+        "all positions shift, position 0 as any", states(State(0.985, first=False)), ("C8",)),
     "smooth": World(
         "output and argmax read off a distance, as for random changes",
-        states(State(smooth=True)), ("C4", "C5", "C6")
-    ),
+        states(State(smooth=True)), ("C4", "C5", "C6")),
     "no content": World(
         "shifts by chance, position 0 as any, the change as large as noise",
-        states(State(0.14, content=0.0, first=False, change=2.0, deepest=1.0)), ("C7", "C8", "C9"),
-    ),
+        states(State(0.14, content=0.0, first=False, change=2.0, deepest=1.0)), ("C7", "C8", "C9")),
     "answers as the paper says": World(
-        "30 of 101 broken, a probe of AUC 0.80", answers(True), ("C10", "C11", "C12", "C13"), True, ANSWERED
-    ),
+        "30 of 101 broken, a probe of AUC 0.80", answers(True), ("C10", "C11", "C12", "C13"), True, ANSWERED),
     "re-draws": World("depths are re-draws of one model", answers(False), ("C10", "C11"), sizes=ANSWERED),
     "noise labels": World("the probe knows nothing", answers(False), ("C12", "C13"), sizes=ANSWERED),
     "order two": World("the error goes as alpha squared", approximations(2.0), ("C15",), True, (8, 24)),
-    "order one and a half": World(
-        "it goes as alpha to the 1.5", approximations(1.5), ("C15",), sizes=(8, 24)
-    ),
+    "order one and a half": World("it goes as alpha to the 1.5", approximations(1.5), ("C15",), sizes=(8, 24)),
     "a shift matters": World("half a log unit beyond its size", patched(0.5), ("C16",), True, (40, 50, 198)),
     "only its size": World("nothing beyond its size", patched(0.0), ("C16",), sizes=(40, 50, 198)),
 }  # fmt: skip
@@ -445,8 +434,7 @@ class Calibration(Result):
         for row in self.rates.to_dict("records"):
             series = "true" if row["true"] else "false"
             shown.append(Dot(f"{row['claim']}, n = {row['n']}", series, row[SUPPORTED], np.nan, np.nan))
-        figure = dots("Supported, of simulated runs", self.verdict, "share of runs", shown, reference=0.07)
-        return figure.update_layout(height=200 + 16 * len(shown), colorway=[BLUE, VERMILLION])
+        return dots("Supported, of simulated runs", self.verdict, "share of runs", shown, reference=0.07)
 
     @property
     def text(self) -> str:
@@ -505,10 +493,8 @@ def rates_at(claim: str, n: int) -> str:
     false, true = (own[own["true"].to_numpy(dtype=bool) == side] for side in (False, True))
     words = f"at {at} {'texts' if claim == 'C15' else 'questions'}"
     if len(false):
-        words += (
-            f" supported in {percent_text(float(false[SUPPORTED].max()))} of simulated runs where it is false"
-        )
+        words += f" supported in {percent_text(float(false[SUPPORTED].max()))} of runs simulated as false"
     if len(true):
-        words += f", in {percent_text(float(true[SUPPORTED].min()))} where it is true"
+        words += f", in {percent_text(float(true[SUPPORTED].min()))} of those as true"
         words += f" (contradicted in {percent_text(float(true[CONTRADICTED].max()))})"
     return f"{words}; {int(own['replicates'].min())} runs each"

@@ -360,7 +360,7 @@ def undecided(needed: float) -> str:
     if not needed < 1e5:
         return "the estimate lies where more questions would hardly decide"
     digits = max(len(str(math.ceil(needed))) - 2, 0)
-    return f"about {math.ceil(needed / 10**digits) * 10**digits:,} questions would decide"
+    return f"about {math.ceil(round(needed / 10**digits, 6)) * 10**digits:,} questions would decide"
 
 
 def if_measured(what: str, words: Callable[[Evidence], str], e: Evidence) -> str:

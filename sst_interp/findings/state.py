@@ -14,7 +14,7 @@ from sst_interp.analyses.content import SHIFTED, second_run
 from sst_interp.analyses.contrast import RESOLUTION, Contrast, at_positions, overlap_of, position_key
 from sst_interp.analyses.modes import in_layers, spiked_layers
 from sst_interp.analyses.noise import TINY
-from sst_interp.analyses.position_zero import StartUp, at_zero, start_up, threshold_at_zero
+from sst_interp.analyses.position_zero import StartUp, as_any_position, at_zero, start_up, threshold_at_zero
 from sst_interp.analyses.precedence import overlaps
 from sst_interp.analyses.statistics.along_texts import correlations, matched
 from sst_interp.analyses.statistics.bootstrap import LEVEL as INSIDE
@@ -284,21 +284,17 @@ def shift_at_zero(e: Evidence) -> Finding:
     n, k = int(known.sum()), int(np.nansum(zero.any_zero))
     low = float(stats.beta.ppf(1 - INSIDE, k, n - k + 1)) if k else 0.0  # one-sided, Clopper and Pearson
     any_zero = Interval(k / n, low, float(stats.beta.ppf(INSIDE, k + 1, n - k)) if k < n else 1.0, n)
-    note = (
-        f"placebo: {percent_text(float(np.nanmean(zero.any_later)))} of later positions shift in some layer"
-    )
-    note += f"; layers {percent_text(float(np.nanmean(zero.layers_zero)))} at 0, "
-    note += f"{percent_text(float(np.nanmean(zero.layers_later)))} later"
+    some, here, later = (percent_text(mean_t(each).estimate) for each in zero[1:])
+    note = f"placebo: {some} of later positions shift in some layer; layers {here} at 0, {later} later"
     start = start_up(c, cut(c)) if "blend_off" in c.beside else StartUp(0, not_testable="none was captured")
     if start.not_testable is None:
-        note += (
-            f"; {percent_text(start.control_layers.estimate)} at 0 with the prompt read without recurrence"
-        )
+        off = percent_text(start.control_layers.estimate)
+        note += f"; {off} at 0 with the prompt read without recurrence"
     return graded(
         Part("layers at 0 less later", mean_t(zero.layers_zero - zero.layers_later), low=0.0, form="points"),
         Part("questions that shift at 0", any_zero, 0.95, 1.01, form="percent"),
         least=59,
-        p=_by_chance(c, *c.resampling),
+        p=as_any_position(grid, cut(c), *c.resampling),
         note=note,
     )
 
@@ -370,27 +366,6 @@ def _beyond_random(e: Evidence) -> Interval:
     )
     gap = (both["replaced"] - both["replaced_random"]).groupby(both["question"]).mean()
     return mean_t(gap.to_numpy(dtype=float))
-
-
-def _by_chance(c: Contrast, resamples: int, seed: int) -> float:
-    """Two-sided p of the layers at position 0, were 0 any position of its question (one is drawn from each).
-
-    Where nearly every layer shifts, one question more or less decides the mean, and no t interval covers.
-    """
-    share = c.grid.shifted_share(cut(c))[:, np.argsort(c.grid.positions != 0, kind="stable")]  # 0 comes first
-    there = np.isfinite(share)
-    used = there[:, 0] & (there.sum(axis=1) > 1)
-    share, there = share[used], there[used]
-    if not len(share):
-        return math.nan
-    n, total = there.sum(axis=1), np.where(there, share, 0).sum(axis=1)
-    gap = np.where(there, share - (total[:, None] - share) / (n - 1)[:, None], 0)
-    packed = np.take_along_axis(gap, np.argsort(~there, axis=1, kind="stable"), axis=1)
-    at = (np.random.default_rng(seed).random((resamples, len(n))) * n).astype(int)
-    drawn = packed[np.arange(len(n)), at].sum(axis=1)
-    own = gap[:, 0].sum()
-    beyond = min((drawn >= own - 1e-9).sum(), (drawn <= own + 1e-9).sum())
-    return float(min(1.0, 2 * (1 + beyond) / (1 + resamples)))
 
 
 def _noise(e: Evidence) -> tuple[pd.DataFrame, np.ndarray]:

@@ -67,10 +67,10 @@ from sst_interp.experiments.probe.validate import (
     comparison,
     constants,
     in_folds,
+    inverted,
     null_scores,
     pair_auc,
     score,
-    tested,
 )
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class Halting(Result):
     fold_auc: Interval
     """Repeated stratified k-fold, pairs of one fold."""
     tested_auc: Interval
-    """The same, with the interval of its permutation test, inverted (`validate.tested`): C12 rests on it."""
+    """The same, with the interval of its permutation test, inverted (`validate.inverted`): C12 rests on it."""
     pooled_auc: Interval
     """Leave-one-out, not rebalanced, scores pooled: biased, for comparison with the literature."""
     sensitivity: Interval
@@ -278,7 +278,7 @@ def halting_of(
 
     null = null_scores(design, inputs, positive, permutations, progress)
     n = len(positive)
-    tested_auc, p_tested = tested(folded.share, null["fold_auc"].to_numpy(dtype=float), n)
+    tested_auc, p_tested = inverted(folded.share, null["fold_auc"].to_numpy(dtype=float), n)
     hits, called = int((positive & told).sum()), int(told.sum())
     seen = {"auc": in_order.share, "fold_auc": first, "balanced": told_right.balanced.estimate, "hits": hits}
     p = {name: p_value(null[name].to_numpy(), value, 1) if len(null) else math.nan

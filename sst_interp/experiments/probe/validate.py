@@ -329,7 +329,7 @@ def in_folds(own: Scores, design: Design, inputs: Inputs, y: LabelRows, repeats:
     return first, Pairs(higher, compared)
 
 
-def tested(area: float, null: np.ndarray, n: int) -> tuple[Interval, float]:
+def inverted(area: float, null: np.ndarray, n: int) -> tuple[Interval, float]:
     """An AUC with the interval that its permutation test gives when it is inverted, and the one-sided p.
 
     The null is taken to keep its shape at other true values, so that the interval runs from the AUC less
@@ -353,14 +353,14 @@ def tested(area: float, null: np.ndarray, n: int) -> tuple[Interval, float]:
 def auc_in_folds(
     design: Design, inputs: Inputs, positive: np.ndarray, repeats: int, permutations: int
 ) -> tuple[Interval, float]:
-    """The AUC in repeated stratified folds alone, with its interval and p (`tested`)."""
+    """The AUC in repeated stratified folds alone, with its interval and p (`inverted`)."""
     y = torch.from_numpy(positive[None].astype(np.float32))
     _, pairs = in_folds(score(design, inputs, y, ("folds",))["folds"], design, inputs, y, repeats)
     rows = permuted(positive, permutations, design.seed)
     labels = rows.numpy() > 0.5
     blocks = blocks_of(labels.astype(np.float32), design.blocks, random_keys(len(positive), design.seed))
     null = aucs(score(design, inputs, rows, ("folds",))["folds"].logits, labels, blocks)
-    return tested(pairs.share, null, len(positive))
+    return inverted(pairs.share, null, len(positive))
 
 
 def null_scores(
