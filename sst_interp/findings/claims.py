@@ -327,19 +327,19 @@ def graded(
 
     if why is not None:
         return told(INCOMPARABLE, why)
+    if too_few is not None:
+        return told(INCONCLUSIVE, too_few)
+    if saturated is not None:
+        return told(SATURATED, saturated)
     known = [part for part in every if part.interval.known]
     lacking = [part for part in every if not part.interval.known]
     for part in lacking:
         if part.interval.reason != ONE_QUESTION and part is not control and not known:
             return told(INCOMPARABLE, f"{part.words}: {part.interval.reason or 'no interval'}")
     asked = [part for part in known if part.interval.n_questions >= least or part is control]
-    if too_few is not None:
-        return told(INCONCLUSIVE, too_few)
     if len([part for part in asked if part is not control]) == 0:
         n = max((part.interval.n_questions for part in every), default=0)
         return told(INCONCLUSIVE, f"{questions_words(n)}, and {least} are needed")
-    if saturated is not None:
-        return told(SATURATED, saturated)
     if len(asked) == len(every) and all(part.inside for part in asked) and not p >= LEVEL:
         return told(SUPPORTED)
     against = [part.words for part in asked if part.outside]
