@@ -26,7 +26,7 @@ from sst_interp.tables import NOT_YET, fill, markdown
 ROOT = Path(__file__).parents[1]
 SHIPPED = paths.shipped("studies")
 SHIPPED_RESULTS = {}
-EVERY = ["lrt-equivalence", "lrt-schedules", "pretraining", "recall", "small", "two-pass"]
+EVERY = ["calibration", "lrt-equivalence", "lrt-schedules", "pretraining", "recall", "small", "two-pass"]
 
 
 @pytest.fixture(autouse=True)
