@@ -1,4 +1,4 @@
-"""Every claim about the state in each of its grades, on runs with known truths; and the study of the rules."""
+"""Every claim about the state in each of its grades, on runs with known truths; and the study."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ STATE = [f"C{i}" for i in range(1, 10)]
 
 
 def evidence(world=None, n=198, seed=0, change=None, lacks=(), beside=True):
-    """Evidence of a simulated run; `change` takes its tables and changes them, `lacks` names those it has not."""
+    """Evidence of a simulated run; `change` changes its tables, `lacks` names those it has not."""
     run, again = simulated(np.random.default_rng(seed), n, world or State())
     if change is not None:
         change(run)
@@ -101,8 +101,9 @@ def test_few_questions_decide_nothing(claim):
 @pytest.mark.parametrize(
     ("claim", "lacks", "beside", "why"),
     [
-        ("C4", ["nudges"], True, "nudges"), ("C5", ["nudges"], True, "nudges"), ("C6", ["nudges"], True, "nudges"),
-        ("C4", ["outputs"], True, "outputs"), ("C7", ["noise"], True, "noise"), ("C9", [], False, "second run"),
+        ("C4", ["nudges"], True, "nudges"), ("C5", ["nudges"], True, "nudges"),
+        ("C6", ["nudges"], True, "nudges"), ("C4", ["outputs"], True, "outputs"),
+        ("C7", ["noise"], True, "noise"), ("C9", [], False, "second run"),
         ("C1", ["pairs"], True, "pairs"), ("C2", ["pairs"], True, "pairs"), ("C3", ["pairs"], True, "pairs"),
         ("C8", ["pairs"], True, "pairs"),
     ],
@@ -186,9 +187,7 @@ def test_the_rates_of_a_run_are_those_of_its_number_of_questions(tmp_path, monke
     monkeypatch.setenv("SST_INTERP_STUDIES", str(tmp_path))
     monkeypatch.setattr("sst_interp.paths.studies_dir", lambda: tmp_path)
     words = rates_at("C15", 10)
-    assert words.startswith(
-        "at 8 texts supported in 0.0% of runs simulated as false, in 100.0%"
-    )
+    assert words.startswith("at 8 texts supported in 0.0% of runs simulated as false, in 100.0%")
     assert words.endswith("10 runs each")
     assert rates_at("C15", 100).startswith("at 24 texts")
     assert rates_at("C14", 100) == ""

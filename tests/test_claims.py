@@ -408,7 +408,8 @@ def errors_of(slope, alphas=(0.005, 0.01, 0.027, 0.05), texts=8, noise=0.05):
     rows = [
         {
             "method": "sweeps", "groups": 1, "sweeps": 1, "reference": "layerwise", "n_layers": 30,
-            "alpha": alpha, "alpha_low": alpha, "alpha_high": alpha, "question": text, "norm2": 1.0, "positions": 1,
+            "alpha": alpha, "alpha_low": alpha, "alpha_high": alpha, "question": text, "norm2": 1.0,
+            "positions": 1,
             "error2": (alpha**slope * np.exp(noise * rng.normal())) ** 2,
             "state": alpha**slope * np.exp(noise * rng.normal()),
         }

@@ -322,7 +322,8 @@ WORLDS: dict[str, World] = {
         states(State(0.14, modes="tail", first=False)), ("C1", "C2", "C3")),
     "at the ends": World(
         "just outside the regions: 29% shifted, 1% quantile 0.46, correlation 0.09, twice the noise",
-        states(State(0.29, 0.305, content=CONTENT, first=False, change=3.5, deepest=1.5)), ("C1", "C3", "C7", "C9")),
+        states(State(0.29, 0.305, content=CONTENT, first=False, change=3.5, deepest=1.5)),
+        ("C1", "C3", "C7", "C9")),
     "everywhere": World(
         "all positions shift, position 0 as any", states(State(0.985, first=False)), ("C8",)),
     "smooth": World(
@@ -336,7 +337,7 @@ WORLDS: dict[str, World] = {
     "re-draws": World("depths are re-draws of one model", answers(False), ("C10", "C11"), sizes=ANSWERED),
     "noise labels": World("the probe knows nothing", answers(False), ("C12", "C13"), sizes=ANSWERED),
     "order two": World("the error goes as alpha squared", approximations(2.0), ("C15",), True, (8, 24)),
-    "order one and a half": World("it goes as alpha to the 1.5", approximations(1.5), ("C15",), sizes=(8, 24)),
+    "order one and a half": World("it goes as alpha^1.5", approximations(1.5), ("C15",), sizes=(8, 24)),
     "a shift matters": World("half a log unit beyond its size", patched(0.5), ("C16",), True, (40, 50, 198)),
     "only its size": World("nothing beyond its size", patched(0.0), ("C16",), sizes=(40, 50, 198)),
 }  # fmt: skip
@@ -417,13 +418,15 @@ class Calibration(Result):
     @property
     def verdict(self) -> str:
         """The worst rate of false support, and the least of true support at 198 questions."""
-        false = self.rates[(~self.rates["true"].astype(bool) & (self.rates["n"] >= 24)).to_numpy(dtype=bool)]
-        worst = false.loc[false[SUPPORTED].idxmax()]
+        false: Any = self.rates[
+            (~self.rates["true"].astype(bool) & (self.rates["n"] >= 24)).to_numpy(dtype=bool)
+        ]
+        worst: Any = false.loc[false[SUPPORTED].idxmax()]
         words = f"A false claim is supported in at most {percent_text(worst[SUPPORTED])} of simulated runs "
         words += f"({worst['claim']}, {worst['n']} questions)."
-        seen = self.rates[(self.rates["world"] == PAPER) & (self.rates["n"] == SIZES[-1])]
+        seen: Any = self.rates[(self.rates["world"] == PAPER) & (self.rates["n"] == SIZES[-1])]
         if len(seen):
-            least = seen.loc[seen[SUPPORTED].idxmin()]
+            least: Any = seen.loc[seen[SUPPORTED].idxmin()]
             words += " A run as the paper says is supported on C1 to C9 in "
             words += f"{percent_text(least[SUPPORTED])} or more ({least['claim']}) at {SIZES[-1]}."
         return f"{words} {int(self.rates['replicates'].min())} replicates or more of each."
@@ -462,9 +465,11 @@ def calibration(counts: pd.DataFrame) -> Calibration:
     total = counts.groupby(keys, sort=False)[["replicates", *GRADES]].sum().reset_index()
     for grade in GRADES:
         total[grade] /= total["replicates"]
-    order = sorted(total.index, key=lambda i: (number(total.loc[i, "claim"]), not total.loc[i, "true"],
-                                               total.loc[i, "world"], total.loc[i, "n"]))  # fmt: skip
-    return Calibration(total.loc[order].reset_index(drop=True))
+    total = total.assign(at=[number(claim) for claim in total["claim"]])
+    total = total.sort_values(
+        ["at", "true", "world", "n"], ascending=[True, False, True, True], kind="stable"
+    )
+    return Calibration(total.drop(columns="at").reset_index(drop=True))
 
 
 @lru_cache(maxsize=4)
@@ -473,11 +478,7 @@ def _measured(file: Path, when: float) -> pd.DataFrame:
 
 
 def rates_at(claim: str, n: int) -> str:
-    """How often a rule errs at a number of questions, by the shipped simulation; empty if it was not
-    simulated.
-
-    The nearest simulated number that is not larger is taken, or else the smallest.
-    """
+    """How often a rule errs at the nearest simulated number of questions that is not above n; empty without."""
     try:
         folder = CalibrationStudy().folder()
         file = folder / COUNTS.file

@@ -116,7 +116,7 @@ class Ledger(Result):
     def counts(self) -> dict[str, int]:
         """How many claims have each grade."""
         counted = Counter(row.grade for row in self.rows)
-        return {grade: counted[grade] for grade in GRADES}
+        return {str(grade): counted[grade] for grade in GRADES}
 
     @property
     def by_claim(self) -> list[dict[str, str]]:
@@ -175,7 +175,7 @@ class Ledger(Result):
                 x=[column for _, column, _, _ in own],
                 y=[_label(row) for row, *_ in own],
                 mode="markers",
-                name=f"{grade} ({self.counts[grade]})",
+                name=f"{grade} ({self.counts[str(grade)]})",
                 marker={
                     "size": [size for *_, size in own], "color": colour, "symbol": SYMBOLS[grade],
                     "line": {"width": 2, "color": colour},

@@ -32,7 +32,7 @@ from sst_interp.analyses.statistics.bootstrap import RESAMPLES, Interval
 from sst_interp.errors import SSTError
 from sst_interp.files import read_json, read_table, replace_json, unreadable
 from sst_interp.findings.answers import BlendWeights
-from sst_interp.findings.claims import CLAIMS, EVERYWHERE, Finding, Part, Row, graded, not_comparable
+from sst_interp.findings.claims import CLAIMS, EVERYWHERE, GRADES, Finding, Part, Row, graded, not_comparable
 from sst_interp.findings.ledger import Ledger, Progress, claims
 from sst_interp.models.checkpoint import checkpoint_folder
 from sst_interp.runs.manifest import content_hash
@@ -242,12 +242,14 @@ RENAMED = {"C16": "C16b", "C16b": "C16"}
 
 def _row(values: dict[str, Any], command: str, name: str) -> Row:
     """A kept row, with the claim as it is worded now. One of version 0.1 has a verdict and no grade."""
-    finding, id = dict(values["finding"]), values["claim"]["id"]
+    finding, id = dict(values["finding"]), str(values["claim"]["id"])
     figure = finding.pop("figure")
     numbers = {k: math.nan if figure[k] is None else figure[k] for k in ("estimate", "low", "high")}
     interval = Interval(**(figure | numbers))
     if "grade" in finding:
         finding["p"] = math.nan if finding["p"] is None else finding["p"]
+        if finding["grade"] not in GRADES or not isinstance(finding["here"], str):
+            raise TypeError("a finding has no grade")
         return Row(CLAIMS[id].claim, values["comparison"], Finding(figure=interval, **finding))
     id = RENAMED.get(id, id)
     verdict, _, reason = finding["verdict"].partition(": ")

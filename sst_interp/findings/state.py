@@ -387,7 +387,8 @@ def _noise_shifts(e: Evidence) -> str:
 
 def _log_medians(rows: pd.DataFrame, column: str) -> pd.Series:
     """Log of each question's median."""
-    return np.log(rows.groupby("question")[column].median().astype(float).clip(lower=TINY))
+    medians: pd.Series = rows.groupby("question")[column].median().astype(float).clip(lower=TINY)
+    return medians.map(math.log)
 
 
 def _over_noise(c: Contrast) -> tuple[Interval, str]:

@@ -110,7 +110,7 @@ class Halting(Result):
     fold_auc: Interval
     """Repeated stratified k-fold, pairs of one fold."""
     tested_auc: Interval
-    """The same, with the interval of its permutation test, inverted (`validate.inverted`): C12 rests on it."""
+    """The same, with the interval of its permutation test, inverted: C12 rests on it."""
     pooled_auc: Interval
     """Leave-one-out, not rebalanced, scores pooled: biased, for comparison with the literature."""
     sensitivity: Interval
