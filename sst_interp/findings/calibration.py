@@ -61,8 +61,7 @@ POSITIONS, LAYERS, STEPS = 24, 4, 3
 ALPHAS = (0.005, 0.01, 0.027, 0.05, 0.1)
 
 
-CONTENT = 0.17
-"""Of `State.content`: gives a correlation of 0.09 beyond position where 29% shift."""
+CONTENT = 0.17  # of `State.content`: a correlation of 0.09 beyond position where 29% shift
 
 
 class State(NamedTuple):
@@ -478,7 +477,7 @@ def _measured(file: Path, when: float) -> pd.DataFrame:
 
 
 def rates_at(claim: str, n: int) -> str:
-    """How often a rule errs at the nearest simulated number of questions that is not above n; empty without."""
+    """How often a rule errs, at the nearest simulated number of questions that is not above n."""
     try:
         folder = CalibrationStudy().folder()
         file = folder / COUNTS.file
