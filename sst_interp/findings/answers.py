@@ -162,7 +162,8 @@ def two_pass_error(e: Evidence) -> Finding:
                    & (errors["reference"] == "layerwise") & (errors["alpha_low"] == errors["alpha_high"])
                    )]  # fmt: skip
     by_text = rows.groupby(["n_layers", "question", "alpha"])[["error2", "norm2", "state", "positions"]].sum()
-    logits = np.sqrt(by_text["error2"] / by_text["norm2"]).unstack("alpha")
+    relative: pd.Series = (by_text["error2"] / by_text["norm2"]) ** 0.5
+    logits = relative.unstack("alpha")
     states = (by_text["state"] / by_text["positions"]).unstack("alpha")
     parts, few = [], []
     for layers in logits.index.unique("n_layers"):

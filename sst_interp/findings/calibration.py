@@ -249,7 +249,7 @@ def answers(real: bool) -> Callable[[np.random.Generator, int, Sequence[str]], d
             score = rng.normal(size=n) + 0.954 * told  # an AUC of 0.75
             place = np.where(score > np.quantile(score, 1 - must.mean()), 0, 3)
             costs = Costs(answers_of(tables[0]), np.ones(correct.shape))
-            row = scored(Routed("probe", "policy", place), costs, resamples=2)
+            row: dict[str, Any] = scored(Routed("probe", "policy", place), costs, resamples=2)
             low, at, high = (float(row[f"spared{end}"]) for end in ("_low", "", "_high"))
             found["C13"] = routed_grade(Interval(at, low, high, n), float(row["dealt_broken"]), few)
         return found
@@ -396,7 +396,7 @@ class CalibrationStudy(Study):
                 for id, found in world.judge(rng, job["n"], world.claims).items():
                     counts[id][found.grade] += 1
         rows = [
-            job | {"claim": id, "true": world.true, "replicates": BATCH} | {g: of[g] for g in GRADES}
+            {**job, "claim": id, "true": world.true, "replicates": BATCH, **{g: of[g] for g in GRADES}}
             for id, of in counts.items()
         ]  # fmt: skip
         return pd.DataFrame(rows)

@@ -167,6 +167,7 @@ class Ledger(Result):
         figure = plots.canvas("Grade by claim", subtitle, "comparison", "claim of the paper")
         points = [(row, _column(row.comparison), row.finding, 15) for row in self.rows]
         points += [(row, _column(c), found, 8) for row in self.rows for c, found in row.checks.items()]
+        counted: dict[Any, int] = self.counts
         for grade, colour in COLOURS.items():
             own = [point for point in points if point[2].grade == grade]
             if not own:
@@ -175,7 +176,7 @@ class Ledger(Result):
                 x=[column for _, column, _, _ in own],
                 y=[_label(row) for row, *_ in own],
                 mode="markers",
-                name=f"{grade} ({self.counts[str(grade)]})",
+                name=f"{grade} ({counted[grade]})",
                 marker={
                     "size": [size for *_, size in own], "color": colour, "symbol": SYMBOLS[grade],
                     "line": {"width": 2, "color": colour},
