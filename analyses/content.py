@@ -171,7 +171,7 @@ def content(c: Contrast) -> Content:
         for of, x in moved.items():
             rows.append(share_row(measure, of, class_share(x, codes, len(names), *how)))
         classes.append(_rates_by_class(role, codes, names, c))
-    again, reason = second_run(c)
+    again, reason = second_run(c, c.threshold)
     for of, x in moved.items():
         if again is None:
             missing[SECOND_RUN] = reason
@@ -226,7 +226,7 @@ def _row(
     return row | {"questions": share.n_questions, "note": share.reason}
 
 
-def second_run(c: Contrast) -> tuple[tuple[np.ndarray, dict[str, np.ndarray]] | None, str]:
+def second_run(c: Contrast, threshold: float) -> tuple[tuple[np.ndarray, dict[str, np.ndarray]] | None, str]:
     """Rows of this run and both quantities of the second, at the positions of this one; or why not."""
     other, grid = c.of_companion("reshuffled"), c.grid
     if other is None:
@@ -239,7 +239,7 @@ def second_run(c: Contrast) -> tuple[tuple[np.ndarray, dict[str, np.ndarray]] | 
     if not len(mine):
         return None, "the two runs have no question in common"
     at = pd.Index(second.positions).get_indexer(pd.Index(grid.positions))
-    both = quantities(second, c.threshold)
+    both = quantities(second, threshold)
     return (mine, {of: np.where(at >= 0, x[theirs][:, at], np.nan) for of, x in both.items()}), ""
 
 

@@ -37,9 +37,9 @@ READ = ("entropy", "margin")
 """What `steps` records of a next-token distribution: entropy (nats) and margin (logits)."""
 
 DEFAULT = Resampling()
-BESIDE = ("blend_off", "reshuffled", "baseline", "beyond", "lens")
-"""Roles of companion runs: the start-up control, reshuffled choices, the matched baseline, more depths, and
-the logit-lens overlap of some of the questions."""
+BESIDE = ("blend_off", "reshuffled", "baseline", "beyond", "lens", "redraws")
+"""Roles of companion runs: the start-up control, reshuffled choices, the matched baseline, more depths, the
+logit-lens overlap of some of the questions, and re-draws (sampled answers) of the same model."""
 
 
 class Tables:

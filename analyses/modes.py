@@ -43,6 +43,7 @@ from sst_interp.analyses.statistics.modes import (
     question_histograms,
     to_overlap,
     to_v,
+    untested,
 )
 from sst_interp.analyses.statistics.permutation import benjamini_hochberg
 
@@ -367,6 +368,54 @@ def bimodality(c: Contrast, every_pair: bool = False) -> Bimodality:
     )
 
 
+def in_layers(c: Contrast) -> tuple[pd.DataFrame, np.ndarray]:
+    """Modes of every layer of the pair that is compared, without the dip test.
+
+    Returns:
+        A row per layer with the columns of `Bimodality.scopes` and `weight` (share of its pairs below the
+        antimode), and the histograms [layer, question, BINS].
+    """
+    here, resolution = c.there, RESOLUTION[c.kind]
+    question, questions = pd.factorize(c.rows["question"].to_numpy()[here], sort=True)
+    layer, layers = pd.factorize(c.rows["layer"].to_numpy()[here], sort=True)
+    code, n = layer.astype(np.int64) * len(questions) + question, len(questions)
+    cube = question_histograms(code, c.overlap[here], resolution, len(layers) * n).reshape(-1, n, BINS)
+    scopes = [Scope("layer", c.a, c.b, *row, math.nan) for row in zip(layers.tolist(), cube, strict=True)]
+    table, _ = _measure(scopes, resolution, c.resampling, dip=False)
+    v = grid(resolution)[:-1]
+    with np.errstate(invalid="ignore"):
+        cuts = to_v(table["antimode"].to_numpy(dtype=float), resolution)
+    total = cube.sum(axis=1)
+    weight = np.where(v[None] >= cuts[:, None], total, 0).sum(axis=1) / total.sum(axis=1)
+    return table.assign(weight=np.where(table["modes"] == "two", weight, np.nan)), cube
+
+
+SPIKE, SPIKE_AT, SPIKE_SPREAD = 0.14, 0.6, 0.24
+"""The paper's mode: its share of the pairs, its middle overlap, and the spread of log(1 - overlap), which
+together put its 1% quantile at 0.30.
+"""
+
+
+def spiked_layers(cube: np.ndarray, resolution: float, resamples: int, seed: int) -> float:
+    """Share of layers in which a mode as the paper's would be seen, were it put into these overlaps.
+
+    Each question gives up a share of its pairs, about `SPIKE`, that differs between questions.
+    """
+    rng = np.random.default_rng([seed, 7])
+    odds = math.log(SPIKE / (1 - SPIKE)) + 0.7 * rng.normal(size=(cube.shape[1], 1))
+    part = 1 / (1 + np.exp(-odds))
+    part *= SPIKE / part.mean()
+    overlap = 1 - (1 - SPIKE_AT) * np.exp(SPIKE_SPREAD * rng.normal(size=4000))
+    mode = question_histograms(np.zeros(4000, dtype=int), overlap, resolution, 1)[0] / 4000
+    seen = []
+    for histograms in cube:
+        own = histograms[histograms.sum(axis=1) > 0]
+        share = part[: len(own)]
+        spiked = (1 - share) * own + share * own.sum(axis=1, keepdims=True) * mode
+        seen.append(find_modes(spiked, resolution, resamples=min(resamples, 400), seed=seed).two)
+    return float(np.mean(seen))
+
+
 def _collect(c: Contrast, every_pair: bool) -> list[Scope]:
     """The distributions: pooled first, then every pair, each followed by its layers where they are wanted."""
     questions, resolution = np.unique(c.all_rows["question"].to_numpy()), RESOLUTION[c.kind]
@@ -398,23 +447,23 @@ def _collect(c: Contrast, every_pair: bool) -> list[Scope]:
 
 
 def _measure(
-    scopes: list[Scope], resolution: float, resampling: Resampling
+    scopes: list[Scope], resolution: float, resampling: Resampling, dip: bool = True
 ) -> tuple[pd.DataFrame, str | None]:
     """A row of numbers per scope, and why the dip test was not made (None if it was, anywhere)."""
     records, reasons = [], []
     for scope in scopes:
         histograms = scope.histograms[scope.histograms.sum(axis=1) > 0]
         modes = find_modes(histograms, resolution, resamples=resampling.resamples, seed=resampling.seed)
-        dip = dip_test(histograms, resolution, resampling.seed)
-        reasons.append(dip.reason)
+        tested = dip_test(histograms, resolution, resampling.seed) if dip else untested("not asked", 0)
+        reasons.append(tested.reason)
         depth = modes.depth_interval or nothing("not tested")
         row: dict[str, Any] = {name: value for name, value in scope._asdict().items() if name != "histograms"}
         row |= {"pairs": int(histograms.sum()), "questions": len(histograms), "modes": modes.count}
         row |= {"antimode": (modes.antimode or nothing("one mode")).estimate, "depth": modes.depth}
         row |= {"depth_low": depth.low, "depth_high": depth.high, "missing": modes.missing}
         row |= {"p": modes.p_value, "p_layers": math.nan}
-        row |= {"at_one": float(histograms[:, 0].sum() / histograms.sum()), "dip": dip.dip.estimate}
-        records.append(row | {"dip_p": dip.p_value, "dip_p_questions": dip.p_questions})
+        row |= {"at_one": float(histograms[:, 0].sum() / histograms.sum()), "dip": tested.dip.estimate}
+        records.append(row | {"dip_p": tested.p_value, "dip_p_questions": tested.p_questions})
     table = pd.DataFrame(records)
     for _, of_pair in table[table["scope"] == "layer"].groupby(["a", "b"]):
         table.loc[of_pair.index, "p_layers"] = benjamini_hochberg(of_pair["p"].to_numpy())

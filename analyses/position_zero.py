@@ -259,6 +259,27 @@ def at_zero(grid: Grid, threshold: float) -> AtZero:
     return AtZero(*shares)
 
 
+def as_any_position(grid: Grid, threshold: float, resamples: int, seed: int) -> float:
+    """Two-sided p of the layers at position 0, were 0 any position of its question (one is drawn from each).
+
+    Where nearly every layer shifts, one question more or less decides the mean, and no t interval covers.
+    """
+    share = grid.shifted_share(threshold)[:, np.argsort(grid.positions != 0, kind="stable")]  # 0 comes first
+    there = np.isfinite(share)
+    used = there[:, 0] & (there.sum(axis=1) > 1)
+    share, there = share[used], there[used]
+    if not len(share):
+        return math.nan
+    n, total = there.sum(axis=1), np.where(there, share, 0).sum(axis=1)
+    gap = np.where(there, share - (total[:, None] - share) / (n - 1)[:, None], 0)
+    packed = np.take_along_axis(gap, np.argsort(~there, axis=1, kind="stable"), axis=1)
+    at = (np.random.default_rng(seed).random((resamples, len(n))) * n).astype(int)
+    drawn = packed[np.arange(len(n)), at].sum(axis=1)
+    own = gap[:, 0].sum()
+    beyond = min((drawn >= own - 1e-9).sum(), (drawn <= own + 1e-9).sum())
+    return float(min(1.0, 2 * (1 + beyond) / (1 + resamples)))
+
+
 def start_up(c: Contrast, threshold: float) -> StartUp:
     """The control beside this run: same comparison, pair of depths and threshold, positions that both have.
 

@@ -9,7 +9,7 @@ import pytest
 from sst_interp.errors import SSTError, Untestable
 from sst_interp.experiments.patching.finding import patching, size_regression
 from sst_interp.findings.answers import patching_rows
-from sst_interp.findings.claims import FAILS, HOLDS
+from sst_interp.findings.claims import CONTRADICTED, INCOMPARABLE, INCONCLUSIVE, SUPPORTED
 
 LAYERS = (3, 9, 15, 19)
 
@@ -70,19 +70,19 @@ def rows_of(questions=30, causal=0.6, random=0.0, other=0.0, special=0.0, shifte
 
 
 def test_a_planted_cause_is_recovered_and_beyond_its_controls():
-    found = patching(rows_of(causal=0.6, random=0.05, other=0.2))
+    found = patching(rows_of(questions=40, causal=0.6, random=0.05, other=0.2))
     for direction in ("back", "forward"):
         assert found.recovered[direction].low <= 0.6 <= found.recovered[direction].high
         assert found.beyond[direction]["random"].low <= 0.55 <= found.beyond[direction]["random"].high
         assert found.beyond[direction]["other"].low <= 0.4 <= found.beyond[direction]["other"].high
         assert found.answers[direction].estimate == 1
     [c16, c16b] = patching_rows(found)
-    assert (c16.claim.id, c16.state) == ("C16", HOLDS)
-    assert (c16b.claim.id, c16b.state) == ("C16b", FAILS)  # a shift's effect is what its size says
+    assert (c16.claim.id, c16.grade) == ("C16", INCONCLUSIVE)  # a shift's effect is what its size says
+    assert (c16b.claim.id, c16b.grade) == ("C16b", SUPPORTED)
     assert found.beyond_size.low < 0 < found.beyond_size.high
     assert found.size_slope.estimate == pytest.approx(1, abs=0.1)
     assert found.verdict.startswith("A shifted state carries its depth's output, in both directions.")
-    for words in ("30 questions", "depth 4", f"{found.recovered['back'].text(percent=True)} by depth 1's"):
+    for words in ("40 questions", "depth 4", f"{found.recovered['back'].text(percent=True)} by depth 1's"):
         assert words in found.verdict
     assert "At equal size a shifted state does about as much as a stable one" in found.verdict
 
@@ -92,7 +92,7 @@ def test_a_planted_cause_is_recovered_and_beyond_its_controls():
 )
 def test_no_cause_is_found_where_a_control_does_as_much(nothing):
     found = patching(rows_of(**nothing))
-    assert patching_rows(found)[0].state == FAILS
+    assert patching_rows(found)[1].grade in (CONTRADICTED, INCONCLUSIVE)
     assert found.verdict.startswith("It is not shown that")
 
 
@@ -105,12 +105,13 @@ def test_the_last_layer_counts_for_nothing():
 
 
 def test_a_shift_that_matters_more_than_its_size_is_found():
-    found = patching(rows_of(special=0.5))
+    found = patching(rows_of(questions=40, special=0.5))
     assert found.beyond_size.low <= 0.5 <= found.beyond_size.high
-    assert patching_rows(found)[1].state == HOLDS
+    assert patching_rows(found)[0].grade == SUPPORTED
+    assert patching_rows(patching(rows_of(special=0.5)))[0].reason == "30 questions, and 40 are needed"
     assert "At equal size a shifted state does more than a stable one" in found.verdict
-    less = patching(rows_of(special=-0.5))
-    assert patching_rows(less)[1].state == FAILS
+    less = patching(rows_of(questions=40, special=-0.5))
+    assert patching_rows(less)[0].grade == CONTRADICTED
     assert "does less than a stable one" in less.verdict
 
 
@@ -119,7 +120,7 @@ def test_planted_coefficients_are_inside_their_intervals_as_often_as_stated():
     for seed in range(30):
         rows = rows_of(questions=20, special=0.3, seed=seed)
         rows = rows[(rows["what"] == "state") & (rows["last"] < LAYERS[-1])]
-        _, extra = size_regression(rows, resamples=300)
+        _, extra = size_regression(rows)
         inside += extra.low <= 0.3 <= extra.high
     assert inside >= 24  # 95% nominal, 30 trials
 
@@ -129,17 +130,17 @@ def test_without_both_kinds_size_and_shift_cannot_be_told_apart(shifted, words):
     found = patching(rows_of(questions=8, shifted=shifted))
     assert found.beyond_size is None
     assert words in found.verdict
-    assert patching_rows(found)[1].finding.verdict.startswith("not testable")
+    assert patching_rows(found)[0].grade == INCOMPARABLE
 
 
 def test_few_questions_decide_nothing():
-    assert all(row.state == "not testable" for row in patching_rows(patching(rows_of(questions=3))))
+    assert {row.grade for row in patching_rows(patching(rows_of(questions=3)))} == {INCONCLUSIVE}
 
 
 def test_without_a_shifted_pair_there_is_no_claim():
     found = patching(rows_of(questions=8, shifted=0.0))
     assert found.verdict.startswith("No patched pair has shifted. 8 questions")
-    assert [row.state for row in patching_rows(found)] == ["not testable", "not testable"]
+    assert [row.grade for row in patching_rows(found)] == [INCOMPARABLE] * 2
     assert all(figure.layout.title.text for figure in found.figures().values())
 
 

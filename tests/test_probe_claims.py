@@ -8,18 +8,20 @@ from synthetic_outputs import questions_table
 from synthetic_states import states
 
 from sst_interp.analyses.answers import answers_of
+from sst_interp.analyses.statistics.bootstrap import Interval
 from sst_interp.errors import Untestable
 from sst_interp.experiments.probe.finding import at_chance, halting_of
 from sst_interp.experiments.probe.fit import Design
 from sst_interp.experiments.probe.routing import routing
-from sst_interp.findings.answers import probe_rows
-from sst_interp.findings.claims import EVERYWHERE, FAILS, HOLDS, UNTESTED
+from sst_interp.experiments.probe.validate import inverted
+from sst_interp.findings.answers import folds_grade, probe_rows, routed_grade
+from sst_interp.findings.claims import CONTRADICTED, EVERYWHERE, INCOMPARABLE, INCONCLUSIVE, SUPPORTED
 
 QUICK = Design(dims=(2, 4), penalties=(0.03,), blocks=3)
 
 
 def probed(strength, seed):
-    features, own = states(40, 2, 8, 15, strength, dims=2, seed=seed)
+    features, own = states(80, 2, 8, 38, strength, dims=2, seed=seed)
     return halting_of(features, own, 1, QUICK, permutations=39, repeats=1, resamples=200)
 
 
@@ -39,37 +41,59 @@ def routed(found, broken=None):
     return routing(questions_table(np.stack([halt, ~halt], 1), (1, 4)), probe=found, resamples=200)
 
 
-def test_a_probe_that_knows_holds_in_both_rows(planted):
+def test_a_probe_that_knows_is_supported_in_both_rows(planted):
     sure = np.where(planted.scores["positive"], 1.0, -1.0)
     knowing = replace(planted, scores=planted.scores.assign(score=sure))
     tells, breaks = probe_rows(planted, routed(knowing))
-    assert (tells.claim.id, tells.comparison, tells.state) == ("C12", EVERYWHERE, HOLDS)
-    assert f"{planted.hits} of 15 must-halt questions" in tells.finding.here
-    assert tells.finding.figure == planted.sensitivity
-    for words in ("always-halt 0", "by permutation", "selection outside the fold"):
+    assert (tells.claim.id, tells.comparison, tells.grade) == ("C12", EVERYWHERE, SUPPORTED)
+    assert tells.finding.figure == planted.tested_auc
+    assert tells.finding.p == planted.p_tested
+    for words in (f"leave-one-out: {planted.hits} of 38 hits", "selection outside the fold"):
         assert words in tells.finding.control
-    assert (breaks.claim.id, breaks.state) == ("C13", HOLDS)
-    assert "0 of 15 right answers broken" in breaks.finding.here
-    assert "always-halt breaks 0" in breaks.finding.control
-    assert "never-halt breaks 15" in breaks.finding.control
+    assert (breaks.claim.id, breaks.grade) == ("C13", SUPPORTED)
+    assert "0 of 38 right answers broken" in breaks.finding.control
 
 
-def test_a_probe_that_knows_nothing_fails_in_both(nothing):
+def test_a_probe_that_knows_nothing_is_supported_in_neither(nothing):
     tells, breaks = probe_rows(nothing, routed(nothing))
-    assert (tells.state, breaks.state) == (FAILS, FAILS)
+    assert {tells.grade, breaks.grade} <= {CONTRADICTED, INCONCLUSIVE}
 
 
 def test_halting_always_breaks_nothing_and_is_no_probe(nothing):
     always = replace(nothing, scores=nothing.scores.assign(score=1.0))
     breaks = probe_rows(nothing, routed(always))[1]
-    assert "0 of 15 right answers broken" in breaks.finding.here
-    assert breaks.state == FAILS
+    assert "0 of 38 right answers broken" in breaks.finding.control
+    assert breaks.grade == CONTRADICTED, "the same depths dealt at random break none, either"
 
 
-def test_a_p_value_alone_is_not_enough(planted):
-    low = replace(planted.auc, low=0.49)
-    assert probe_rows(replace(planted, auc=low), routed(planted))[0].state == FAILS
-    assert probe_rows(replace(planted, p_auc=0.05), routed(planted))[0].state == FAILS
+def test_the_auc_in_folds_decides_with_its_p():
+    def grade(low, at, high, p=0.01, smaller=40, permutations=99, why=None):
+        return folds_grade(Interval(at, low, high, 198), p, smaller, permutations, why).grade
+
+    assert grade(0.55, 0.7, 0.8) == SUPPORTED
+    assert grade(0.55, 0.62, 0.7) == INCONCLUSIVE, "smaller than the claim needs"
+    assert grade(0.49, 0.7, 0.8, p=0.06) == INCONCLUSIVE
+    assert grade(0.4, 0.5, 0.59, p=0.5) == CONTRADICTED
+    assert grade(0.55, 0.7, 0.8, smaller=34) == grade(0.55, 0.7, 0.8, permutations=19) == INCONCLUSIVE
+    assert grade(0.55, 0.7, 0.8, why="at chance") == INCOMPARABLE
+
+
+def test_routing_is_set_against_the_same_depths_dealt_at_random():
+    def grade(low, high, dealt=0.15, smaller=40, why=None):
+        return routed_grade(Interval((low + high) / 2, low, high, 198), dealt, smaller, why).grade
+
+    assert grade(-0.12, -0.04) == SUPPORTED
+    assert grade(-0.02, 0.03) == CONTRADICTED
+    assert grade(-0.08, 0.01) == grade(-0.12, -0.04, smaller=34) == INCONCLUSIVE
+    assert grade(-0.12, -0.04, why="at chance") == INCOMPARABLE
+
+
+def test_the_interval_of_an_auc_is_its_permutation_test_inverted():
+    null = 0.5 + 0.1 * np.random.default_rng(0).normal(size=999)
+    interval, p = inverted(0.75, null, 100)
+    assert interval.low == pytest.approx(0.75 - 1.96 * 0.1, abs=0.02)
+    assert (interval.low > 0.5) == (p < 0.05)
+    assert inverted(0.75, null[:0], 100)[1] != inverted(0.75, null[:0], 100)[1], "NaN without permutations"
 
 
 def test_what_decides_nothing_is_said(planted):
@@ -77,24 +101,22 @@ def test_what_decides_nothing_is_said(planted):
     for changes, words in (
         ({"label": "answer-changed"}, "the claim is about must-halt, this probe tells answer-changed"),
         ({"at_chance": "accuracy is above blind guessing (25%) at no depth"}, "blind guessing"),
-        ({"n_positive": 5}, "the smaller class has 5 questions"),
+        ({"n_positive": 5}, "the smaller class has 5 questions, and 35 are needed"),
         ({"permutations": 19}, "19 permutations cannot reach"),
     ):
         tells, breaks = probe_rows(replace(planted, **changes), routing_)
-        assert tells.state == UNTESTED
+        assert tells.grade in (INCOMPARABLE, INCONCLUSIVE)
         assert words in tells.finding.verdict
-        assert (breaks.state == UNTESTED) == ("permutations" not in changes)
+        assert (words in breaks.finding.verdict) == ("permutations" not in changes)
     untested = Untestable("labels 'must-halt' are all equal")
     for row in probe_rows(untested, routing(questions_table(np.ones((8, 2), bool), (1, 4)))):
-        assert row.finding.verdict == "not testable: labels 'must-halt' are all equal"
+        assert row.finding.verdict == "not comparable: labels 'must-halt' are all equal"
     one = Untestable("the run has one depth, 1: there is nothing to choose")
     tells, breaks = probe_rows(planted, one)
-    assert (tells.state, breaks.state) == (HOLDS, UNTESTED)
+    assert (tells.grade, breaks.grade) == (SUPPORTED, INCOMPARABLE)
     assert "one depth" in breaks.finding.verdict
     no_probe = routing(questions_table(np.eye(8, 2, dtype=bool), (1, 4)), resamples=50)
-    assert probe_rows(planted, no_probe)[1].finding.verdict == "not testable: none was given"
-    few = np.arange(40) < 3
-    assert "3 questions right at depth 1" in probe_rows(planted, routed(planted, few))[1].finding.verdict
+    assert probe_rows(planted, no_probe)[1].finding.verdict == "not comparable: none was given"
 
 
 def test_labels_about_right_and_wrong_are_noise_where_the_model_guesses():

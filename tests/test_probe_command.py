@@ -73,7 +73,7 @@ def test_tables_verdicts_and_the_rows_of_the_ledger(run_cli, own, tmp_path):
     for words in (
         "two-layer probe", "logistic regression, L1", "prompt length", "always-halt", "never-halt",
         "4 of 12 questions positive", "flat depth 1 (always-halt)", "oracle over depths (not a policy)",
-        "C12 (", "C13 (", "not testable",
+        "C12 (", "C13 (", "inconclusive",
     ):  # fmt: skip
         assert words in out
     assert "probing own" in err
@@ -89,7 +89,7 @@ def test_json_is_everything_and_nothing_else(run_cli, own):
     assert found["halting"]["n_positive"] == 4
     assert found["halting"]["permutations"] == 3
     assert [row["claim"] for row in found["claims"]] == ["C12", "C13"]
-    assert "this probe tells answer-changed" in found["claims"][0]["verdict"]
+    assert "this probe tells answer-changed" in found["claims"][0]["why"]
     other = run_cli("--run", "own", *FAST, "--json", "--label", "answer-changed", "--seed", 1)[1]
     assert json.loads(other)["halting"]["scores"] != found["halting"]["scores"]
 
@@ -99,7 +99,7 @@ def test_a_run_that_is_not_whole_says_so(run_cli, tmp_path):
     code, out, err = run_cli("--run", "part", "--permutations", 0)
     assert code == 0
     assert "note: part is not complete: 10 questions so far" in err
-    assert "not tested" in out
+    assert "35 are needed" in out
 
 
 def test_a_place_to_save_is_tried_before_the_permutations(run_cli, own, tmp_path, monkeypatch):

@@ -26,7 +26,9 @@ from sst_interp.tables import NOT_YET, fill, markdown
 ROOT = Path(__file__).parents[1]
 SHIPPED = paths.shipped("studies")
 SHIPPED_RESULTS = {}
-EVERY = ["exact-training", "lrt-equivalence", "lrt-schedules", "pretraining", "recall", "two-pass"]
+EVERY = [
+    "calibration", "exact-training", "lrt-equivalence", "lrt-schedules", "pretraining", "recall", "two-pass",
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

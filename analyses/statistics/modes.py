@@ -288,9 +288,9 @@ def dip_test(histograms: np.ndarray, resolution: float, seed: int = 0) -> DipTes
     try:
         package = importlib.import_module("diptest")
     except ImportError:
-        return _untested(NOT_INSTALLED, n)
+        return untested(NOT_INSTALLED, n)
     if n < MIN_QUESTIONS:
-        return _untested(f"too few questions ({n}, at least {MIN_QUESTIONS} are needed)", n)
+        return untested(f"too few questions ({n}, at least {MIN_QUESTIONS} are needed)", n)
     equal = histograms / histograms.sum(axis=1, keepdims=True)
     subsamples = np.sort(one_per_question(equal, resolution, seed), axis=1)
     # The p-value falls with the dip: the median of one is the median of the other.
@@ -336,5 +336,6 @@ def _dips(dipstat: Callable[..., float], masses: np.ndarray, resolution: float) 
     return np.array([dipstat(each, sort_x=False) for each in overlap])
 
 
-def _untested(reason: str, n: int) -> DipTest:
+def untested(reason: str, n: int) -> DipTest:
+    """No dip test, and why."""
     return DipTest(nothing(reason, n), math.nan, math.nan, reason)

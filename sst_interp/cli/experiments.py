@@ -164,8 +164,9 @@ def _as_dict(probed: Probed, rows: list[Row]) -> dict[str, Any]:
             "in words": row.claim.words,
             "paper": row.claim.paper,
             "this run": row.finding.here,
-            "holds if": row.claim.rule,
-            "verdict": row.finding.verdict,
+            "supported if": row.claim.rule,
+            "grade": row.grade,
+            "why": row.reason,
             "control": row.finding.control,
         }
         for row in rows

@@ -165,7 +165,7 @@ def basin_shifts(
         print(as_json)
     else:
         _print_basin_shifts(captured, ledger)
-        print_table(ledger.by_claim)
+        print_table([{"claim": r.claim.id, "in words": r.claim.words, "grade": r.grade} for r in ledger.rows])
         say(f"\n{ledger.verdict}\n`sst-interp claims --run {run}` says more\n")
         if json_file is not None:
             write_text(json_file, as_json + "\n")
@@ -181,7 +181,7 @@ def claims(
     seed: Seed = 0,
     document: Annotated[Path | None, typer.Option(help="Also fill a Markdown file's places.")] = None,
 ) -> None:
-    """The paper's claims beside a run: its figure, this run's with its interval, a verdict by a stated rule.
+    """The paper's claims beside a run: its figure, this run's numbers, a grade by a stated rule.
 
     Captures the run first if it has no data. Companion runs that are there are used: NAME-blend-off (start-up
     control), NAME-reshuffled (content), NAME-baseline (matched baseline), NAME-deep (more depths), NAME-lens.
@@ -189,7 +189,7 @@ def claims(
     Examples:
         sst-interp claims gpqa
 
-        sst-interp claims --run gpqa --json | jq '.table[] | {claim, comparison, verdict}'
+        sst-interp claims --run gpqa --json | jq '.table[] | {claim, grade, why}'
     """
     from sst_interp.tables import check_document, fill
 
@@ -204,13 +204,18 @@ def claims(
         print_json(ledger.to_dict())
     else:
         for row in ledger.rows:
-            say(f"{row.claim.id} {row.comparison}: {row.claim.words}")
+            say(f"{row.claim.id}: {row.claim.words}")
             say(f"    paper     {row.claim.paper}\n    this run  {row.finding.here or '-'}")
-            say(f"    verdict   {row.finding.verdict} (holds if {row.claim.rule})")
-            if row.finding.control:
-                say(f"    control   {row.finding.control}")
+            say(f"    grade     {row.finding.verdict}\n    rule      supported if {row.claim.rule}")
+            for name, words in (
+                ("beside", row.finding.control),
+                ("checks", row.checked),
+                ("errs", row.rates),
+            ):
+                if words:
+                    say(f"    {name:9} {words}")
         say()
-        print_table(ledger.by_claim)
+        print_table([{"claim": r.claim.id, "in words": r.claim.words, "grade": r.grade} for r in ledger.rows])
         say(f"\n{ledger.verdict}")
     _exit_if_failed(ledger, captured)
 

@@ -13,6 +13,7 @@ import typer
 from sst_interp import paths
 from sst_interp.cli.common import JsonFlag, stopping
 from sst_interp.errors import SSTError
+from sst_interp.findings import calibration  # noqa: F401 (it registers the study)
 from sst_interp.tables import say
 
 app = typer.Typer(

@@ -1,10 +1,10 @@
-"""The claims ledger: each claim of the paper, this run's figure, a verdict by a stated rule, and a control.
+"""The claims ledger: each claim of the paper, this run's numbers, and a grade by a stated rule.
 
     ledger = claims(run, baseline=baseline)    # every registered analysis, then every registered claim
     ledger.verdict, ledger.table, ledger.figure()
 
-One comparison is in memory at a time. A row that cannot be tested says why. An analysis that crashes is in
-`failed`: a crash is not a finding.
+One comparison is in memory at a time; teacher-forced text decides, the others are checks. A claim that
+cannot be compared says why. An analysis that crashes is in `failed`: a crash is not a finding.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +25,27 @@ from sst_interp.analyses import load, plots
 from sst_interp.analyses.contrast import Contrast
 from sst_interp.analyses.result import Analysis, Result, comparison_words, json_ready
 from sst_interp.analyses.statistics.bootstrap import RESAMPLES, questions_words
+from sst_interp.analyses.statistics.permutation import holm
 from sst_interp.errors import SSTError
 from sst_interp.findings import answers, state  # noqa: F401 (they register the claims)
 from sst_interp.findings.answers import BlendWeights, blend_weights
+from sst_interp.findings.calibration import rates_at
 from sst_interp.findings.claims import (
     CLAIMS,
+    CONTRADICTED,
+    DECIDES,
     EVERYWHERE,
-    FAILS,
-    HOLDS,
-    UNTESTED,
+    GRADES,
+    INCOMPARABLE,
+    INCONCLUSIVE,
+    LEVEL,
+    SATURATED,
+    SUPPORTED,
     Evidence,
     Finding,
-    Registered,
     Row,
+    not_comparable,
     number,
-    untestable,
 )
 from sst_interp.models.choices import COMPARISONS
 from sst_interp.plugins import load_plugins
@@ -50,8 +56,11 @@ Progress = Callable[[int, int, str], Any]
 FAILED = "the analysis failed"
 COMPARED = ("pairs", "outputs", "nudges")
 """Tables read one comparison at a time."""
-COLOURS = {HOLDS: plots.BLUE, FAILS: plots.VERMILLION, UNTESTED: plots.GREY}
-SYMBOLS = {HOLDS: "circle", FAILS: "x", UNTESTED: "circle-open"}
+COLOURS = {
+    SUPPORTED: plots.BLUE, CONTRADICTED: plots.VERMILLION, INCONCLUSIVE: plots.ORANGE, SATURATED: plots.GREEN,
+    INCOMPARABLE: plots.GREY,
+}  # fmt: skip
+SYMBOLS = dict(zip(GRADES, ("circle", "x", "diamond-open", "square", "circle-open"), strict=True))
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,21 +88,25 @@ class Ledger(Result):
 
     @property
     def table(self) -> pd.DataFrame:
-        """A row per claim and comparison; `estimate`, `low` and `high` are to set beside the paper's."""
+        """A row per claim; `estimate`, `low` and `high` are to set beside the paper's."""
         records = [
             {
                 "claim": row.claim.id,
                 "in words": row.claim.words,
-                "comparison": row.comparison,
                 "paper": row.claim.paper,
                 "this run": row.finding.here,
+                "grade": row.grade,
+                "why": row.reason,
+                "decides": comparison_words(row.comparison),
+                "checks": row.checked,
+                "control": row.finding.control,
+                "supported if": row.claim.rule,
+                "error rates": row.rates,
                 "estimate": row.finding.figure.estimate,
                 "low": row.finding.figure.low,
                 "high": row.finding.figure.high,
                 "questions": row.finding.figure.n_questions,
-                "holds if": row.claim.rule,
-                "verdict": row.finding.verdict,
-                "control": row.finding.control,
+                "p": row.finding.p,
             }
             for row in self.rows
         ]
@@ -101,97 +114,79 @@ class Ledger(Result):
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many rows hold, do not hold, are not testable."""
-        counted = Counter(row.state for row in self.rows)
-        return {verdict: counted[verdict] for verdict in (HOLDS, FAILS, UNTESTED)}
+        """How many claims have each grade."""
+        counted = Counter(row.grade for row in self.rows)
+        return {str(grade): counted[grade] for grade in GRADES}
 
     @property
     def by_claim(self) -> list[dict[str, str]]:
-        """A row per claim: the paper's figure and the verdict in each comparison."""
-        columns = [*dict.fromkeys(row.comparison for row in self.rows if row.comparison != EVERYWHERE)]
-        lines: dict[str, dict[str, str]] = {}
-        for row in self.rows:
-            start = {"claim": row.claim.id, "in words": row.claim.words, "paper": row.claim.paper}
-            line = lines.setdefault(row.claim.id, start | {comparison_words(c): "" for c in columns})
-            for column in columns if row.comparison == EVERYWHERE else [row.comparison]:
-                line[comparison_words(column)] = row.state
-        return list(lines.values())
-
-    @property
-    def differ(self) -> dict[str, dict[str, list[str]]]:
-        """Claims that hold in one comparison and not in another -> verdict -> comparisons."""
-        states: dict[str, dict[str, list[str]]] = {}
-        for row in self.rows:
-            if row.comparison != EVERYWHERE:
-                states.setdefault(row.claim.id, {}).setdefault(row.state, []).append(row.comparison)
-        return {claim: where for claim, where in states.items() if {HOLDS, FAILS} <= where.keys()}
+        """A row per claim for a table in a document or a terminal."""
+        return [
+            {
+                "claim": row.claim.id, "in words": row.claim.words, "paper": row.claim.paper,
+                "this run": row.finding.here, "grade": row.finding.verdict,
+            }
+            for row in self.rows
+        ]  # fmt: skip
 
     @property
     def verdict(self) -> str:
-        """How many rows hold, which analyses failed, which claims depend on the comparison."""
-        holds, fails, untested = self.counts.values()
-        of = f"{len(self.rows)} rows (claim by comparison), {questions_words(self.n_questions)}."
-        if holds + fails == 0:
-            words = f"{UNTESTED}: no row can be decided. {of}"
-        else:
-            words = f"{holds} {'holds' if holds == 1 else 'hold'}, {fails} {'does' if fails == 1 else 'do'} "
-            words += f"not, {untested} {'is' if untested == 1 else 'are'} not testable. {of}"
+        """How many claims have each grade, and which analyses failed."""
+        parts = [f"{n} {grade}" for grade, n in self.counts.items() if n]
+        words = f"{', '.join(parts) or 'no claims'}. {len(self.rows)} claims, "
+        words = f"{words}{questions_words(self.n_questions)}; teacher-forced text decides."
         if self.failed:
             n = len(self.failed)
             words += f" {n} {'analysis' if n == 1 else 'analyses'} failed: a fault of the instrument, not a "
             words += "finding."
-        parts = [
-            f"{claim} ({'; '.join(f'{said}: {_listed(where)}' for said, where in states.items())})"
-            for claim, states in self.differ.items()
-        ]
-        return f"{words} The comparison decides {', '.join(parts)}." if parts else words
+        return words
 
     def blocks(self) -> dict[str, str]:
-        """Texts for a document: tables `RUN claims` and `RUN by claim`; `RUN verdict`, `RUN ANALYSIS`,
-        `RUN CLAIM` (with `.COMPARISON` unless about the whole run).
+        """Texts for a document: tables `RUN claims` and `RUN by claim`; `RUN verdict`, `RUN ANALYSIS` (with
+        `.COMPARISON` unless about the whole run), `RUN CLAIM`.
         """
-        shown = ["claim", "comparison", "paper", "this run", "verdict", "control"]
+        shown = ["claim", "paper", "this run", "grade", "why", "checks", "control", "error rates"]
         texts = {
             "claims": markdown(
-                [
-                    {name: row[name] for name in shown} | {"comparison": comparison_words(row["comparison"])}
-                    for row in self.table.to_dict("records")
-                ]
+                [{name: row[name] for name in shown} for row in self.table.to_dict("records")]
             ),
             "by claim": markdown(self.by_claim),
             "verdict": self.verdict,
         } | {name: result.verdict for name, result in self.results.items()}
         for row in self.rows:
-            name = row.claim.id + ("" if row.comparison == EVERYWHERE else f".{row.comparison}")
             words = f"{row.claim.id} {row.finding.verdict}. This run: {row.finding.here}."
-            texts[name] = f"{words} Control: {row.finding.control}." if row.finding.control else words
+            words += f" Beside it: {row.finding.control}." if row.finding.control else ""
+            texts[row.claim.id] = words
         return {f"{self.name} {name}": text for name, text in texts.items()}
 
     def figure(self) -> go.Figure:
-        """Verdicts by claim (down) and comparison (across); hovering shows the figures."""
+        """Grades by claim (down); the comparison that decides is filled, checks are small."""
         if not self.rows:
-            return plots.empty_figure("Verdicts", "no claims")
+            return plots.empty_figure("Grades", "no claims")
         subtitle = f"{self.name}; {questions_words(self.n_questions)}; overlap: {self.kind.replace('_', ' ')}"
-        figure = plots.canvas("Verdict by claim and comparison", subtitle, "comparison", "claim of the paper")
-        for verdict, colour in COLOURS.items():
-            own = [row for row in self.rows if row.state == verdict]
+        figure = plots.canvas("Grade by claim", subtitle, "comparison", "claim of the paper")
+        points = [(row, _column(row.comparison), row.finding, 15) for row in self.rows]
+        points += [(row, _column(c), found, 8) for row in self.rows for c, found in row.checks.items()]
+        counted: dict[Any, int] = self.counts
+        for grade, colour in COLOURS.items():
+            own = [point for point in points if point[2].grade == grade]
             if not own:
                 continue
             figure.add_scatter(
-                x=[_column(row) for row in own],
-                y=[_label(row) for row in own],
+                x=[column for _, column, _, _ in own],
+                y=[_label(row) for row, *_ in own],
                 mode="markers",
-                name=f"{verdict} ({len(own)})",
+                name=f"{grade} ({counted[grade]})",
                 marker={
-                    "size": 15, "color": colour, "symbol": SYMBOLS[verdict],
+                    "size": [size for *_, size in own], "color": colour, "symbol": SYMBOLS[grade],
                     "line": {"width": 2, "color": colour},
                 },
-                customdata=[[r.claim.paper, _plain(r.finding.here), _plain(r.finding.verdict)] for r in own],
+                customdata=[[r.claim.paper, _plain(f.here), _plain(f.verdict)] for r, _, f, _ in own],
                 hovertemplate="%{y}<br>paper: %{customdata[0]}<br>this run: %{customdata[1]}"
                 "<br>%{customdata[2]}<extra></extra>",
             )  # fmt: skip
         labels = list(dict.fromkeys(_label(row) for row in self.rows))
-        columns = list(dict.fromkeys(_column(row) for row in self.rows))
+        columns = list(dict.fromkeys(column for _, column, _, _ in points))
         figure.update_xaxes(categoryorder="array", categoryarray=columns)
         figure.update_yaxes(categoryorder="array", categoryarray=labels[::-1])
         return figure.update_layout(height=170 + 32 * len(labels))
@@ -208,13 +203,14 @@ class Ledger(Result):
             if not (math.isfinite(value) and figure.estimate > 0):
                 continue
             low = figure.low / value if figure.low > 0 else math.nan  # the axis is logarithmic
-            label = row.claim.id + self._asked(row.claim.id)
-            dots.append(plots.Dot(label, _column(row), figure.estimate / value, low, figure.high / value))
+            n = f" (n = {figure.n_questions})" if figure.n_questions else ""
+            label, series = row.claim.id + n, _column(row.comparison)
+            dots.append(plots.Dot(label, series, figure.estimate / value, low, figure.high / value))
         title, n = "This run's figures beside the paper's", questions_words(self.n_questions)
         if not dots:
             return plots.empty_figure(title, "no claim has a number to set beside the paper's")
         figure = plots.dots(
-            title, f"{self.name}; {n}; bars: 95%, questions resampled; n: questions of that figure",
+            title, f"{self.name}; {n}; bars: 95%; n: questions of that figure",
             "this run / paper (log scale, no unit)", dots, reference=1,
         )  # fmt: skip
         ends = np.array([[d.estimate, d.low, d.high, 1.0] for d in dots])
@@ -222,17 +218,11 @@ class Ledger(Result):
         figure.update_xaxes(type="log", range=span.tolist())
         return figure.update_yaxes(title_text="claim")
 
-    def _asked(self, claim: str) -> str:
-        """` (n = 18 to 24)`: questions behind a claim's figures, over its comparisons."""
-        numbers = {row.finding.figure.n_questions for row in self.rows if row.claim.id == claim} - {0}
-        ends = dict.fromkeys(map(str, (min(numbers), max(numbers)))) if numbers else {}
-        return f" (n = {' to '.join(ends)})" if ends else ""
-
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: rows, counts, and the verdict of every analysis."""
         own = {"result": type(self).__name__, "verdict": self.verdict, "table": self.table}
         own |= {"name": self.name, "kind": self.kind, "n_questions": self.n_questions}
-        own |= {"counts": self.counts, "differ": self.differ, "missing": self.missing, "failed": self.failed}
+        own |= {"counts": self.counts, "missing": self.missing, "failed": self.failed}
         return json_ready(own | {"analyses": {name: result.verdict for name, result in self.results.items()}})
 
 
@@ -254,7 +244,7 @@ def claims(
     Args:
         run: a `Run`, or anything with its tables and `recipe`.
         alpha: the learned blend weights [layer, d_model], or their `BlendWeights`, for C14.
-        approximation: of `approximation_error`, for C15.
+        approximation: rows of the study `two-pass` at several alphas, for C15.
         no_blend: why C14 and C15 do not apply to the run's model (None: they do).
         token_class: token id -> class name, for C9.
         more: rows of claims that were measured elsewhere.
@@ -279,24 +269,23 @@ def claims(
     order = sorted(COMPARISONS, key=lambda name: name != lead.comparison)
     try:
         suite.ask(lead, "run")  # first: rows of a comparison may need them
-        rows = suite.judge(lead, "run")
+        suite.judge(lead, "run")
         for comparison in order:
             contrast = lead.to(comparison)  # the one before is freed
             suite.ask(contrast, "comparison")
-            rows += suite.judge(contrast, "comparison")
+            suite.judge(contrast, "comparison")
     except MemoryError:
         raise SSTError(
             f"not enough memory for {suite.asked} with {resamples:,} resamples",
             f"take fewer, for example `--resamples {max(2, min(500, resamples // 10))}`",
         ) from None
     suite.tell("done")
-    places = {name: place for place, name in enumerate((EVERYWHERE, *order))}
-    rows.sort(key=lambda row: (number(row.claim.id), places[row.comparison]))
+    n = _n_questions(lead)
     return Ledger(
         str(getattr(run, "name", "run")),
         lead.kind,
-        _n_questions(lead),
-        tuple(sorted([*rows, *more], key=lambda row: number(row.claim.id))),
+        n,
+        tuple(with_rates(after_holm([*suite.rows(), *more]), n)),
         suite.in_order(suite.results, order),
         suite.in_order(suite.missing, order),
         suite.failed,
@@ -314,6 +303,8 @@ class _Suite:
         self.results: dict[str, Result] = {}
         self.missing: dict[str, str] = {}
         self.failed: dict[str, str] = {}
+        self.judged: dict[str, dict[str, Finding]] = {}
+        """Claim -> comparison -> what is found there."""
         self.asked = ""
 
     def tell(self, name: str) -> None:
@@ -336,23 +327,31 @@ class _Suite:
             else:
                 self.missing[key] = why
 
-    def judge(self, c: Contrast, per: str) -> list[Row]:
-        """Judge the claims of one comparison, or of the whole run."""
+    def judge(self, c: Contrast, per: str) -> None:
+        """Judge the claims in one comparison, or of the whole run."""
         evidence = Evidence(c, self.results, self.missing, self.beside)
         where = EVERYWHERE if per == "run" else c.comparison
-        return [
-            Row(entry.claim, where, finding)
-            for entry in CLAIMS.values()
-            if entry.per == per and entry.measured is None
-            for finding in self._judge(entry, evidence, where)
-        ]
+        if where == "free_running":
+            evidence = evidence.on_same_tokens()
+        for id, entry in CLAIMS.items():
+            if entry.per == per and entry.measured is None:
+                self.asked = id if where == EVERYWHERE else f"{id}.{where}"
+                _, why = self._attempt(self.asked, self._judge, evidence, id)
+                found = not_comparable(why) if why is not None else evidence.finding(id)
+                self.judged.setdefault(id, {})[where] = found
 
-    def _judge(self, entry: Registered, evidence: Evidence, where: str) -> Sequence[Finding]:
-        self.asked = entry.claim.id if where == EVERYWHERE else f"{entry.claim.id}.{where}"
-        findings, why = self._attempt(self.asked, entry.judge, evidence)
-        if why is not None:
-            return [untestable(why)]
-        return [findings] if isinstance(findings, Finding) else findings
+    @staticmethod
+    def _judge(evidence: Evidence, id: str) -> Finding:
+        return evidence.finding(id)
+
+    def rows(self) -> list[Row]:
+        """A row per claim: the comparison that decides, and the others as checks."""
+        rows = []
+        for id, found in self.judged.items():
+            decides = EVERYWHERE if EVERYWHERE in found else DECIDES
+            checks = {where: finding for where, finding in found.items() if where != decides}
+            rows.append(Row(CLAIMS[id].claim, decides, found[decides], checks))
+        return rows
 
     def _attempt(self, key: str, call: Callable[..., Any], *given: Any) -> tuple[Any, str | None]:
         """(result, None), or (None, why there is none); a crash is noted in `failed`."""
@@ -400,17 +399,33 @@ def _n_questions(c: Contrast) -> int:
     return 0
 
 
-def _column(row: Row) -> str:
-    return "whole run" if row.comparison == EVERYWHERE else comparison_words(row.comparison)
+def after_holm(rows: Sequence[Row]) -> list[Row]:
+    """The rows in order; claims that rest on a p-value are supported after Holm's adjustment over all that
+    do.
+    """
+    rows = sorted(rows, key=lambda row: number(row.claim.id))
+    asked = [i for i, row in enumerate(rows) if math.isfinite(row.finding.p) and row.grade != INCOMPARABLE]
+    adjusted = holm(np.array([rows[i].finding.p for i in asked]))
+    for i, p in zip(asked, adjusted, strict=True):
+        row, of = rows[i], f"{len(asked)} claims"
+        if row.grade == SUPPORTED and p >= LEVEL:
+            reason = f"p = {row.finding.p:.2g} is {p:.2g} after Holm over {of}"
+            rows[i] = replace(row, finding=replace(row.finding, grade=INCONCLUSIVE, reason=reason))
+    return rows
+
+
+def with_rates(rows: Sequence[Row], n_questions: int) -> list[Row]:
+    """The rows with how often each rule errs at this number of questions (`calibration`)."""
+    return [replace(row, rates=rates_at(row.claim.id, n_questions)) for row in rows]
+
+
+def _column(comparison: str) -> str:
+    return "whole run" if comparison == EVERYWHERE else comparison_words(comparison)
 
 
 def _label(row: Row) -> str:
     words = row.claim.words
     return f"{row.claim.id}: {words if len(words) < 52 else words[:49].rsplit(' ', 1)[0] + ' ...'}"
-
-
-def _listed(comparisons: Sequence[str]) -> str:
-    return ", ".join(map(comparison_words, comparisons))
 
 
 def _plain(words: str) -> str:

@@ -6,6 +6,7 @@ Companions are runs called `NAME-ROLE`, beside the run or among the user's and t
 - `NAME-reshuffled`: the same questions with another `seed`, for C9;
 - `NAME-baseline`: the matched baseline on the same questions, for C11;
 - `NAME-deep`: depths beyond the run's, for overthinking and settling;
+- `NAME-redraws`: the same questions, answers sampled at depth 1 as often as there are depths, for C11;
 - `NAME-lens`: some of its questions with `overlap = "lens_jaccard"`, for token replacement by layer.
 
 The commands `probe` and `patch` keep their rows and results in `findings/` of the run's folder (for a
@@ -23,16 +24,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pandas as pd
 
 from sst_interp import paths
 from sst_interp.analyses.result import KeptResult, Result, json_ready
 from sst_interp.analyses.statistics.bootstrap import RESAMPLES, Interval
-from sst_interp.errors import SSTError, Untestable
-from sst_interp.experiments.studies.errors import ApproximationError, approximation_error
+from sst_interp.errors import SSTError
 from sst_interp.files import read_json, read_table, replace_json, unreadable
 from sst_interp.findings.answers import BlendWeights
-from sst_interp.findings.claims import CLAIMS, EVERYWHERE, Claim, Finding, Row, untestable
+from sst_interp.findings.claims import CLAIMS, EVERYWHERE, GRADES, Finding, Part, Row, graded, not_comparable
 from sst_interp.findings.ledger import Ledger, Progress, claims
 from sst_interp.models.checkpoint import checkpoint_folder
 from sst_interp.runs.manifest import content_hash
@@ -48,6 +48,7 @@ ROLES = {
     "baseline": "baseline",
     "beyond": "deep",
     "lens": "lens",
+    "redraws": "redraws",
 }
 """Role (`contrast.BESIDE`) -> the end of the companion's name."""
 
@@ -126,37 +127,32 @@ def blend_of(run: Run) -> BlendWeights | None:
     known = run.manifest["provenance"]
     if "alpha_mean" not in known:
         return None
-    low, high = known["alpha_range"]
+    low, high = known.get("alpha_quantiles", known["alpha_range"])
     folder = checkpoint_folder(run.recipe.checkpoint) if run.recipe.alpha is None else None
-    start = None
+    start = bounds = None
     if folder is not None and (about := folder / "training.json").is_file():
-        start = json.loads(about.read_text())["recipe"].get("alpha")
-    return BlendWeights(known["alpha_mean"], low, high, start)
+        recipe = json.loads(about.read_text())["recipe"]
+        start, bounds = recipe.get("alpha"), recipe.get("alpha_bounds")
+    return BlendWeights(known["alpha_mean"], low, high, start, tuple(bounds) if bounds else None)
 
 
-def approximation_of(run: Run) -> ApproximationError | None:
-    """The two-pass error of the run's model (`sst-interp study run two-pass MODEL`), or None.
+def approximation_of(run: Run) -> pd.DataFrame | None:
+    """Two-pass errors of the run's backbone at several alphas (`sst-interp study run two-pass BACKBONE`), or
+    None.
 
-    The name and the blend weights must be the run's: trained anew it is another model.
+    A trained checkpoint has one blend; the order of the error is told where alpha varies.
     """
-    known = run.manifest["provenance"]
-    if "alpha_mean" not in known:
-        return None
-    model = known.get("model", run.recipe.checkpoint)
-    blend = (known["alpha_mean"], *known["alpha_range"])
+    folder = checkpoint_folder(run.recipe.checkpoint)
+    names = {run.recipe.checkpoint}
+    if folder is not None and (about := folder / "training.json").is_file():
+        names.add(json.loads(about.read_text()).get("backbone", {}).get("name"))
     for file in (paths.studies_dir() / "errors.parquet", paths.shipped("studies") / "errors.parquet"):
         if file.is_file():
-            again = f"delete it; `sst-interp study run two-pass {model}` measures it again"
+            again = "delete it; `sst-interp study run two-pass` measures it again"
             table = read_table(file, again, ("model", "layers", "alpha", "alpha_low", "alpha_high"))
-            measured = table[["alpha", "alpha_low", "alpha_high"]].to_numpy(dtype=float)
-            same = np.isclose(measured, blend, rtol=0, atol=1e-6).all(axis=1)
-            named = (table["layers"] == "all") & (table["model"] == model)
-            own = table[same & named.to_numpy(dtype=bool)]
-            if len(own):
-                try:
-                    return approximation_error(own)
-                except Untestable:  # nothing of it is finite, or no two passes are among it
-                    continue
+            own = table[table["model"].isin(names).to_numpy(dtype=bool)]
+            if own["alpha"].nunique() > 1:
+                return own
     return None
 
 
@@ -229,25 +225,43 @@ def _kept(file: Path, run: Run) -> Kept:
             results: dict[str, Result] = {
                 name: _result(values) for name, values in contents.get("results", {}).items()
             }
-            return Kept([_row(values) for values in contents["rows"]], results)
+            return Kept([_row(values, file.stem, run.name) for values in contents["rows"]], results)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise unreadable(file, error, again) from None
     except SSTError as error:
-        lost = untestable(f"{error.message}; delete it, or `sst-interp {file.stem} --run {run.name}` again")
+        lost = not_comparable(
+            f"{error.message}; delete it, or `sst-interp {file.stem} --run {run.name}` again"
+        )
         measured = [entry.claim for entry in CLAIMS.values() if entry.measured == file.stem]
         return Kept([Row(claim, EVERYWHERE, lost) for claim in measured])
 
 
-def _row(values: dict[str, Any]) -> Row:
-    claim, finding = dict(values["claim"]), dict(values["finding"])
+RENAMED = {"C16": "C16b", "C16b": "C16"}
+"""Claims of version 0.1 -> as they are called now."""
+
+
+def _row(values: dict[str, Any], command: str, name: str) -> Row:
+    """A kept row, with the claim as it is worded now. One of version 0.1 has a verdict and no grade."""
+    finding, id = dict(values["finding"]), str(values["claim"]["id"])
     figure = finding.pop("figure")
     numbers = {k: math.nan if figure[k] is None else figure[k] for k in ("estimate", "low", "high")}
-    claim["value"] = math.nan if claim["value"] is None else claim["value"]
-    if not isinstance(finding["verdict"], str):
-        raise TypeError("a verdict is no text")
-    return Row(
-        Claim(**claim), values["comparison"], Finding(figure=Interval(**(figure | numbers)), **finding)
-    )
+    interval = Interval(**(figure | numbers))
+    if "grade" in finding:
+        finding["p"] = math.nan if finding["p"] is None else finding["p"]
+        if finding["grade"] not in GRADES or not isinstance(finding["here"], str):
+            raise TypeError("a finding has no grade")
+        return Row(CLAIMS[id].claim, values["comparison"], Finding(figure=interval, **finding))
+    id = RENAMED.get(id, id)
+    verdict, _, reason = finding["verdict"].partition(": ")
+    here, control = finding["here"], finding["control"]
+    if id == "C16" and interval.known:
+        found = graded(
+            Part("log KL, shifted less stable at equal norm", interval, low=0), least=40, note=control
+        )
+    else:
+        again = f"kept by version 0.1 without what the rule asks: `sst-interp {command} --run {name}` again"
+        found = not_comparable(reason if verdict == "not testable" else again, here, control)
+    return Row(CLAIMS[id].claim, values["comparison"], found)
 
 
 def _result(values: dict[str, Any]) -> KeptResult:

@@ -27,6 +27,7 @@ from sst_interp.analyses.statistics.bootstrap import (
     questions_words,
     ratio,
 )
+from sst_interp.analyses.statistics.clusters import jackknife_t
 from sst_interp.errors import SSTError, Untestable
 
 DIRECTIONS = ("back", "forward")
@@ -189,7 +190,7 @@ def patching(rows: pd.DataFrame, resamples: int = RESAMPLES, seed: int = 0) -> P
             answers[direction] = share(differ, "answer_donors", "one", resamples, seed)
     slope, extra, why = None, None, None
     try:
-        slope, extra = size_regression(pairs, resamples, seed)
+        slope, extra = size_regression(pairs)
     except Untestable as error:
         why = error.message
     return Patching(
@@ -226,9 +227,7 @@ def difference(rows: pd.DataFrame, control: str, resamples: int, seed: int) -> I
     )
 
 
-def size_regression(
-    pairs: pd.DataFrame, resamples: int = RESAMPLES, seed: int = 0
-) -> tuple[Interval, Interval]:
+def size_regression(pairs: pd.DataFrame) -> tuple[Interval, Interval]:
     """Log KL = a(layer, direction) + b log(size) + c shifted, by least squares: (b, c).
 
     Every (layer, direction) has its own mean, so that a layer that shifts often and matters much does not
@@ -256,9 +255,7 @@ def size_regression(
         known = determinant > 1e-9 * ss * xx
         return np.divide(top, determinant, out=np.full(np.shape(top), np.nan), where=known)
 
-    slope, extra = (
-        cluster_bootstrap(per_question, partial(coefficient, which), resamples, seed=seed) for which in (0, 1)
-    )
+    slope, extra = (jackknife_t(per_question, partial(coefficient, which)) for which in (0, 1))
     if not np.isfinite(extra.estimate):
         raise Untestable("size and shift go together without exception")
     return slope, extra

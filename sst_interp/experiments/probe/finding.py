@@ -67,6 +67,7 @@ from sst_interp.experiments.probe.validate import (
     comparison,
     constants,
     in_folds,
+    inverted,
     null_scores,
     pair_auc,
     score,
@@ -108,6 +109,8 @@ class Halting(Result):
     """Leave-pair-out."""
     fold_auc: Interval
     """Repeated stratified k-fold, pairs of one fold."""
+    tested_auc: Interval
+    """The same, with the interval of its permutation test, inverted: C12 rests on it."""
     pooled_auc: Interval
     """Leave-one-out, not rebalanced, scores pooled: biased, for comparison with the literature."""
     sensitivity: Interval
@@ -126,6 +129,8 @@ class Halting(Result):
     """Permutation p-value of the leave-one-out AUC; all four are one-sided."""
     p_fold_auc: float
     """Of the AUC of the first division into folds."""
+    p_tested: float
+    """Of the AUC of all divisions, against that of one division with permuted labels."""
     p_balanced: float
     p_hits: float
     null: pd.DataFrame
@@ -272,6 +277,8 @@ def halting_of(
     chance = probabilities(logits, positive)
 
     null = null_scores(design, inputs, positive, permutations, progress)
+    n = len(positive)
+    tested_auc, p_tested = inverted(folded.share, null["fold_auc"].to_numpy(dtype=float), n)
     hits, called = int((positive & told).sum()), int(told.sum())
     seen = {"auc": in_order.share, "fold_auc": first, "balanced": told_right.balanced.estimate, "hits": hits}
     p = {name: p_value(null[name].to_numpy(), value, 1) if len(null) else math.nan
@@ -296,6 +303,7 @@ def halting_of(
         auc=auc(in_order, *options),
         pair_auc=pair_auc(design, inputs, y, resamples),
         fold_auc=auc(folded, *options),
+        tested_auc=tested_auc,
         pooled_auc=auc(pairs_in_order(own["plain_leave_one_out"].logits[0], positive), *options),
         sensitivity=told_right.sensitivity,
         specificity=told_right.specificity,
@@ -308,6 +316,7 @@ def halting_of(
         permutations=permutations,
         p_auc=p["auc"],
         p_fold_auc=p["fold_auc"],
+        p_tested=p_tested,
         p_balanced=p["balanced"],
         p_hits=p["hits"],
         null=null,

@@ -31,6 +31,7 @@ from sst_interp.analyses.statistics.bootstrap import (
     questions_words,
     share_of_questions,
 )
+from sst_interp.analyses.statistics.clusters import mean_t
 from sst_interp.errors import Untestable
 from sst_interp.experiments.probe import check_depths
 from sst_interp.experiments.probe.finding import Halting, crosses
@@ -64,10 +65,12 @@ class Routing(Result):
 
     policies: pd.DataFrame
     """A row per policy: name, kind (flat, policy, oracle); accuracy, passes (per question), `beyond`
-    (accuracy minus that of the same depths dealt at random), saved (share of the passes of the deepest flat
-    depth) and broken_share (of the answers right at the shallowest depth), each with `_low` and `_high`;
-    mean_depth; broken (right at the shallowest depth, wrong as routed), mended (the reverse) and
-    conservative (wrong as routed, right at a deeper depth), in questions."""
+    (accuracy minus that of the same depths dealt at random), spared (share of questions that break, less
+    that with the same depths dealt at random, which is `dealt_broken`), saved (share of the passes of the
+    deepest flat depth) and broken_share (of the answers right at the shallowest depth), each with `_low`
+    and `_high`; mean_depth; broken (right at the shallowest depth, wrong as routed), mended (the reverse)
+    and conservative (wrong as routed, right at a deeper depth), in questions.
+    """
     curve: pd.DataFrame
     """Columns threshold, accuracy, passes: the probe at every threshold. The best of them is no policy."""
     of_question: pd.DataFrame
@@ -355,6 +358,10 @@ def scored(routed: Routed, costs: Costs, resamples: int = RESAMPLES, seed: int =
         shares, accuracies = weights @ dealt / total[:, None], weights @ correct / total[:, None]
         return weights @ right / total - (shares * accuracies).sum(axis=-1)
 
+    # Broken by routing less broken by the same depths dealt at random: a covariance of depth and breaking.
+    breaks = base[:, None] & ~correct
+    gaps = ((dealt - dealt.mean(axis=0)) * (breaks - breaks.mean(axis=0))).sum(axis=1)
+
     def saved(totals: np.ndarray) -> np.ndarray:
         return 1 - totals[..., 0] / totals[..., 1]
 
@@ -365,10 +372,12 @@ def scored(routed: Routed, costs: Costs, resamples: int = RESAMPLES, seed: int =
         beyond=over_questions(len(place), beyond, *options),
         saved=cluster_bootstrap(np.stack([passes, most], 1), saved, resamples, seed=seed),
         broken_share=share_of_questions(np.where(base, ~right, np.nan), *options),
+        spared=mean_t(gaps),
     )
     return {"name": routed.name, "kind": routed.kind, **columns} | {
         "mean_depth": float(depth.mean()),
         "broken": int((base & ~right).sum()),
+        "dealt_broken": float((dealt.mean(axis=0) * breaks.mean(axis=0)).sum()),
         "mended": int((~base & right).sum()),
         "conservative": int((~right & (correct & deeper).any(axis=1)).sum()),
     }

@@ -25,7 +25,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from sst_interp.analyses.statistics.bootstrap import Interval, as_columns
+from sst_interp.analyses.statistics.along_texts import p_value
+from sst_interp.analyses.statistics.bootstrap import LEVEL, Interval, as_columns
 from sst_interp.experiments.probe import SCALARS, Features, Labels
 from sst_interp.experiments.probe.fit import Design, Inputs, LabelRows, Problems, fit
 from sst_interp.experiments.probe.scores import (
@@ -326,6 +327,40 @@ def in_folds(own: Scores, design: Design, inputs: Inputs, y: LabelRows, repeats:
         first = pairs.share if repeat == 0 else first
         higher, compared = higher + pairs.higher, compared + pairs.compared
     return first, Pairs(higher, compared)
+
+
+def inverted(area: float, null: np.ndarray, n: int) -> tuple[Interval, float]:
+    """An AUC with the interval that its permutation test gives when it is inverted, and the one-sided p.
+
+    The null is taken to keep its shape at other true values, so that the interval runs from the AUC less
+    the distance of the upper quantile of the null from its middle to the AUC less that of the lower one.
+    The null is of one division into folds, the AUC may be of several, which spreads less: p and interval
+    are on the safe side.
+
+    Args:
+        area: the AUC of the real labels.
+        null: AUCs of permuted labels.
+        n: questions.
+    """
+    null = np.asarray(null, dtype=float)
+    null = null[np.isfinite(null)]
+    if len(null) < 2 or not math.isfinite(area):
+        return Interval(area, math.nan, math.nan, n, reason="no labels were permuted"), math.nan
+    low, high = np.quantile(null - null.mean(), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(area, float(area - high), float(area - low), n), p_value(null, area, 1)
+
+
+def auc_in_folds(
+    design: Design, inputs: Inputs, positive: np.ndarray, repeats: int, permutations: int
+) -> tuple[Interval, float]:
+    """The AUC in repeated stratified folds alone, with its interval and p (`inverted`)."""
+    y = torch.from_numpy(positive[None].astype(np.float32))
+    _, pairs = in_folds(score(design, inputs, y, ("folds",))["folds"], design, inputs, y, repeats)
+    rows = permuted(positive, permutations, design.seed)
+    labels = rows.numpy() > 0.5
+    blocks = blocks_of(labels.astype(np.float32), design.blocks, random_keys(len(positive), design.seed))
+    null = aucs(score(design, inputs, rows, ("folds",))["folds"].logits, labels, blocks)
+    return inverted(pairs.share, null, len(positive))
 
 
 def null_scores(

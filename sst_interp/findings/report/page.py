@@ -35,11 +35,10 @@ from sst_interp.findings.report.sections import (
     Panel,
     Section,
     choices_rows,
-    claim_rows,
+    comparisons,
     facts,
     manifest_rows,
     sections,
-    shortened,
 )
 from sst_interp.models.choices import Choices
 from sst_interp.runs.provenance import shows_text, tokenizer_of
@@ -84,7 +83,6 @@ def render_report(run: Any, ledger: Ledger | None = None, tokenizer: Any = None)
             tables[panel.id] = _csv(
                 f"{section.about.name}-{panel.comparison}".rstrip("-"), panel.result.table
             )
-    columns, rows = claim_rows(ledger, choices.comparison)
     data = {
         "figures": packed(json.dumps(figures, separators=(",", ":"), sort_keys=True).encode()),
         "tables": packed(json.dumps(tables, separators=(",", ":"), sort_keys=True).encode()),
@@ -100,13 +98,11 @@ def render_report(run: Any, ledger: Ledger | None = None, tokenizer: Any = None)
         run=run,
         recipe=run.recipe.to_toml(),
         ledger=ledger,
-        columns=columns,
-        claim_rows=rows,
+        columns=comparisons(ledger, choices.comparison),
         story=_story(shown),
         sections=shown,
         meaning=MEANING,
         chips=CHIPS,
-        shortened=shortened,
         lead=choices.comparison,
         choices=choices_rows(choices),
         facts=facts(run),

@@ -6,12 +6,12 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NoReturn
 
 from sst_interp.analyses.result import ANALYSES, Analysis, Result
 from sst_interp.findings.answers import KEPT
-from sst_interp.findings.claims import EVERYWHERE, FAILS, HOLDS, UNTESTED, Claim, Row
+from sst_interp.findings.claims import EVERYWHERE, GRADES, Row
 from sst_interp.findings.ledger import Ledger
 from sst_interp.models.choices import COMPARISONS, Choices
 from sst_interp.runs.provenance import kind_words, run_kind
@@ -117,37 +117,25 @@ def _section(ledger: Ledger, about: Analysis, index: int, lead: str) -> Section:
 
 def _rows(ledger: Ledger, about: Analysis, comparison: str) -> list[Row]:
     """The ledger's rows that stand beside a result."""
-    return [r for r in ledger.rows if r.claim.id in about.claims and r.comparison in (comparison, EVERYWHERE)]
-
-
-CHIPS = {HOLDS: ("holds", "\u2713"), FAILS: ("fails", "\u2717"), UNTESTED: ("untested", "\u25cb")}
-"""Verdict -> CSS class and mark: it differs in words, shape and colour."""
-
-
-@dataclass(frozen=True)
-class ClaimRow:
-    """One claim: its rows of the ledger by comparison, or one for the whole run."""
-
-    claim: Claim
-    cells: dict[str, Row]
-
-
-def claim_rows(ledger: Ledger, lead: str) -> tuple[list[str], list[ClaimRow]]:
-    """(comparisons in order, rows). A claim with several findings for the run has a row for each."""
-    columns = by_lead({r.comparison for r in ledger.rows if r.comparison != EVERYWHERE}, lead)
-    rows: list[ClaimRow] = []
+    rows = []
     for row in ledger.rows:
-        last = rows[-1] if rows else None
-        if last is None or last.claim.id != row.claim.id or row.comparison in last.cells:
-            rows.append(ClaimRow(row.claim, {row.comparison: row}))
-        else:
-            last.cells[row.comparison] = row
-    return columns, rows
+        if row.claim.id in about.claims and row.comparison in (comparison, EVERYWHERE):
+            rows.append(row)
+        elif row.claim.id in about.claims and comparison in row.checks:
+            rows.append(replace(row, finding=row.checks[comparison], comparison=comparison))
+    return rows
 
 
-def shortened(here: str) -> str:
-    """The first figure of a finding, up to the first semicolon."""
-    return "" if here == "none" else here.split("; ")[0]
+CHIPS = dict(zip(GRADES, (("holds", "\u2713"), ("fails", "\u2717"), ("untested", "?"), ("untested", "\u25a0"),
+                          ("untested", "\u25cb")), strict=True))  # fmt: skip
+"""Grade -> CSS class and mark: it differs in words, shape and colour."""
+
+
+def comparisons(ledger: Ledger, lead: str) -> list[str]:
+    """The comparisons that the report shows, the leading one first."""
+    return by_lead(
+        {name for row in ledger.rows for name in (row.comparison, *row.checks)} - {EVERYWHERE}, lead
+    )
 
 
 _LEFT_OUT = re.compile(r"^recipe\.|(^|\.)(host|command)$")
