@@ -23,6 +23,7 @@ from sst_interp.models.model import attach
 from sst_interp.questions.item import Item, Question
 from sst_interp.training import evaluation as by_name
 from sst_interp.training import evaluation as tasks
+from sst_interp.training.card import behind
 from sst_interp.training.data import Example
 from sst_interp.training.evaluation import (
     BY_DEFAULT,
@@ -342,3 +343,26 @@ def test_the_shipped_measurements_are_found_without_a_model(monkeypatch):
         found = evaluate_by_name(name, [1, 2, 3, 4], list(BY_DEFAULT), held_out_of=held_out)
         assert set(found["task"]) == {*BY_DEFAULT, "held-out-loss"}
     evaluate_by_name("smollm2-135m-lrt", [1, 2, 3, 4], ["gsm8k-loss", "arc-challenge"], 32)
+
+
+def test_a_training_is_set_against_its_baseline_by_the_tokens_seen():
+    steps = [{"step": n, "loss": 1.0, "tokens": 100.0, "seconds": 1.0} for n in range(1, 5)]
+    looks = {0: (2.0, 2.0, 2.0), 2: (1.5, 1.6, 1.4), 4: (1.2, 1.25, 1.19)}
+
+    def log(which):
+        rows = [{"step": 0}, *map(dict, steps)]
+        for n, values in looks.items():
+            rows[n] |= {"held_out_exact": values[which], "held_out_depth_4": values[1]}
+        return pd.DataFrame(rows).drop(columns=["held_out_depth_4"] if which else [])
+
+    found = behind(log(0), log(2))
+    assert found["tokens"].tolist() == [0, 200, 400]
+    assert found["exact"].tolist() == pytest.approx([0, 0.1, 0.01])
+    assert found["depth_4"].tolist() == pytest.approx([0, 0.2, 0.06])
+    curves = training_curves(log(0), "sst", log(2))
+    assert set(curves.figures()) == {"curves", "behind"}
+    assert [list(trace.x) for trace in curves.figures()["behind"].data] == [[0, 200, 400]] * 2
+    other = log(2).assign(tokens=90.0)
+    assert behind(log(0), other).empty
+    assert set(training_curves(log(0), "sst", other).figures()) == {"curves"}
+    assert "depth_4" not in behind(log(0).drop(columns="held_out_depth_4"), log(2))

@@ -324,7 +324,7 @@ def evaluate(
     from sst_interp.files import check_place
     from sst_interp.models.checkpoint import checkpoint_folder
     from sst_interp.runs.recipe import MAX_DEPTH
-    from sst_interp.training.card import write_card
+    from sst_interp.training.card import LOG, write_card
     from sst_interp.training.evaluation import BY_DEFAULT, evaluate_by_name
 
     at = whole_numbers("--depths", depths, "1,2,3,4")
@@ -347,4 +347,6 @@ def evaluate(
         print_table([{str(k): v for k, v in row.items()} for row in scores.table.to_dict("records")])
         say(f"\n{scores.verdict}")
     if card and (folder := checkpoint_folder(models[0])) is not None:
-        say(f"card: {write_card(folder, scores)}", sys.stderr)
+        beside = checkpoint_folder(models[1]) if len(models) > 1 else None
+        trained = beside is not None and (beside / LOG).is_file()
+        say(f"card: {write_card(folder, scores, beside if trained else None)}", sys.stderr)

@@ -11,11 +11,11 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from sst_interp.analyses.plots import BLUE, GREY, ORANGE, SKY, TEMPLATE, VERMILLION, error_bars
+from sst_interp.analyses.plots import BLUE, GREY, ORANGE, SKY, TEMPLATE, VERMILLION, canvas, error_bars
 from sst_interp.analyses.result import Result
 from sst_interp.analyses.statistics.bootstrap import Interval, cluster_bootstrap, questions_words
 from sst_interp.errors import SSTError, Untestable
-from sst_interp.training.card import SMOOTHING, log_words, looks
+from sst_interp.training.card import SMOOTHING, behind, log_words, looks
 
 ORACLE = "best of depths (oracle)"
 """Right at any depth. No policy reaches it: it is chosen with the answers in hand."""
@@ -169,6 +169,8 @@ class TrainingCurves(Result):
     log: pd.DataFrame
     """A row per step: step, loss, tokens, seconds, alpha_mean ... as `training.jsonl` has them."""
     name: str
+    baseline: pd.DataFrame | None = None
+    """The matched baseline's log."""
 
     @property
     def table(self) -> pd.DataFrame:
@@ -184,6 +186,26 @@ class TrainingCurves(Result):
     def title(self) -> str:
         """A short name for a heading."""
         return "Training"
+
+    def figures(self) -> dict[str, go.Figure]:
+        """The curves, and, with a baseline, how far behind it the training is."""
+        gap = self._gap()
+        return {"curves": self.figure()} | ({} if gap is None else {"behind": gap})
+
+    def _gap(self) -> go.Figure | None:
+        """Held-out loss less the baseline's against tokens."""
+        rows = None if self.baseline is None else behind(self.log, self.baseline)
+        if rows is None or rows.empty:
+            return None
+        y = "nats per answer token, less the baseline's"
+        figure = canvas(f"{self.name} less its baseline", "same data, held-out examples", "tokens seen", y)
+        for column, words, colour in (("exact", "depth 1", VERMILLION), ("depth_4", "depth 4", SKY)):
+            if column in rows:
+                figure.add_scatter(
+                    x=rows["tokens"], y=rows[column], name=words, mode="lines+markers", line={"color": colour}
+                )
+        figure.add_hline(y=0, line={"color": GREY, "dash": "dot"})
+        return figure
 
     def figure(self) -> go.Figure:
         """Loss above, the stream's own weights below, against the step."""
@@ -224,7 +246,11 @@ class TrainingCurves(Result):
         return figure.update_layout(template=TEMPLATE, title=title, height=height)
 
 
-def training_curves(log: Sequence[dict[str, Any]] | pd.DataFrame, name: str = "checkpoint") -> TrainingCurves:
+def training_curves(
+    log: Sequence[dict[str, Any]] | pd.DataFrame,
+    name: str = "checkpoint",
+    baseline: pd.DataFrame | None = None,
+) -> TrainingCurves:
     """The curves of a training's log (`sst_interp.training.card.read_log`).
 
     Raises:
@@ -233,4 +259,4 @@ def training_curves(log: Sequence[dict[str, Any]] | pd.DataFrame, name: str = "c
     rows = pd.DataFrame(log)
     if "loss" not in rows or rows["loss"].isna().all():
         raise Untestable("no step was taken")
-    return TrainingCurves(rows, name)
+    return TrainingCurves(rows, name, baseline)

@@ -69,6 +69,26 @@ def looks(log: pd.DataFrame) -> pd.DataFrame:
     return rows[rows.filter(like="held_out").notna().any(axis=1)].reset_index(drop=True)
 
 
+def behind(log: pd.DataFrame, baseline: pd.DataFrame) -> pd.DataFrame:
+    """Held-out loss of a training less its matched baseline's, against the tokens seen.
+
+    Args:
+        log, baseline: two logs (`read_log`). The baseline has one depth, which every depth is compared with.
+
+    Returns:
+        A row per measurement that both have: `step`, `tokens`, `exact` and, where measured, `depth_4` (nats per
+        answer token; above 0 the training is behind). No rows if the two did not see the same tokens.
+    """
+    steps, others = (rows.assign(tokens=rows["tokens"].fillna(0).cumsum()) for rows in (log, baseline))
+    both = steps.merge(others[["step", "tokens", "held_out_exact"]], on="step", suffixes=("", "_baseline"))
+    both = both.dropna(subset=["held_out_exact", "held_out_exact_baseline"])
+    if (both["tokens"] != both["tokens_baseline"]).any():
+        both = both.iloc[:0]
+    columns = {"exact": "held_out_exact", "depth_4": "held_out_depth_4"}
+    less = {new: both[old] - both["held_out_exact_baseline"] for new, old in columns.items() if old in both}
+    return both[["step", "tokens"]].assign(**less).reset_index(drop=True)
+
+
 def log_words(log: pd.DataFrame, name: str) -> str:
     """First and last losses, speed and the stream's weights of a training, in one sentence."""
     steps = log.dropna(subset=["loss"]) if "loss" in log else log.iloc[:0]
@@ -96,12 +116,13 @@ def log_words(log: pd.DataFrame, name: str) -> str:
     return words + "."
 
 
-def write_card(folder: Path, scores: Scores | None = None) -> Path:
+def write_card(folder: Path, scores: Scores | None = None, baseline: Path | None = None) -> Path:
     """Write `README.md` into a trained checkpoint's folder.
 
     Args:
         folder: of a finished training.
         scores: the evaluation; without it the card says that nothing was evaluated.
+        baseline: folder of the matched baseline, to say how far behind it the training is.
 
     Raises:
         SSTError: the folder holds no training.
@@ -120,6 +141,7 @@ def write_card(folder: Path, scores: Scores | None = None) -> Path:
         solved=how_well_solved(log, about["recipe"].get("tolerance", TrainingRecipe.tolerance)),
         steps=log.dropna(subset=["loss"]),
         looks=_table(held_out.round(4)) if len(held_out) else "",
+        behind="" if baseline is None else _table(behind(log, read_log(baseline)).round(4)),
         unfinished=_still_falling(held_out),
         image=IMAGE if (folder / IMAGE).is_file() else None,
         scores=scores,
