@@ -295,7 +295,7 @@ class StateStreamModel(Recurrence):
         after = [ids for _, ids in pairs]
         tokens, pad = self.batch([pairs[0][0] if pairs else self.encode(context)])
         out = loglikelihood(self, tokens, pad, [after], check_iterations(depths))
-        return out if several else LogLikelihood(out.sums[0], out.terms[0], out.lengths)
+        return out if several else LogLikelihood(out.sums[0], out.terms[0], out.lengths, out.greedy[0])
 
     def _with_texts(self, out: Generation) -> Generation:
         if self.tokenizer is not None:
