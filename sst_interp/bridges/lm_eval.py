@@ -1,6 +1,6 @@
-"""A model with a state stream in lm-evaluation-harness: any task, at any depth.
+r"""A model with a state stream in lm-evaluation-harness: any task, at any depth.
 
-    python -m sst_interp.bridges.lm_eval --model sst-interp \\
+    python -m sst_interp.bridges.lm_eval --model sst-interp \
         --model_args checkpoint=smollm2-135m-sst,iterations=4 --tasks arc_easy
 
 This is the harness's own command `lm_eval`, with all its options. The harness knows the models of its own
@@ -91,7 +91,7 @@ class StateStreamLM(TemplateLM):
         self.batch_size = min(AUTO, most) if auto else whole("batch_size", _number(batch_size), 1)
         limit = self.model.backbone.max_length or max_length or LONGEST
         self.max_length = limit if max_length is None else whole("max_length", max_length, 2, limit)
-        self.max_gen_toks = whole("max_gen_toks", max_gen_toks, 1, self.max_length - 1)
+        self.max_gen_toks = min(whole("max_gen_toks", max_gen_toks, 1), self.max_length - 1)
         self.spent: list[int] = []
         """The depth of each request of the last call."""
 
