@@ -81,6 +81,8 @@ class StateStreamLM(TemplateLM):
         **how: Any,
     ) -> None:
         super().__init__()
+        if "cuda" in str(how.get("device")) and not torch.cuda.is_available():
+            del how["device"]  # the harness's default, whatever the machine has
         self.model, self.depth = for_harness(checkpoint, iterations, halting, threshold, deepest, **how)
         if self.model.tokenizer is None:
             raise SSTError(f"{self.model.name} has no tokenizer", "attach(model, tokenizer)")
