@@ -36,6 +36,7 @@ from sst_interp.errors import SSTError
 from sst_interp.models.backbone import first_line
 from sst_interp.models.choices import MAX_DEPTH, whole
 from sst_interp.models.generation import Generation, Step
+from sst_interp.models.model import StateStreamModel
 
 SAMPLING = ("temperature", "top_p", "top_k", "seed")
 """Options that `model.generate` is given, if it takes them."""
@@ -94,6 +95,7 @@ class StateStreamAPI(ModelAPI):
         batch_size: the most samples in one batch.
         hidden_layers: layers, from 0, or `all`.
         hidden_iterations: iterations, from 1; None is every one.
+        loaded: a model in memory, instead of one of that name.
         how: of `sst.load`: `alpha`, `dtype`, `device`, `kind`, `trust_remote_code`.
     """
 
@@ -110,11 +112,12 @@ class StateStreamAPI(ModelAPI):
         batch_size: int = 16,
         hidden_layers: Any = None,
         hidden_iterations: Any = None,
+        loaded: StateStreamModel | None = None,
         **how: Any,
     ) -> None:
         super().__init__(model_name, base_url, api_key, [], config)
         try:
-            given = how.pop("model", model_name)  # a model in memory
+            given = loaded or model_name
             self.model, self.depth = for_harness(given, iterations, halting, threshold, deepest, **how)
             self.batch_size = whole("batch_size", batch_size, 1)
             deep = self.depth if isinstance(self.depth, int) else self.depth.deepest
