@@ -12,9 +12,11 @@ import torch
 import yaml
 from tiny_capture import WORDS, save_model, tiny_llama, word_tokenizer
 
+import sst_interp as sst
 from sst_interp.errors import SSTError
 from sst_interp.models.halting import Convergence
 from sst_interp.models.model import attach
+from sst_interp.questions.datasets import load_questions
 
 pytest.importorskip("lm_eval", reason="lm_eval is not installed")
 
@@ -185,6 +187,12 @@ def test_texts_end_before_the_first_stop_string(batch_size):
     assert asked[0].args[:2] == (prompts[0], {"until": [stop], "max_gen_toks": 8})
 
 
+def test_a_text_without_a_prompt_begins_with_the_prefix_token():
+    lm = StateStreamLM(built(alpha=0.3))
+    (written,) = lm.generate_until([request("generate_until", "", {"until": [], "max_gen_toks": 3})])
+    assert written == lm.model.generate(["<s>"], max_new_tokens=3).texts[0]
+
+
 def test_a_prompt_that_is_too_long_loses_its_beginning():
     model = built(max_position_embeddings=16)
     lm = StateStreamLM(model)
@@ -290,3 +298,19 @@ def test_an_error_of_ours_ends_the_command_in_one_line(monkeypatch, capsys):
         main()
     assert ended.value.code == 2
     assert capsys.readouterr().err.startswith("unknown model 'nosuch'")
+
+
+@pytest.mark.real
+@torch.no_grad()
+def test_real_weights_score_as_the_harness_scores_them():
+    """At alpha 0 every depth is the backbone, to float32's rounding; 50 questions: docs/evaluating.md."""
+    model = sst.load("smollm2-135m", alpha=0.0, dtype="float32")
+    asked = load_questions("arc-easy", 6, scoring="likelihood").questions
+    pairs = [(question.prompt, f" {choice}") for question in asked for choice in question.choices]
+    theirs = HFLM(model.backbone.model, tokenizer=model.tokenizer, backend="causal", batch_size=8)
+    requests = [request("loglikelihood", *pair) for pair in pairs]
+    expected = theirs.loglikelihood(requests, disable_tqdm=True)
+    for depth in (1, 2):
+        answers, _ = scored(StateStreamLM(model, iterations=depth, batch_size=4), pairs)
+        np.testing.assert_allclose([a for a, _ in answers], [e for e, _ in expected], rtol=1e-5)
+        assert [g for _, g in answers] == [bool(g) for _, g in expected]

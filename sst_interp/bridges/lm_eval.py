@@ -240,16 +240,16 @@ class StateStreamLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The text that follows each prompt, up to the first of the task's stop strings."""
+        given: list[Any] = [request.args for request in requests]
         alike: dict[str, list[int]] = {}
-        for i, request in enumerate(requests):
-            alike.setdefault(repr(request.args[1]), []).append(i)
+        for i, (_, asked, *_) in enumerate(given):
+            alike.setdefault(repr(asked), []).append(i)
         texts, depths = [""] * len(requests), [0] * len(requests)
         with tqdm(total=len(requests), disable=disable_tqdm, desc="Texts") as bar:
             for chosen in alike.values():
-                until, budget, options = self._options(requests[chosen[0]].args[1])
-                prompts = {
-                    i: self.tok_encode(requests[i].args[0])[budget - self.max_length :] for i in chosen
-                }
+                until, budget, options = self._options(given[chosen[0]][1])
+                read = {i: self.tok_encode(given[i][0]) or [self.prefix_token_id] for i in chosen}
+                prompts = {i: ids[budget - self.max_length :] for i, ids in read.items()}
                 order = sorted(chosen, key=lambda i, prompts=prompts: -len(prompts[i]))
                 for begin in range(0, len(order), self.batch_size):
                     batch = order[begin : begin + self.batch_size]
@@ -258,7 +258,7 @@ class StateStreamLM(TemplateLM):
                     )
                     for i, text, depth in zip(batch, out.texts or [], out.iterations, strict=True):
                         texts[i], depths[i] = postprocess_generated_text(text, until, None), depth
-                        self.cache_hook.add_partial("generate_until", requests[i].args, texts[i])
+                        self.cache_hook.add_partial("generate_until", given[i], texts[i])
                     bar.update(len(batch))
         _log(requests, depths)
         return texts
