@@ -127,6 +127,7 @@ class StateStreamAPI(ModelAPI):
             self.iterations = _numbers("hidden_iterations", every, 1, min(deep, MAX_DEPTH))
             if self.model.tokenizer is None:
                 raise SSTError(f"{self.model.name} has no tokenizer", "attach(model, tokenizer)")
+            self._options(config)  # refused before the first sample
         except SSTError as error:
             raise PrerequisiteError(str(error)) from error
         self.waiting: list[Waiting] = []
@@ -160,14 +161,7 @@ class StateStreamAPI(ModelAPI):
         """The prompt's ids and what is asked of its text. Raises SSTError for what cannot be done."""
         if tools:
             raise SSTError("tools are not supported", "leave the tools out of the task")
-        options = {name: value for name in SAMPLING if (value := getattr(config, name)) is not None}
-        known = signature(self.model.generate).parameters
-        if "temperature" not in known and options.get("temperature") == 0:
-            del options["temperature"]  # the likeliest token is taken in any case
-        refused = [name for name in REFUSED if getattr(config, name) is not None]
-        refused += [name for name in options if name not in known]
-        if refused:
-            raise SSTError(f"generation option {refused[0]} is not supported", "leave it out")
+        options = self._options(config)
         prompt = self._ids(turns)
         limit = self.model.backbone.max_length
         budget = config.max_tokens or LONGEST
@@ -176,6 +170,18 @@ class StateStreamAPI(ModelAPI):
                 raise SSTError(f"a prompt has {len(prompt)} tokens; the context is {limit}", "shorten it")
             budget = min(budget, limit - len(prompt))
         return Waiting(prompt, budget, {"stop": tuple(config.stop_seqs or ()), **options})
+
+    def _options(self, config: GenerateConfig) -> dict[str, Any]:
+        """What `model.generate` is given beside prompts and budget. Raises SSTError for what it lacks."""
+        options = {name: value for name in SAMPLING if (value := getattr(config, name)) is not None}
+        known = signature(self.model.generate).parameters
+        if "temperature" not in known and options.get("temperature") == 0:
+            del options["temperature"]  # the likeliest token is taken in any case
+        refused = [name for name in REFUSED if getattr(config, name) is not None]
+        refused += [name for name in options if name not in known]
+        if refused:
+            raise SSTError(f"generation option {refused[0]} is not supported", "leave it out")
+        return options
 
     def _ids(self, turns: list[ChatMessage]) -> list[int]:
         """Token ids of a conversation in the tokenizer's template; without one, lines of `role: text`."""
