@@ -429,7 +429,9 @@ def test_output_places_are_tried_first(run_cli, training, place):
     assert (place / "file").read_text() == "mine"
 
 
-@pytest.mark.parametrize(("name", "table"), [("two-pass", "errors"), ("small", "small-losses")])
+@pytest.mark.parametrize(
+    ("name", "table"), [("two-pass", "errors"), ("exact-training", "exact-training-losses")]
+)
 def test_a_damaged_study_is_named(run_cli, place, name, table):
     (place / "studies").mkdir()
     (place / "studies" / f"{table}.parquet").write_bytes(b"PAR1 nothing more PAR1")

@@ -13,7 +13,7 @@ from torch import nn
 import sst_interp as sst
 from sst_interp.bridges.nnsight import StateStreamNNsight
 from sst_interp.errors import SSTError
-from sst_interp.models import model as model_module
+from sst_interp.models import prompts as prompts_module
 from sst_interp.models.backbone import Backbone
 from sst_interp.models.choices import MAX_DEPTH, Choices
 from sst_interp.models.halting import Convergence, Flat
@@ -401,7 +401,7 @@ TEMPLATES = {
 
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES.keys())
 def test_a_chat_template_that_fails_or_hangs_is_one_line(monkeypatch, template):
-    monkeypatch.setattr(model_module, "TEMPLATE_SECONDS", 0.5)
+    monkeypatch.setattr(prompts_module, "TEMPLATE_SECONDS", 0.5)
     tokenizer = word_tokenizer()
     tokenizer.chat_template = template
     words = attach(tiny_llama(), tokenizer)

@@ -17,7 +17,13 @@ from inspect_ai import Task
 from inspect_ai import eval as evaluate
 from inspect_ai._util.error import PrerequisiteError
 from inspect_ai.dataset import Sample
-from inspect_ai.model import ChatMessageAssistant, ChatMessageUser, GenerateConfig, get_model
+from inspect_ai.model import (
+    ChatMessageAssistant,
+    ChatMessageUser,
+    ContentImage,
+    GenerateConfig,
+    get_model,
+)
 from inspect_ai.scorer import includes
 from inspect_ai.tool import ToolInfo
 
@@ -138,6 +144,13 @@ def test_a_conversation_goes_through_the_template(model):
     (output,) = ask(provider(own, iterations=2), [asked])
     read = f"quorvex1 {WORDS[5]} quorvex2 {WORDS[6]} quorvex1 {WORDS[7]} quorvex2"
     assert output.completion == own.generate([read], iterations=2, max_new_tokens=NEW).texts[0]
+    (output,) = ask(provider(own, iterations=2), [asked + [ChatMessageAssistant(content=WORDS[8])]])
+    begun = f"{read.removesuffix('quorvex2')}quorvex2 {WORDS[8]}"  # the answer's first word is given
+    assert output.completion == own.generate([begun], iterations=2, max_new_tokens=NEW).texts[0]
+    picture = ContentImage(image="data:image/png;base64,AAAA")
+    with pytest.raises(PrerequisiteError) as told:
+        ask(provider(own), [[ChatMessageUser(content=[picture])]])
+    assert "more than text" in told.value.message
     (output,) = ask(provider(model, iterations=2), [asked])  # no template: lines of the roles
     lines = f"user: {WORDS[5]}\nassistant: {WORDS[6]}\nuser: {WORDS[7]}\n"
     assert output.completion == model.generate([lines], iterations=2, max_new_tokens=NEW).texts[0]
@@ -181,8 +194,26 @@ def test_tools_and_long_prompts_are_refused(model):
         provider(attach(tiny.tiny("llama")))
 
 
+@pytest.mark.parametrize("batch_size", [1, 16])
+def test_a_sampled_text_is_that_of_its_seed(model, batch_size):
+    api = provider(model, iterations=2, batch_size=batch_size)
+    how = {"iterations": 2, "temperature": 1.5, "top_k": 20}
+    outputs = ask(api, temperature=1.5, top_k=20, seed=7)
+    assert texts(outputs) == alone(model, seed=7, **how)
+    assert texts(outputs) != alone(model, iterations=2)
+    repeated = ask(api, PROMPTS[:1] * 4, temperature=1.5, top_k=20)  # without a seed each draws its own
+    seeds = [output.metadata["seed"] for output in repeated]
+    assert len(set(seeds)) == 4
+    assert len(set(texts(repeated))) > 1
+    for output, seed in zip(repeated, seeds, strict=True):
+        again = model.generate([PROMPTS[0]], max_new_tokens=NEW, seed=seed, **how).texts[0]
+        assert output.completion == again
+
+
 def test_temperature_zero_is_greedy(model):
-    assert texts(ask(provider(model, iterations=3), temperature=0.0)) == alone(model, iterations=3)
+    outputs = ask(provider(model, iterations=3), temperature=0.0)
+    assert texts(outputs) == alone(model, iterations=3)
+    assert "seed" not in outputs[0].metadata
 
 
 def test_a_whole_evaluation_of_a_saved_model(tmp_path):

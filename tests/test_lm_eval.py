@@ -187,6 +187,22 @@ def test_texts_end_before_the_first_stop_string(batch_size):
     assert asked[0].args[:2] == (prompts[0], {"until": [stop], "max_gen_toks": 8})
 
 
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_repeats_of_a_sampled_request_differ_and_can_be_had_again(batch_size):
+    lm = StateStreamLM(built(alpha=0.3), iterations=2, batch_size=batch_size)
+    how = {"do_sample": True, "temperature": 1.5, "top_p": 0.9, "until": [], "max_gen_toks": 5}
+    one, other = (request("generate_until", text(3, seed), how | {"seed": 11}) for seed in (1, 2))
+    texts = lm.generate_until([one, one, other, one], disable_tqdm=True)
+    own = {"iterations": 2, "max_new_tokens": 5, "temperature": 1.5, "top_p": 0.9}
+    asked = [(1, 11), (1, 12), (2, 11), (1, 13)]
+    assert texts == [lm.model.generate([text(3, n)], seed=s, **own).texts[0] for n, s in asked]
+    assert len(set(texts)) > 2
+    plain = {"do_sample": True, "until": [], "max_gen_toks": 5}  # at temperature 1, from seed 0
+    (drawn,) = lm.generate_until([request("generate_until", text(3, 1), plain)], disable_tqdm=True)
+    own = {"iterations": 2, "max_new_tokens": 5, "temperature": 1.0, "seed": 0}
+    assert drawn == lm.model.generate([text(3, 1)], **own).texts[0]
+
+
 def test_a_text_without_a_prompt_begins_with_the_prefix_token():
     lm = StateStreamLM(built(alpha=0.3))
     (written,) = lm.generate_until([request("generate_until", "", {"until": [], "max_gen_toks": 3})])

@@ -24,6 +24,7 @@ CLAIMS = {
     "05-two-pass-against-exact": ("C15",),
     "06-your-own-model-and-questions": (),
     "07-causal-patching": ("C16", "C16b"),
+    "08-train-exactly": (),
     "09-evaluate-with-lm-eval": (),
 }
 LARGEST = 2_000_000

@@ -1,6 +1,7 @@
 """How answers are graded: by likelihood wherever a run is made or read, by text, by a scorer with a name."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,6 +20,7 @@ from sst_interp.questions import Graded, Item, Question, grade, graded, load_que
 from sst_interp.questions import datasets as datasets_module
 from sst_interp.questions.item import ask, canonical_text, final_lines
 from sst_interp.questions.scoring import _SCORERS, grade_by_likelihood
+from sst_interp.runs.provenance import prompt_tokens
 from sst_interp.runs.recipe import Recipe
 from sst_interp.training import evaluation
 from sst_interp.training.evaluation import TASKS, choices, evaluate
@@ -47,6 +49,16 @@ def test_the_question_is_the_harness_cloze_and_shows_no_choice():
         question = ask(METALS, seed, scoring="likelihood")
         assert question.prompt == "Question: Which is a metal?\nAnswer:"
         assert question.choices["ABC".index(question.gold)] == "tin"
+
+
+def test_no_chat_template_is_put_around_it():
+    templated = word_tokenizer()
+    templated.chat_template = "{{ 'quorvex9 quorvex8 ' + messages[0]['content'] }}"
+    model = attach(tiny_llama(), templated)
+    cloze, lettered = ask(METALS, scoring="likelihood"), ask(METALS)
+    assert prompt_tokens(model, cloze) == model.encode(cloze.prompt)
+    assert prompt_tokens(model, lettered) == model.chat(lettered.prompt)
+    assert len(model.chat(cloze.prompt)) == len(model.encode(cloze.prompt)) + 2
 
 
 def test_the_likeliest_choice_is_the_answer_and_the_margin_says_by_how_much():
@@ -368,13 +380,16 @@ def test_answers_are_those_of_lm_evaluation_harness():
     """The same requests through `HFLM.loglikelihood` of the same Hugging Face model, in float32."""
     pytest.importorskip("lm_eval", reason="lm_eval is not installed")
     from lm_eval.api.instance import Instance
-    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models import huggingface
 
     import sst_interp as sst
 
     model, n = sst.load("smollm2-135m", dtype="float32"), 20
     asked = load_questions("arc-easy", n, scoring="likelihood").questions
-    harness = HFLM(pretrained=model.backbone.model, tokenizer=model.tokenizer, batch_size=8, backend="causal")
+    harness: Any = huggingface.HFLM  # its own decorators hide the signature from type checkers
+    harness = harness(
+        pretrained=model.backbone.model, tokenizer=model.tokenizer, batch_size=8, backend="causal"
+    )
     pairs = [(q.prompt, f" {choice}") for q in asked for choice in q.choices]
     requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
     theirs = iter(harness.loglikelihood(requests, disable_tqdm=True))

@@ -26,7 +26,7 @@ from sst_interp.tables import NOT_YET, fill, markdown
 ROOT = Path(__file__).parents[1]
 SHIPPED = paths.shipped("studies")
 SHIPPED_RESULTS = {}
-EVERY = ["lrt-equivalence", "lrt-schedules", "pretraining", "recall", "small", "two-pass"]
+EVERY = ["exact-training", "lrt-equivalence", "lrt-schedules", "pretraining", "recall", "two-pass"]
 
 
 @pytest.fixture(autouse=True)
@@ -119,7 +119,7 @@ def test_the_folder_of_another_plan_is_refused_and_no_training_is_done(tmp_path,
         other.run(tmp_path, seeds=(0,), progress=lambda *_: pytest.fail("trained"), **more)
 
 
-@pytest.mark.parametrize("name", ["small", "lrt-schedules", "pretraining"])
+@pytest.mark.parametrize("name", ["exact-training", "lrt-schedules", "pretraining"])
 def test_times_are_of_every_arm_in_every_round(tmp_path, name):
     study, more = tiny_study(name, rounds=2)
     times = study.run(tmp_path, seeds=(), **more)["times"]
@@ -156,9 +156,9 @@ def test_a_study_is_found_by_its_name():
     for name, study in studies().items():
         assert study.name == name
         assert study.question.endswith("?")
-    with pytest.raises(SSTError, match="unknown study 'smal'") as told:
-        find_study("smal")
-    assert "'small'" in str(told.value.hint)
+    with pytest.raises(SSTError, match="unknown study 'recal'") as told:
+        find_study("recal")
+    assert "'recall'" in str(told.value.hint)
 
 
 def test_a_new_study_is_one_class(tmp_path, monkeypatch):
@@ -215,7 +215,7 @@ def test_the_working_folder_s_own_tables_come_before_those_that_ship(tmp_path, m
     assert study.folder() == SHIPPED
     study.tables["accuracy"].put("studies", planted("recall"))
     assert study.folder() == Path("studies")
-    assert find_study("small").folder() == SHIPPED
+    assert find_study("exact-training").folder() == SHIPPED
     assert "5 seeds" in invoke("show", "recall")
 
 
@@ -239,9 +239,9 @@ def test_a_document_is_filled_from_the_tables_and_only_between_its_marks(tmp_pat
     said = invoke("document", page, "--studies", folder)
     assert said == f"{page}: {', '.join(names)}\n"
     assert page.read_text().count(NOT_YET) == len(names)
-    for name, table in (("small", "losses"), ("pretraining", "losses"), ("lrt-schedules", "losses")):
+    for name, table in (("exact-training", "losses"), ("pretraining", "losses"), ("lrt-schedules", "losses")):
         find_study(name).tables[table].put(folder, planted(name))
-    find_study("small").tables["gradients"].put(folder, gradients())
+    find_study("exact-training").tables["gradients"].put(folder, gradients())
     invoke("document", page, "--studies", folder)
     text = page.read_text()
     assert text.count(NOT_YET) == 2
@@ -305,8 +305,8 @@ def test_wrong_options_are_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     for words, said in (
-        (("run", "smal"), "unknown study"),
-        (("run", "small", "smollm2-135m"), "the study small takes no model"),
+        (("run", "recal"), "unknown study"),
+        (("run", "recall", "smollm2-135m"), "the study recall takes no model"),
         (("run", "two-pass", "smollm2-135m", "--seeds", "2"), "the study two-pass takes no seeds"),
         (("run", "recall", "--text", "a.txt"), "the study recall takes no text"),
         (("run", "two-pass"), "measured on a model"),

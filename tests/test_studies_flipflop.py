@@ -1,4 +1,4 @@
-"""Small models on flip-flop: their gradients and trainings on a tiny plan."""
+"""ExactTraining models on flip-flop: their gradients and trainings on a tiny plan."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from sst_interp.experiments.studies.fit import (
 from sst_interp.experiments.studies.flipflop import (
     LRT_ARMS,
     STREAM_ARMS,
+    ExactTraining,
     LrtSchedules,
-    Small,
     compare_gradients,
     lrt_training,
     stream_training,
@@ -109,10 +109,10 @@ def test_an_evaluation_counts_every_label_once():
 
 
 def test_losses_and_gradients_are_measured_along_a_training(tmp_path):
-    rows = Small(SMALL, (EXACT, TWO_PASS, NO_STREAM), rounds=0).run(tmp_path, seeds=[0])
+    rows = ExactTraining(SMALL, (EXACT, TWO_PASS, NO_STREAM), rounds=0).run(tmp_path, seeds=[0])
     losses, gradients = rows["losses"], rows["gradients"]
     assert set(losses["step"]) == {0, 1, 2, 3, 4}
-    assert set(losses["evaluated"]) == {"exact", "own"}
+    assert set(losses["evaluated"]) == {"exact", "own", "depth 4"}
     assert set(gradients["step"]) == {0, 2}
     assert set(gradients["part"]) == {"weights", "alpha"}
     assert set(gradients["arm"]) == {"two-pass"}

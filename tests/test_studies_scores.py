@@ -10,7 +10,7 @@ from tiny_studies import DESIGNS, NAMES, SETTINGS, TREATED, gradients, planted
 from sst_interp.analyses.statistics.bootstrap import over_seeds
 from sst_interp.errors import Untestable
 from sst_interp.experiments.studies.decoders import excluding
-from sst_interp.experiments.studies.flipflop import gradient_fidelity
+from sst_interp.experiments.studies.gradient_errors import gradient_fidelity
 from sst_interp.experiments.studies.scores import arm_scores
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -146,7 +146,7 @@ def test_times_are_ratios_within_a_round(name):
 def test_figures_name_seeds_and_axes(name):
     found = scores(name, planted(name))
     figures = found.figures()
-    assert len(figures) == {"small": 5, "lrt-schedules": 2, "pretraining": 2, "recall": 2}[name]
+    assert len(figures) == {"exact-training": 5, "lrt-schedules": 2, "pretraining": 2, "recall": 2}[name]
     for figure in (*figures.values(), found.figure()):
         assert len(figure.data) > 1
         assert "5 seeds" in figure.layout.title.subtitle.text
@@ -155,7 +155,7 @@ def test_figures_name_seeds_and_axes(name):
 
 
 def test_scores_are_taken_at_the_last_step_and_as_trained_they_are_others():
-    found = scores("small", planted("small", {"two-pass": 0.3}))
+    found = scores("exact-training", planted("exact-training", {"two-pass": 0.3}))
     rows = found.beside()
     rows = rows[rows["alpha_high"] == 0.5].set_index("arm")
     exact, two = rows.loc["exact"], rows.loc["two-pass"]
@@ -170,7 +170,7 @@ def test_scores_are_taken_at_the_last_step_and_as_trained_they_are_others():
 
 
 def test_a_stream_that_gains_nothing_is_said():
-    worse = scores("small", planted("small", {"exact": 0.5, "two-pass": 0.5})).verdict
+    worse = scores("exact-training", planted("exact-training", {"exact": 0.5, "two-pass": 0.5})).verdict
     assert worse.count("Worse than training without a stream: ") == 2
 
 

@@ -193,6 +193,8 @@ def test_few_steps_go_deeper_if_the_recipe_says_so(recipe):
     few = [replace(exact, deeper=0.2).depth(step) for step in range(400)]
     assert {*drawn} == {*few} == {1, 2, 3, 4}
     assert sum(d > 1 for d in few) < 90 < 250 < sum(d > 1 for d in drawn)
+    late = [replace(exact, deeper_from=300).depth(step) for step in range(400)]
+    assert late == [1] * 300 + drawn[300:]
     assert TrainingRecipe.from_dict(exact.to_dict()) == exact
     with pytest.raises(SSTError, match="deeper"):
         replace(exact, deeper=1.5)

@@ -7,11 +7,19 @@ from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
     AutoModelForCausalLM,
+    Exaone4Config,
     Gemma2Config,
     Gemma3TextConfig,
+    Glm4Config,
     GPT2Config,
+    GPTNeoXConfig,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
+    NanoChatConfig,
+    Olmo2Config,
+    Olmo3Config,
+    PhiConfig,
     Qwen2Config,
     Qwen3Config,
 )
@@ -75,13 +83,34 @@ FAMILIES = {
 }
 
 
+NEWER = {
+    "olmo2": lambda: Olmo2Config(**COMMON),
+    "olmo3": lambda: Olmo3Config(**COMMON, sliding_window=6),
+    "exaone4": lambda: Exaone4Config(**COMMON, sliding_window=6, sliding_window_pattern=2),
+    "glm4": lambda: Glm4Config(**COMMON),
+    "nanochat": lambda: NanoChatConfig(**{k: v for k, v in COMMON.items() if k != "head_dim"}),
+    "gpt_oss": lambda: GptOssConfig(**COMMON, sliding_window=6, num_local_experts=4, num_experts_per_tok=2),
+    "neox_in_turn": lambda: GPTNeoXConfig(**ONE_HEAD_EACH, use_parallel_residual=False),
+}
+"""Families with the same properties, tested where families differ and not in every test over families."""
+
+ONE_HEAD_EACH = {k: v for k, v in COMMON.items() if k not in ("num_key_value_heads", "head_dim")}
+PARALLEL = {
+    "gpt_neox": lambda: GPTNeoXConfig(**ONE_HEAD_EACH),
+    "phi": lambda: PhiConfig(**ONE_HEAD_EACH),
+}
+"""Attention and FFN read the same residual: there is none between them to blend into."""
+
+
 def tiny(family: str, dtype: torch.dtype = torch.float64, seed: int = 0, attention: str | None = None):
     """A Hugging Face causal LM of `family` with random weights large enough that attention matters."""
     torch.manual_seed(seed)
-    config = FAMILIES[family]()
+    config = (FAMILIES | NEWER | PARALLEL)[family]()
     kwargs = {} if attention is None else {"attn_implementation": attention}
     if family == "gemma2" and dtype == torch.float64 and attention is None:
         kwargs = {"attn_implementation": "float64_eager"}
+    if family == "gpt_oss":  # the fused product of experts knows no float64
+        kwargs["experts_implementation"] = "eager"
     model = AutoModelForCausalLM.from_config(config, **kwargs).to(dtype).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():

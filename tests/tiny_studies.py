@@ -20,7 +20,14 @@ from sst_interp.experiments.studies.decoders import (
     TextPlan,
 )
 from sst_interp.experiments.studies.fit import EXACT, NO_MEMORY, NO_STREAM, TWO_PASS
-from sst_interp.experiments.studies.flipflop import INTERLEAVED, Blend, LrtPlan, LrtSchedules, Plan, Small
+from sst_interp.experiments.studies.flipflop import (
+    INTERLEAVED,
+    Blend,
+    ExactTraining,
+    LrtPlan,
+    LrtSchedules,
+    Plan,
+)
 from sst_interp.experiments.studies.scores import Design
 from sst_interp.experiments.studies.tasks import Document, FlipFlop, Recall, Text
 
@@ -49,8 +56,10 @@ def some_text(documents: int = 20, seed: int = 0) -> Text:
 
 def tiny_study(name: str, rounds: int = 0) -> tuple[Any, dict[str, Any]]:
     """A training study with few arms on a tiny plan, and further arguments of its `run`."""
-    if name == "small":
-        return Small(replace(SMALL, blends=SMALL.blends[:1]), (EXACT, TWO_PASS, NO_STREAM), rounds), {}
+    if name == "exact-training":
+        return ExactTraining(
+            replace(SMALL, blends=SMALL.blends[:1]), (EXACT, TWO_PASS, NO_STREAM), rounds
+        ), {}
     if name == "lrt-schedules":
         return LrtSchedules(LRT, (EXACT, INTERLEAVED, NO_MEMORY), rounds), {}
     if name == "pretraining":
@@ -58,11 +67,15 @@ def tiny_study(name: str, rounds: int = 0) -> tuple[Any, dict[str, Any]]:
     return RecallStudy(RECALL, (BASELINE, BOTH)), {}
 
 
-NAMES = ("small", "lrt-schedules", "pretraining", "recall")
-DESIGNS = {"small": Small.design, "lrt-schedules": LrtSchedules.design, "pretraining": Pretraining.design}
+NAMES = ("exact-training", "lrt-schedules", "pretraining", "recall")
+DESIGNS = {
+    "exact-training": ExactTraining.design,
+    "lrt-schedules": LrtSchedules.design,
+    "pretraining": Pretraining.design,
+}
 DESIGNS |= {"recall": RecallStudy.design}
-TREATED = {"small": TWO_PASS, "lrt-schedules": INTERLEAVED, "pretraining": BOTH, "recall": BOTH}
-SETTINGS = {"small": [(0.015, 0.1), (0.015, 0.5)], "recall": [(1,), (2,)]}
+TREATED = {"exact-training": TWO_PASS, "lrt-schedules": INTERLEAVED, "pretraining": BOTH, "recall": BOTH}
+SETTINGS = {"exact-training": [(0.015, 0.1, 0.027), (0.015, 0.5, 0.2)], "recall": [(1,), (2,)]}
 
 
 def planted(
@@ -92,7 +105,7 @@ def planted(
 def _sums(design: Design, value: float, arm: str) -> list[dict[str, Any]]:
     passes = 1 if arm == BASELINE.name else 2
     cost = {"steps": passes, "position_passes": 1000 * passes, "seconds": 1.0, "parameters": 10}
-    cost |= {"gamma": 0.1, "alpha": 0.05}
+    cost |= {"gamma": 0.1, "alpha": 0.05, "alpha_1": 0.01, "alpha_99": 0.09}
     counts = {"labels": 100.0, "tokens": 100.0, "answers": 100.0, "bytes": 250.0}
     right = 100 * (value if design.percent else 0.8)
     sums = {"loss": 100 * value, "correct": right, "right": right}
@@ -107,12 +120,12 @@ def _sums(design: Design, value: float, arm: str) -> list[dict[str, Any]]:
 
 
 def gradients(cosine: float = 0.8, seeds: int = 4, seed: int = 0) -> pd.DataFrame:
-    """The table `gradients` of `small`: two-pass gradients with a cosine, those of 4 sweeps with 0.99."""
+    """The table `gradients` of `exact-training`: of two passes with a cosine, of 4 sweeps with 0.99."""
     rng = np.random.default_rng(seed)
     grid = pd.MultiIndex.from_product(
         [[0.1, 0.5], range(seeds), [0, 20, 40], ["two-pass", "4 sweeps"], ["weights", "alpha"]],
         names=["alpha_high", "seed", "step", "arm", "part"],
     ).to_frame(index=False)
-    grid["alpha_low"] = 0.015
+    grid["alpha_low"], grid["start"] = 0.015, 0.03
     grid["cosine"] = np.where(grid["arm"] == "two-pass", cosine, 0.99) + 0.002 * rng.normal(size=len(grid))
     return grid.assign(norm_ratio=0.5)

@@ -8,9 +8,9 @@ Samples that wait at the same time are written as one batch, and one batch is wr
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from inspect import signature
 from typing import Any
 
 import anyio
@@ -33,13 +33,13 @@ from torch import Tensor
 
 from sst_interp.bridges import for_harness
 from sst_interp.errors import SSTError
-from sst_interp.models.backbone import first_line
 from sst_interp.models.choices import MAX_DEPTH, whole
 from sst_interp.models.generation import Generation, Step
 from sst_interp.models.model import StateStreamModel
+from sst_interp.models.prompts import in_time
 
-SAMPLING = ("temperature", "top_p", "top_k", "seed")
-"""Options that `model.generate` is given, if it takes them."""
+SAMPLING = ("temperature", "top_p", "top_k")
+"""Options that `model.generate` is given."""
 REFUSED = (
     "best_of", "frequency_penalty", "presence_penalty", "logit_bias", "num_choices", "logprobs",
     "top_logprobs", "prompt_logprobs", "response_schema", "reasoning_effort", "reasoning_tokens",
@@ -57,6 +57,7 @@ class Waiting:
     prompt: list[int]
     budget: int
     options: dict[str, Any]
+    seed: int
     done: ModelOutput | SSTError | None = None
 
 
@@ -127,7 +128,7 @@ class StateStreamAPI(ModelAPI):
             self.iterations = _numbers("hidden_iterations", every, 1, min(deep, MAX_DEPTH))
             if self.model.tokenizer is None:
                 raise SSTError(f"{self.model.name} has no tokenizer", "attach(model, tokenizer)")
-            self._options(config)  # refused before the first sample
+            self._refuse(config)  # before the first sample
         except SSTError as error:
             raise PrerequisiteError(str(error)) from error
         self.waiting: list[Waiting] = []
@@ -161,7 +162,9 @@ class StateStreamAPI(ModelAPI):
         """The prompt's ids and what is asked of its text. Raises SSTError for what cannot be done."""
         if tools:
             raise SSTError("tools are not supported", "leave the tools out of the task")
-        options = self._options(config)
+        self._refuse(config)
+        options = {name: value for name in SAMPLING if (value := getattr(config, name)) is not None}
+        options["stop"] = [string for string in config.stop_seqs or () if string]
         prompt = self._ids(turns)
         limit = self.model.backbone.max_length
         budget = config.max_tokens or LONGEST
@@ -169,54 +172,45 @@ class StateStreamAPI(ModelAPI):
             if len(prompt) >= limit:
                 raise SSTError(f"a prompt has {len(prompt)} tokens; the context is {limit}", "shorten it")
             budget = min(budget, limit - len(prompt))
-        return Waiting(prompt, budget, {"stop": tuple(config.stop_seqs or ()), **options})
+        seed = random.randrange(2**31) if config.seed is None else config.seed
+        return Waiting(prompt, budget, options, seed)
 
-    def _options(self, config: GenerateConfig) -> dict[str, Any]:
-        """What `model.generate` is given beside prompts and budget. Raises SSTError for what it lacks."""
-        options = {name: value for name in SAMPLING if (value := getattr(config, name)) is not None}
-        known = signature(self.model.generate).parameters
-        if "temperature" not in known and options.get("temperature") == 0:
-            del options["temperature"]  # the likeliest token is taken in any case
+    def _refuse(self, config: GenerateConfig) -> None:
+        """Raise SSTError for an option that there is no way to honour."""
         refused = [name for name in REFUSED if getattr(config, name) is not None]
-        refused += [name for name in options if name not in known]
         if refused:
             raise SSTError(f"generation option {refused[0]} is not supported", "leave it out")
-        return options
 
     def _ids(self, turns: list[ChatMessage]) -> list[int]:
         """Token ids of a conversation in the tokenizer's template; without one, lines of `role: text`."""
+        for turn in turns:
+            if not isinstance(turn.content, str) and any(
+                part.type not in ("text", "reasoning") for part in turn.content
+            ):
+                raise SSTError("a message holds more than text", "the model reads text only")
         said = [{"role": turn.role, "content": turn.text} for turn in turns]
         if not getattr(self.model.tokenizer, "chat_template", None):
             alone = len(said) == 1 and said[0]["role"] == "user"
-            return self.model.encode(
-                said[0]["content"] if alone else "".join(f"{s['role']}: {s['content']}\n" for s in said)
-            )
+            lines = "".join(f"{turn['role']}: {turn['content']}\n" for turn in said)
+            return self.model.encode(said[0]["content"] if alone else lines)
         begun = said[-1]["role"] == "assistant"  # the answer's first words are given
-        try:
-            text = self.model.tokenizer.apply_chat_template(
-                said, tokenize=False, add_generation_prompt=not begun, continue_final_message=begun
-            )
-        except Exception as error:  # the template is a stranger's code
-            raise SSTError(f"the chat template of {self.model.name} fails: {first_line(error)}") from error
+        how = {"tokenize": False, "add_generation_prompt": not begun, "continue_final_message": begun}
+        text = in_time(
+            lambda: self.model.tokenizer.apply_chat_template(said, **how),
+            f"the chat template of {self.model.name}",
+        )
         return self.model.encode_plain(text)
 
     def _alike(self, one: Waiting, other: Waiting) -> bool:
-        """Whether two prompts can be written in one batch, without a change to either.
-
-        Their options are the same, nothing is drawn at random, and together they fit the context.
-        """
+        """Whether two prompts can be written in one batch: same options, and together they fit."""
         limit = self.model.backbone.max_length
         room = limit is None or max(len(one.prompt), len(other.prompt)) + other.budget <= limit
-        drawn = bool(one.options.get("temperature"))
         same = (one.budget, one.options) == (other.budget, other.options)
-        return one.done is None and same and room and not drawn
+        return one.done is None and same and room
 
     def _write(self, batch: Sequence[Waiting]) -> None:
         """Write the texts of a batch, and hand each its output or the error."""
-        options = dict(batch[0].options)
-        stop = options.pop("stop")
-        if stop and "stop" in signature(self.model.generate).parameters:
-            options["stop"] = list(stop)
+        options: dict[str, Any] = {**batch[0].options, "seed": [each.seed for each in batch]}
         states = None if self.layers is None else States(self.layers, self.iterations)
         if states is not None:
             options["observe"] = states.observe
@@ -229,24 +223,21 @@ class StateStreamAPI(ModelAPI):
                 each.done = error
             return
         for row, each in enumerate(batch):
-            each.done = self._output(each, out, row, stop, states)
+            each.done = self._output(each, out, row, states)
 
-    def _output(
-        self, asked: Waiting, out: Generation, row: int, stop: Sequence[str], states: States | None
-    ) -> ModelOutput:
+    def _output(self, asked: Waiting, out: Generation, row: int, states: States | None) -> ModelOutput:
         """One row of a batch as inspect_ai's output."""
         assert out.texts is not None
         text, depth, new = out.texts[row], out.iterations[row], len(out.tokens[row])
-        ends = [place for each in stop if (place := text.find(each)) >= 0]
-        reason: StopReason = "stop" if ends or out.stopped[row] else "max_tokens"
+        reason: StopReason = "stop" if out.stopped[row] else "max_tokens"
         metadata: dict[str, Any] = {"iterations": depth}
+        if asked.options.keys() & set(SAMPLING) and asked.options.get("temperature") != 0:
+            metadata["seed"] = asked.seed
         if states is not None:
             metadata["hidden_states"] = states.of_prompt[row]
             metadata["hidden_layers"] = states.layers
             metadata["hidden_iterations"] = [number for number in states.iterations if number <= depth]
-        message = ChatMessageAssistant(
-            content=text[: min(ends)] if ends else text, model=self.model_name, source="generate"
-        )
+        message = ChatMessageAssistant(content=text, model=self.model_name, source="generate")
         return ModelOutput(
             model=self.model_name,
             choices=[ChatCompletionChoice(message=message, stop_reason=reason)],

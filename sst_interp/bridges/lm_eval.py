@@ -39,7 +39,7 @@ from sst_interp.models.model import StateStreamModel
 from sst_interp.models.solvers import prefill
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "seed")
-"""Options of generation that mean nothing where the likeliest token is taken."""
+"""Options that mean nothing where the likeliest token is taken."""
 AUTO, LONGEST = 16, 2048
 """Prompts at once for `batch_size=auto`; tokens of a context whose length the model does not say."""
 
@@ -241,6 +241,7 @@ class StateStreamLM(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The text that follows each prompt, up to the first of the task's stop strings."""
         given: list[Any] = [request.args for request in requests]
+        seeds = _times_before([repr(args[:2]) for args in given])
         alike: dict[str, list[int]] = {}
         for i, (_, asked, *_) in enumerate(given):
             alike.setdefault(repr(asked), []).append(i)
@@ -248,11 +249,14 @@ class StateStreamLM(TemplateLM):
         with tqdm(total=len(requests), disable=disable_tqdm, desc="Texts") as bar:
             for chosen in alike.values():
                 until, budget, options = self._options(given[chosen[0]][1])
+                first = options.pop("seed", 0)
                 read = {i: self.tok_encode(given[i][0]) or [self.prefix_token_id] for i in chosen}
                 prompts = {i: ids[budget - self.max_length :] for i, ids in read.items()}
                 order = sorted(chosen, key=lambda i, prompts=prompts: -len(prompts[i]))
                 for begin in range(0, len(order), self.batch_size):
                     batch = order[begin : begin + self.batch_size]
+                    if "temperature" in options:
+                        options["seed"] = [first + seeds[i] for i in batch]
                     out = self.model.generate(
                         [prompts[i] for i in batch], depth=self.depth, max_new_tokens=budget, **options
                     )
@@ -268,20 +272,31 @@ class StateStreamLM(TemplateLM):
         options: dict[str, Any] = dict(normalize_gen_kwargs(given, self.max_gen_toks))
         until, budget = options.pop("until"), options.pop("max_gen_toks")
         budget = whole("max_gen_toks", budget, 1, self.max_length - 1)
-        if not options.pop("do_sample"):
+        if options.pop("do_sample"):
+            options.setdefault("temperature", 1.0)
+        else:
             options = {name: value for name, value in options.items() if name not in SAMPLING}
         known = signature(self.model.generate).parameters
         for name in options:
             if name not in SAMPLING or name not in known:
                 raise SSTError(f"generation option {name} is not supported", "leave it out of the task")
-        if "stop" in known:  # ends the text early; what is returned is cut in any case
-            options["stop"] = until
+        options["stop"] = [string for string in until if string]
         return until, budget, options
 
 
 def _number(value: int | str) -> Any:
     """A batch size that a command line gave as text."""
     return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+def _times_before(names: Sequence[str]) -> list[int]:
+    """How often each name came before: repeats of a sampled request differ by it."""
+    counts: dict[str, int] = {}
+    before = []
+    for name in names:
+        before.append(counts.get(name, 0))
+        counts[name] = before[-1] + 1
+    return before
 
 
 def _log(requests: Sequence[Instance], depths: Sequence[int | list[int]]) -> None:

@@ -28,7 +28,7 @@ from sst_interp.errors import SSTError
 from sst_interp.models.choices import check_iterations
 from sst_interp.models.generation import Generation, generate
 from sst_interp.models.hooks import SITES, Site, Visit, alike
-from sst_interp.models.model import Prompt, Prompts, StateStreamModel, check_stop, listed
+from sst_interp.models.model import Prompt, Prompts, StateStreamModel, listed
 
 
 class Sites(nn.Module):
@@ -68,12 +68,10 @@ class Iterations(nn.Module):
         """Greedy generation from prompts of any length."""
         model = self.model
         tokens, pad = model.batch(prompts)
-        stop = model.stop_tokens if stop_tokens is None else check_stop(stop_tokens)
+        stop = model.endings(stop_tokens)
         depths = [len(self.iteration)] * len(pad)
         out = generate(model, tokens, pad, depths, max_new_tokens, stop, hook=self.hook)
-        if model.tokenizer is not None:
-            out.texts = [model.tokenizer.decode(ids, skip_special_tokens=True) for ids in out.tokens]
-        return out
+        return model.with_texts(out, stop)
 
     def hook(self, position: int, iteration: int) -> Visit:
         """Show a pass to the modules of its iteration; nnsight counts the positions."""

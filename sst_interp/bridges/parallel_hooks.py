@@ -17,11 +17,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sst_interp.errors import SSTError
-from sst_interp.models.cache import Access
 from sst_interp.models.hooks import Hook
 from sst_interp.models.solvers import solve_exactly
 from sst_interp.models.solvers.sequential import TOLERANCE, advance, relative_change
-from sst_interp.models.stream import Recurrence, Stream, stack_pass
+from sst_interp.models.stream import Recurrence, Stream, access_of, stack_pass
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 """Which hook points: a name, names, or a function of the name; None is every one that fires."""
@@ -96,7 +95,7 @@ def read_in_parallel(
         outputs, state = [], incoming
         for number in range(1, iterations + 1):
             has_state = model.kind.has_state(columns, stream.origin[:, None], number)
-            access = _access(number, iterations, model.choices.kv)
+            access = access_of(model.choices.kv, number, number == iterations)
             y, state = stack_pass(
                 hooked, stream, tokens, columns, state, has_state, access, hook(0, number), number
             )
@@ -110,10 +109,3 @@ def read_in_parallel(
         "the edited states do not settle: an edit changes a position by what comes after it, or at random",
         'method="sequential" calls it once per position and iteration',
     )
-
-
-def _access(number: int, iterations: int, kv: str) -> Access:
-    """How a pass uses its keys and values: those of the kept iteration are stored."""
-    if kv == "first":
-        return "write" if number == 1 else "read"
-    return "write" if number == iterations else "beside"

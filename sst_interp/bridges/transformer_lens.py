@@ -43,7 +43,7 @@ from sst_interp.models.backbone import Backbone
 from sst_interp.models.choices import check_iterations, whole
 from sst_interp.models.generation import Generation, generate
 from sst_interp.models.hooks import SITES, Hook, Site, Visit, alike
-from sst_interp.models.model import Prompts, StateStreamModel, check_stop
+from sst_interp.models.model import Prompts, StateStreamModel
 from sst_interp.models.stream import Recurrence, stack_pass
 
 OWN = ("resid_mid", "stream_state", "resid_blended")
@@ -202,8 +202,12 @@ class StateStreamBridge(TransformerBridge):
         """Where the values come from that hooks are called with."""
         norms: list[Any] = [self.ln_final]
         for index, block in enumerate(self.blocks):
-            norms += [block.ln1, block.ln2]
-            backbone.layers[index] = replace(backbone.layers[index], norm1=block.ln1, norm2=block.ln2)
+            layer = backbone.layers[index]
+            before = {"norm1": "ln1", "norm2": "ln2"}  # OLMo 2 norms after its branches alone
+            own = [ours for ours in before if not isinstance(getattr(layer, ours), nn.Identity)]
+            theirs = {ours: getattr(block, before[ours]) for ours in own}
+            norms += theirs.values()
+            backbone.layers[index] = replace(layer, **theirs)
         for norm in norms:
             norm.use_native_layernorm_autograd = True  # the backbone's own numbers, unless a hook edits them
         backbone.final_norm = self.ln_final
@@ -303,7 +307,7 @@ class StateStreamBridge(TransformerBridge):
         hooked.backbone.unembed = model.backbone.unembed
         out = generate(
             hooked, tokens, pad, [iterations] * len(pad), max_new_tokens,
-            model.stop_tokens if stop_tokens is None else check_stop(stop_tokens),
+            model.endings(stop_tokens),
             observe=lambda step: last.append(torch.stack([it.resid_post[-1] for it in step.iterations], 1)),
             hook=self._hook,
         )  # fmt: skip

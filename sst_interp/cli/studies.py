@@ -73,7 +73,7 @@ def run(
     name: Name,
     model: Annotated[
         str | None,
-        typer.Argument(help="What is measured, of two-pass and lrt-equivalence: a name or folder."),
+        typer.Argument(help="What two-pass, exact-training and lrt-equivalence measure: a name or folder."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the tables; what it has is kept.")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="How many starts; default 3.")] = None,
@@ -96,7 +96,7 @@ def run(
     Examples:
         sst-interp study run two-pass smollm2-135m-sst --questions 8
 
-        sst-interp study run small --seeds 5
+        sst-interp study run exact-training --seeds 5
     """
     from sst_interp.experiments.studies.study import find_study
 

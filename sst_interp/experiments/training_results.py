@@ -11,7 +11,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from sst_interp.analyses.plots import BLUE, GREY, ORANGE, TEMPLATE, VERMILLION, error_bars
+from sst_interp.analyses.plots import BLUE, GREY, ORANGE, SKY, TEMPLATE, VERMILLION, error_bars
 from sst_interp.analyses.result import Result
 from sst_interp.analyses.statistics.bootstrap import Interval, cluster_bootstrap, questions_words
 from sst_interp.errors import SSTError, Untestable
@@ -204,6 +204,7 @@ class TrainingCurves(Result):
         )
         for column, words, color in (
             ("held_out_exact", "held out, exact", VERMILLION),
+            ("held_out_depth_4", "held out, depth 4", SKY),
             ("held_out_as_trained", "held out, as trained", ORANGE),
         ):
             if column in held_out:

@@ -1,14 +1,14 @@
 """A backbone: a pretrained decoder LM taken apart at the points the stream needs, and checked.
 
-It knows Hugging Face module names and nothing about the stream. A layer is two branches that each read the
-residual and add to it; between them is TransformerLens' `resid_mid`, where the blend goes in:
+It knows nothing about the stream. A layer is two branches that each read the residual and add to it; between
+them is TransformerLens' `resid_mid`, where the blend goes in:
 
     m = x + attention_branch(x)
     y = m + ffn_branch(m)
 
-Families differ in the names of their norms and in whether a branch is normed again on its way out. So the
-parts are looked up by name and then *validated by numbers*: put together again without a blend, they must
-give the model's own layer outputs and logits bit for bit, or the model is refused.
+Families differ in the names of their norms and in where they norm (`families`). So the parts are looked up by
+name and then *validated by numbers*: put together again without a blend, they must give the model's own layer
+outputs and logits bit for bit, or the model is refused.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ import hashlib
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,42 +27,17 @@ from torch.nn.modules.dropout import _DropoutNd
 from sst_interp.errors import SSTError
 from sst_interp.models.cache import KeyValues
 from sst_interp.models.choices import shown
-
-SUPPORTED = "Llama, Qwen2, Qwen3, Mistral, Gemma 2, Gemma 3 and GPT-2"
-FULL, SLIDING = "full_attention", "sliding_attention"
-CACHE_ARGUMENTS = ("cache", "past_key_values", "past_key_value")
-"""Names of an attention module's cache over the versions of transformers, the newest first."""
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One decoder layer as its parts. The two `post` norms exist in Gemma 2 and 3 only."""
-
-    norm1: nn.Module
-    attention: nn.Module
-    post_attention_norm: nn.Module | None
-    norm2: nn.Module
-    ffn: nn.Module
-    post_ffn_norm: nn.Module | None
-    kind: str
-    """`full_attention` or `sliding_attention`: which mask and rotary table the layer takes."""
-
-    def attention_branch(self, x: Tensor, rotary: Any, mask: Tensor | None, kv: Any) -> Tensor:
-        """What attention adds to the residual `x` [row, position, d_model]."""
-        cache = {self.cache_argument: kv}
-        out = self.attention(self.norm1(x), attention_mask=mask, position_embeddings=rotary, **cache)[0]
-        return out if self.post_attention_norm is None else self.post_attention_norm(out)
-
-    @cached_property
-    def cache_argument(self) -> str:
-        """What the attention calls its cache: `cache`, or, before transformers 5.24, `past_key_values`."""
-        takes = inspect.signature(self.attention.forward).parameters
-        return next((name for name in CACHE_ARGUMENTS if name in takes), CACHE_ARGUMENTS[0])
-
-    def ffn_branch(self, m: Tensor) -> Tensor:
-        """What the FFN adds to the post-attention residual `m` [row, position, d_model]."""
-        out = self.ffn(self.norm2(m))
-        return out if self.post_ffn_norm is None else self.post_ffn_norm(out)
+from sst_interp.models.families import (
+    FULL,
+    LOOPS,
+    SLIDING,
+    Layer,
+    blocks_of,
+    embed,
+    final_norm_of,
+    take_apart,
+    unsupported,
+)
 
 
 class Backbone:
@@ -86,20 +59,15 @@ class Backbone:
         refuse_nonfinite(model)
         decoder: Any = self.model.get_decoder()
         self.decoder = decoder
-        blocks = getattr(decoder, "layers", None) or getattr(decoder, "h", None)
-        if blocks is None:
-            raise _unsupported(self.family, "no list of decoder layers (`layers` or `h`)")
+        blocks = blocks_of(self.family, decoder)
         kinds = getattr(self.config, "layer_types", None)
         if kinds is None:
             kinds = [SLIDING if getattr(self.config, "sliding_window", None) else FULL] * len(blocks)
         if unknown := set(kinds) - {FULL, SLIDING}:
-            raise _unsupported(self.family, f"layers of kind {', '.join(sorted(unknown))}")
-        self.layers = [take_apart(self.family, b, k) for b, k in zip(blocks, kinds, strict=True)]
+            raise unsupported(self.family, f"layers of kind {', '.join(sorted(unknown))}")
+        self.layers: list[Layer] = [take_apart(self.family, b, k) for b, k in zip(blocks, kinds, strict=True)]
         self.window: int | None = getattr(self.config, "sliding_window", None)
-        final_norm = getattr(decoder, "norm", None) or getattr(decoder, "ln_f", None)
-        if final_norm is None:
-            raise _unsupported(self.family, "no final norm (`norm` or `ln_f`)")
-        self.final_norm: nn.Module = final_norm
+        self.final_norm: nn.Module = final_norm_of(self.family, decoder)
         self._rotary = getattr(decoder, "rotary_emb", None)
         self._rotary_by_kind = self._rotary is not None and (
             "layer_type" in inspect.signature(self._rotary.forward).parameters
@@ -125,6 +93,11 @@ class Backbone:
         return self.config.hidden_size
 
     @property
+    def loops(self) -> bool:
+        """Whether the model runs layers several times by itself: `Kind.fit` then checks how."""
+        return self.family in LOOPS
+
+    @property
     def dtype(self) -> torch.dtype:
         """Dtype of the weights, and so of every hidden state."""
         return self.model.dtype
@@ -140,10 +113,8 @@ class Backbone:
         return getattr(self.config, "max_position_embeddings", None)
 
     def embed(self, tokens: Int[Tensor, "row position"], position_ids: Int[Tensor, "row position"]) -> Tensor:
-        """Token (and learned position) embeddings [row, position, d_model]."""
-        if hasattr(self.decoder, "wpe"):
-            return self.decoder.wte(tokens) + self.decoder.wpe(position_ids)
-        return self.decoder.embed_tokens(tokens)
+        """What the first layer reads [row, position, d_model]."""
+        return embed(self.family, self.decoder, tokens, position_ids)
 
     def rotary(self, x: Tensor, position_ids: Int[Tensor, "row position"]) -> dict[str, Any]:
         """Rotary tables by layer kind; None where the family has none."""
@@ -195,16 +166,16 @@ class Backbone:
 
     @torch.no_grad()
     def validate(self) -> None:
-        """Raise SSTError unless the parts, put together again, give the model's own outputs bit for bit."""
-        n = min(8, self.max_length or 8, self.window or 8)
-        tokens = (torch.arange(2 * n, device=self.device).view(2, n) * 37 + 11) % self.config.vocab_size
-        seen: list[Tensor] = []
-        blocks = getattr(self.decoder, "layers", None) or self.decoder.h
+        """Raise SSTError unless the parts, put together again, give the model's own outputs bit for bit.
+
+        Of a model that loops by itself each layer is checked alone, on what it is given first.
+        """
+        tokens = self.sample_tokens()
+        n = tokens.shape[1]
+        seen: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.layers]
         hooks = [
-            b.register_forward_hook(
-                lambda _m, _a, out: seen.append(out[0] if isinstance(out, tuple) else out)
-            )
-            for b in blocks
+            block.register_forward_hook(_keep_in(calls), with_kwargs=True)
+            for block, calls in zip(blocks_of(self.family, self.decoder), seen, strict=True)
         ]
         try:
             theirs = self.model(tokens, use_cache=False).logits
@@ -216,30 +187,40 @@ class Backbone:
         rotary = self.rotary(x, position_ids)
         kv = KeyValues(self.n_layers, n)
         for index, layer in enumerate(self.layers):
-            view = kv.view(slice(0, n), n, "write")
+            view = kv.view(slice(0, n), n, "write").at(index)
+            given, output = seen[index][0]
+            x = given if self.loops else x
             try:
                 branch = layer.attention_branch(x, rotary[layer.kind], self._causal(n), None)
                 through_store = layer.attention_branch(x, rotary[layer.kind], self._causal(n), view)
-                m = x + branch
-                x = m + layer.ffn_branch(m)
+                if layer.parallel:
+                    x = layer.ffn_branch(x) + branch + x
+                else:
+                    m = layer.add_attention(x, branch)
+                    x = layer.add_ffn(m, layer.ffn_branch(m))
             except (TypeError, AttributeError, RuntimeError, ValueError) as error:
-                raise _unsupported(
+                raise unsupported(
                     self.family, f"layer {index} cannot be called in parts ({error})"
                 ) from error
             if kv.keys[index] is None or not torch.allclose(branch, through_store, rtol=1e-2, atol=1e-3):
-                raise _unsupported(
+                raise unsupported(
                     self.family, f"attention of layer {index} does not keep its keys in a cache"
                 )
-            if not torch.equal(x, seen[index]):
-                off = (x - seen[index]).abs().max().item()
-                raise _unsupported(
+            if not torch.equal(x, output):
+                off = (x - output).abs().max().item()
+                raise unsupported(
                     self.family,
                     f"resid_mid + FFN branch is not the output of layer {index} "
                     f"(largest difference {off:.3g}), so there is a residual, scale or branch that the "
                     "blend would miss",
                 )
-        if not torch.equal(self.unembed(x), theirs):
-            raise _unsupported(self.family, "the logits are more than unembed(final_norm(last layer))")
+        if not self.loops and not torch.equal(self.unembed(x), theirs):
+            raise unsupported(self.family, "the logits are more than unembed(final_norm(last layer))")
+
+    def sample_tokens(self) -> Int[Tensor, "2 position"]:
+        """Two short texts to validate on: no longer than the context or the sliding window."""
+        n = min(8, self.max_length or 8, self.window or 8)
+        return (torch.arange(2 * n, device=self.device).view(2, n) * 37 + 11) % self.config.vocab_size
 
     def _causal(self, n: int) -> Tensor | None:
         # sdpa takes its causal path without a mask, as the model itself does; others need one.
@@ -251,38 +232,14 @@ class Backbone:
         )
 
 
-def take_apart(family: str, block: Any, kind: str) -> Layer:
-    """A decoder layer's parts, by the names its family uses.
+def _keep_in(calls: list[tuple[Tensor, Tensor]]) -> Any:
+    """A hook that keeps what a layer is given and what it returns."""
 
-    Raises:
-        SSTError: a part is missing (an encoder layer, parallel residual, norms after the branch only).
-    """
-    has = lambda name: getattr(block, name, None) is not None  # noqa: E731
-    if has("ln_1") and has("attn") and has("ln_2") and not has("crossattention"):
-        return Layer(block.ln_1, block.attn, None, block.ln_2, block.mlp, None, kind)
-    if not (has("self_attn") and has("mlp")):
-        raise _unsupported(family, "no `self_attn` and `mlp` branches that add to one residual in turn")
-    if not has("input_layernorm"):
-        raise _unsupported(family, "no norm before attention (`input_layernorm`)")
-    if has("pre_feedforward_layernorm"):
-        return Layer(
-            block.input_layernorm,
-            block.self_attn,
-            getattr(block, "post_attention_layernorm", None),
-            block.pre_feedforward_layernorm,
-            block.mlp,
-            getattr(block, "post_feedforward_layernorm", None),
-            kind,
-        )
-    if not has("post_attention_layernorm"):
-        raise _unsupported(
-            family,
-            "no norm between attention and FFN: the two run in parallel, so there is no post-attention "
-            "residual (resid_mid)",
-        )
-    return Layer(
-        block.input_layernorm, block.self_attn, None, block.post_attention_layernorm, block.mlp, None, kind
-    )
+    def hook(_module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], out: Any) -> None:
+        given = args[0] if args else named["hidden_states"]
+        calls.append((given, out[0] if isinstance(out, tuple) else out))
+
+    return hook
 
 
 def content_hash(model: nn.Module) -> str:
@@ -329,10 +286,3 @@ def refuse_nonfinite(model: nn.Module) -> None:
             raise SSTError(
                 f"weight {name} has non-finite values", "load an intact copy of the model, or another dtype"
             )
-
-
-def _unsupported(family: str, missing: str) -> SSTError:
-    return SSTError(
-        f"family {family!r} is not supported: {missing}",
-        f"supported: {SUPPORTED}; docs/extending.md says how to add a family",
-    )

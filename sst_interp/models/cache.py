@@ -1,4 +1,5 @@
-"""Keys and values of a batch of token sequences, one entry per column, overwritten by each iteration.
+"""Keys and values of a batch of token sequences: one entry per layer and column, overwritten by each
+iteration, or, where every iteration keeps its own, one per iteration, layer and column.
 
 Hugging Face's `DynamicCache` appends, so a second iteration at a position would leave two entries there.
 Here columns are allocated once and written in place. An attention module gets an object with the cache's
@@ -7,7 +8,7 @@ Here columns are allocated once and written in place. An attention module gets a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -36,10 +37,10 @@ def put(target: Tensor, at: Tensor | slice, new: Tensor, dim: int) -> Tensor:
 
 
 class KeyValues:
-    """A store of keys and values [row, head, column, d_head] per layer, allocated on first write.
+    """A store of keys and values [row, head, column, d_head] per entry, allocated on first write.
 
     Args:
-        n_layers: number of attention layers.
+        n_layers: number of attention layers: entries to begin with. Those of later iterations are appended.
         columns: capacity in tokens, padding included.
     """
 
@@ -52,20 +53,28 @@ class KeyValues:
         """The cache object of one pass over `columns`: the store up to column `end`."""
         return View(self, columns, end, access)
 
-    def save_column(self, column: int) -> list[tuple[Tensor, Tensor]]:
-        """A copy of one column's entries, layer by layer."""
+    def save_column(self, column: int) -> list[tuple[Tensor, Tensor] | None]:
+        """A copy of one column, entry by entry."""
         return [
-            (k[:, :, column].clone(), v[:, :, column].clone())
+            None if k is None or v is None else (k[:, :, column].clone(), v[:, :, column].clone())
             for k, v in zip(self.keys, self.values, strict=True)
-            if k is not None and v is not None
         ]
 
-    def restore_column(self, column: int, saved: list[tuple[Tensor, Tensor]]) -> None:
+    def restore_column(self, column: int, saved: list[tuple[Tensor, Tensor] | None]) -> None:
         """Put back what `save_column` returned."""
-        for (k, v), key, value in zip(saved, self.keys, self.values, strict=True):
-            assert key is not None
-            assert value is not None
-            key[:, :, column], value[:, :, column] = k, v
+        for kept, key, value in zip(saved, self.keys, self.values, strict=True):
+            if kept is not None and key is not None and value is not None:
+                key[:, :, column], value[:, :, column] = kept
+
+    def make_room(self, columns: int) -> None:
+        """Room for so many columns; what is stored stays."""
+        for store in (self.keys, self.values):
+            for n, kept in enumerate(store):
+                if kept is not None and columns > kept.shape[2]:
+                    rows, heads, _, d_head = kept.shape
+                    store[n] = kept.new_zeros(rows, heads, columns, d_head)
+                    store[n][:, :, : kept.shape[2]] = kept  # pyright: ignore
+        self.columns = max(self.columns, columns)
 
     def take(self, rows: Tensor) -> KeyValues:
         """An independent copy of these rows, in this order; a row may be named several times."""
@@ -85,18 +94,27 @@ class View:
     columns: Tensor | slice
     end: int
     access: Access
+    entry: int | None = None
+    """Where the store keeps them; None: at the number that the attention module gives."""
+
+    def at(self, entry: int) -> View:
+        """The same for one entry of the store, whatever number the attention module gives."""
+        return replace(self, entry=entry)
 
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, *_args, **_kwargs
     ) -> tuple[Tensor, Tensor]:
         """Store and return keys and values [row, head, key, d_head], as `access` says."""
-        return self._one(self.store.keys, keys, layer_idx), self._one(self.store.values, values, layer_idx)
+        entry = layer_idx if self.entry is None else self.entry
+        return self._one(self.store.keys, keys, entry), self._one(self.store.values, values, entry)
 
     def _one(self, store: list[Tensor | None], new: Tensor, layer: int) -> Tensor:
         rows, heads, _, d_head = new.shape
+        store.extend([None] * (layer + 1 - len(store)))
         kept = store[layer]
-        if kept is None:
-            kept = store[layer] = new.new_zeros(rows, heads, self.store.columns, d_head)
+        if kept is None:  # a later iteration's first pass may be of some rows only
+            every = max([rows, *(len(k) for k in self.store.keys[:1] if k is not None)])
+            kept = store[layer] = new.new_zeros(every, heads, self.store.columns, d_head)
         if self.access == "write" and torch.is_grad_enabled():
             kept = store[layer] = put(kept, self.columns, new, dim=2)
         elif self.access == "write":

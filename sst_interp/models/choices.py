@@ -39,8 +39,9 @@ class Choices:
     certified. `blend_off`: plain backbone; the recurrence starts at position 0. `two_pass`: one
     blend-off pass, one sweep with its outputs as states (what SST V2 trains on)."""
 
-    kv: Literal["last", "first"] = "last"
-    """Which iteration's keys and values later positions attend to."""
+    kv: Literal["last", "first", "each"] = "last"
+    """Which iteration's keys and values later positions attend to. `each`: iteration i attends to those of
+    iteration i, so that every iteration keeps its own (looped models only)."""
 
     initial_guess: Literal["shift", "scan"] = "shift"
     """How a blend-off pass becomes states: the two-pass prompt, and any sweep solver's first guess.

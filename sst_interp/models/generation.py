@@ -1,15 +1,19 @@
-"""Greedy generation at any depth, in batches of prompts of different length.
+"""Generation at any depth, greedy or sampled, in batches of prompts of different length.
 
 `decode` is the loop's body: one position for all rows. `generate` runs it with each row's own text; the
-capture (`sst_interp.runs.capture`) runs it with several depths and texts side by side.
+capture (`sst_interp.runs.capture`) runs it with several depths and texts side by side. `Session` goes on from
+the stream of the text before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from numbers import Real
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -59,6 +63,101 @@ class Generation:
     """How the prompts were read."""
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. Raises SSTError for a setting that cannot be.
+
+    A row draws by its own generator, made from `seed` and its prompt: it writes the same text in any batch,
+    but for rounding. For several texts of one prompt give each row a seed.
+    """
+
+    temperature: float = 1.0
+    """Logits are divided by it."""
+    top_p: float = 1.0
+    """Of the most likely tokens, the fewest that together are this likely are kept."""
+    top_k: int | None = None
+    """So many of the most likely tokens are kept; None: all."""
+    seed: int | Sequence[int] = 0
+    """One number, or one per row."""
+
+    def __post_init__(self) -> None:
+        for name, high, example in (("temperature", math.inf, 0.7), ("top_p", 1.0, 0.9)):
+            value = getattr(self, name)
+            number = isinstance(value, Real) and not isinstance(value, bool)
+            if not (number and 0 < float(value) <= high and float(value) < math.inf):
+                upto = "" if high == math.inf else " and at most 1"
+                said = f"{name} = {shown(value)} is not a number above 0{upto}"
+                raise SSTError(said, f"for example {name} = {example}")
+        if self.top_k is not None:
+            whole("top_k", self.top_k, 1)
+
+    @classmethod
+    def of(
+        cls, temperature: float | None, top_p: float, top_k: int | None, seed: int | Sequence[int]
+    ) -> Sampling | None:
+        """From the arguments of `generate`; None is greedy: no temperature or one of 0, and nothing cut."""
+        if temperature == 0 or (temperature is None and top_p == 1 and top_k is None):
+            return None
+        return cls(1.0 if temperature is None else temperature, top_p, top_k, seed)
+
+    def draws(self, prompts: Sequence[Sequence[int]], order: Sequence[int]) -> list[random.Random]:
+        """Every row's generator; `order` says which of the seeds is whose."""
+        given: Any = self.seed
+        several = isinstance(given, Sequence) and not isinstance(given, str)
+        seeds = list(given) if several else [given] * len(prompts)
+        if len(seeds) != len(prompts):
+            raise SSTError(f"{len(seeds)} seeds for {len(prompts)} prompts", "give one, or one per prompt")
+        seeds = [whole("seed", seeds[row], 0) for row in order]
+        return [random.Random(f"{s}:{list(p)}") for s, p in zip(seeds, prompts, strict=True)]
+
+    def choose(self, logits: Float[Tensor, "row vocab"], draws: Sequence[random.Random]) -> Tensor:
+        """The next token of every row [row]: the place of a uniform number among the likelihoods' sums."""
+        wide = logits.double() / self.temperature
+        if self.top_k is not None and self.top_k < wide.shape[-1]:
+            least = wide.topk(self.top_k, dim=-1).values[:, -1:]
+            wide = wide.masked_fill(wide < least, -math.inf)
+        likely = wide.softmax(-1)
+        if self.top_p < 1:
+            ordered, places = likely.sort(-1, descending=True)
+            more = ordered.cumsum(-1) - ordered >= self.top_p
+            likely = likely.masked_fill(torch.zeros_like(more).scatter(-1, places, more), 0)
+        sums = likely.cumsum(-1)
+        at = sums.new_tensor([draw.random() for draw in draws])[:, None] * sums[:, -1:]
+        return torch.searchsorted(sums, at, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+
+
+class Endings(NamedTuple):
+    """What ends a text."""
+
+    tokens: Sequence[int]
+    strings: tuple[str, ...] = ()
+    """A text ends before the first of these."""
+    tokenizer: Any = None
+
+    def cut(self, text: str) -> str:
+        """A text up to the first of the strings."""
+        places = [text.find(string) for string in self.strings]
+        return text[: min((p for p in places if p >= 0), default=len(text))]
+
+    def found(self, emitted: Sequence[int]) -> bool:
+        """Whether the newest tokens hold one of the strings."""
+        recent = emitted[-max(map(len, self.strings)) - 16 :]
+        text = self.tokenizer.decode(recent, skip_special_tokens=True)
+        return any(string in text for string in self.strings)
+
+
+class Piece(NamedTuple):
+    """One token of a text that is being written."""
+
+    row: int
+    """Which prompt it goes on from."""
+    position: int
+    token: int
+    text: str
+    """What it adds to the text; a character of several tokens comes with its last."""
+    depth: int
+
+
 def check_room(model: Recurrence, prompt_tokens: int, max_new_tokens: int) -> None:
     """Raise if a prompt and its budget do not fit the context."""
     limit = model.backbone.max_length
@@ -99,11 +198,12 @@ def generate(
     pad: Int[Tensor, " row"],
     depths: Sequence[int] | HaltingPolicy,
     max_new_tokens: int,
-    stop_tokens: Sequence[int],
+    stop: Endings,
     observe: Observe | None = None,
     progress: Callable[[int], Any] | None = None,
     edit: Edit | None = None,
     hook: Hook | None = None,
+    sampling: Sampling | None = None,
 ) -> Generation:
     """Generate from a left-padded batch of prompts; the arguments are those of `StateStreamModel.generate`.
 
@@ -111,15 +211,44 @@ def generate(
         tokens: prompts, with `pad` columns of padding on the left.
         depths: one per row, or the policy that picks them at position 0.
         hook: instead of an `edit`; rows are deepest first.
+        sampling: None is greedy.
     """
-    if not isinstance(depths, HaltingPolicy) and len(depths) != len(pad):
-        raise SSTError(f"{len(depths)} depths for {len(pad)} prompts", "give one number, or one per prompt")
-    max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
     for name, given in (("observe", observe), ("progress", progress), ("edit", edit)):
         if given is not None and not callable(given):
             raise SSTError(
                 f"{name} = {shown(given)} cannot be called", f"give a function, or leave {name} out"
             )
+    lanes = read_prompts(model, tokens, pad, depths, max_new_tokens, stop, sampling)
+    hook = hook if edit is None else editing(edit, lanes.order)
+    for position in lanes.write(model, max_new_tokens, observe, hook):
+        if progress is not None:
+            progress(position + 1)
+    if edit is not None:
+        ran = f"{max(map(len, lanes.new))} positions, {max(lanes.depths)} iterations"
+        refuse_unused(edit, f"there were {ran}, {model.backbone.n_layers} layers")
+    back = torch.argsort(lanes.order).tolist()
+    return Generation(
+        tokens=[lanes.new[r] for r in back],
+        texts=None,
+        stopped=[lanes.stopped[r] for r in back],
+        iterations=[lanes.depths[r] for r in back],
+        certificate=lanes.certificate,
+    )
+
+
+def read_prompts(
+    model: Recurrence,
+    tokens: Int[Tensor, "row column"],
+    pad: Int[Tensor, " row"],
+    depths: Sequence[int] | HaltingPolicy,
+    max_new_tokens: int,
+    stop: Endings,
+    sampling: Sampling | None = None,
+) -> Lanes:
+    """The prompts read up to their last tokens, deepest rows first; the arguments are those of `generate`."""
+    if not isinstance(depths, HaltingPolicy) and len(depths) != len(pad):
+        raise SSTError(f"{len(depths)} depths for {len(pad)} prompts", "give one number, or one per prompt")
+    max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
     check_room(model, tokens.shape[1], max_new_tokens)
     columns = tokens.shape[1] + max_new_tokens - 1
     read: tuple[Stream, Certificate] | None = None
@@ -129,28 +258,158 @@ def generate(
         depths = policy.depths(look_ahead(model, stream, tokens[:, -1], policy.looks)).tolist()
     depths = check_iterations(depths)
     order = torch.tensor(sorted(range(len(pad)), key=lambda r: -depths[r]), device=tokens.device)
-    per_row = torch.tensor(depths)[order.cpu()]
     tokens, pad = tokens[order], pad[order]
+    draws = None
+    if sampling is not None:
+        prompts = [row[p:] for row, p in zip(tokens.tolist(), pad.tolist(), strict=True)]
+        draws = sampling.draws(prompts, order.tolist())
     if read is None:
         stream = model.new_stream(pad, columns)
         certificate = prefill(model, stream, tokens[:, :-1])
     else:
         stream, certificate = read[0].take(order), read[1]
-    hook = hook if edit is None else editing(edit, order)
-    new, stopped = _write(
-        model, stream, tokens[:, -1], per_row, max_new_tokens, stop_tokens, order, observe, progress, hook
+    return Lanes(
+        stream, tokens[:, -1], [depths[r] for r in order.tolist()], order, certificate, stop, sampling, draws
     )
-    if edit is not None:
-        ran = f"{max(map(len, new))} positions, {max(depths)} iterations, {model.backbone.n_layers} layers"
-        refuse_unused(edit, f"there were {ran}")
-    back = torch.argsort(order).tolist()
-    return Generation(
-        tokens=[new[r] for r in back],
-        texts=None,
-        stopped=[stopped[r] for r in back],
-        iterations=depths,
-        certificate=certificate,
-    )
+
+
+@dataclass
+class Lanes:
+    """Texts that are being written side by side, deepest first."""
+
+    stream: Stream
+    current: Int[Tensor, " row"]
+    """The tokens that the next position reads."""
+    depths: list[int]
+    order: Int[Tensor, " row"]
+    """Which prompt each row goes on from."""
+    certificate: Certificate
+    stop: Endings
+    sampling: Sampling | None = None
+    draws: list[random.Random] | None = None
+
+    def __post_init__(self) -> None:
+        self.new: list[list[int]] = [[] for _ in self.depths]
+        """The tokens of every text so far."""
+        self.stopped = [False] * len(self.depths)
+
+    def write(
+        self,
+        model: Recurrence,
+        max_new_tokens: int,
+        observe: Observe | None = None,
+        hook: Hook | None = None,
+    ) -> Iterator[int]:
+        """Write position after position, until every text has ended; yields each position's number."""
+        ids = torch.tensor(sorted(self.stop.tokens), dtype=torch.long, device=self.current.device)
+        alive = torch.ones_like(self.current, dtype=torch.bool)
+        depths = torch.tensor(self.depths)
+        for position in range(max_new_tokens):
+            at = None if hook is None else partial(hook, position)
+            passes, logits, final = decode(model, self.stream, self.current, depths, at)
+            if observe is not None:
+                observe(Step(position, passes, logits, self.order, alive))
+            model.backbone.refuse_nonfinite(final.amax(-1))  # one that is not a number is the largest
+            if self.sampling is None or self.draws is None:
+                self.current = final.argmax(-1)
+            else:
+                self.current = self.sampling.choose(final, self.draws)
+            tokens, ended = torch.stack([self.current, torch.isin(self.current, ids).long()]).tolist()
+            for row in range(len(tokens)):
+                if not self.stopped[row]:
+                    self.new[row].append(tokens[row])
+                    cut = bool(self.stop.strings) and self.stop.found(self.new[row])
+                    self.stopped[row] = bool(ended[row]) or cut
+            alive = ~torch.tensor(self.stopped, device=alive.device)
+            yield position
+            if all(self.stopped):
+                break
+
+
+@torch.no_grad()
+def stream_pieces(model: Recurrence, lanes: Lanes, max_new_tokens: int) -> Iterator[Piece]:
+    """Every token of every text as it is written. Texts stand still before a string that ends them."""
+    tokenizer, said = lanes.stop.tokenizer, [""] * len(lanes.depths)
+    for position in lanes.write(model, max_new_tokens):
+        for row, new in enumerate(lanes.new):
+            if len(new) != position + 1:
+                continue
+            text = ""
+            if tokenizer is not None:
+                whole_text = lanes.stop.cut(tokenizer.decode(new, skip_special_tokens=True))
+                ends = lanes.stopped[row] or position + 1 == max_new_tokens
+                if ends or not whole_text.endswith("\ufffd"):  # part of a character
+                    text, said[row] = whole_text[len(said[row]) :], whole_text
+            yield Piece(int(lanes.order[row]), position, new[-1], text, lanes.depths[row])
+
+
+class Session:
+    """A conversation that goes on from its stream: nothing is read twice.
+
+    What is sent is read as a prompt, at depth 1; what is written is iterated. The last token of an answer is
+    read with what follows it. At depth 1 a session equals one replay of the whole.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.tokens: list[int] = []
+        """The whole text so far."""
+        self.turns: list[dict[str, str]] = []
+        """The conversation so far, as a chat template takes it."""
+        self.stream: Stream | None = None
+
+    def send(self, prompt: Any, iterations: int = 1, max_new_tokens: int = 64, **how: Any) -> Generation:
+        """Read a text (as it is) or token ids, and write on from there.
+
+        Args:
+            how: `stop_tokens`, `stop`, `temperature`, `top_p`, `top_k`, `seed`, as for `model.generate`.
+
+        Raises:
+            SSTError: as `model.generate`; the session is as it was then.
+        """
+        model = self.model
+        text = isinstance(prompt, str)
+        new = model.encode_plain(prompt) if text and self.tokens else model.encode(prompt)
+        tokens, pad = model.batch([self.tokens[-1:] + list(new)])
+        depth = check_iterations([iterations])[0]
+        max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
+        check_room(model, len(self.tokens) + len(new), max_new_tokens)
+        stop, sampling = model.endings(**how), model.sampling(**how)
+        known = max(0, len(self.tokens) - 1)
+        stream = model.new_stream(pad, 0) if self.stream is None else self.stream.repeat(1)
+        stream.kv.make_room(known + tokens.shape[1] + max_new_tokens)
+        certificate = prefill(model, stream, tokens[:, :-1])
+        whole_text = self.tokens + list(new)
+        draws = None if sampling is None else sampling.draws([whole_text], [0])
+        order = torch.zeros(1, dtype=torch.long, device=tokens.device)
+        lanes = Lanes(stream, tokens[:, -1], [depth], order, certificate, stop, sampling, draws)
+        with torch.no_grad():
+            for _ in lanes.write(model, max_new_tokens):
+                pass
+        self.stream, self.tokens = stream, whole_text + lanes.new[0]
+        out = Generation(lanes.new, None, lanes.stopped, [depth], certificate)
+        return model.with_texts(out, stop)
+
+    def chat(self, message: str, **how: Any) -> Generation:
+        """Send a user's message in the tokenizer's chat template; the arguments are those of `send`.
+
+        Raises:
+            SSTError: the template does not go on from the text so far.
+        """
+        tokenizer, turns = self.model.tokenizer, [*self.turns, {"role": "user", "content": message}]
+        if not self.tokens:
+            out = self.send(self.model.chat(message), **how)
+        else:
+            rendered = self.model.render(turns)
+            so_far = tokenizer.decode(self.tokens, skip_special_tokens=False)
+            if not rendered.startswith(so_far):
+                raise SSTError(
+                    "the chat template does not go on from the text so far",
+                    "send the next turn as text or token ids: session.send(...)",
+                )
+            out = self.send(self.model.encode_plain(rendered[len(so_far) :]), **how)
+        self.turns = [*turns, {"role": "assistant", "content": (out.texts or [""])[0]}]
+        return out
 
 
 @torch.no_grad()
@@ -160,10 +419,11 @@ def generate_at_depths(
     pad: Int[Tensor, " row"],
     depths: Sequence[int],
     max_new_tokens: int,
-    stop_tokens: Sequence[int],
+    stop: Endings,
     progress: Callable[[int], Any] | None = None,
 ) -> dict[int, Generation]:
-    """Every prompt continued at every depth: the prompts are read once, the depths decode side by side.
+    """Every prompt continued greedily at every depth: the prompts are read once, the depths decode side by
+    side.
 
     Args:
         tokens: prompts, with `pad` columns of padding on the left.
@@ -178,57 +438,22 @@ def generate_at_depths(
     ordered, rows = sorted(set(depths), reverse=True), len(pad)
     stream = model.new_stream(pad, tokens.shape[1] + max_new_tokens - 1)
     certificate = prefill(model, stream, tokens[:, :-1])
-    new, stopped = _write(
-        model,
+    lanes = Lanes(
         stream.repeat(len(ordered)),
         tokens[:, -1].repeat(len(ordered)),
-        torch.tensor(ordered).repeat_interleave(rows),
-        max_new_tokens,
-        stop_tokens,
+        [depth for depth in ordered for _ in range(rows)],
         torch.arange(rows, device=tokens.device).repeat(len(ordered)),
-        None,
-        progress,
+        certificate,
+        stop,
     )
+    for position in lanes.write(model, max_new_tokens):
+        if progress is not None:
+            progress(position + 1)
     by_depth = {}
     for k, depth in enumerate(ordered):
         here = slice(k * rows, (k + 1) * rows)
-        by_depth[depth] = Generation(new[here], None, stopped[here], [depth] * rows, certificate)
+        by_depth[depth] = Generation(lanes.new[here], None, lanes.stopped[here], [depth] * rows, certificate)
     return by_depth
-
-
-def _write(
-    model: Recurrence,
-    stream: Stream,
-    current: Tensor,
-    per_row: Tensor,
-    max_new_tokens: int,
-    stop_tokens: Sequence[int],
-    order: Tensor,
-    observe: Observe | None,
-    progress: Callable[[int], Any] | None,
-    hook: Hook | None = None,
-) -> tuple[list[list[int]], list[bool]]:
-    """Greedy continuation of every row, deepest rows first: new tokens, and whether each stopped."""
-    stop = torch.tensor(sorted(stop_tokens), dtype=torch.long, device=current.device)
-    alive = torch.ones_like(current, dtype=torch.bool)
-    emitted, lived = [], []
-    for position in range(max_new_tokens):
-        at = None if hook is None else partial(hook, position)
-        passes, logits, final = decode(model, stream, current, per_row, at)
-        if observe is not None:
-            observe(Step(position, passes, logits, order, alive))
-        model.backbone.refuse_nonfinite(final.amax(-1))  # one that is not a number is the largest
-        current = final.argmax(-1)
-        emitted.append(current)
-        lived.append(alive)
-        alive = alive & ~torch.isin(current, stop)
-        if progress is not None:
-            progress(position + 1)
-        if not bool(alive.any()):
-            break
-    new, lengths = torch.stack(emitted, 1).tolist(), torch.stack(lived, 1).sum(1).tolist()
-    texts = [row[:length] for row, length in zip(new, lengths, strict=True)]
-    return texts, (~alive).tolist()
 
 
 @torch.no_grad()

@@ -208,6 +208,12 @@ class Record:
         layers, positions, iterations = (sorted({key[k] for key in keys}) for k in range(3))
         if len({len(self.kept[site, *key]) for key in keys}) > 1:
             raise SSTError("rows iterate to different depths", "record one depth at a time, or read `kept`")
-        flat = torch.stack([self.kept[site, *key] for key in product(layers, positions, iterations)])
+        flat = torch.stack([self._at(site, *key) for key in product(layers, positions, iterations)])
         grid = flat.view(len(layers), len(positions), len(iterations), *flat.shape[1:])
         return grid.permute(3, 1, 0, 2, 4)  # rows first
+
+    def _at(self, site: Site, layer: int, position: int, iteration: int) -> Tensor:
+        """What was there; where a layer did not run again, what it had before."""
+        while (site, layer, position, iteration) not in self.kept and iteration > 1:
+            iteration -= 1
+        return self.kept[site, layer, position, iteration]

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from sst_interp import paths
@@ -42,7 +43,9 @@ from sst_interp.models.checkpoint import (
     save_checkpoint,
 )
 from sst_interp.models.choices import TRAINED, Choices, check_choices, shown
+from sst_interp.models.families import PlainModel
 from sst_interp.models.kinds import kind_named
+from sst_interp.models.kinds.looped import looping_family, native_kind
 from sst_interp.models.model import StateStreamModel
 
 if TYPE_CHECKING:
@@ -91,7 +94,17 @@ def load(
     if folder is None:
         model, tokenizer = _backbone(str(name), dtype, trust_remote_code)
         backbone = Backbone(_placed(model, device))
-        started = kind_class.start(backbone, alpha)
+        if backbone.loops:
+            started, own = native_kind(backbone)
+            if alpha is not None or kind not in (None, "looped", started.name):
+                raise SSTError(
+                    f"{name} loops by itself: it is a {started.words}, not a {kind_class.words}",
+                    "leave kind and alpha out",
+                )
+            shared = choices is not None and choices.kv != Choices().kv
+            choices = choices if shared else replace(choices or own, kv=own.kv)
+        else:
+            started = kind_class.start(backbone, alpha)
         return StateStreamModel(backbone, started, tokenizer, choices, str(name))
     config, stored, theirs = read_checkpoint(folder, kind)
     if alpha is not None:
@@ -128,24 +141,29 @@ def load_tokenizer(name: str | Path, trust_remote_code: bool = False) -> Any:
 
     folder = checkpoint_folder(name) or fetch_checkpoint(str(name))
     source = _source(str(name) if folder is None else read_checkpoint(folder)[0]["backbone"]["name"])
-    with _readable(str(name)):
+    with _quiet_transformers(), _readable(str(name)):
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
 
 
 def _backbone(name: str, dtype: torch.dtype, trust_remote_code: bool) -> tuple[Any, Any]:
     """The Hugging Face model and tokenizer of that name."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
     source = _source(name)
     with _quiet_transformers(), _readable(name):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
-        model, landed = loaded
+        config = PreTrainedConfig.get_config_dict(source)[0]
+        known = looping_family(str(config.get("model_type")))
+        if known is not None and known.module is not None:
+            model, landed = _read_plain(known.module, config, source, dtype)
+        else:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+            )
+            model, landed = loaded
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     if landed["missing_keys"]:  # transformers would have made them up
         missing = sorted(landed["missing_keys"])
@@ -161,6 +179,26 @@ def _backbone(name: str, dtype: torch.dtype, trust_remote_code: bool) -> tuple[A
             "fetch its config.json again: the model was cut short or is of another kind",
         )
     return model, tokenizer
+
+
+def _read_plain(
+    module: type[PlainModel], config: dict[str, Any], source: str, dtype: torch.dtype
+) -> tuple[PlainModel, dict[str, list[str]]]:
+    """A model of a family that transformers does not know, from the safetensors of a folder or a hub id."""
+    from huggingface_hub import snapshot_download
+
+    folder = Path(source)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json", "*.txt"]))
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise SSTError(f"{source} has no weights in safetensors", "fetch the model again")
+    weights = {name: value.clone() for file in files for name, value in load_file(file).items()}
+    with torch.device("meta"):
+        model = module(config)  # pyright: ignore[reportCallIssue]
+    missing, surplus = model.read(weights)
+    landed = {"missing_keys": missing, "unexpected_keys": surplus}
+    return (model if missing else model.to(dtype)), landed
 
 
 def _source(name: str) -> str:

@@ -7,11 +7,8 @@ model.generate(["Why is the sky blue?"], iterations=4).texts
 
 from __future__ import annotations
 
-import ctypes
-import threading
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
-from numbers import Number
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -19,8 +16,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from sst_interp.errors import SSTError, upstairs
-from sst_interp.models.backbone import Backbone, first_line
+from sst_interp.errors import SSTError, check_known, upstairs
+from sst_interp.models.backbone import Backbone
 from sst_interp.models.choices import (
     MAX_DEPTH,
     Choices,
@@ -30,23 +27,28 @@ from sst_interp.models.choices import (
     shown,
     whole,
 )
-from sst_interp.models.generation import Generation, Observe, generate, generate_at_depths
+from sst_interp.models.generation import (
+    Endings,
+    Generation,
+    Observe,
+    Piece,
+    Sampling,
+    Session,
+    generate,
+    generate_at_depths,
+    read_prompts,
+    stream_pieces,
+)
 from sst_interp.models.halting import Flat, HaltingPolicy
 from sst_interp.models.hooks import Edit
-from sst_interp.models.kinds.looped import Looped
+from sst_interp.models.kinds.looped import Looped, Range, native_kind, span_of
 from sst_interp.models.kinds.lrt import MemoryDesign, Pathway, Projections, build_memory
 from sst_interp.models.kinds.sst import PAPER_ALPHA, LayerBlend
 from sst_interp.models.likelihood import LogLikelihood, loglikelihood
+from sst_interp.models.prompts import Prompt, Prompts, check_stop, ids_of, in_time, listed
 from sst_interp.models.solvers import Replay, prefill, replay
 from sst_interp.models.solvers.sequential import Certificate
 from sst_interp.models.stream import Kind, Recurrence, Stream
-
-Prompt = str | Sequence[int]
-Prompts = Prompt | Sequence[Prompt] | Tensor | np.ndarray
-"""One prompt or several: texts, or token ids as a list, tuple, tensor or array; also ids [row, position]."""
-
-TEMPLATE_SECONDS = 10.0
-"""A chat template that takes longer is stopped."""
 
 
 class StateStreamModel(Recurrence):
@@ -86,7 +88,7 @@ class StateStreamModel(Recurrence):
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt: text as it is (special tokens as the tokenizer adds them), or ids."""
-        return self._tokenize(prompt) if isinstance(prompt, str) else _ids(prompt)
+        return self._tokenize(prompt) if isinstance(prompt, str) else ids_of(prompt)
 
     def encode_plain(self, text: str) -> list[int]:
         """Token ids of a piece of text inside a conversation: no special tokens are added."""
@@ -99,7 +101,7 @@ class StateStreamModel(Recurrence):
         space at the context's end belongs to the continuation: lm-evaluation-harness splits them so.
         """
         if not isinstance(context, str) or not isinstance(continuation, str):
-            after = self.encode_plain(continuation) if isinstance(continuation, str) else _ids(continuation)
+            after = self.encode_plain(continuation) if isinstance(continuation, str) else ids_of(continuation)
             return self.encode(context), after
         before = context.rstrip()
         ids = self.encode(before)
@@ -122,12 +124,14 @@ class StateStreamModel(Recurrence):
         if self.tokenizer is None or not getattr(self.tokenizer, "chat_template", None):
             return [*self.encode(message), *begun]
         turns = [{"role": "system", "content": system}] if system is not None else []
-        turns.append({"role": "user", "content": message})
-        text = _in_time(
+        return [*self.encode_plain(self.render([*turns, {"role": "user", "content": message}])), *begun]
+
+    def render(self, turns: Sequence[dict[str, str]]) -> str:
+        """A conversation in the tokenizer's chat template, up to where the next reply begins."""
+        return in_time(
             lambda: self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True),
             f"the chat template of {self.name}",
         )
-        return [*self.encode_plain(text), *begun]
 
     def batch(self, prompts: Prompts) -> tuple[Tensor, Tensor]:
         """Left-padded token ids [row, column] and the padding per row. One prompt alone is a batch of one.
@@ -216,8 +220,13 @@ class StateStreamModel(Recurrence):
         progress: Callable[[int], Any] | None = None,
         depth: HaltingPolicy | int | None = None,
         edit: Edit | None = None,
+        stop: str | Sequence[str] = (),
+        temperature: float | None = None,
+        top_p: float = 1.0,
+        top_k: int | None = None,
+        seed: int | Sequence[int] = 0,
     ) -> Generation:
-        """Generate greedily from prompts of different lengths.
+        """Generate from prompts of different lengths: greedily, or sampled.
 
         Args:
             prompts: one or several: texts, read as they are, or ids (`model.chat(text)` gives a chat turn).
@@ -230,25 +239,80 @@ class StateStreamModel(Recurrence):
                 (`sst_interp.models.halting`, or a trained probe), or one number.
             edit: called at every site of every layer, iteration and generated position, and may change what
                 it is given (`sst_interp.models.hooks`). The prompt is read without it.
+            stop: strings that end a text, which stops before the first of them. (Its tokens run up to the one
+                that completed the string.)
+            temperature, top_p, top_k, seed: see `sst_interp.models.generation.Sampling`. Left out, or at
+                temperature 0, the most likely token is taken.
 
         Raises:
             SSTError: iterations below 1, an empty prompt, prompt and budget longer than the context, a probe
                 of another model, or an edit that returns another kind of tensor or is never called.
         """
         tokens, pad = self.batch(prompts)
-        depths: Sequence[int] | HaltingPolicy
+        ends, drawn = self.endings(stop_tokens, stop), self.sampling(temperature, top_p, top_k, seed)
+        depths = self._depths(iterations, depth, len(pad))
+        out = generate(
+            self, tokens, pad, depths, max_new_tokens, ends, observe, progress, edit, sampling=drawn
+        )
+        return self.with_texts(out, ends)
+
+    def stream(
+        self,
+        prompts: Prompts,
+        iterations: int | Sequence[int] = 1,
+        max_new_tokens: int = 64,
+        depth: HaltingPolicy | int | None = None,
+        **how: Any,
+    ) -> Iterator[Piece]:
+        """Every token as it is written: row, position, token, text and depth.
+
+        Args:
+            how: `stop_tokens`, `stop`, `temperature`, `top_p`, `top_k`, `seed`; the others, too, are as for
+                `generate`, and so are the errors.
+        """
+        tokens, pad = self.batch(prompts)
+        ends, depths = self.endings(**how), self._depths(iterations, depth, len(pad))
+        with torch.no_grad():
+            lanes = read_prompts(self, tokens, pad, depths, max_new_tokens, ends, self.sampling(**how))
+        return stream_pieces(self, lanes, max_new_tokens)
+
+    def start(self) -> Session:
+        """A conversation that goes on from its stream: `session.send(...)`, `session.chat(...)`."""
+        return Session(self)
+
+    def _depths(self, iterations: Any, depth: Any, rows: int) -> Sequence[int] | HaltingPolicy:
         if isinstance(iterations, Sequence | Tensor | np.ndarray) and np.ndim(iterations):
             depths = check_iterations(iterations)
         else:
-            depths = [whole("iterations", iterations, 1, MAX_DEPTH)] * len(pad)
-        if depth is not None:
-            if isinstance(iterations, Sequence) or iterations != 1:
-                raise SSTError("both iterations and depth were given", "leave one of them out")
-            depths = depth if isinstance(depth, HaltingPolicy) else Flat(whole("depth", depth, 1, MAX_DEPTH))
-            depths.check(self)
-        stop = self.stop_tokens if stop_tokens is None else check_stop(stop_tokens)
-        out = generate(self, tokens, pad, depths, max_new_tokens, stop, observe, progress, edit)
-        return self._with_texts(out)
+            depths = [whole("iterations", iterations, 1, MAX_DEPTH)] * rows
+        if depth is None:
+            return depths
+        if isinstance(iterations, Sequence) or iterations != 1:
+            raise SSTError("both iterations and depth were given", "leave one of them out")
+        policy = depth if isinstance(depth, HaltingPolicy) else Flat(whole("depth", depth, 1, MAX_DEPTH))
+        policy.check(self)
+        return policy
+
+    def endings(self, stop_tokens: Any = None, stop: Any = (), **_sampling: Any) -> Endings:
+        """What ends a text. Raises SSTError for what is neither ids nor strings."""
+        strings = (stop,) if isinstance(stop, str) else tuple(stop if isinstance(stop, Sequence) else (stop,))
+        if not all(isinstance(string, str) and string for string in strings):
+            raise SSTError(f"stop = {shown(stop)} is no text or list of texts", 'for example stop = ["\\n"]')
+        if strings and self.tokenizer is None:
+            raise SSTError("this model has no tokenizer, so no string can end a text", "give stop_tokens")
+        ids = self.stop_tokens if stop_tokens is None else check_stop(stop_tokens)
+        return Endings(ids, strings, self.tokenizer)
+
+    def sampling(
+        self,
+        temperature: float | None = None,
+        top_p: float = 1.0,
+        top_k: int | None = None,
+        seed: int | Sequence[int] = 0,
+        **_endings: Any,
+    ) -> Sampling | None:
+        """How tokens are drawn; None: greedily."""
+        return Sampling.of(temperature, top_p, top_k, seed)
 
     def generate_at_depths(
         self,
@@ -269,8 +333,9 @@ class StateStreamModel(Recurrence):
             SSTError: as `generate`; no depths.
         """
         tokens, pad = self.batch(prompts)
-        by_depth = generate_at_depths(self, tokens, pad, depths, max_new_tokens, self.stop_tokens, progress)
-        return {depth: self._with_texts(out) for depth, out in by_depth.items()}
+        ends = self.endings()
+        by_depth = generate_at_depths(self, tokens, pad, depths, max_new_tokens, ends, progress)
+        return {depth: self.with_texts(out, ends) for depth, out in by_depth.items()}
 
     def loglikelihood(
         self, context: Prompt, continuations: Sequence[Prompt], iterations: int | Sequence[int] = 1
@@ -297,9 +362,11 @@ class StateStreamModel(Recurrence):
         out = loglikelihood(self, tokens, pad, [after], check_iterations(depths))
         return out if several else LogLikelihood(out.sums[0], out.terms[0], out.lengths, out.greedy[0])
 
-    def _with_texts(self, out: Generation) -> Generation:
+    def with_texts(self, out: Generation, stop: Endings) -> Generation:
+        """The generation with its tokens as texts, each up to the string that ended it."""
         if self.tokenizer is not None:
-            out.texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in out.tokens]
+            texts = (self.tokenizer.decode(ids, skip_special_tokens=True) for ids in out.tokens)
+            out.texts = [stop.cut(text) for text in texts]
         return out
 
     @property
@@ -311,85 +378,6 @@ class StateStreamModel(Recurrence):
             ends = getattr(source, "eos_token_id", None)
             ids |= set(ends if isinstance(ends, list | tuple) else [] if ends is None else [ends])
         return sorted(ids)
-
-
-def listed(prompts: Any) -> list[Prompt]:
-    """Prompts as a list; one prompt alone becomes a list of one.
-
-    Raises:
-        SSTError: they are neither texts nor ids [position] or [row, position].
-    """
-    if isinstance(prompts, str):
-        return [prompts]
-    if isinstance(prompts, Tensor | np.ndarray):
-        if prompts.ndim not in (1, 2):
-            raise SSTError(
-                f"token ids have shape {list(prompts.shape)}", "give [position] or [row, position]"
-            )
-        return [_ids(row) for row in (prompts if prompts.ndim == 2 else prompts[None])]
-    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
-        raise SSTError(
-            f"prompts are a {type(prompts).__name__}, not texts or token ids",
-            'for example ["Why is the sky blue?"] or [[12, 7, 9]]',
-        )
-    flat = bool(prompts) and all(isinstance(p, Number) or getattr(p, "ndim", None) == 0 for p in prompts)
-    return [_ids(prompts)] if flat else [p if isinstance(p, str) else _ids(p) for p in prompts]
-
-
-def _ids(row: Any) -> list[int]:
-    """One prompt's token ids as ints, or SSTError. (No error shows a prompt's text: it may be restricted.)"""
-    hint = "token ids are whole numbers from 0, as a tokenizer gives them"
-    if isinstance(row, Tensor | np.ndarray):
-        dtype = str(row.dtype).removeprefix("torch.")
-        if row.ndim != 1 or "int" not in dtype or getattr(row, "is_meta", False):
-            raise SSTError(f"a prompt is of {dtype} and shape {list(row.shape)}, not ids [position]", hint)
-        return row.tolist()
-    if not isinstance(row, Sequence) or isinstance(row, str | bytes):
-        raise SSTError(f"a prompt is a {type(row).__name__}, neither text nor token ids", hint)
-    for token in row:
-        if not isinstance(token, Number | Tensor | np.ndarray):
-            raise SSTError(f"a prompt has a {type(token).__name__} among its token ids", hint)
-    return [token if type(token) is int else whole("a token id", token, 0) for token in row]
-
-
-def check_stop(stop_tokens: Any) -> list[int]:
-    """The ids that end a text as ints, or SSTError."""
-    if isinstance(stop_tokens, str) or not isinstance(stop_tokens, Iterable):
-        raise SSTError(f"stop_tokens = {shown(stop_tokens)} is no list of token ids", "for example [2]")
-    return [whole("a stop token", token, 0) for token in stop_tokens]
-
-
-class _TooLong(BaseException):
-    """Raised inside a thread that has taken too long."""
-
-
-def _in_time(work: Callable[[], Any], what: str) -> Any:
-    """What `work`, the code of a stranger, returns.
-
-    Raises:
-        SSTError: it raises anything, or takes longer than `TEMPLATE_SECONDS`.
-    """
-    done: list[tuple[Any, BaseException | None]] = []
-
-    def run() -> None:
-        try:
-            done.append((work(), None))
-        except BaseException as error:  # handed to the caller
-            done.append((None, error))
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(TEMPLATE_SECONDS)
-    hint = "mend `chat_template` of the tokenizer, or set it to None to send messages as plain text"
-    if thread.is_alive():
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(
-            ctypes.c_ulong(thread.ident or 0), ctypes.py_object(_TooLong)
-        )
-        raise SSTError(f"{what} has not ended after {TEMPLATE_SECONDS:g} s", hint)
-    value, error = done[0]
-    if error is not None:
-        raise SSTError(f"{what} fails: {type(error).__name__}: {first_line(error)}", hint) from error
-    return value
 
 
 def attach(
@@ -405,7 +393,7 @@ def attach(
     The model is not copied or changed; parts are resolved by family and validated by numbers.
 
     Args:
-        model: `AutoModelForCausalLM` of a supported family (Llama, Qwen2/3, Mistral, Gemma 2/3, GPT-2).
+        model: `AutoModelForCausalLM` of a supported family (`sst_interp.models.families.SUPPORTED`).
         tokenizer: its tokenizer, if texts are to be used.
         alpha: blend weights in [0, 1]: a number (the default is the paper's mean), one per layer [layer], or
             [layer, d_model].
@@ -423,16 +411,35 @@ def attach(
 
 
 def attach_looped(
-    model: nn.Module, tokenizer: Any = None, choices: Choices | None = None, name: str | None = None
+    model: nn.Module,
+    tokenizer: Any = None,
+    choices: Choices | None = None,
+    name: str | None = None,
+    prelude: Range | None = None,
+    core: Range | None = None,
+    coda: Range | None = None,
+    **loop: Any,
 ) -> StateStreamModel:
-    """Loop any Hugging Face causal LM in memory over its depth; the arguments are those of `attach`.
+    """Loop any Hugging Face causal LM in memory over its depth. One that loops by itself is taken as it does.
 
-    `choices.blend` says how an iteration is read: `convex` in place of the embedding, `additive` on top.
+    Args:
+        model, tokenizer, choices, name: as for `attach`.
+        prelude, core, coda: layers, as (first, one after the last), that run once, again and again, and after
+            the loop; what is left out fills the rest. Without any of them the whole stack is the core.
+        loop: fields of `sst_interp.models.kinds.looped.Looped`: `inject`, `initial`, `norm`, `damping` ...
 
     Raises:
-        SSTError: an unsupported family, or a choice that does not apply.
+        SSTError: an unsupported family, or a range, setting or choice that does not apply.
     """
-    return attach(model, tokenizer, choices=choices, name=name, kind=Looped())
+    backbone = Backbone(model)
+    check_known("setting of a loop", loop, [field.name for field in fields(Looped)])
+    given = prelude is not None or core is not None or coda is not None
+    if backbone.loops and not (given or loop):
+        kind, own = native_kind(backbone)
+        choices = choices or own
+    else:
+        kind = Looped(core=span_of(backbone.n_layers, prelude, core, coda) if given else None, **loop)
+    return StateStreamModel(backbone, kind, tokenizer, choices, name or backbone.family)
 
 
 def attach_lrt(

@@ -8,7 +8,7 @@ what a state is, where it is read, what is handed on and which layers run:
 | --- | --- | --- | --- |
 | `sst` | every layer's output | after attention: the blend | none: no blend |
 | `lrt` | one source layer's output | before attention, and in keys and values | zeros |
-| `looped` | the last layer's output | by the first layer, from iteration 2 on | none |
+| `looped` | the core's output | by the core's first layer, from iteration 2 on | none |
 
 `sst_interp.models.solvers` decides in which order positions are visited, and knows no kind.
 """
@@ -25,9 +25,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sst_interp.errors import SSTError
-from sst_interp.models.backbone import SLIDING, Backbone, Layer
+from sst_interp.models.backbone import Backbone
 from sst_interp.models.cache import Access, KeyValues, View
 from sst_interp.models.choices import Choices
+from sst_interp.models.families import SLIDING, Layer
 from sst_interp.models.hooks import Visit, unhooked
 
 
@@ -102,6 +103,8 @@ class PassInputs(NamedTuple):
     masks: dict[str, Tensor | None]
     """By layer kind, as `attention_masks` gives them."""
     kv: View
+    first_entry: int = 0
+    """Where the store keeps the keys and values of layer 0; those of the others follow."""
 
 
 def attention_masks(
@@ -148,6 +151,18 @@ def _as_slice(columns: Tensor) -> Tensor | slice:
     return slice(first, last + 1) if last - first + 1 == len(columns) else columns
 
 
+def access_of(kv: str, iteration: int, last: bool) -> Access:
+    """How a pass uses its keys and values under `Choices.kv`.
+
+    Args:
+        iteration: of the pass, from 1.
+        last: whether no further iteration of its positions follows, or none is computed beside it.
+    """
+    if kv == "first":
+        return "write" if iteration == 1 else "read"
+    return "write" if last or kv == "each" else "beside"
+
+
 class Reading:
     """How one pass reads its states, layer by layer. This one reads nothing: the backbone."""
 
@@ -172,13 +187,21 @@ def run_layer(
     reading: Reading,
     visit: Visit,
 ) -> tuple[Float[Tensor, "row position d_model"], Float[Tensor, "row position d_model"]]:
-    """Layer `index` on the output `x` of the layer below: (its output, what its FFN adds)."""
+    """Layer `index` on the output `x` of the layer below: (its output, what its FFN adds).
+
+    Where both branches read the same residual, there is none between them, and no `resid_mid` to visit.
+    """
     x = visit("resid_pre", index, reading.into_layer(index, x))
-    branch = reading.attention(index, layer, x, at.rotary[layer.kind], at.masks[layer.kind], at.kv)
-    m = visit("resid_mid", index, x + visit("attn_out", index, branch))
+    kv = at.kv.at(at.first_entry + index)
+    branch = reading.attention(index, layer, x, at.rotary[layer.kind], at.masks[layer.kind], kv)
+    branch = visit("attn_out", index, branch)
+    if layer.parallel:
+        ffn = visit("mlp_out", index, layer.ffn_branch(x))
+        return visit("resid_post", index, ffn + branch + x), ffn
+    m = visit("resid_mid", index, layer.add_attention(x, branch))
     m = visit("resid_blended", index, reading.after_attention(index, m))
     ffn = visit("mlp_out", index, layer.ffn_branch(m))
-    return visit("resid_post", index, m + ffn), ffn
+    return visit("resid_post", index, layer.add_ffn(m, ffn)), ffn
 
 
 class Kind(ABC):
@@ -190,6 +213,10 @@ class Kind(ABC):
     """In sentences: `State Stream Transformer`."""
     layer_by_layer: ClassVar[bool] = False
     """Whether a layer reads no state but its own, so that one layer can be solved after the other."""
+    keeps_each: ClassVar[bool] = False
+    """Whether its iterations can keep their own keys and values (`Choices.kv = "each"`)."""
+    native: ClassVar[str] = ""
+    """The `model_type` of the models that iterate in this way by themselves, in their config.json."""
     own: ClassVar[str] = "weights of its own"
     """What only checkpoints of this kind have, in errors."""
     holds: ClassVar[tuple[frozenset[str], ...]] = (frozenset(),)
@@ -253,8 +280,8 @@ class Kind(ABC):
     ) -> tuple[Float[Tensor, "layer row position d_model"], Float[Tensor, "slot row position d_model"]]:
         """One pass: here every layer once, from the embedding up.
 
-        A kind that runs other layers overrides it. It must return an output for every layer all the same, and
-        may depend on `p.iteration`.
+        A kind that runs other layers overrides it. It must return an output for every layer all the same (of
+        a layer that does not run again, the one that it had), and may depend on `p.iteration`.
 
         Returns:
             (resid_post, carried): each layer's output, and the states that are handed on.
@@ -311,6 +338,10 @@ class Kind(ABC):
             return False
         return all(torch.equal(w.to(theirs[name]), theirs[name]) for name, w in ours.items())
 
+    def iterated(self, n_layers: int) -> range:
+        """The layers whose output an iteration can change: the ones that a run compares."""
+        return range(n_layers)
+
     def digest(self) -> str:
         """sha256 of its label and weights: tells two streams on one backbone apart."""
         digest = hashlib.sha256(self.label().encode())
@@ -326,6 +357,21 @@ class Recurrence:
     backbone: Backbone
     kind: Kind
     choices: Choices
+
+    def __post_init__(self) -> None:
+        if self.choices.kv == "each" and not self.kind.keeps_each:
+            raise SSTError(
+                f"choice kv = 'each': a {self.kind.words} hands its states to the next position, and its "
+                "iterations share their keys and values",
+                "kv = 'last' or 'first'",
+            )
+        family = self.backbone.family
+        if self.kind.native != (family if self.backbone.loops else ""):
+            loops = "loops by itself" if self.backbone.loops else "does not loop by itself"
+            raise SSTError(
+                f"a model of family {family!r} {loops}: it is no {self.kind.words}",
+                "sst.attach_looped(model) takes a model that loops by itself as it does",
+            )
 
     @property
     def alpha(self) -> Float[Tensor, "layer d_model"]:

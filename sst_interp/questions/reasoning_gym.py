@@ -86,5 +86,5 @@ def score(question: Question, reply: str) -> Graded:
     from reasoning_gym import get_score_answer_fn
 
     answer = final_lines(reply, 1 + question.gold.count("\n"))
-    full = get_score_answer_fn(question.entry["metadata"]["source_dataset"])
+    full: Any = get_score_answer_fn(question.entry["metadata"]["source_dataset"])
     return Graded(answer or None, bool(answer) and full(answer, question.entry) >= 1)

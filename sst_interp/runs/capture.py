@@ -171,7 +171,8 @@ def graded_replies(
     for k, question in enumerate(questions):
         for depth in recipe.depths:
             said = model.tokenizer.decode(texts[depth][k], skip_special_tokens=True)
-            read.append((*graded(question, Hidden((recipe.reply_prefix or "") + said)), None))
+            answer, correct = graded(question, Hidden((recipe.reply_prefix or "") + said))
+            read.append((answer, correct, None))
     return read
 
 
@@ -181,8 +182,8 @@ def graded_choices(questions: Sequence[Question], sums: Float[Tensor, "depth cho
     per_question = sums.split([question.n_choices for question in questions], dim=1)
     for question, of_question in zip(questions, per_question, strict=True):
         for at_depth in of_question.tolist():
-            of_choices, margin = grade_by_likelihood(question, at_depth)
-            read.append((*of_choices, margin))
+            (answer, correct), margin = grade_by_likelihood(question, at_depth)
+            read.append((answer, correct, margin))
     return read
 
 

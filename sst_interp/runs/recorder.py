@@ -226,7 +226,8 @@ class Recorder:
         stored = self.lens_tokens == "all" or (self.lens_tokens == "position0" and position == 0)
         if not stored and not self.lens:
             return {}
-        states = {cell: moment.states(cell) for cell in self._compared}
+        cut = _iterated(decoder)
+        states = {cell: moment.states(cell)[cut] for cell in self._compared}
         tops = lens_tops(decoder.model.backbone.unembed, states, TOP if self.lens else LENS_TOP)
         for cell, top in tops.items() if stored else ():
             alive = _numpy(decoder.alive_in(cell.rollout))
@@ -238,14 +239,15 @@ class Recorder:
         self, position: int, moment: RolloutStep, decoder: RolloutDecoder, tops: dict[RolloutCell, Tensor]
     ) -> None:
         """All pairs and layers of a position in one go: [pair, layer, question]."""
-        a = torch.stack([moment.states(p.cell_a) for p in self.pairs])
-        b = torch.stack([moment.states(p.cell_b) for p in self.pairs])
+        cut = _iterated(decoder)
+        a = torch.stack([moment.states(p.cell_a)[cut] for p in self.pairs])
+        b = torch.stack([moment.states(p.cell_b)[cut] for p in self.pairs])
         measured = compare_states(a, b)
         if self.lens:
             both_tops = [(tops[p.cell_a], tops[p.cell_b]) for p in self.pairs]
             measured["lens_jaccard"] = torch.stack([jaccard(a, b) for a, b in both_tops])
         measured = {name: _numpy(x) for name, x in measured.items()}
-        n_layers, layers = a.shape[1], np.arange(a.shape[1], dtype=np.int16)
+        n_layers, layers = a.shape[1], np.arange(cut.start, cut.stop, dtype=np.int16)
         for k, pair in enumerate(self.pairs):
             both = decoder.alive_in(pair.cell_a.rollout) & decoder.alive_in(pair.cell_b.rollout)
             alive, n = _numpy(both), int(both.sum())
@@ -270,17 +272,17 @@ class Recorder:
                 | {name: x[k][:, alive].T.reshape(-1) for name, x in measured.items()}
             )
             if self.keep == "shifts":
-                self._keep_shifts(position, k, alive, measured["cosine"][k], a[k], b[k])
+                self._keep_shifts(position, k, alive, measured["cosine"][k], a[k], b[k], cut.start)
 
     def _keep_shifts(
-        self, position: int, k: int, alive: np.ndarray, overlap: np.ndarray, a: Tensor, b: Tensor
+        self, position: int, k: int, alive: np.ndarray, overlap: np.ndarray, a: Tensor, b: Tensor, first: int
     ) -> None:
         layer, row = np.nonzero((overlap < SHIFT_KEPT_BELOW) & alive[None])
         pair = self.pairs[k]
         n = len(layer)
         what = [COMPARISONS.index(pair.comparison), position, 0, pair.a, pair.b]
         index = np.tile(np.array(what, np.int32), (n, 1))
-        index[:, 2] = layer
+        index[:, 2] = first + layer
         self._shifts.append((np.column_stack([self.questions[row], index]), a[layer, row], b[layer, row]))
 
     def _see_states(self, position: int, moment: RolloutStep, decoder: RolloutDecoder) -> None:
@@ -333,6 +335,12 @@ def compare_states(a: Float[Tensor, "*at d_model"], b: Float[Tensor, "*at d_mode
         "norm_b": wide(b).norm(dim=-1),
         "bf16_ratio": bf16_ratio(a, b),
     }
+
+
+def _iterated(decoder: RolloutDecoder) -> slice:
+    """The layers that are compared: one that runs once has no pair of iterations."""
+    layers = decoder.model.kind.iterated(decoder.model.backbone.n_layers)
+    return slice(layers.start, layers.stop)
 
 
 def _numpy(x: Tensor) -> np.ndarray:

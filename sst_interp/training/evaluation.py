@@ -324,7 +324,7 @@ def _measure(
     task, by_depth = TASKS.get(name), {}
     if task is not None and task.kind != "loss":
         by_likelihood = task.kind in LIKELIHOOD
-        how = {"scoring": task.kind} if by_likelihood else {}
+        how: dict[str, Any] = {"scoring": task.kind} if by_likelihood else {}
         asked = load_questions(task.dataset, n, split=task.split, **how).questions
         if by_likelihood:
             read = choices(model, asked, depths, progress=progress)

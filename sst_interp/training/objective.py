@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -32,14 +32,14 @@ class Pass(NamedTuple):
 
 
 def last_layer(
-    model: Recurrence, batch: Batch, method: Method, sweeps: int = 1, groups: int = 1, chunk: int = 1
+    model: Recurrence, batch: Batch, method: Method, *how: Any
 ) -> Float[Tensor, "row position d_model"]:
     """The last layer's outputs after all passes of a method, differentiable through every pass.
 
     Args:
-        method, sweeps, groups, chunk: see `TrainingRecipe`.
+        how: the further arguments of `run_passes`.
     """
-    passes = run_passes(model, batch.tokens, method, sweeps, groups, chunk)
+    passes = run_passes(model, batch.tokens, method, *how)
     return passes[-1].last if len(passes[-1].at) == batch.tokens.shape[1] else newest(passes)
 
 
@@ -122,15 +122,16 @@ def run_passes(
     sweeps: int = 1,
     groups: int = 1,
     chunk: int = 1,
-    *,
     iterations: int = 1,
+    exact_sweeps: tuple[int, int] | None = None,
+    *,
     solver: Solver | None = None,
     until: Int[Tensor, " row"] | None = None,
 ) -> list[Pass]:
     """Every pass of a method, in order. A position's newest output is in the last pass that computed it.
 
     Args:
-        method, sweeps, groups, chunk: see `TrainingRecipe`.
+        method, sweeps, groups, chunk, exact_sweeps: see `TrainingRecipe`.
         iterations: depth of every position (`exact`, `sequential`).
         solver, until: see `implicit.exact_states` (`exact`).
 
@@ -143,7 +144,8 @@ def run_passes(
     if method == "none":
         return [Pass(everywhere, stack_pass(model, stream, tokens, everywhere, None, None, "write")[0][-1])]
     if method == "exact":
-        last = exact_states(model, tokens, solver or Solver(), iterations=iterations, until=until)
+        solver = solver or Solver(sweeps=exact_sweeps)
+        last = exact_states(model, tokens, solver, iterations=iterations, until=until)
         return [Pass(everywhere, last)]
     if method == "sequential":
         steps = [advance(model, stream, tokens[:, t], iterations)[-1].resid_post[-1] for t in range(T)]

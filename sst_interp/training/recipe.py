@@ -67,6 +67,9 @@ class TrainingRecipe:
     deeper: float = 1.0
     """Share of steps that draw from all of `depths`; the others take the least."""
 
+    deeper_from: int = 0
+    """Step (from 0) from which they do so; all steps before it take the least."""
+
     recompute: bool = False
     """Compute every layer again in the backward pass (`exact`): slower, in less memory."""
 
@@ -231,7 +234,8 @@ class TrainingRecipe:
         """Iterations of every position in step `step` (from 0)."""
         drawn = random.Random(f"depth:{self.seed}:{step}")
         depth = drawn.randint(*self.depths)
-        return depth if drawn.random() < self.deeper else self.depths[0]
+        draws = drawn.random() < self.deeper and step >= self.deeper_from
+        return depth if draws else self.depths[0]
 
     def differences(self, now: TrainingRecipe) -> list[tuple[str, Any, Any]]:
         """(key, this recipe's value, `now`'s) wherever the two would learn something different."""
@@ -243,7 +247,7 @@ class TrainingRecipe:
 
 _LATER = (
     "chunk", "loss_weights", "lrt_learning_rate", "tolerance", "exact_sweeps", "depths", "deeper",
-    "recompute", "batch_tokens",
+    "deeper_from", "recompute", "batch_tokens",
 )  # fmt: skip
 """Keys that older recipes lack. They are written only if they differ from the default."""
 
@@ -309,6 +313,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str, str]] = {
         "two whole numbers from 1, the lower first", "[1, 4]",
     ),
     "deeper": (*_number(0, 1), "0.2"),
+    "deeper_from": (*_whole(0), "1000"),
     "recompute": (lambda v: isinstance(v, bool), "true or false", "true"),
     "loss_weights": (
         lambda v: _list(v, _number(0)) and (not v or any(v)), "a list of numbers from 0, not all 0", "[1, 1]"

@@ -82,7 +82,8 @@ class TextStates:
         kv = KeyValues(len(self.stream.kv.keys), column + room)
         for mine, theirs in ((kv.keys, self.stream.kv.keys), (kv.values, self.stream.kv.values)):
             for layer, kept in enumerate(theirs):
-                assert kept is not None
+                if kept is None:
+                    continue
                 copy = kept.new_zeros(len(rows), kept.shape[1], kv.columns, kept.shape[3])
                 copy[:, :, :column] = kept[rows, :, :column]
                 mine[layer] = copy

@@ -174,7 +174,8 @@ class _Patching:
                 self.model, reading, other, position, self.layers, plan.windows, plan.new_tokens,
                 (plan.seed, question), choice_tokens(self.model, self.asked[question]),
             )  # fmt: skip
-            own = overlaps.loc[[position]].to_numpy(dtype=float)[0]
+            every = range(self.model.backbone.n_layers)  # a layer that runs once has no pair: it stays
+            own = overlaps.loc[[position]].reindex(columns=every, fill_value=1.0).to_numpy(dtype=float)[0]
             answer = cache(partial(self._answer, question, tokens[:position]))  # most texts are alike
             for row, written in zip(effect, texts, strict=True):
                 answers = self._likeliest(question, written)
@@ -209,7 +210,9 @@ class _Patching:
     def _likeliest(self, question: int, written: Texts) -> list[str | None] | None:
         """The likeliest choices of the patched row, the base and the donor; None after position 0."""
         asked = self.asked[question]
-        return written.sums and [grade_by_likelihood(asked, sums)[0].answer for sums in written.sums]
+        if written.sums is None:
+            return None
+        return [grade_by_likelihood(asked, sums)[0].answer for sums in written.sums]
 
     def _answer(self, question: int, before: Sequence[int], new: Sequence[int]) -> str | None:
         """The answer in the text so far."""

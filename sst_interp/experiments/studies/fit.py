@@ -6,6 +6,7 @@ It trains every weight of a small model, and those of its stream, with the optim
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,12 +35,14 @@ class Schedule(NamedTuple):
     sweeps: int = 1
     groups: int = 1
     chunk: int = 64
+    iterations: int = 1
+    exact_sweeps: tuple[int, int] | None = None
 
     @property
     def passes(self) -> int:
         """How often it runs the stack at every position, whether all at once or one after the other."""
         if self.method in ("none", "exact", "sequential", "chunked"):
-            return 1
+            return self.iterations
         return 2 if self.method == "interleaved" else 1 + self.sweeps
 
     @property
@@ -60,15 +63,23 @@ class Arm:
     """Where a decoder's residual scalars start; None: where the decoder says."""
     longer: int = 1
     """Times as many steps as planned."""
+    deepest: int = 1
+    """Every step draws a depth from 1 to this (`exact`)."""
 
     @property
-    def passes(self) -> int:
-        """Compute of a step in position passes: runs of the layer stack at every position."""
-        return self.schedule.passes
+    def passes(self) -> float:
+        """Compute of a step in position passes: mean runs of the layer stack at every position."""
+        return self.schedule.passes * (1 + self.deepest) / 2
+
+    def at(self, step: int) -> Schedule:
+        """The schedule of a step."""
+        depth = random.Random(f"depth:{step}").randint(1, self.deepest)
+        return self.schedule._replace(iterations=depth) if self.deepest > 1 else self.schedule
 
 
 NONE = Schedule("none")
 EXACT = Arm("exact", Schedule("sequential"))
+"""Back-propagation through time, token by token: the definition."""
 TWO_PASS = Arm("two-pass", Schedule())
 NO_STREAM, NO_MEMORY = Arm("no stream", NONE), Arm("no memory", NONE)
 SEQUENTIAL, ZERO, OWN = "sequential", "zero memory", "own"
@@ -109,12 +120,12 @@ class Training:
         """Take the next step; returns its loss in nats."""
         batch = self.draw(self.done)
         began = time.process_time()
-        loss, norm = self._backward(batch, self.arm.schedule)
+        loss, norm = self._backward(batch, self.arm.at(self.done))
         self.masters.step(self.done, norm)
         self._hand_over(detached=True)
         self.done += 1
         self.seconds += time.process_time() - began
-        self.position_passes += batch.tokens.numel() * self.arm.passes
+        self.position_passes += batch.tokens.numel() * self.arm.at(self.done - 1).passes
         return loss
 
     def finish(self, after_step: Callable[[], Any] | None = None) -> StateStreamModel:

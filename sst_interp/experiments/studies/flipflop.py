@@ -1,8 +1,8 @@
-"""The studies `small` and `lrt-schedules`: small models trained on flip-flop under every schedule.
+"""The studies `exact-training` and `lrt-schedules`: small models trained on flip-flop under every schedule.
 
 | study | model | arms |
 | --- | --- | --- |
-| `small` | an SST, in two settings of alpha | exact, few sweeps, no stream |
+| `exact-training` | an SST, in four settings of alpha | token by token, solved, few sweeps, no stream |
 | `lrt-schedules` | an LRT | exact, interleaved, multi-refine, chunked, no memory |
 """
 
@@ -12,17 +12,12 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-import plotly.graph_objects as go
 import torch
-from plotly.subplots import make_subplots
 
-from sst_interp.analyses.plots import GREY, TEMPLATE
-from sst_interp.analyses.result import Result
-from sst_interp.analyses.statistics.bootstrap import over_seeds, seeds_words
-from sst_interp.errors import Untestable
 from sst_interp.experiments.studies.fit import (
     EXACT,
     NO_MEMORY,
@@ -38,25 +33,44 @@ from sst_interp.experiments.studies.fit import (
     random_model,
     score_labels,
 )
+from sst_interp.experiments.studies.gradient_errors import (
+    GRADIENT_ERRORS,
+    SETTING,
+    bounds_words,
+    conditions_table,
+    gradient_errors,
+    gradient_fidelity,
+    gradients_table,
+    measure_gradient_errors,
+    schedules_table,
+    setting_words,
+)
 from sst_interp.experiments.studies.scores import ArmScores, Design, arm_scores
-from sst_interp.experiments.studies.show import COLOURS, finite, groups_of, interval, number, table
+from sst_interp.experiments.studies.show import interval, number, table
 from sst_interp.experiments.studies.study import Finding, Job, TrainingStudy, register_study
 from sst_interp.experiments.studies.tasks import FlipFlop
 from sst_interp.experiments.table import Table
+from sst_interp.files import check_place
 from sst_interp.models.kinds.lrt import MemoryDesign
 from sst_interp.models.model import attach, attach_lrt
 from sst_interp.training.recipe import TrainingRecipe
 
+DEEPER = Arm("solved, depth 1 to 4", Schedule("exact"), deepest=4)
 STREAM_ARMS = (
     EXACT,
+    Arm("solved to 1e-3", Schedule("exact")),
+    Arm("solved, 2 and 2 sweeps", Schedule("exact", exact_sweeps=(2, 2))),
+    DEEPER,
     TWO_PASS,
     Arm("2 sweeps", Schedule(sweeps=2)),
     Arm("4 sweeps", Schedule(sweeps=4)),
-    Arm("2 groups", Schedule(groups=2)),
     Arm("4 groups", Schedule(groups=4)),
     NO_STREAM,
 )
-"""Of a small SST. Groups make one sweep, so that they cost as many passes as two-pass training."""
+"""Of a small SST. *Exact* goes token by token, *solved* is the method `exact` of a recipe. Groups make one
+sweep, so that they cost as many passes as two-pass training."""
+DEEP = "depth 4"
+"""The exact evaluation with four iterations of every position."""
 INTERLEAVED = Arm("interleaved S=2", Schedule("interleaved", groups=2))
 LRT_ARMS = (
     EXACT,
@@ -70,10 +84,10 @@ LRT_ARMS = (
 """Of a small LRT; its memory is the plan's."""
 LOOKS = 5
 """How often the losses of `small` are measured: before the first step, after the last, and evenly between."""
+QUANTILES = (0.01, 0.99)
+"""Of all blend weights."""
 MEASURES = {"loss": ("loss", "labels", 1), "accuracy": ("correct", "labels", 1)}
 DISTANCE = {"distance": "positions since the value was set"}
-SETTING = ("alpha_low", "alpha_high")
-PARTS = {"weights": "weights", "alpha": "alpha (its logit)"}
 
 
 class Blend(NamedTuple):
@@ -86,15 +100,18 @@ class Blend(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that decides the results of `small`, but the seeds."""
+    """Everything that decides the results of `exact-training`, but the seeds."""
 
     task: FlipFlop = field(default_factory=FlipFlop)
     layers: int = 4
     d_model: int = 64
     window: int = 2
     """Positions that attention sees, its own included."""
-    blends: tuple[Blend, ...] = (Blend(0.015, 0.10, 0.027), Blend(0.015, 0.50, 0.20))
-    """One setting each: the paper's, and a large alpha, where an approximation must hurt if it ever does."""
+    blends: tuple[Blend, ...] = (
+        Blend(0.015, 0.10, 0.027), Blend(0.015, 0.50, 0.20), Blend(0, 1, 0.005), Blend(0, 1, 0.05),
+    )  # fmt: skip
+    """One setting each: the paper's; a large alpha, where an approximation must hurt if it ever does; without
+    bounds from two starts."""
     pretraining: int = 160
     """Steps without a stream before all arms start from the same weights."""
     steps: int = 240
@@ -140,144 +157,25 @@ def pretrained(plan: Plan, seed: int) -> Any:
     return training.finish().backbone.model
 
 
-@dataclass(frozen=True, eq=False)
-class GradientFidelity(Result):
-    """Gradients of few sweeps against exact ones. Intervals are over seeds; settings are not pooled."""
-
-    summary: pd.DataFrame
-    """A row per setting, arm and part: seeds, steps, and over them `cosine` and `norm_ratio` (mean of each
-    seed's mean over the training) with `_low` and `_high`, and `lowest_cosine` of any step and seed."""
-    curves: pd.DataFrame
-    """A row per setting, arm, part and step: means over seeds of `cosine` and `norm_ratio`, and their lowest
-    and highest seed."""
-
-    @property
-    def title(self) -> str:
-        """What was asked."""
-        return "Gradients against exact back-propagation"
-
-    @property
-    def table(self) -> pd.DataFrame:
-        """A row per setting, arm and part."""
-        return self.summary
-
-    @property
-    def verdict(self) -> str:
-        """The two-pass gradient, setting by setting, and the arm that comes nearest to exact."""
-        told = [self._told(ends, rows) for ends, rows in groups_of(self.summary, SETTING)]
-        return " ".join(filter(None, told)) or "Not testable: no two-pass gradient was measured."
-
-    def _told(self, ends: tuple, rows: pd.DataFrame) -> str:
-        sentences = []
-        for part, words in PARTS.items():
-            own = rows[rows["part"] == part].set_index("arm")
-            if TWO_PASS.name not in own.index:
-                continue
-            two, best = own.loc[TWO_PASS.name], str(own["cosine"].idxmax())
-            sentences.append(
-                f"The two-pass gradient of {words} has a cosine of {two['cosine']:.3f} with the exact one "
-                f"(lowest {two['lowest_cosine']:.3f}) and {two['norm_ratio']:.2f} times its norm."
-            )
-            if best != TWO_PASS.name:
-                sentences.append(f"Nearest is {best}, cosine {own.loc[best, 'cosine']:.3f}.")
-        head = f"{bounds_words(*ends)}, {seeds_words(int(rows['seeds'].max()))}."
-        return " ".join([head, *sentences]) if sentences else ""
-
-    def figure(self) -> go.Figure:
-        """Cosine (above) and norm ratio (below) over the training, in the widest setting."""
-        return self._setting(*max(groups_of(self.curves, SETTING), key=lambda one: one[0][1]))
-
-    def figures(self) -> dict[str, go.Figure]:
-        """A figure per setting."""
-        by = groups_of(self.curves, SETTING)
-        return {bounds_words(*ends): self._setting(ends, rows) for ends, rows in by}
-
-    def _setting(self, ends: tuple, rows: pd.DataFrame) -> go.Figure:
-        parts = [part for part in PARTS if part in set(rows["part"])]
-        figure = make_subplots(
-            rows=2, cols=len(parts), shared_xaxes=True, vertical_spacing=0.08, horizontal_spacing=0.12,
-            column_titles=[PARTS[part] for part in parts],
-        )  # fmt: skip
-        for column, part in enumerate(parts, 1):
-            arms = rows[rows["part"] == part].groupby("arm", sort=False)
-            for (arm, own), colour in zip(arms, COLOURS, strict=False):
-                for row, name in enumerate(("cosine", "norm_ratio"), 1):
-                    figure.add_scatter(
-                        x=own["step"], y=own[name], name=arm, legendgroup=arm, line={"color": colour},
-                        mode="lines+markers", marker={"size": 4}, showlegend=row == 1 and column == 1,
-                        customdata=own[[f"{name}_lowest", f"{name}_highest"]].to_numpy(), row=row, col=column,
-                        hovertemplate=f"{arm}, step %{{x}}: %{{y:.3f}} [%{{customdata[0]:.3f}} to "
-                        "%{customdata[1]:.3f} over seeds]<extra></extra>",
-                    )  # fmt: skip
-            figure.update_yaxes(title_text="cosine with exact", row=1, col=column)
-            figure.update_yaxes(title_text="norm / exact norm", row=2, col=column)
-            figure.add_hline(y=1, line={"color": GREY, "dash": "dot"}, row=2, col=column)  # pyright: ignore
-            figure.update_xaxes(title_text="step of the two-pass training", row=2, col=column)
-        n = int(self.summary[self.summary["alpha_high"] == ends[1]]["seeds"].max())
-        subtitle = f"{bounds_words(*ends)}; mean of {seeds_words(n)}"
-        figure.update_layout(
-            template=TEMPLATE, height=560, margin={"t": 130},
-            title={"text": self.title, "subtitle": {"text": subtitle}}, legend={"y": 1.06},
-        )  # fmt: skip
-        return figure
-
-
-def bounds_words(low: float, high: float) -> str:
-    """How a setting is called."""
-    return f"alpha in [{low:g}, {high:g}]"
-
-
-def setting_words(row: Mapping[Any, Any]) -> str:
-    """How the setting of a table's row is called."""
-    return bounds_words(*(row[name] for name in SETTING))
-
-
-def gradient_fidelity(gradients: pd.DataFrame) -> GradientFidelity:
-    """Cosines and norm ratios of approximate gradients, from the table `gradients` of the study `small`.
-
-    Rows that are not finite are left out. Raises Untestable if there is no other.
-    """
-    values = ["cosine", "norm_ratio"]
-    if gradients.empty:
-        raise Untestable("the table of gradients is empty")
-    rows = finite(gradients, values)
-    if rows.empty:
-        raise Untestable("no gradient is finite")
-    by, records = [*SETTING, "arm", "part"], []
-    for names, own in groups_of(rows, by, sort=False):
-        per_seed = own.groupby("seed")[values].mean()
-        record = dict(zip(by, names, strict=True)) | {"seeds": len(per_seed), "steps": own["step"].nunique()}
-        for value in values:
-            record |= over_seeds(per_seed[value].to_numpy()).columns(value)
-        records.append(record | {"lowest_cosine": own["cosine"].min()})
-    grouped = rows.groupby([*by, "step"], sort=False)[values]
-    curves = grouped.mean()
-    for value in values:
-        curves[f"{value}_lowest"], curves[f"{value}_highest"] = grouped.min()[value], grouped.max()[value]
-    return GradientFidelity(pd.DataFrame(records), curves.reset_index())
-
-
-def gradients_table(result: GradientFidelity) -> str:
-    """A row per setting, arm and part."""
-    columns = {
-        "setting": setting_words, "gradient": "arm", "of": "part",
-        "cosine with exact": interval("cosine", ".3f"), "lowest": number("lowest_cosine", ".3f"),
-        "norm / exact norm": interval("norm_ratio", ".2f"), "seeds": "seeds",
-    }  # fmt: skip
-    return table(result.summary, columns)
-
-
 def small_table(result: ArmScores) -> str:
-    """A row per setting and arm of the study `small`."""
+    """A row per setting and arm of the study `exact-training`."""
+    deep = result.finals[result.finals["evaluated"] == DEEP].set_index([*SETTING, "arm"])["loss"]
     columns = {
         "setting": setting_words, "trained with": "arm",
         "loss, exact evaluation": interval("loss", ".3f"),
         "behind exact training": interval("behind_loss", "+.3f"),
-        "loss as trained": number("own_loss", ".3f"), "right, exact evaluation": number("accuracy", ".1%"),
-        "alpha at the end": number("alpha", ".3f"), "seeds": "seeds",
+        "loss as trained": number("own_loss", ".3f"),
+        "loss at depth 4": lambda row: f"{deep[(*(row[name] for name in SETTING), row['arm'])]:.3f}",
+        "right, exact evaluation": number("accuracy", ".1%"),
+        "alpha at the end: mean": number("alpha", ".3f"), "1% and 99%": alpha_ends, "seeds": "seeds",
         "step / step without a stream": number("ratio", ".1f"),
     }  # fmt: skip
     return table(result.beside(), columns)
+
+
+def alpha_ends(row: Mapping[Any, Any]) -> str:
+    """Quantiles of the blend weights, means over seeds."""
+    return f"{row['alpha_1']:.3f}, {row['alpha_99']:.3f}"
 
 
 def lrt_table(result: ArmScores) -> str:
@@ -292,18 +190,23 @@ def lrt_table(result: ArmScores) -> str:
 
 
 @register_study
-class Small(TrainingStudy):
-    """The same small SST trained exactly, with few sweeps and without a stream, in two settings of alpha."""
+class ExactTraining(TrainingStudy):
+    """The same small SST trained exactly, with few sweeps and without a stream, in four settings of alpha.
 
-    name = "small"
+    With a model, also the gradients of every schedule on it, and what they cost.
+    """
+
+    name = "exact-training"
     question = "What does training on few sweeps cost, in gradients and in the loss of the model as it runs?"
-    page = "docs/approximation.md"
-    plan_file = "small-plan.json"
+    page = "docs/exact-training.md"
+    options = ("model", "seeds", "steps")
+    plan_file = "exact-training-plan.json"
     new_plan, default_arms, default_rounds = Plan, STREAM_ARMS, 9
     tables = {  # noqa: RUF012
-        "gradients": Table("small-gradients.parquet", (*SETTING, "seed")),
-        "losses": Table("small-losses.parquet", (*SETTING, "seed", "arm")),
-        "times": Table("small-times.parquet", ("arm",)),
+        "schedules": GRADIENT_ERRORS,
+        "gradients": Table("exact-training-gradients.parquet", (*SETTING, "seed")),
+        "losses": Table("exact-training-losses.parquet", (*SETTING, "seed", "arm")),
+        "times": Table("exact-training-times.parquet", ("arm",)),
     }
     design = Design(
         title="Cost of the approximation in training",
@@ -313,20 +216,25 @@ class Small(TrainingStudy):
         against={EXACT.name: "exact training", NO_STREAM.name: "training without a stream"},
         baseline=NO_STREAM.name,
         definition="exact",
-        readings={OWN: "the loss that training sees"},
+        readings={OWN: "the loss that training sees", DEEP: "itself at depth 4"},
         exact=EXACT.name,
         settings=SETTING,
         setting_words=bounds_words,
         along={"step": "step"} | DISTANCE,
-        cost=("step", "alpha"),
+        cost=("step", "alpha", "alpha_1", "alpha_99"),
     )
     findings = (
+        Finding(
+            "schedules",
+            lambda rows: gradient_errors(rows["schedules"]),
+            {"schedules": schedules_table, "conditions": conditions_table},
+        ),
         Finding(
             "gradients", lambda rows: gradient_fidelity(rows["gradients"]), {"gradients": gradients_table}
         ),
         Finding(
             "training",
-            lambda rows: arm_scores(rows["losses"], Small.design, rows["times"]),
+            lambda rows: arm_scores(rows["losses"], ExactTraining.design, rows["times"]),
             {"training": small_table},
         ),
     )
@@ -343,7 +251,14 @@ class Small(TrainingStudy):
 
     def about(self, job: Job) -> dict[str, Any]:
         """The bounds of alpha, too."""
-        return {"alpha_low": job.setting.low, "alpha_high": job.setting.high} | super().about(job)
+        return dict(zip(SETTING, job.setting, strict=True)) | super().about(job)
+
+    def run(self, folder: str | Path, *, model: str | None = None, **how: Any) -> dict[str, pd.DataFrame]:
+        """`TrainingStudy.run`; with a model, its gradients first."""
+        if model is not None:
+            check_place(Path(folder), "give another --out")
+            measure_gradient_errors(folder, model, progress=how.get("progress"))
+        return super().run(folder, **how)
 
     def begin(self, job: Job) -> Training:
         """From weights that were trained without a stream."""
@@ -358,10 +273,13 @@ class Small(TrainingStudy):
         losses, gradients = [], []
         while True:
             if training.done in looks:
-                for name, how in (("exact", exact), (OWN, job.arm.schedule)):
+                alpha = training.model.kind.weights()["alpha"]
+                ends = alpha.quantile(alpha.new_tensor(QUANTILES)).tolist()
+                deep = exact if job.arm == NO_STREAM else exact._replace(iterations=4)
+                for name, how in (("exact", exact), (OWN, job.arm.schedule), (DEEP, deep)):
                     rows = score_labels(training.model, plan.task, plan.held_out, how)
-                    alpha = float(training.model.kind.weights()["alpha"].mean())
-                    losses.append(rows.assign(step=training.done, evaluated=name, alpha=alpha))
+                    of_alpha = {"alpha": float(alpha.mean()), "alpha_1": ends[0], "alpha_99": ends[1]}
+                    losses.append(rows.assign(step=training.done, evaluated=name, **of_alpha))
             if training.done == plan.steps:
                 break
             if job.arm == TWO_PASS and training.done % plan.every == 0:
@@ -394,12 +312,15 @@ def compare_gradients(training: Training, arms: Sequence[Arm]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+UNUSED = (Blend(0.015, 0.10, 0.027), Blend(0.015, 0.50, 0.20))
+
+
 @dataclass(frozen=True)
 class LrtPlan:
     """Everything that decides the results of `lrt-schedules`, but the seeds."""
 
-    small: Plan = field(default_factory=lambda: Plan(pretraining=80, steps=160))
-    """Task, model, optimiser and lengths; its blends mean nothing here."""
+    small: Plan = field(default_factory=lambda: Plan(blends=UNUSED, pretraining=80, steps=160))
+    """Task, model, optimiser and lengths; its blends mean nothing here (they are in the shipped plan)."""
     design: MemoryDesign = field(default_factory=lambda: MemoryDesign(pathway="both", gamma=0.1))
     """The memory of every arm but the one without. gamma 0.1 is the published start from scratch."""
     memory_learning_rate: float = 5e-3

@@ -202,7 +202,7 @@ class TrainingStudy(Study):
                 nonlocal done
                 done += job.arm.passes
                 if progress is not None:
-                    progress(words, done, total)
+                    progress(words, round(done), total)
 
             for name, rows in self.measure(job, self.begin(job), after_step).items():
                 self.tables[name].put(folder, rows)
@@ -213,7 +213,7 @@ class TrainingStudy(Study):
 
     def passes(self, job: Job) -> int:
         """Position passes of a training, in steps of a baseline."""
-        return self.plan.steps * job.arm.longer * job.arm.passes
+        return round(self.plan.steps * job.arm.longer * job.arm.passes)
 
 
 _STUDIES: dict[str, type[Study]] = {}

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from sst_interp.errors import SSTError, check_known
-from sst_interp.models.backbone import Backbone, Layer
+from sst_interp.models.backbone import Backbone
 from sst_interp.models.choices import Choices, shown
+from sst_interp.models.families import Layer
 from sst_interp.models.hooks import Visit
 from sst_interp.models.kinds import kind
 from sst_interp.models.stream import Kind, Reading

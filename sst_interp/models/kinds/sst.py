@@ -22,6 +22,7 @@ from torch import Tensor
 from sst_interp.errors import SSTError
 from sst_interp.models.backbone import Backbone
 from sst_interp.models.choices import Choices, as_weights
+from sst_interp.models.families import unsupported
 from sst_interp.models.hooks import Visit
 from sst_interp.models.kinds import kind
 from sst_interp.models.stream import Kind, Reading
@@ -61,6 +62,12 @@ class LayerBlend(Kind):
 
     def fit(self, backbone: Backbone) -> LayerBlend:
         """`alpha` as [layer, d_model] in fp32 (fp64 for a float64 backbone), checked."""
+        if not all(layer.adds_up for layer in backbone.layers):
+            raise unsupported(
+                backbone.family,
+                "attention and FFN run in parallel or are not summed, so there is no post-attention residual "
+                "(resid_mid) to blend a state into; sst.attach_lrt and sst.attach_looped need none",
+            )
         dtype = torch.promote_types(backbone.dtype, torch.float32)
         given = as_weights("alpha", self.alpha, dtype, backbone.device)
         if given.dim() == 1:

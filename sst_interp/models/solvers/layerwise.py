@@ -18,9 +18,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sst_interp.models.backbone import Layer
 from sst_interp.models.cache import Access
 from sst_interp.models.choices import Choices
+from sst_interp.models.families import Layer
 from sst_interp.models.kinds.sst import blend
 from sst_interp.models.solvers.sequential import TOLERANCE, Certificate, Solution, relative_change
 from sst_interp.models.stream import Recurrence, Stream, attention_masks

@@ -20,7 +20,7 @@ from sst_interp.errors import SSTError
 from sst_interp.models.cache import put
 from sst_interp.models.choices import shown
 from sst_interp.models.hooks import Visit, unhooked
-from sst_interp.models.stream import Recurrence, Stream, stack_pass
+from sst_interp.models.stream import Recurrence, Stream, access_of, stack_pass
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}
 """Default tolerance by dtype: relative change of a state in the last sweep, at the worst (row, layer,
@@ -71,7 +71,7 @@ def advance(
             columns,
             stream.state[:, :n, None],
             None if bool(has_state.all()) else has_state[:, None],
-            "write" if number == 1 or model.choices.kv == "last" else "read",
+            access_of(model.choices.kv, number, last=True),
             unhooked if hook is None else hook(number),
             number,
         )

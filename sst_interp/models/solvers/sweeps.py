@@ -31,7 +31,7 @@ from torch import Tensor
 
 from sst_interp.models.cache import put
 from sst_interp.models.solvers.sequential import TOLERANCE, Certificate, Solution, relative_change
-from sst_interp.models.stream import Recurrence, Stream, stack_pass
+from sst_interp.models.stream import Recurrence, Stream, access_of, stack_pass
 
 
 def solve_by_sweeps(
@@ -135,10 +135,7 @@ def _iterate(
     outputs = []
     for number in range(1, iterations + 1):
         has_state = model.kind.has_state(columns, stream.origin[:, None], number)
-        if model.choices.kv == "first":
-            access = "write" if number == 1 else "read"
-        else:
-            access = "write" if number == iterations else "beside"
+        access = access_of(model.choices.kv, number, number == iterations)
         resid_post, state = stack_pass(
             model, stream, tokens, columns, state, has_state, access, iteration=number
         )
