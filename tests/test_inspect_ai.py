@@ -144,7 +144,7 @@ def test_a_conversation_goes_through_the_template(model):
     (output,) = ask(provider(own, iterations=2), [asked])
     read = f"quorvex1 {WORDS[5]} quorvex2 {WORDS[6]} quorvex1 {WORDS[7]} quorvex2"
     assert output.completion == own.generate([read], iterations=2, max_new_tokens=NEW).texts[0]
-    (output,) = ask(provider(own, iterations=2), [asked + [ChatMessageAssistant(content=WORDS[8])]])
+    (output,) = ask(provider(own, iterations=2), [[*asked, ChatMessageAssistant(content=WORDS[8])]])
     begun = f"{read.removesuffix('quorvex2')}quorvex2 {WORDS[8]}"  # the answer's first word is given
     assert output.completion == own.generate([begun], iterations=2, max_new_tokens=NEW).texts[0]
     picture = ContentImage(image="data:image/png;base64,AAAA")
