@@ -141,9 +141,7 @@ def test_a_recipe_asks_for_the_loop(tmp_path):
     assert recipe.differences(plain) == [("kind", "looped", None)]
     with pytest.raises(SSTError, match="the recipe's kind is 'looped'"):
         capture(replace(recipe, dtype="float64"), models()["sst"], tmp_path / "other", progress=False)
-    with pytest.raises(
-        SSTError, match="kind = 'spiral' is not one of dory, hrm_text, huginn, looped, lrt, ouro, sst"
-    ):
+    with pytest.raises(SSTError, match="kind = 'spiral' is not one of dory, hrm_text, huginn, looped, lrt, ouro, sst"):
         replace(recipe, kind="spiral")
     with pytest.raises(SSTError, match="kind = 'looped': a depth-looped model has no alpha"):
         replace(recipe, alpha=0.1)
