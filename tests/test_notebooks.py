@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import nbformat
@@ -11,8 +12,10 @@ from nbclient.exceptions import CellExecutionError
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-REAL = {"01-quick-start"}
+REAL = {"01-quick-start", "09-evaluate-with-lm-eval"}
 """Notebooks that need the real weights; the others need no network."""
+EXTRAS = {"09-evaluate-with-lm-eval": "lm_eval"}
+"""Notebooks that need a package that is optional: they are not run without it."""
 CLAIMS = {
     "01-quick-start": (),
     "02-basin-shifts": ("C1", "C9"),
@@ -22,6 +25,7 @@ CLAIMS = {
     "06-your-own-model-and-questions": (),
     "07-causal-patching": ("C16", "C16b"),
     "08-train-exactly": (),
+    "09-evaluate-with-lm-eval": (),
 }
 LARGEST = 2_000_000
 MACHINE = re.compile(r"/(tmp|home|root|Users|work|workspace|usr|opt|mnt|builds?)/|:\\\\Users|site-packages")
@@ -82,6 +86,8 @@ def test_what_is_kept_reads_well_without_a_script(path):
 
 def marked(path):
     marks = [pytest.mark.notebook, *([pytest.mark.real] if path.stem in REAL else [])]
+    if (package := EXTRAS.get(path.stem)) and find_spec(package) is None:
+        marks.append(pytest.mark.skip(reason=f"{package} is not installed"))
     return pytest.param(path, marks=marks, id=path.stem)
 
 

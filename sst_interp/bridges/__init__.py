@@ -9,14 +9,20 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from contextlib import suppress
+from inspect import signature
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from sst_interp.bridges.parallel_hooks import Method, NamesFilter, refuse_options
-from sst_interp.errors import SSTError
+from sst_interp.errors import SSTError, check_known, unknown_name
 from sst_interp.experiments.origin import origin_of, written_tokens
-from sst_interp.models.choices import whole
+from sst_interp.experiments.probe.saved import load_probe
+from sst_interp.models.choices import MAX_DEPTH, whole
+from sst_interp.models.halting import Convergence, Entropy, HaltingPolicy, OutputChange, Threshold
+from sst_interp.models.loading import load
 from sst_interp.models.model import StateStreamModel
 from sst_interp.runs.provenance import prompt_tokens
 from sst_interp.runs.run import Run
@@ -29,6 +35,12 @@ if TYPE_CHECKING:
 
 BEFORE_NNSIGHT = ("anyio.abc._sockets", "anyio.streams.file", "anyio.streams.tls")
 """Modules of Jupyter and web clients. They cannot be imported after nnsight, which patches every object."""
+POLICIES: dict[str, type[Threshold]] = {
+    "convergence": Convergence,
+    "output_change": OutputChange,
+    "entropy": Entropy,
+}
+"""Halting policies by the name that a command line gives."""
 
 
 def bridge(model: StateStreamModel) -> StateStreamBridge:
@@ -126,3 +138,49 @@ def _tool(name: str) -> Any:
     except ImportError as error:
         hint = "install sst-interp again: it brings a version that fits"
         raise SSTError(f"{name.replace('_', '-')} cannot be imported: {error}", hint) from error
+
+
+def for_harness(
+    checkpoint: str | StateStreamModel,
+    iterations: int = 1,
+    halting: str | None = None,
+    threshold: float | None = None,
+    deepest: int = 4,
+    **how: Any,
+) -> tuple[StateStreamModel, int | HaltingPolicy]:
+    """The model that an evaluation harness asks for, and its depth, from options of a command line.
+
+    Args:
+        checkpoint: what `sst.load` takes, or a model in memory.
+        iterations: depth of every position from the prompt's last token on.
+        halting: instead of `iterations`: `convergence`, `output_change` or `entropy`, with a `threshold` and
+            the `deepest` depth, or the folder of a trained probe, which brings its own.
+        how: of `sst.load`. The device is a GPU if there is one.
+
+    Raises:
+        SSTError: an unknown model, policy or option; numbers that do not fit the policy.
+    """
+    check_known("option", how, [name for name in signature(load).parameters if name != "name"])
+    if not isinstance(checkpoint, StateStreamModel):
+        how.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
+        checkpoint = load(str(checkpoint), **how)
+    elif how:
+        raise SSTError(f"{', '.join(how)}: the model is loaded already", "give these to sst.load")
+    if halting is None:
+        if threshold is not None:
+            raise SSTError("a threshold without a halting policy", "for example halting=convergence")
+        return checkpoint, whole("iterations", iterations, 1, MAX_DEPTH)
+    if iterations != 1:
+        raise SSTError("both iterations and halting were given", "leave one of them out")
+    if Path(halting).is_dir():
+        if threshold is not None:
+            raise SSTError("a probe has its own threshold", "leave the threshold out")
+        policy: HaltingPolicy = load_probe(halting, checkpoint)
+    elif halting not in POLICIES:
+        raise unknown_name("halting policy", halting, [*POLICIES, "the folder of a probe"])
+    elif threshold is None:
+        raise SSTError(f"halting = {halting} needs a threshold", "for example threshold=0.05")
+    else:
+        policy = POLICIES[halting](threshold, deepest)
+    policy.check(checkpoint)
+    return checkpoint, policy

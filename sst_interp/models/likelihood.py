@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sst_interp.errors import SSTError
@@ -36,6 +36,8 @@ class LogLikelihood(NamedTuple):
     """Of each token, given all before it; a shorter continuation ends in zeros."""
     lengths: Int[Tensor, " continuation"]
     """Tokens of each continuation."""
+    greedy: Bool[Tensor, "*depth continuation"]
+    """Whether each of its tokens is the likeliest there, so that greedy generation would write it."""
 
 
 @torch.no_grad()
@@ -94,6 +96,7 @@ def score(
     lengths = torch.tensor([len(each) for _, each in flat], device=device)
     dtype = torch.promote_types(model.backbone.dtype, torch.float32)
     terms = torch.zeros(len(depths), len(flat), longest_of(continuations), dtype=dtype, device=device)
+    likeliest = torch.ones_like(terms, dtype=torch.bool)
     for chosen in torch.argsort(lengths, stable=True).split(ROWS):  # alike in length, to pad little
         rows = torch.tensor([flat[i][0] for i in chosen.tolist()], device=device)
         width = int(lengths[chosen].max())
@@ -106,7 +109,10 @@ def score(
             states, targets = solution.last[:, :, -1][real], wanted[real]
             logits = (wide(model.backbone.unembed(part)) for part in states.split(UNEMBEDDED))
             pairs = zip(logits, targets.split(UNEMBEDDED), strict=True)
-            of_tokens = torch.cat([x.log_softmax(-1).gather(-1, t[:, None])[:, 0] for x, t in pairs])
+            seen = [(x.log_softmax(-1).gather(-1, t[:, None])[:, 0], x.argmax(-1) == t) for x, t in pairs]
+            of_tokens, first = (torch.cat(parts) for parts in zip(*seen, strict=True))
             model.backbone.refuse_nonfinite(of_tokens)
-            terms[k, chosen[real.nonzero()[:, 0]], real.nonzero()[:, 1]] = of_tokens
-    return LogLikelihood(terms.sum(-1), terms, lengths)
+            at = k, chosen[real.nonzero()[:, 0]], real.nonzero()[:, 1]
+            terms[at] = of_tokens
+            likeliest[at] = first
+    return LogLikelihood(terms.sum(-1), terms, lengths, likeliest.all(-1))

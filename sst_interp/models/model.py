@@ -360,7 +360,7 @@ class StateStreamModel(Recurrence):
         after = [ids for _, ids in pairs]
         tokens, pad = self.batch([pairs[0][0] if pairs else self.encode(context)])
         out = loglikelihood(self, tokens, pad, [after], check_iterations(depths))
-        return out if several else LogLikelihood(out.sums[0], out.terms[0], out.lengths)
+        return out if several else LogLikelihood(out.sums[0], out.terms[0], out.lengths, out.greedy[0])
 
     def with_texts(self, out: Generation, stop: Endings) -> Generation:
         """The generation with its tokens as texts, each up to the string that ended it."""
