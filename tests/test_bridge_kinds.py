@@ -1,11 +1,15 @@
-"""TransformerLens on every kind of model: the values of every iteration are the native recorder's, bit for bit."""
+"""TransformerLens on every kind of model: every iteration has the native recorder's values, bit for bit."""
 
 import importlib.util
+import json
 
 import pytest
 import torch
 from tiny import lrt, prompts, relative, tiny
+from tiny_capture import save_model
 
+from sst_interp.bridges import hook_points
+from sst_interp.cli.experiments import hooks
 from sst_interp.errors import SSTError
 from sst_interp.models.choices import Choices
 from sst_interp.models.hooks import SITES, Record, at
@@ -125,7 +129,7 @@ def test_a_memory_after_the_final_norm_fires_no_hook_there():
     name = "ln_final.hook_normalized"
     with bridge.hooks(fwd_hooks=[(name, halved)]):
         logits, caches = bridge.run_with_caches(tokens, 2, method="sequential")
-    assert calls == [tokens.shape + (32,)] * 2
+    assert calls == [(*tokens.shape, 32)] * 2
     assert torch.equal(caches[1]["resid_post", 2], plain[1]["resid_post", 2])
     assert plain[1][name].shape == (2, 7, 32)
     assert len(logits) == 2
@@ -140,6 +144,50 @@ def test_a_state_that_no_iteration_reads_is_an_error():
     assert [list(cache.keys()) for cache in caches] == [[], [name], [name]]
     with pytest.raises(SSTError, match="does not fire"):
         model.run_with_cache(given(), 3, point("stream_state", 1))
+
+
+def test_the_listing_is_what_runs(model):
+    """Every name, shape and first iteration, as caches have them; every site, as the native recorder."""
+    _, caches = model.run_with_cache(given(), 2)
+    rows = {row["name"]: row for row in hook_points(model)}
+    assert set(rows) == set(caches[1].keys())
+    for name, row in rows.items():
+        sizes = {"row": 2, "position": 7}
+        shape = [sizes.get(axis, axis) for axis in row["shape"]]
+        assert list(caches[1][name].shape) == shape, name
+        assert row["first_iteration"] == (1 if name in caches[0] else 2), name
+    record = Record()
+    model.generate(prompts(2), 2, edit=record, **GENERATE)
+    sites = {(row["site"], row["layer"]) for row in rows.values() if row["site"]}
+    assert sites == {key[:2] for key in record.kept}
+
+
+def test_the_command_lists_them(tmp_path, capsys):
+    save_model(tmp_path / "tiny")
+    capsys.readouterr()
+    hooks(str(tmp_path / "tiny"))
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = [line for line in lines if "stream_state" in line]
+    assert line.split() == [
+        *("blocks.{layer}.hook_stream_state", "stream_state"),
+        *("row", "x", "position", "x", "32", "from", "1", "0-2"),
+    ]
+    hooks(str(tmp_path / "tiny"), as_json=True)
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["layer"] for row in rows} == {None, 0, 1, 2}
+
+
+def test_a_family_that_transformer_lens_does_not_know_has_its_sites(monkeypatch):
+    from sst_interp import bridges
+
+    def unknown(_model):
+        raise SSTError("unknown", "")
+
+    monkeypatch.setattr(bridges, "bridge", unknown)
+    rows = hook_points(attach_looped(tiny("llama")))
+    assert {row["name"] for row in rows} == {None}
+    assert [row["layer"] for row in rows if row["site"] == "stream_state"] == [0]
+    assert rows[0]["nnsight"].startswith("iteration[i].layers[0].")
 
 
 @pytest.mark.parametrize("make", [lambda: lrt("residual"), lambda: attach_looped(tiny("llama"))])

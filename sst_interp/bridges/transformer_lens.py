@@ -130,12 +130,11 @@ def firing(
     for point in set(points.values()):
 
         def note(_module: Any, _args: Any, out: Any, point: HookPoint = point) -> None:
-            shape = list(out.shape) if isinstance(out, Tensor) else []
-            axis = shape.index(positions) if positions in shape else None
             if point.pos_dim is not None:
-                point.pos_dim = axis
-            names = {0: "row", axis: "position"}
-            fired[point] = tuple(names.get(at, size) for at, size in enumerate(shape))
+                point.pos_dim = list(out.shape).index(positions)
+            seen = out if point.hook_conversion is None else point.hook_conversion.convert(out)
+            names: dict[int, str] = {0: "row", point.pos_dim or 1: "position"}
+            fired[point] = tuple(names.get(at) or size for at, size in enumerate(seen.shape))
 
         handles.append(point.register_forward_hook(note))
     device = model.backbone.device
@@ -450,7 +449,7 @@ class Collector:
         """One cache per iteration, positions in order.
 
         Raises:
-            SSTError: the filter names nothing that ran (a state that is read from iteration 2 on, at depth 1).
+            SSTError: the filter names nothing that ran (at depth 1, a state that is read from iteration 2 on).
         """
         if not self._seen:
             named = ", ".join(names[0] for names in self._names.values())

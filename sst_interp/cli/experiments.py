@@ -1,4 +1,4 @@
-"""`sst-interp compare`, `probe`, `patch`, `train` and `evaluate`: what needs a model again."""
+"""`sst-interp compare`, `probe`, `patch`, `hooks`, `train` and `evaluate`: what needs a model again."""
 
 from __future__ import annotations
 
@@ -246,6 +246,50 @@ def patch(
         say(f"\n{result.verdict}\n\nrows: {folder}")
     kept = keep_findings(opened, "patching", patching_rows(result), made, {"patching": result})
     say(f"claim C16: {kept}", sys.stderr)
+
+
+def hooks(
+    model: Annotated[str, typer.Argument(help="A checkpoint, a backbone, or a folder of either.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """List every place in a model where a value can be read or changed: hook names, sites, shapes.
+
+    A line stands for all layers that have the point; --json has a row per layer.
+
+    Examples:
+        sst-interp hooks smollm2-135m-sst
+
+        sst-interp hooks smollm2-135m --json
+    """
+    from sst_interp.bridges import hook_points
+    from sst_interp.models.loading import load
+
+    rows = hook_points(load(model))
+    if as_json:
+        return print_json(rows)
+    layers: dict[tuple[str, ...], list[int]] = {}
+    for row in rows:
+        name = row["name"] or row["site"]
+        shape = " x ".join(map(str, row["shape"]))
+        if row["layer"] is not None:
+            name = name.replace(f".{row['layer']}.", ".{layer}.", 1)
+        key = name, row["site"] or "", shape, f"from {row['first_iteration']}"
+        layers.setdefault(key, []).extend([] if row["layer"] is None else [row["layer"]])
+    names = "name", "site", "shape", "iterations"
+    print_table(
+        [dict(zip(names, key, strict=True)) | {"layers": spans(numbers)} for key, numbers in layers.items()]
+    )
+
+
+def spans(numbers: list[int]) -> str:
+    """Whole numbers in ascending order as spans: `0-3, 7`."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)
 
 
 def train(
