@@ -449,7 +449,7 @@ class Collector:
         """One cache per iteration, positions in order.
 
         Raises:
-            SSTError: the filter names nothing that ran (at depth 1, a state that is read from iteration 2 on).
+            SSTError: nothing that the filter names has run (at depth 1, a state read from iteration 2 on).
         """
         if not self._seen:
             named = ", ".join(names[0] for names in self._names.values())
