@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -296,6 +297,9 @@ def train(
     recipe: Annotated[str, typer.Argument(help="A training recipe: a shipped name, or a .toml file.")],
     out: Annotated[Path | None, place("FOLDER", "Default: checkpoints/NAME.", "--out", "-o")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Erase what is there and train anew.")] = False,
+    log: Annotated[
+        str | None, typer.Option("--log", help="Also log to tensorboard, wandb (offline) or trackio.")
+    ] = None,
 ) -> None:
     """Train a checkpoint: adapters and blend weights together, or its matched baseline.
 
@@ -304,6 +308,8 @@ def train(
     Examples:
         sst-interp train smollm2-135m-sst
 
+        sst-interp train smollm2-135m-sst --log tensorboard
+
         sst-interp train my-recipe.toml --out checkpoints/mine
     """
     from sst_interp.experiments.training_results import training_curves
@@ -311,7 +317,10 @@ def train(
     from sst_interp.training.card import CURVES, read_log
     from sst_interp.training.recipe import find_training_recipe
     from sst_interp.training.trainer import Training
+    from sst_interp.training.watch import find_log, watching
 
+    if log is not None:
+        find_log(log)  # before the model is loaded
     chosen = find_training_recipe(recipe)
     say(f"loading {chosen.backbone} and {chosen.data}", sys.stderr)
     training = Training(chosen, out, fresh)
@@ -321,6 +330,8 @@ def train(
     shown = bar(f"training {chosen.name}", total=training.steps, initial=training.done, unit="step")
 
     def show(now: Training, line: dict[str, float]) -> None:
+        if watch is not None:
+            watch(line)
         recent = [row for row in now.log[-20:] if "loss" in row]
         speed = sum(row["tokens"] for row in recent) / sum(row["seconds"] for row in recent)
         loss = sum(row["loss"] for row in recent) / len(recent)
@@ -333,7 +344,9 @@ def train(
         curves = training_curves(read_log(folder), chosen.name)
         write_text(folder / CURVES, result_page(f"Training {chosen.name}", [curves]))
 
-    with shown, stopping("the state is saved: the same command goes on from there"):
+    given = training.folder, chosen.name, chosen.to_dict(), training.done
+    watched = nullcontext() if log is None else watching(log, *given)
+    with shown, stopping("the state is saved: the same command goes on from there"), watched as watch:
         folder = training.run(show, draw)
     curves = training_curves(read_log(folder), chosen.name)
     say(f"{curves.verdict}\ncheckpoint: {folder}\ncurves: {folder / CURVES}")

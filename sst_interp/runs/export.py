@@ -76,8 +76,7 @@ def export_run(
 ) -> Path:
     """`Run.export`: a row is a question, and its index entry names it."""
     every = run.recipe.keep == "all"
-    deepest = max(run.recipe.depths)
-    depth = deepest if depth is None else whole("depth", depth, 1, MAX_DEPTH)
+    of = max(run.recipe.depths) if depth is None else whole("depth", depth, 1, MAX_DEPTH)
     questions = run.table("questions", ["question", "id"]).drop_duplicates("question")
     names = dict(zip(questions["question"].tolist(), questions["id"].tolist(), strict=True))
     picked = chosen("row", rows, list(names))
@@ -85,18 +84,17 @@ def export_run(
     def states(question: int) -> Tensor:
         """[position, layer, iteration, d_model]; position 0 alone, if the run keeps no other."""
         if every:
-            return run.states(question, None, depth, text)
-        return run.states(question, 0, depth, text)[None]
+            return run.states(question, None, of, text)
+        return run.states(question, 0, of, text)[None]
 
     first = states(picked[0])
     at_layers = chosen("layer", layers, range(first.shape[1]))
-    kept = range(1, depth + 1) if every else run.kept_iterations
-    at_iterations = chosen("iteration", iterations, kept)
+    at_iterations = chosen("iteration", iterations, range(1, of + 1) if every else run.kept_iterations)
     longest = range(run.recipe.max_new_tokens) if every else range(1)
     at_positions = chosen("position", positions, longest)
     axes = {"positions": at_positions, "layers": at_layers, "iterations": at_iterations}
     source = {
-        "run": run.name, "depth": depth, "text": text, "questions": picked,
+        "run": run.name, "depth": of, "text": text, "questions": picked,
         "provenance": run.manifest["provenance"],
     }  # fmt: skip
 
@@ -143,14 +141,14 @@ def harvest(
     """
     iterations = whole("iterations", iterations, 1, MAX_DEPTH)
     length = whole("length", length, 1)
-    left = None if tokens is None else whole("tokens", tokens, 1)
+    left = float("inf") if tokens is None else whole("tokens", tokens, 1)
     documents = _documents(texts)
     wanted: list[list[int]] = []
     for document in documents:
-        ids = model.encode(document)[: length if left is None else min(length, left)]
+        ids = model.encode(document)[: int(min(length, left))]
         if ids:
             wanted.append(ids)
-        left = None if left is None else left - len(ids)
+        left -= len(ids)
         if left == 0:
             break
     if not wanted:
