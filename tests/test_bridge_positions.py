@@ -217,6 +217,16 @@ def test_a_position_that_is_past_is_refused(llama, asked, message):
         looped(llama[0].nnsight(DEPTH), *asked)
 
 
+def test_a_trace_after_one_that_failed_starts_anew(llama):
+    model, kept = llama
+    sst = model.nnsight(DEPTH)
+    with pytest.raises(SSTError, match="has passed"):
+        looped(sst, (1, SECOND), (1, FIRST))
+    for *key, value in looped(sst, (1, FIRST), (1, SECOND)):
+        assert torch.equal(value[:, 0], kept[tuple(key)])
+    assert sst.generate(prompts(2), **GENERATE).tokens == model.generate(prompts(2), DEPTH, **GENERATE).tokens
+
+
 @pytest.mark.parametrize(("iteration", "layer"), [(1, 0), (2, 1)])
 def test_a_site_that_a_kind_does_not_have_there_is_an_error(iteration, layer):
     """A looped model reads a state in its first layer, from iteration 2 on."""

@@ -7,9 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import lrt
-from tiny_capture import WORDS, interrupt, recipe_for, tiny_llama, word_tokenizer, write_questions
+from tiny_capture import WORDS, interrupt, recipe_for, save_model, tiny_llama, word_tokenizer, write_questions
 
+from sst_interp.cli import experiments
 from sst_interp.errors import SSTError
+from sst_interp.models.loading import load
 from sst_interp.models.model import attach
 from sst_interp.runs import export
 from sst_interp.runs.export import harvest
@@ -197,6 +199,28 @@ def test_a_line_without_a_text_is_named_and_not_shown(model, tmp_path, line):
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
     with pytest.raises(SSTError, match="is not empty"):
         harvest(model, TEXTS, tmp_path / "mine")
+
+
+def test_the_command_harvests(tmp_path, capsys):
+    save_model(tmp_path / "tiny")
+    file = tmp_path / "documents.jsonl"
+    file.write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
+    how = {"iterations": 2, "tokens": 12, "length": 4, "layers": "0,2", "keep": "2"}
+    experiments.harvest(str(tmp_path / "tiny"), file, tmp_path / "states", **how)
+    assert "12 positions of 4 texts" in capsys.readouterr().out
+    index, _ = read(tmp_path / "states")
+    assert (index["layers"], index["iterations"]) == ([0, 2], [2])
+    assert [entry["positions"] for entry in index["rows"]] == [4, 3, 4, 1]
+    loaded = load(str(tmp_path / "tiny"))
+    states = loaded.replay([loaded.encode(text)[:4] for text in TEXTS[:3]], 2).resid_post
+    assert torch.allclose(
+        samples(tmp_path / "states")[:4].float(), states[0][:, [0, 2]][:, :, 1:].float(), 1e-2
+    )
+    for wrong, message in (({"layers": "x"}, "--layers"), ({"layers": "3"}, "there is no layer 3")):
+        with pytest.raises(SSTError, match=message):
+            experiments.harvest(str(tmp_path / "tiny"), file, tmp_path / "more", **(how | wrong))
+    with pytest.raises(SSTError, match="is not a file"):
+        experiments.harvest(str(tmp_path / "tiny"), tmp_path / "none.jsonl", tmp_path / "more", **how)
 
 
 def test_a_sparse_autoencoder_trains_on_it(model, tmp_path):

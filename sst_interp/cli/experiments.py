@@ -1,4 +1,4 @@
-"""`sst-interp compare`, `probe`, `patch`, `hooks`, `train` and `evaluate`: what needs a model again."""
+"""`sst-interp compare`, `probe`, `patch`, `hooks`, `harvest`, `train`, `evaluate`: a model at work again."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from sst_interp.cli.common import (
     Resamples,
     RunOption,
     Seed,
+    given_path,
     place,
     print_json,
     progress,
@@ -25,7 +26,7 @@ from sst_interp.cli.common import (
 )
 from sst_interp.errors import SSTError, Untestable
 from sst_interp.experiments.probe import RULES
-from sst_interp.files import check_output
+from sst_interp.files import check_output, read_json
 from sst_interp.tables import bar, print_table, say, write_text
 
 if TYPE_CHECKING:
@@ -291,6 +292,39 @@ def spans(numbers: list[int]) -> str:
         else:
             parts.append([number])
     return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)
+
+
+def harvest(
+    model: Annotated[str, typer.Argument(help="A checkpoint, a backbone, or a folder of either.")],
+    texts: Annotated[Path, typer.Argument(parser=given_path, metavar="TEXTS", help="A .jsonl of texts.")],
+    out: Annotated[Path, typer.Argument(parser=given_path, metavar="OUT", help="A folder for the states.")],
+    iterations: Annotated[int, typer.Option(min=1, help="Depth of every position.")] = 1,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Stop after so many; default: all.")] = None,
+    length: Annotated[int, typer.Option(min=1, help="Tokens read of each text, from its start.")] = 256,
+    layers: Annotated[str, typer.Option(help="With commas; default: all.")] = "",
+    keep: Annotated[str, typer.Option(help="Iterations, with commas; default: all.")] = "",
+) -> None:
+    """Read plain texts and write the hidden states: for sparse autoencoders, probes, other tools.
+
+    A line of TEXTS is {"text": "..."}. The same command goes on after an interruption.
+
+    Example:
+        sst-interp harvest smollm2-135m-sst texts.jsonl states --iterations 4 --layers 12 --tokens 100000
+    """
+    from sst_interp.models.loading import load
+    from sst_interp.runs.export import harvest as harvest_texts
+
+    at: dict[str, Any] = {"layers": whole_numbers("--layers", layers, "4,12") if layers else None}
+    at["keep"] = whole_numbers("--keep", keep, "1,4") if keep else None
+    if not texts.is_file():
+        raise SSTError(f"{texts} is not a file", 'a line of it is {"text": "..."}')
+    kept = "what was read is kept: the same command goes on from there"
+    with progress("reading", "text", 0) as show, stopping(kept):
+        harvest_texts(load(model), texts, out, iterations, tokens, length, progress=show, **at)
+    index = read_json(out / "index.json", "give another folder")
+    say(
+        f"{sum(shard['samples'] for shard in index['shards'])} positions of {len(index['rows'])} texts: {out}"
+    )
 
 
 def train(

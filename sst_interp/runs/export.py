@@ -121,6 +121,7 @@ def harvest(
     layers: Choice = None,
     keep: Choice = None,
     rows_per_shard: int = 8,
+    progress: Callable[[int, int], Any] | None = None,
 ) -> Path:
     """Read plain texts at a depth and write their states, in the layout of an export.
 
@@ -132,6 +133,7 @@ def harvest(
         length: tokens of each text that are read, from its start.
         positions, layers, keep: what is written; `keep` names iterations, from 1.
         rows_per_shard: texts that are read side by side, and stand in one file.
+        progress: called with the number of texts done, and of all.
 
     Returns:
         The folder.
@@ -173,7 +175,7 @@ def harvest(
             made.append(({"text": number}, states, torch.tensor([row[position] for position in there])))
         return made
 
-    return _write(folder, {"source": source, **axes}, range(len(wanted)), make, rows_per_shard)
+    return _write(folder, {"source": source, **axes}, range(len(wanted)), make, rows_per_shard, progress)
 
 
 def _documents(texts: str | Path | Prompts) -> Iterable[Any]:
@@ -206,6 +208,7 @@ def _write(
     rows: Sequence[int],
     make: Callable[[list[int]], Rows],
     rows_per_shard: int,
+    progress: Callable[[int, int], Any] | None = None,
 ) -> Path:
     """Write what is missing, shard by shard; the index names a shard once it is whole."""
     folder, rows_per_shard = Path(folder), whole("rows_per_shard", rows_per_shard, 1)
@@ -245,6 +248,8 @@ def _write(
         index["shards"].append({"file": file.name, "rows": len(made), "samples": int(tensors["mask"].sum())})
         index |= {"d_model": like.shape[-1], "dtype": str(like.dtype).removeprefix("torch.")}
         replace_json(folder / INDEX, index)
+        if progress is not None:
+            progress(begin + len(made), len(rows))
     index["complete"] = True
     replace_json(folder / INDEX, index)
     return folder
