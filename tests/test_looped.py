@@ -209,8 +209,6 @@ def test_another_kind_is_refused_in_one_line(tmp_path):
             attach_looped(plain.backbone.model, choices=Choices(**choice))
     with pytest.raises(SSTError, match="a depth-looped model has no alpha"):
         _ = loop.alpha
-    with pytest.raises(SSTError, match="depth-looped model does not go into TransformerLens"):
-        loop.bridge()
 
 
 class CoreLoop(Kind):

@@ -22,6 +22,7 @@ from sst_interp.experiments.origin import origin_of, written_tokens
 from sst_interp.experiments.probe.saved import load_probe
 from sst_interp.models.choices import MAX_DEPTH, whole
 from sst_interp.models.halting import Convergence, Entropy, HaltingPolicy, OutputChange, Threshold
+from sst_interp.models.hooks import Record
 from sst_interp.models.loading import load
 from sst_interp.models.model import StateStreamModel
 from sst_interp.runs.provenance import prompt_tokens
@@ -87,6 +88,40 @@ def open_nnsight(model: StateStreamModel, iterations: int = 1) -> StateStreamNNs
         with suppress(ImportError, TypeError):  # not there, or nnsight was here before
             importlib.import_module(module)
     return _tool("nnsight").StateStreamNNsight(model, iterations)
+
+
+def hook_points(model: StateStreamModel) -> list[dict[str, Any]]:
+    """Every point at which a value can be read or changed, in the order of the layers.
+
+    Returns:
+        A row per point: `name` in TransformerLens (None if it does not know the family), `site` of
+        `sst_interp.models.hooks` (None for points inside attention and FFN), `layer`, `nnsight` (the path in
+        a trace), `first_iteration` (from 1) and `shape`, as ["row", "position", 576]. An edit and nnsight see
+        one position at a time.
+    """
+    record, lens = Record(), None
+    model.generate([[0]], 2, 1, stop_tokens=[], edit=record)
+    with suppress(SSTError):  # a family without an adapter, or no transformer-lens
+        lens = bridge(model)
+    first: dict[tuple[str, int], int] = {}
+    for site, layer, _, iteration in record.kept:
+        first.setdefault((site, layer), iteration)
+    rows = []
+    for (site, layer), iteration in first.items():
+        name = f"blocks.{layer}.hook_{site}"
+        path = f"iteration[i].layers[{layer}].{site}"
+        shape = ["row", "position", model.backbone.d_model]
+        rows.append({"name": name if lens is not None else None, "site": site, "layer": layer})
+        rows[-1] |= {"nnsight": path, "first_iteration": iteration, "shape": shape}
+    known = {row["name"] for row in rows}
+    for name, shape in {} if lens is None else lens.shapes.items():
+        if name not in known:
+            parts = name.split(".")
+            layer = int(parts[1]) if parts[0] == "blocks" else None
+            rows.append({"name": name, "site": None, "layer": layer})
+            rows[-1] |= {"nnsight": None, "first_iteration": 1, "shape": list(shape)}
+    last = model.backbone.n_layers
+    return sorted(rows, key=lambda row: last if row["layer"] is None else row["layer"])
 
 
 def run_caches(

@@ -114,10 +114,10 @@ def firing(
     positions: int,
     hook: Hook,
     unembed: Callable[[Tensor], object],
-) -> dict[str, HookPoint]:
-    """The hook points that fire in one pass.
+) -> tuple[dict[str, HookPoint], dict[str, tuple[str | int, ...]]]:
+    """The hook points that fire in two iterations, and their shapes, as ("row", "position", 576).
 
-    The pass also notes which axis has the positions: this backbone's attention may differ from
+    The passes also note which axis has the positions: this backbone's attention may differ from
     TransformerLens' own.
 
     Args:
@@ -125,25 +125,32 @@ def firing(
         hook: fires the points of the sites.
         unembed: fires the points behind the layers.
     """
-    fired: set[HookPoint] = set()
+    fired: dict[HookPoint, tuple[str | int, ...]] = {}
     handles = []
     for point in set(points.values()):
 
         def note(_module: Any, _args: Any, out: Any, point: HookPoint = point) -> None:
-            fired.add(point)
             if point.pos_dim is not None:
                 point.pos_dim = list(out.shape).index(positions)
+            seen = out if point.hook_conversion is None else point.hook_conversion.convert(out)
+            names: dict[int, str] = {0: "row", point.pos_dim or 1: "position"}
+            fired[point] = tuple(names.get(at) or size for at, size in enumerate(seen.shape))
 
         handles.append(point.register_forward_hook(note))
     device = model.backbone.device
     stream = model.new_stream(torch.zeros(1, dtype=torch.long, device=device), positions)
     columns = torch.arange(positions, device=device)
     states = stream.state[:, :, None].expand(-1, -1, positions, -1)
-    y, _ = stack_pass(model, stream, columns[None] * 0, columns, states, None, "write", hook(0, 1))
+    for number in (1, 2):
+        there = model.kind.has_state(columns, stream.origin[:, None], number)
+        tokens = columns[None] * 0
+        visit = hook(0, number)
+        y, states = stack_pass(model, stream, tokens, columns, states, there, "write", visit, number)
     unembed(y[-1][:, :, None])
     for handle in handles:
         handle.remove()
-    return {name: point for name, point in points.items() if point in fired}
+    here = {name: point for name, point in points.items() if point in fired}
+    return here, {name: fired[point] for name, point in here.items()}
 
 
 def twin_of(model: StateStreamModel) -> tuple[nn.Module, Backbone, Any, Any]:
@@ -190,11 +197,6 @@ class StateStreamBridge(TransformerBridge):
     """
 
     def __init__(self, model: StateStreamModel) -> None:
-        if model.kind.name != "sst":
-            raise SSTError(
-                f"a {model.kind.words} does not go into TransformerLens yet",
-                "`model.generate(edit=...)` and nnsight work with it",
-            )
         hf, backbone, adapter, tokenizer = twin_of(model)
         super().__init__(hf, adapter, tokenizer)
         self.state_stream, self._twin = model, backbone
@@ -210,14 +212,18 @@ class StateStreamBridge(TransformerBridge):
             backbone.layers[index] = replace(layer, **theirs)
         for norm in norms:
             norm.use_native_layernorm_autograd = True  # the backbone's own numbers, unless a hook edits them
+        self._passes = copy.copy(backbone)
+        """For passes: a memory that is taken after the final norm is not a logit, and fires no hook there."""
         backbone.final_norm = self.ln_final
         named = self.hook_dict
         self._points: list[dict[Site, HookPoint]] = [
             {site: named[f"blocks.{layer}.hook_{site}"] for site in SITES}
             for layer in range(backbone.n_layers)
         ]
-        self.firing = firing(self._hooked(), self.hook_dict, self.cfg.n_heads + 1, self._hook, self._logits)
-        """Name -> hook point that fires; `hook_dict` also has those that do not."""
+        self.firing, self.shapes = firing(
+            self._hooked(), self.hook_dict, self.cfg.n_heads + 1, self._hook, self._logits
+        )
+        """Name -> hook point that fires (`hook_dict` also has those that do not), and name -> its shape."""
 
     def forward(
         self,
@@ -248,7 +254,7 @@ class StateStreamBridge(TransformerBridge):
         """(logits, caches), one of each per iteration; see `sst_interp.bridges.run_with_cache`."""
         with Collector(self, names_filter) as collected:
             logits = self._read(self._tokens(input), iterations, method)
-        return logits, collected.caches()
+        return logits, collected.caches(len(logits))
 
     def run_with_cache(
         self,
@@ -303,7 +309,6 @@ class StateStreamBridge(TransformerBridge):
         (iterations,) = check_iterations([iterations])
         model, last, hooked = self.state_stream, [], self._hooked()
         tokens, pad = model.batch(input)
-        hooked.backbone = copy.copy(self._twin)
         hooked.backbone.unembed = model.backbone.unembed
         out = generate(
             hooked, tokens, pad, [iterations] * len(pad), max_new_tokens,
@@ -322,7 +327,7 @@ class StateStreamBridge(TransformerBridge):
         """The result of `generate`, and a cache per iteration whose positions are the generated ones."""
         with Collector(self, names_filter) as collected:
             out = self.generate(input, **how)
-        return out, collected.caches()
+        return out, collected.caches(max(out.iterations))
 
     def read_with_caches(
         self,
@@ -342,7 +347,7 @@ class StateStreamBridge(TransformerBridge):
         read = torch.cat([ids[:, -1:], ids.new_tensor(list(tokens[:-1])).view(1, -1)], dim=1)
         with Collector(self, names_filter) as collected:
             logits = self._logits(read_sequentially(self._hooked(), read, iterations, self._hook, stream))
-        return logits, collected.caches()
+        return logits, collected.caches(iterations)
 
     def _tokens(self, input: Input) -> Tensor:
         tokens, pad = self.state_stream.batch(input)
@@ -369,7 +374,7 @@ class StateStreamBridge(TransformerBridge):
         return logits
 
     def _hooked(self) -> Recurrence:
-        return Recurrence(self._twin, self.state_stream.kind, self.state_stream.choices)
+        return Recurrence(copy.copy(self._passes), self.state_stream.kind, self.state_stream.choices)
 
     def _hook(self, position: int, iteration: int) -> Visit:
         self.now = Now(iteration, position)
@@ -444,12 +449,19 @@ class Collector:
         for handle in self._handles:
             handle.remove()
 
-    def caches(self) -> list[ActivationCache]:
-        """One cache per iteration, positions in order."""
+    def caches(self, iterations: int) -> list[ActivationCache]:
+        """One cache per iteration, positions in order.
+
+        Raises:
+            SSTError: nothing that the filter names has run (at depth 1, a state read from iteration 2 on).
+        """
+        if not self._seen:
+            named = ", ".join(names[0] for names in self._names.values())
+            raise SSTError(f"nothing ran at {named} in {iterations} iteration(s)", "read it deeper")
         caches = []
-        for iteration in sorted(self._seen):
+        for iteration in range(1, iterations + 1):
             tensors: dict[str, Tensor] = {}
-            for key, pieces in self._seen[iteration].items():
+            for key, pieces in self._seen.get(iteration, {}).items():
                 parts, axis = [pieces[first] for first in sorted(pieces)], self._points[key].pos_dim or 1
                 joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim=axis)
                 tensors |= dict.fromkeys(self._names[key], joined)

@@ -44,7 +44,10 @@ def whole_app() -> typer.Typer:
             *(runs.basin_shifts, runs.claims, runs.report, runs.capture),
             *(runs.publish, runs.runs, runs.datasets),
         ),
-        "Look": (experiments.compare, experiments.probe, experiments.patch),
+        "Look": (
+            *(experiments.compare, experiments.probe, experiments.patch),
+            *(experiments.hooks, experiments.harvest),
+        ),
         "Train": (experiments.train, experiments.evaluate),
     }
     for panel, commands in panels.items():

@@ -1,9 +1,10 @@
-"""`sst-interp compare`, `probe`, `patch`, `train` and `evaluate`: what needs a model again."""
+"""`sst-interp compare`, `probe`, `patch`, `hooks`, `harvest`, `train`, `evaluate`: a model at work again."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +16,7 @@ from sst_interp.cli.common import (
     Resamples,
     RunOption,
     Seed,
+    given_path,
     place,
     print_json,
     progress,
@@ -24,7 +26,7 @@ from sst_interp.cli.common import (
 )
 from sst_interp.errors import SSTError, Untestable
 from sst_interp.experiments.probe import RULES
-from sst_interp.files import check_output
+from sst_interp.files import check_output, read_json
 from sst_interp.tables import bar, print_table, say, write_text
 
 if TYPE_CHECKING:
@@ -249,10 +251,90 @@ def patch(
     say(f"claim C16: {kept}", sys.stderr)
 
 
+def hooks(
+    model: Annotated[str, typer.Argument(help="A checkpoint, a backbone, or a folder of either.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """List every place in a model where a value can be read or changed: hook names, sites, shapes.
+
+    A line stands for all layers that have the point; --json has a row per layer.
+
+    Examples:
+        sst-interp hooks smollm2-135m-sst
+
+        sst-interp hooks smollm2-135m --json
+    """
+    from sst_interp.bridges import hook_points
+    from sst_interp.models.loading import load
+
+    rows = hook_points(load(model))
+    if as_json:
+        return print_json(rows)
+    layers: dict[tuple[str, ...], list[int]] = {}
+    for row in rows:
+        name = row["name"] or row["site"]
+        shape = " x ".join(map(str, row["shape"]))
+        if row["layer"] is not None:
+            name = name.replace(f".{row['layer']}.", ".{layer}.", 1)
+        key = name, row["site"] or "", shape, f"from {row['first_iteration']}"
+        layers.setdefault(key, []).extend([] if row["layer"] is None else [row["layer"]])
+    names = "name", "site", "shape", "iterations"
+    print_table(
+        [dict(zip(names, key, strict=True)) | {"layers": spans(numbers)} for key, numbers in layers.items()]
+    )
+
+
+def spans(numbers: list[int]) -> str:
+    """Whole numbers in ascending order as spans: `0-3, 7`."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)
+
+
+def harvest(
+    model: Annotated[str, typer.Argument(help="A checkpoint, a backbone, or a folder of either.")],
+    texts: Annotated[Path, typer.Argument(parser=given_path, metavar="TEXTS", help="A .jsonl of texts.")],
+    out: Annotated[Path, typer.Argument(parser=given_path, metavar="OUT", help="A folder for the states.")],
+    iterations: Annotated[int, typer.Option(min=1, help="Depth of every position.")] = 1,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Stop after so many; default: all.")] = None,
+    length: Annotated[int, typer.Option(min=1, help="Tokens read of each text, from its start.")] = 256,
+    layers: Annotated[str, typer.Option(help="With commas; default: all.")] = "",
+    keep: Annotated[str, typer.Option(help="Iterations, with commas; default: all.")] = "",
+) -> None:
+    """Read plain texts and write the hidden states: for sparse autoencoders, probes, other tools.
+
+    A line of TEXTS is {"text": "..."}. The same command goes on after an interruption.
+
+    Example:
+        sst-interp harvest smollm2-135m-sst texts.jsonl states --iterations 4 --layers 12 --tokens 100000
+    """
+    from sst_interp.models.loading import load
+    from sst_interp.runs.export import harvest as harvest_texts
+
+    at: dict[str, Any] = {"layers": whole_numbers("--layers", layers, "4,12") if layers else None}
+    at["keep"] = whole_numbers("--keep", keep, "1,4") if keep else None
+    if not texts.is_file():
+        raise SSTError(f"{texts} is not a file", 'a line of it is {"text": "..."}')
+    kept = "what was read is kept: the same command goes on from there"
+    with progress("reading", "text", 0) as show, stopping(kept):
+        harvest_texts(load(model), texts, out, iterations, tokens, length, progress=show, **at)
+    index = read_json(out / "index.json", "give another folder")
+    say(
+        f"{sum(shard['samples'] for shard in index['shards'])} positions of {len(index['rows'])} texts: {out}"
+    )
+
+
 def train(
     recipe: Annotated[str, typer.Argument(help="A training recipe: a shipped name, or a .toml file.")],
     out: Annotated[Path | None, place("FOLDER", "Default: checkpoints/NAME.", "--out", "-o")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Erase what is there and train anew.")] = False,
+    log: Annotated[
+        str | None, typer.Option("--log", help="Also log to tensorboard, wandb (offline) or trackio.")
+    ] = None,
 ) -> None:
     """Train a checkpoint: adapters and blend weights together, or its matched baseline.
 
@@ -261,6 +343,8 @@ def train(
     Examples:
         sst-interp train smollm2-135m-sst
 
+        sst-interp train smollm2-135m-sst --log tensorboard
+
         sst-interp train my-recipe.toml --out checkpoints/mine
     """
     from sst_interp.experiments.training_results import training_curves
@@ -268,7 +352,10 @@ def train(
     from sst_interp.training.card import CURVES, read_log
     from sst_interp.training.recipe import find_training_recipe
     from sst_interp.training.trainer import Training
+    from sst_interp.training.watch import find_log, watching
 
+    if log is not None:
+        find_log(log)  # before the model is loaded
     chosen = find_training_recipe(recipe)
     say(f"loading {chosen.backbone} and {chosen.data}", sys.stderr)
     training = Training(chosen, out, fresh)
@@ -278,6 +365,8 @@ def train(
     shown = bar(f"training {chosen.name}", total=training.steps, initial=training.done, unit="step")
 
     def show(now: Training, line: dict[str, float]) -> None:
+        if watch is not None:
+            watch(line)
         recent = [row for row in now.log[-20:] if "loss" in row]
         speed = sum(row["tokens"] for row in recent) / sum(row["seconds"] for row in recent)
         loss = sum(row["loss"] for row in recent) / len(recent)
@@ -290,7 +379,9 @@ def train(
         curves = training_curves(read_log(folder), chosen.name)
         write_text(folder / CURVES, result_page(f"Training {chosen.name}", [curves]))
 
-    with shown, stopping("the state is saved: the same command goes on from there"):
+    given = training.folder, chosen.name, chosen.to_dict(), training.done
+    watched = nullcontext() if log is None else watching(log, *given)
+    with shown, stopping("the state is saved: the same command goes on from there"), watched as watch:
         folder = training.run(show, draw)
     curves = training_curves(read_log(folder), chosen.name)
     say(f"{curves.verdict}\ncheckpoint: {folder}\ncurves: {folder / CURVES}")

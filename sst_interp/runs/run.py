@@ -20,6 +20,7 @@ from sst_interp.errors import SSTError, unknown_name, upstairs
 from sst_interp.files import unreadable
 from sst_interp.models.choices import BEFORE, COMPARISONS
 from sst_interp.runs import manifest
+from sst_interp.runs.export import export_run
 from sst_interp.runs.provenance import RunKind, run_kind
 from sst_interp.runs.recipe import Recipe
 from sst_interp.runs.schema import CATEGORIES, KEYS, MAY_BE_EMPTY, OPTIONAL, TABLES, to_frame
@@ -209,6 +210,21 @@ class Run:
                     f"its {text!r} text there has positions 0 to {length - 1}",
                 )
             return part[position : position + 1][0]
+
+    def export(self, folder: str | Path, **how: Any) -> Path:
+        """Write kept states for other tools, [row, position, layer, iteration, d_model] in safetensors.
+
+        A row is a question. The layout, and how it is read, stand in `sst_interp.runs.export`.
+
+        Args:
+            folder: a new one, or that of the same export, which then goes on.
+            how: `rows`, `positions`, `layers`, `iterations` (from 1): numbers, a slice, or None for all that
+                the run kept; `depth` and `text`, as for `states`; `rows_per_shard`.
+
+        Raises:
+            SSTError: the run did not keep them; numbers that are not there; other states in the folder.
+        """
+        return export_run(self, folder, **how)
 
     def caches(self, question: int, **how: Any) -> list[Any]:
         """A TransformerLens `ActivationCache` per iteration (`sst_interp.bridges.run_caches`)."""
