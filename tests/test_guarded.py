@@ -75,4 +75,4 @@ def test_damaged_errors_of_the_approximation_are_named_with_the_run_s_model(tmp_
     (tmp_path / "studies" / "errors.parquet").write_bytes(b"PAR1")
     with pytest.raises(SSTError, match=r"errors\.parquet is damaged: ") as told:
         approximation_of(run)
-    assert "`sst-interp study run two-pass own`" in str(told.value.hint)
+    assert f"`sst-interp study run two-pass {run.recipe.checkpoint}`" in str(told.value.hint)

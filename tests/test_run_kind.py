@@ -87,19 +87,21 @@ def test_the_report_names_the_kind_and_claims_of_a_blend_need_one(captured, kind
     shipped = tmp_path / "studies"
     shipped.mkdir()
     monkeypatch.setattr(paths, "studies_dir", lambda: shipped)
-    measured = {"model": "tiny", "layers": "all", "alpha": 0.2, "alpha_low": 0.1, "alpha_high": 0.3}
-    pd.DataFrame([measured]).to_parquet(shipped / "errors.parquet")
-    seen = []  # a measurement of an SST of that name must not be read beside another kind
-    monkeypatch.setattr(of_run, "approximation_error", lambda table: seen.append(len(table)))
+    name = run.recipe.checkpoint
+    measured = [
+        {"model": name, "layers": "all", "alpha": a, "alpha_low": a, "alpha_high": a} for a in (0.1, 0.2)
+    ]
+    pd.DataFrame(measured).to_parquet(shipped / "errors.parquet")
+    assert len(of_run.approximation_of(run)) == 2
+    monkeypatch.setattr(of_run, "approximation_of", lambda run: None)  # a table of two numbers is no study
     found = of_run.ledger_of(run, resamples=50)
     about_the_blend = {row.claim.id: row.finding for row in found.rows if row.claim.id in ("C14", "C15")}
     assert len(about_the_blend) == 2
     if kind == "sst":
         assert about_the_blend["C14"].here.startswith("0.2, [0.1, 0.3]")
-        assert seen == [1]
     else:
         for finding in about_the_blend.values():
-            assert finding.verdict.startswith("not testable")
+            assert finding.grade == "not comparable"
             assert f"a {WORDS[kind]} has no blend".lower() in finding.verdict.lower()
     page = html.unescape(render_report(run, found))
     for other, words in WORDS.items():

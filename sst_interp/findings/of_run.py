@@ -143,14 +143,14 @@ def approximation_of(run: Run) -> pd.DataFrame | None:
     A trained checkpoint has one blend; the order of the error is told where alpha varies.
     """
     folder = checkpoint_folder(run.recipe.checkpoint)
-    names = {run.recipe.checkpoint}
+    backbone = run.recipe.checkpoint
     if folder is not None and (about := folder / "training.json").is_file():
-        names.add(json.loads(about.read_text()).get("backbone", {}).get("name"))
+        backbone = json.loads(about.read_text()).get("backbone", {}).get("name", backbone)
     for file in (paths.studies_dir() / "errors.parquet", paths.shipped("studies") / "errors.parquet"):
         if file.is_file():
-            again = "delete it; `sst-interp study run two-pass` measures it again"
+            again = f"delete it; `sst-interp study run two-pass {backbone}` measures it again"
             table = read_table(file, again, ("model", "layers", "alpha", "alpha_low", "alpha_high"))
-            own = table[table["model"].isin(names).to_numpy(dtype=bool)]
+            own = table[table["model"].isin({backbone, run.recipe.checkpoint}).to_numpy(dtype=bool)]
             if own["alpha"].nunique() > 1:
                 return own
     return None

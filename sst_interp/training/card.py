@@ -76,8 +76,8 @@ def behind(log: pd.DataFrame, baseline: pd.DataFrame) -> pd.DataFrame:
         log, baseline: two logs (`read_log`). The baseline has one depth, which every depth is compared with.
 
     Returns:
-        A row per measurement that both have: `step`, `tokens`, `exact` and, where measured, `depth_4`, nats per
-        answer token; above 0 the training is behind. No rows if the two did not see the same tokens.
+        A row per measurement that both have: `step`, `tokens`, `exact` and, where measured, `depth_4` (nats
+        per answer token; above 0 the training is behind). No rows if the two did not see the same tokens.
     """
     steps, others = (rows.assign(tokens=rows["tokens"].fillna(0).cumsum()) for rows in (log, baseline))
     both = steps.merge(others[["step", "tokens", "held_out_exact"]], on="step", suffixes=("", "_baseline"))
