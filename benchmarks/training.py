@@ -34,11 +34,11 @@ from timing import machine, paired, ratio, show
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 import sst_interp as sst
-from sst_interp.models.checkpoint import add_adapters, trainable
-from sst_interp.models.model import StateStreamModel
+from sst_interp.experiments.studies.gradient_errors import BASE, text_rows, with_adapters
+from sst_interp.models.checkpoint import add_adapters
 from sst_interp.questions.datasets import load_items
 from sst_interp.questions.item import Item
-from sst_interp.training.data import Batch, encode, make_batch
+from sst_interp.training.data import encode, make_batch
 from sst_interp.training.objective import training_loss
 from sst_interp.training.recipe import TrainingRecipe, find_training_recipe
 from sst_interp.training.trainer import Training
@@ -66,30 +66,6 @@ SCHEDULES: dict[str, dict] = {
 """Of which forward and backward passes are compared."""
 
 
-def text_rows(model: StateStreamModel, rows: int, tokens: int) -> Batch:
-    """Rows of GSM8K questions and worked answers, one behind the other; the loss is on the second halves."""
-    items, _ = load_items("gsm8k")
-    text = "\n".join(f"{item.text}\n{item.worked}" for item in items[:100])
-    cut = torch.tensor(model.encode_plain(text)[: rows * tokens]).view(rows, tokens)
-    answer = torch.zeros_like(cut, dtype=torch.bool)
-    answer[:, tokens // 2 : -1] = True
-    return Batch(cut, answer)
-
-
-def with_random_adapters(dtype: str) -> tuple[StateStreamModel, list[torch.Tensor]]:
-    """SmolLM2-135M and its adapters and alpha, to be differentiated."""
-    model = sst.load("smollm2-135m", alpha=0.027, dtype=dtype)
-    model.backbone.config._attn_implementation = "eager"  # as a training on CPUs does
-    adapters = trainable(add_adapters(model.backbone.model, 16, 32, (), 0))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in adapters.items():
-            if "lora_B" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.01)
-    model.alpha = model.alpha.detach().requires_grad_()
-    return model, [model.alpha, *adapters.values()]
-
-
 def peak_memory(step: Callable[[], object]) -> float:
     """Bytes by which the resident memory of a process of its own grows at most during a step (Linux)."""
     read, write = os.pipe()
@@ -110,7 +86,7 @@ def exact_against_two_pass(tokens: int, pairs: int, rows: int = 8) -> None:
     """Time and memory in bf16, gradient error in float32."""
     recipes = {kind: TrainingRecipe("b", "b", "b", **how) for kind, how in SCHEDULES.items()}
 
-    model, weights = with_random_adapters("float32")
+    model, weights = with_adapters("smollm2-135m", BASE)
     batch = text_rows(model, rows, tokens)
     truth = {"method": "sequential"} if tokens <= 64 else {"method": "exact", "tolerance": 1e-7}
 
@@ -126,7 +102,7 @@ def exact_against_two_pass(tokens: int, pairs: int, rows: int = 8) -> None:
         if recipe.method != "none"
     }
 
-    model, _ = with_random_adapters("bfloat16")
+    model, _ = with_adapters("smollm2-135m", BASE, "bfloat16")
 
     def step(recipe: TrainingRecipe) -> float:
         began = time.process_time()

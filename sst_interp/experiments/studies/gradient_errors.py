@@ -134,9 +134,11 @@ def compared(name: str, condition: Condition, rows: int) -> Iterator[dict[str, A
         }  # fmt: skip
 
 
-def with_adapters(name: str, condition: Condition) -> tuple[StateStreamModel, list[Tensor]]:
-    """The first layers of a backbone in float32, and what is differentiated: alpha and all adapters."""
-    whole = load(name, dtype="float32")
+def with_adapters(
+    name: str, condition: Condition, dtype: str = "float32"
+) -> tuple[StateStreamModel, list[Tensor]]:
+    """The first layers of a backbone, and what is differentiated: alpha and all adapters."""
+    whole = load(name, dtype=dtype)
     inner, backbone = whole.backbone.model, whole.backbone
     kept = max(1, round(condition.share * backbone.n_layers))
     blocks = "layers" if hasattr(backbone.decoder, "layers") else "h"
