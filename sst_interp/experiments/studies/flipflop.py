@@ -303,7 +303,7 @@ def compare_gradients(training: Training, arms: Sequence[Arm]) -> pd.DataFrame:
         `norm_ratio`, its norm over the exact one's.
     """
     exact, rows = training.gradient(EXACT.schedule), []
-    for arm in [arm for arm in arms if arm not in (EXACT, NO_STREAM)]:
+    for arm in [arm for arm in arms if arm not in (EXACT, DEEPER, NO_STREAM)]:
         for part, gradient in training.gradient(arm.schedule).items():
             a, b = gradient.double(), exact[part].double()
             cosine = float(torch.nn.functional.cosine_similarity(a, b, dim=0))
