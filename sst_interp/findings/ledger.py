@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -167,7 +167,7 @@ class Ledger(Result):
         figure = plots.canvas("Grade by claim", subtitle, "comparison", "claim of the paper")
         points = [(row, _column(row.comparison), row.finding, 15) for row in self.rows]
         points += [(row, _column(c), found, 8) for row in self.rows for c, found in row.checks.items()]
-        counted: Any = self.counts
+        counted, symbols = self.counts, cast(dict[str, str], SYMBOLS)
         for grade, colour in COLOURS.items():
             own = [point for point in points if point[2].grade == grade]
             if not own:
@@ -178,7 +178,7 @@ class Ledger(Result):
                 mode="markers",
                 name=f"{grade} ({counted[grade]})",
                 marker={
-                    "size": [size for *_, size in own], "color": colour, "symbol": SYMBOLS[grade],
+                    "size": [size for *_, size in own], "color": colour, "symbol": symbols[grade],
                     "line": {"width": 2, "color": colour},
                 },
                 customdata=[[r.claim.paper, _plain(f.here), _plain(f.verdict)] for r, _, f, _ in own],
