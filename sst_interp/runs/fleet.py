@@ -16,7 +16,6 @@ from importlib.util import find_spec
 from typing import Any
 
 from sst_interp.errors import SSTError
-from sst_interp.models.backbone import first_line
 from sst_interp.tables import say
 
 TRIES = 3
@@ -332,7 +331,11 @@ def _words(error: Exception) -> str:
     if isinstance(error, SSTError):
         return error.message
     kind = type(error).__name__
-    return "its worker died" if kind == "ActorDiedError" else f"{kind}: {first_line(error)}"
+    return "its worker died" if kind == "ActorDiedError" else f"{kind}: {_line(error)}"
+
+
+def _line(error: Exception) -> str:
+    return next((line.strip()[:300] for line in str(error).splitlines() if line.strip()), "no reason given")
 
 
 def _connected(fleet: Fleet) -> tuple[Any, bool, dict[str, Any], int]:
@@ -371,11 +374,11 @@ def _join(ray: Any, address: str, how: dict[str, Any]) -> None:
         try:
             socket.create_connection((host, int(port)), timeout=5).close()
         except (OSError, ValueError) as error:
-            raise SSTError(f"no Ray cluster answers at {address}: {first_line(error)}", hint) from None
+            raise SSTError(f"no Ray cluster answers at {address}: {_line(error)}", hint) from None
     try:
         ray.init(address=address, **how)
     except Exception as error:  # other versions of Python or Ray there; nothing there
-        raise SSTError(f"cannot join the Ray cluster at {address}: {first_line(error)}", hint) from error
+        raise SSTError(f"cannot join the Ray cluster at {address}: {_line(error)}", hint) from error
 
 
 def with_threads(fleet: Fleet) -> Fleet:
