@@ -5,14 +5,17 @@ import os
 import signal
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tiny_run
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from simulated_ray import SimulatedRay, simulated
 from tiny_capture import ALPHA, capture, capture_module, recipe_for, save_model, write_questions
 
 from sst_interp.errors import SSTError
+from sst_interp.questions import Question
 from sst_interp.runs import fleet as fleet_module
 from sst_interp.runs.fleet import Fleet, Tasks, Team, Unfit
 from sst_interp.runs.writer import RunWriter
@@ -73,56 +76,6 @@ def test_three_workers_one_of_them_killed_are_one_process(files, tmp_path, monke
 
 # Orders of completion and failure, with Ray's part simulated
 
-
-class SimulatedRay:
-    """What `Team` asks of Ray, in this process: `draw` decides who is ready first, and what becomes of it."""
-
-    class exceptions:  # noqa: N801
-        RayError = type("RayError", (Exception,), {})
-        ActorDiedError = type("ActorDiedError", (RayError,), {})
-        RayTaskError = type("RayTaskError", (RayError,), {"cause": None})
-
-    def __init__(self, draw):
-        self.draw, self.started = draw, 0
-
-    def remote(self, cls):
-        def made(*args):
-            self.started += 1
-            return SimulatedActor(cls(*args))
-
-        return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=made))
-
-    def wait(self, refs, num_returns=1, timeout=None):
-        ready = refs if num_returns > 1 else [refs[self.draw(len(refs))]]
-        return ready, []
-
-    def get(self, ref):
-        actor, name, args = ref
-        fate = self.draw(4) if name == "do" else 3
-        if fate == 0 or actor.dead:
-            actor.dead = True
-            raise self.exceptions.ActorDiedError("it died")
-        if fate == 1:
-            error = self.exceptions.RayTaskError()
-            error.cause = ValueError("no luck")
-            raise error
-        return getattr(actor.worker, name)(*args)
-
-    def kill(self, actor):
-        actor.dead = True
-
-    def shutdown(self):
-        pass
-
-
-class SimulatedActor:
-    def __init__(self, worker):
-        self.worker, self.dead = worker, False
-
-    def __getattr__(self, name):
-        return SimpleNamespace(remote=lambda *args: (self, name, args))
-
-
 BAR = SimpleNamespace(n=0, update=lambda n: None, set_postfix_str=lambda s: None)
 RECIPE = tiny_run.tiny_recipe(controls=3)
 
@@ -170,7 +123,7 @@ def run_team(ray, folder, patch, workers=3):
         return skipped
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_order_of_commits_and_failures_ends_in_the_same_bytes(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("orders") / "tiny"
@@ -228,8 +181,8 @@ def test_a_batch_that_fails_three_times_is_named_and_the_others_are_kept(tmp_pat
 
 
 def test_a_worker_that_is_not_like_the_others_takes_no_part(tmp_path, monkeypatch, capsys):
-    ray, seen = SimulatedRay(lambda n: n - 1), []
-    monkeypatch.setattr(fleet_module, "_connected", lambda fleet: (ray, True, {}, 2))
+    simulated(monkeypatch)
+    seen = []
 
     def accept(about):
         seen.append(about)
@@ -259,6 +212,47 @@ def test_workers_that_die_while_they_start_are_not_started_for_ever(monkeypatch)
     with Team(Fleet(1), TinyWork) as team, pytest.raises(SSTError, match="workers die while they start"):
         team.first()
     assert ray.started == 3
+
+
+# What else rides on it
+
+
+def test_evaluations_are_those_of_one_process(tmp_path, monkeypatch):
+    from sst_interp.training import evaluation
+    from sst_interp.training.evaluation import evaluate_by_name
+
+    asked = tuple(Question(str(n), "quorvex1 " * (1 + n), "A", "choice", 4) for n in range(4))
+    monkeypatch.setattr(evaluation, "load_questions", lambda *_, **__: SimpleNamespace(questions=asked))
+    model = str(save_model(tmp_path / "model", torch.bfloat16))
+    given = model, [1], ["arc-easy", "arc-challenge"], 3
+    alone = evaluate_by_name(*given, out=tmp_path / "alone")
+    simulated(monkeypatch)
+    assert evaluate_by_name(*given, out=tmp_path / "fleet", fleet=Fleet(2)).equals(alone)
+    other = str(save_model(tmp_path / "other" / "model", torch.bfloat16, seed=1))
+    with pytest.raises(SSTError, match="holds another model's measurements"):
+        evaluate_by_name(other, [1], ["arc-easy"], 4, out=tmp_path / "fleet", fleet=Fleet(2))
+
+
+def test_permutations_are_those_of_one_process(monkeypatch):
+    from sst_interp.experiments.probe import validate
+    from sst_interp.experiments.probe.fit import Design, Inputs
+
+    states = torch.randn(12, 3, 8, generator=torch.Generator().manual_seed(0))
+    positive = np.arange(12) % 3 == 0
+    given = Design(layers=(0, 1, 2)), Inputs(states), positive, 9
+    monkeypatch.setattr(validate, "AT_ONCE", 48)  # four permutations at once
+    alone, told = validate.null_scores(*given, None), []
+    simulated(monkeypatch)
+    monkeypatch.setattr(SimulatedRay, "roundtrip", True)
+    progress = lambda what, done, of: told.append((done, of))  # noqa: E731
+    assert validate.null_scores(*given, progress, Fleet(2)).equals(alone)
+    assert told[-1] == (9, 9)
+
+
+def test_what_fails_three_times_is_named(monkeypatch):
+    simulated(monkeypatch, lambda n: 1 if n == 4 else n - 1)
+    with pytest.raises(SSTError, match=r"three attempts failed at question 7: ValueError: no luck"):
+        fleet_module.each(Fleet(1), TinyWork, [7], print, lambda q: f"question {q}")
 
 
 # Mistakes

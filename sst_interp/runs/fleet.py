@@ -394,3 +394,42 @@ def with_threads(fleet: Fleet) -> Fleet:
 def staff(fleet: Fleet | None, make: Callable[[], Work]) -> Alone | Team:
     """The workers of a job: this process, or a fleet's."""
     return Alone(make()) if fleet is None else Team(with_threads(fleet), make)
+
+
+class Unseen:
+    """A progress bar that shows nothing."""
+
+    n = 0
+
+    def update(self, n: int) -> None:
+        """Nothing."""
+
+    def set_postfix_str(self, s: str) -> None:
+        """Nothing."""
+
+
+def each(
+    fleet: Fleet | None,
+    make: Callable[[], Work],
+    items: Iterable[Item],
+    done: Callable[[Any, Any], object],
+    name: Callable[[Any], str] = str,
+    accept: Callable[[Any], Any] | None = None,
+) -> None:
+    """Call `done`, here, with every item and its result, in any order.
+
+    Args:
+        fleet: the workers; None is this process.
+        make: makes a worker's `Work`, once in each.
+        name: an item in words.
+        accept: as for `Team.run`.
+
+    Raises:
+        SSTError: items failed three times. All others are done.
+    """
+    with staff(fleet, make) as team:
+        failed = team.run(items, lambda *made: done(*made) and None, Unseen(), name, accept)
+    if failed:
+        named = ", ".join(map(name, failed))
+        said = f"three attempts failed at {named}: {next(iter(failed.values()))}"
+        raise SSTError(said, "all others are kept: the same command tries once more")
