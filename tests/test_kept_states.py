@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from sst_interp.runs.memory import estimate, preflight
 from sst_interp.runs.perturbations import in_float32, read_alone
 from sst_interp.runs.states import DTYPES, Spool, Spooled, stage_states
 from sst_interp.runs.store import open_run
+from sst_interp.tables import markdown
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -228,3 +230,8 @@ def test_the_estimate_of_kept_states_is_what_is_written(whole, csv):
     written = [json.loads((whole.folder / "manifest.json").read_text())["shards"][b] for b in "012"]
     sizes = [entry["bytes"] for files in written for name, entry in files.items() if "states" in name]
     assert 0.3 * longest < max(sizes) < 1.1 * longest
+
+
+def test_the_table_in_the_docs_is_the_estimate():
+    page = (Path(__file__).parents[1] / "docs" / "cluster.md").read_text()
+    assert markdown(memory.table()) in page

@@ -163,3 +163,40 @@ def preflight(model: Any, recipe: Recipe, prompts: Sequence[int], folder: Path) 
             "keep, keep_layers and keep_positions decide how much"
         )
     return notes
+
+
+GEMMA_3_27B = Shape(62, 5376, 21504, 32, 16, 128, 262_208, 27_009_346_304)
+"""`google/gemma-3-27b-it` without its vision tower, in bfloat16."""
+GPQA = 400, 198
+"""Tokens of a long prompt, and questions."""
+GPU = 80e9 - 3e9
+"""Bytes of one H100, less what CUDA takes for itself."""
+
+
+CASES = ((1, 2, 3, 4), 64), ((1, 2, 3, 4), 2000), ((1, 64), 64), ((1, 64), 2000)
+"""Depths and new tokens of the table in docs/cluster.md."""
+
+
+def table(shape: Shape = GEMMA_3_27B, room: float = GPU) -> list[dict[str, str]]:
+    """What each of `CASES` takes on GPQA, and the largest batch that fits one GPU."""
+    rows = []
+    for depths, tokens in CASES:
+        recipe = Recipe("r", "c", "d", depths=depths, max_new_tokens=tokens)
+        needs = {n: estimate(shape, replace(recipe, batch_size=n), *GPQA) for n in range(1, 9)}
+        fits = max((n for n in needs if needs[n].weights + needs[n].at_once <= room), default=0)
+        need, used, every = needs[8], needs[max(fits, 1)], replace(recipe, keep="all")
+        some = replace(every, keep_layers=tuple(range(0, shape.layers, 8)), keep_positions=tuple(range(64)))
+        rows.append(
+            {
+                "depths": ", ".join(map(str, depths)),
+                "new tokens": f"{tokens:,}",
+                "GPU, beside the weights, batch of 8": f"{need.at_once / GB:,.0f} GB",
+                "of that keys and values": f"{need.device['keys and values'] / GB:,.0f} GB",
+                "recipe for a GPU of 80 GB": f"`batch_size = {fits}`" if fits else "two GPUs, or 4bit",
+                "its rows, in memory": f"{used.memory / GB:,.1f} GB",
+                "the run": f"{used.disk / GB:,.0f} GB",
+                "with every state": f"{estimate(shape, every, *GPQA).disk / GB:,.0f} GB",
+                "with those of 8 layers, 64 positions": f"{estimate(shape, some, *GPQA).disk / GB:,.0f} GB",
+            }
+        )
+    return rows

@@ -285,7 +285,7 @@ def find_recipe(name: str, captured: bool = True) -> Recipe:
 
 def _identity(recipe: Recipe) -> dict[str, Any]:
     """What decides a run's contents. An `overlap` does only if it has to be measured while capturing."""
-    values = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(recipe).items()}
+    values: dict[str, Any] = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(recipe).items()}
     del values["name"]
     choices = {key: value for key, value in values.pop("choices").items() if key not in ANALYSIS}
     if choices["overlap"] != "lens_jaccard":
