@@ -377,8 +377,9 @@ def _join(ray: Any, address: str, how: dict[str, Any]) -> None:
             raise SSTError(f"no Ray cluster answers at {address}: {_line(error)}", hint) from None
     try:
         ray.init(address=address, **how)
-    except Exception as error:  # other versions of Python or Ray there; nothing there
-        raise SSTError(f"cannot join the Ray cluster at {address}: {_line(error)}", hint) from error
+    except Exception as error:  # other versions of Python or Ray there; nothing there; a token
+        said = f"cannot join the Ray cluster at {address}: {_line(error)}"
+        raise SSTError(said, f"{hint}; one that asks for a token needs RAY_AUTH_MODE=token") from error
 
 
 def with_threads(fleet: Fleet) -> Fleet:
