@@ -11,6 +11,7 @@ import socket
 import sys
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
@@ -141,6 +142,8 @@ class Team:
 
     def __enter__(self) -> Team:
         self._ray, self._ours, self._options, count = _connected(self.fleet)
+        self._stdout = redirect_stdout(sys.stderr)  # Ray tells of dead workers where results belong
+        self._stdout.__enter__()
         for _ in range(count):
             self._spawn()
         return self
@@ -151,6 +154,7 @@ class Team:
             self._ray.kill(member.actor)
         if self._ours:
             self._ray.shutdown()
+        self._stdout.__exit__(None, None, None)
 
     def first(self) -> Any:
         """What the first worker that is ready says of itself (`about`).
