@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -141,9 +142,11 @@ def test_states_do_not_stay_on_the_device(csv, model, tmp_path, monkeypatch):
     assert set(held) == {0}
 
 
-def test_a_weight_upcast_when_it_is_read_gives_the_same_bits(model):
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_weight_upcast_when_it_is_read_gives_the_same_bits(family):
+    model = attach(tiny.tiny(family, torch.bfloat16), None, ALPHA)
     twins = [in_float32(model, whole) for whole in (True, False)]
-    both = [read_alone(twin, [5, 6, 7, 8], [9, 10, 11], (1, 3)).resid_post for twin in twins]
+    both = [read_alone(twin, [5, 6, 7, 8, 9, 10, 11, 12], [9, 10, 11], (1, 3)).resid_post for twin in twins]
     assert all(torch.equal(both[0][depth], both[1][depth]) for depth in (1, 3))
     assert both[1][3].dtype == torch.float32
     stored = {weight.data_ptr() for weight in model.backbone.model.parameters()}
