@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from simulated_ray import simulated
+from simulated_ray import SimulatedRay, simulated
 from tiny_capture import recipe_for, tiny_llama, word_tokenizer, write_questions
 from typer.testing import CliRunner
 
@@ -70,6 +70,7 @@ def patched(patched_once, tmp_path):
 
 def test_workers_patch_what_one_process_does(run, model, patched_once, tmp_path, monkeypatch):
     simulated(monkeypatch)
+    monkeypatch.setattr(SimulatedRay, "roundtrip", True)
     rows = patch_run(run, tmp_path / "fleet", 2, PLAN, model, fleet=Fleet(2))
     assert rows.equals(patched_once[1])
 

@@ -175,7 +175,7 @@ def _named(step: Step, n: int) -> str:
 def _refuse_failed(run: str, failed: dict[Any, str], differ: dict[int, list[str]]) -> None:
     """Raise SSTError, with the numbers of batches that were skipped or are not what they were."""
     if failed:
-        named = ", ".join(str(batch) for batch in sorted({batch for _, batch in failed}))
+        named = ", ".join(str(batch + 1) for batch in sorted({batch for _, batch in failed}))
         reason = next(iter(failed.values()))
         raise SSTError(
             f"run {run}: of batch {named} three attempts failed: {reason}",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from math import nan
 from pathlib import Path
@@ -106,7 +106,8 @@ def patch_run(
 
         if progress is not None:
             progress(len(kept), len(chosen))
-        make = partial(_Patching, run, plan, threshold, overlaps, model)
+        bare = run if fleet is None else replace(run)  # a worker reads the tables itself
+        make = partial(_Patching, bare, plan, threshold, overlaps, model)
         each(fleet, make, [(q, after[q]) for q in missing], done, lambda pair: f"question {pair[0]}")
     if progress is not None:
         progress(len(chosen), len(chosen))
