@@ -43,6 +43,12 @@ RunOption = Annotated[
 ]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Resamples = Annotated[int, typer.Option(min=2, max=100_000, help="Resamples, shuffles, permutations.")]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Processes side by side, each with the model loaded; needs Ray.")
+]
+RayAddress = Annotated[
+    str | None, typer.Option("--ray", metavar="ADDRESS", help="Workers of a Ray cluster: auto, or host:port.")
+]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 
 
@@ -74,6 +80,13 @@ def takes_run(command: Callable[..., None]) -> Callable[..., None]:
     wrapped.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
     return wrapped
+
+
+def fleet_of(workers: int | None, address: str | None) -> Any:
+    """The fleet that the options ask for; None: this process alone."""
+    from sst_interp.runs.fleet import Fleet
+
+    return None if workers is None and address is None else Fleet(workers, address)
 
 
 def print_json(value: Any) -> None:

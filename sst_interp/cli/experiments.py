@@ -13,9 +13,12 @@ import typer
 
 from sst_interp.cli.common import (
     JsonFlag,
+    RayAddress,
     Resamples,
     RunOption,
     Seed,
+    Workers,
+    fleet_of,
     given_path,
     place,
     print_json,
@@ -110,6 +113,8 @@ def probe(
     permutations: Annotated[int, typer.Option(min=0, help="Permutations of the labels; 0: no test.")] = 1000,
     seed: Seed = 0,
     save: Annotated[str | None, typer.Option(help="Folder for the trained probe.")] = None,
+    workers: Workers = None,
+    ray: RayAddress = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Train a probe of the state at position 0, validate it, and route by it.
@@ -143,7 +148,8 @@ def probe(
         say(f"note: {opened.name} is not complete: {captured} questions so far", sys.stderr)
     with progress(f"probing {opened.name}", "permutation", permutations) as show:
         design, moved = Design(seed=seed), lambda _, done, of: show(done, of)
-        probed = saved.probe_run(opened, label, layer, permutations, design, progress=moved)
+        fleet = fleet_of(workers, ray)
+        probed = saved.probe_run(opened, label, layer, permutations, design, progress=moved, fleet=fleet)
     rows = probe_rows(probed.halting, probed.routing)
     if as_json:
         print_json(_as_dict(probed, rows))
@@ -220,6 +226,8 @@ def patch(
     ] = None,
     layers: Annotated[int, typer.Option(min=1, help="Layers patched alone, spread evenly.")] = 6,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens written after the patched position.")] = 6,
+    workers: Workers = None,
+    ray: RayAddress = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Put one depth's state in the place of the other's and see whether the output follows.
@@ -239,7 +247,8 @@ def patch(
     folder = out or Path("patching") / opened.name
     kept = "what was patched is kept: the same command goes on from there"
     with progress(f"patching {opened.name}", "question", questions) as show, stopping(kept):
-        rows = patch_run(opened, folder, questions, Plan(layers=layers, new_tokens=tokens), progress=show)
+        plan = Plan(layers=layers, new_tokens=tokens)
+        rows = patch_run(opened, folder, questions, plan, progress=show, fleet=fleet_of(workers, ray))
     result = patching(rows)
     made = {"questions": questions, "layers": layers, "tokens": tokens}
     if as_json:
@@ -397,6 +406,8 @@ def evaluate(
     out: Annotated[
         Path | None, place("FOLDER", "For the measurements; default: the checkpoint's.", "--out", "-o")
     ] = None,
+    workers: Workers = None,
+    ray: RayAddress = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Loss and accuracy by iteration depth, models side by side, with question-level intervals.
@@ -426,10 +437,10 @@ def evaluate(
     wanted = [task.strip() for task in tasks.split(",")] if tasks else list(BY_DEFAULT)
     own = models[0] if held_out else None
     twice = lambda name: [Path(m).name for m in models].count(Path(name).name) > 1  # noqa: E731
+    given = at, wanted, questions, own, out, fleet_of(workers, ray)
     with stopping("what was measured is kept: the same command goes on from there"):
         measured = {
-            name if twice(name) else Path(name).name: evaluate_by_name(name, at, wanted, questions, own, out)
-            for name in models
+            name if twice(name) else Path(name).name: evaluate_by_name(name, *given) for name in models
         }
     scores = depth_scores(measured, next((name for name in measured if name.endswith("baseline")), None))
     if as_json:

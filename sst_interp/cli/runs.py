@@ -13,9 +13,12 @@ import typer
 from sst_interp import __version__, paths
 from sst_interp.cli.common import (
     JsonFlag,
+    RayAddress,
     Resamples,
     RunOption,
     Seed,
+    Workers,
+    fleet_of,
     given_path,
     place,
     print_json,
@@ -44,13 +47,24 @@ def capture(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a key; can be repeated.")
     ] = None,
     fresh: FreshFlag = False,
+    workers: Workers = None,
+    ray: RayAddress = None,
+    verify: Annotated[
+        int | None, typer.Option(min=0, help="Hash every shard; capture so many batches again, and compare.")
+    ] = None,
+    mixed: Annotated[
+        bool, typer.Option("--mixed", help="Go on with batches of other hardware or versions.")
+    ] = False,
 ) -> None:
     """Capture a run: every question at every depth, measured while it is generated.
 
-    A capture that was interrupted, or a run with a damaged shard, goes on with what is missing.
+    A capture that was interrupted, or a run with a damaged shard, goes on with what is missing. With workers
+    every batch has the same bytes as without (docs/cluster.md).
 
     Examples:
         sst-interp capture demo
+
+        sst-interp capture demo --workers 2
 
         sst-interp capture my-recipe.toml --keep all
 
@@ -63,7 +77,8 @@ def capture(
     if settings or keep is not None:
         recipe = recipe.with_settings([*(settings or []), *([f"keep={keep}"] if keep is not None else [])])
     with stopping():
-        captured = capture_run(recipe, fresh=fresh)
+        fleet = fleet_of(workers, ray)
+        captured = capture_run(recipe, fresh=fresh, fleet=fleet, verify=verify, mixed=mixed)
     say(f"captured {len(captured.questions['question'].unique())} questions in {captured.folder}")
 
 

@@ -23,6 +23,8 @@ from sst_interp.questions.item import LIKELIHOOD
 DType = Literal["bfloat16", "float32", "float64"]
 Keep = Literal["none", "position0", "shifts", "all"]
 LensTokens = Literal["none", "position0", "all"]
+LISTS = ("depths", "keep_layers", "keep_positions")
+"""Keys whose values are whole numbers, kept ascending."""
 NAME = r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}"
 LARGEST = 1 << 20  # bytes of a recipe's file
 MAX_POSITIONS = 32767
@@ -74,6 +76,12 @@ class Recipe:
     keep: Keep = "position0"
     """Which full hidden states are written (docs/run-format.md, states)."""
 
+    keep_layers: tuple[int, ...] | None = None
+    """The layers, from 0, whose states are kept, of those that `keep` names; left out: all."""
+
+    keep_positions: tuple[int, ...] | None = None
+    """The positions, from 0, whose states `keep = "all"` and `"shifts"` keep; left out: all."""
+
     lens_tokens: LensTokens = "position0"
     """At which positions the leading tokens of every layer are recorded (docs/run-format.md, lens), of a
     dataset whose text may be shown. `all` unembeds every layer at every position."""
@@ -110,7 +118,16 @@ class Recipe:
     def __post_init__(self) -> None:
         check_fields(self, _CHECKS)
         # One spelling of each value, so that equal recipes have equal fingerprints.
-        object.__setattr__(self, "depths", tuple(sorted(self.depths)))
+        for key in LISTS:
+            if (numbers := getattr(self, key)) is not None:
+                object.__setattr__(self, key, tuple(sorted(numbers)))
+        if self.keep_positions is not None:
+            if self.keep not in ("all", "shifts"):
+                hint = 'keep = "all", or leave keep_positions out'
+                raise SSTError(f"keep_positions is not read with keep = {self.keep!r}", hint)
+            if self.keep_positions[-1] >= self.max_new_tokens:
+                said = f"keep_positions names position {self.keep_positions[-1]} of {self.max_new_tokens}"
+                raise SSTError(said, f"positions are numbered 0 to {self.max_new_tokens - 1}")
         if self.alpha is not None:
             if self.kind not in (None, "sst"):
                 words = kind_named(self.kind).words
@@ -170,7 +187,8 @@ class Recipe:
         values = {key: value for key, value in asdict(self).items() if value is not None}
         if not self.controls:
             del values["controls"]
-        return values | {"depths": list(self.depths), "choices": self.choices.to_dict()}
+        lists = {key: list(values[key]) for key in LISTS if key in values}
+        return values | lists | {"choices": self.choices.to_dict()}
 
     def to_toml(self) -> str:
         """TOML text from which `Recipe.loads` gives an equal recipe."""
@@ -197,7 +215,7 @@ class Recipe:
             key, text = key.strip(), text.strip()
             if not equals or not key:
                 raise SSTError(f"--set {setting!r} sets nothing", "for example --set questions=8")
-            value = [*_setting(text)] if key == "depths" and not text.startswith("[") else _setting(text)[0]
+            value = [*_setting(text)] if key in LISTS and not text.startswith("[") else _setting(text)[0]
             table, _, entry = key.partition(".")
             if entry and table in ("choices", "columns"):
                 values[table] = values.get(table, {}) | {entry: value}
@@ -225,7 +243,9 @@ class Recipe:
         return [(key, value, theirs[key]) for key, value in ours.items() if value != theirs[key]]
 
 
-_LATER = ("controls", "reply_prefix", "kind", "lens_tokens", "scoring", "columns")
+_LATER = (
+    "controls", "reply_prefix", "kind", "lens_tokens", "scoring", "columns", "keep_layers", "keep_positions",
+)  # fmt: skip
 """Keys that older recipes do not know: at their defaults they are not in the fingerprint."""
 
 
@@ -265,7 +285,7 @@ def find_recipe(name: str, captured: bool = True) -> Recipe:
 
 def _identity(recipe: Recipe) -> dict[str, Any]:
     """What decides a run's contents. An `overlap` does only if it has to be measured while capturing."""
-    values: dict[str, Any] = {**asdict(recipe), "depths": list(recipe.depths)}
+    values: dict[str, Any] = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(recipe).items()}
     del values["name"]
     choices = {key: value for key, value in values.pop("choices").items() if key not in ANALYSIS}
     if choices["overlap"] != "lens_jaccard":
@@ -346,6 +366,11 @@ def _depths(value: Any) -> bool:
     return 1 in value and len(set(value)) == len(value)
 
 
+def _numbers(value: Any) -> bool:
+    several = isinstance(value, list | tuple) and len(value) > 0 and all(map(whole(0)[0], value))
+    return several and len(set(value)) == len(value)
+
+
 def _columns(value: Any) -> bool:
     return isinstance(value, dict) and all(
         key in COLUMNS and all(map(text(empty=False)[0], names if isinstance(names, list) else [names]))
@@ -355,6 +380,7 @@ def _columns(value: Any) -> bool:
 
 COLUMNS = ("question", "answer", "choices", "id")
 _DEPTHS = _depths, f"a list of distinct whole numbers from 1 to {MAX_DEPTH} with 1, the reference, among them"
+_NUMBERS = or_none((_numbers, "a list of distinct whole numbers from 0"), " (left out: all)")
 _CHECKS: dict[str, tuple[Check, str]] = {
     "name": (FOLDER, '"demo"'),
     "checkpoint": (text("the name of a model", empty=False), '"smollm2-135m"'),
@@ -370,6 +396,8 @@ _CHECKS: dict[str, tuple[Check, str]] = {
     "batch_size": (whole(1), "8"),
     "dtype": (one_of(get_args(DType)), '"bfloat16"'),
     "keep": (one_of(get_args(Keep)), '"position0"'),
+    "keep_layers": (_NUMBERS, "[0, 12, 29]"),
+    "keep_positions": (_NUMBERS, "[0, 1, 2, 3]"),
     "lens_tokens": (one_of(get_args(LensTokens)), '"position0"'),
     "seed": (whole(0), "0"),
     "controls": (whole(0), "24"),

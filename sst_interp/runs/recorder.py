@@ -8,6 +8,7 @@ state has to be kept for later.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ from sst_interp.models.measures import (
 )
 from sst_interp.models.stream import Recurrence, Stream
 from sst_interp.runs.recipe import Recipe
+from sst_interp.runs.states import Spool, Spooled
 
 
 class Rollout(NamedTuple):
@@ -170,9 +172,12 @@ class Recorder:
         questions: each row's index in the run.
         recipe: says what is recorded.
         restricted: store no token ids (a list of ids is a transcript).
+        spool: where the states of `keep = "all"` go while the batch is generated; None makes one.
     """
 
-    def __init__(self, questions: Sequence[int], recipe: Recipe, restricted: bool) -> None:
+    def __init__(
+        self, questions: Sequence[int], recipe: Recipe, restricted: bool, spool: Spool | None = None
+    ) -> None:
         self.questions = np.asarray(questions, dtype=np.int32)
         self.pairs, self.keep, self.restricted = pairs_of(recipe.depths), recipe.keep, restricted
         self.lens = recipe.choices.overlap == "lens_jaccard"
@@ -180,8 +185,11 @@ class Recorder:
         self._compared = list(dict.fromkeys(c for p in self.pairs for c in (p.cell_a, p.cell_b)))
         tables = ("steps", "outputs", "pairs", "lens")
         self._rows: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in tables}
+        self._layers = None if recipe.keep_layers is None else list(recipe.keep_layers)
+        self._positions = None if recipe.keep_positions is None else frozenset(recipe.keep_positions)
         self._position0: Tensor | None = None
-        self._all: dict[RolloutCell, list[Tensor]] = {}
+        self._spool = spool or (Spool() if self.keep == "all" else None)
+        self._spooled: dict[str, tuple[Tensor, list[int]]] = {}
         self._shifts: list[tuple[np.ndarray, Tensor, Tensor]] = []
         self._lengths: dict[str, np.ndarray] = {}
 
@@ -277,39 +285,50 @@ class Recorder:
     def _keep_shifts(
         self, position: int, k: int, alive: np.ndarray, overlap: np.ndarray, a: Tensor, b: Tensor, first: int
     ) -> None:
-        layer, row = np.nonzero((overlap < SHIFT_KEPT_BELOW) & alive[None])
+        if self._positions is not None and position not in self._positions:
+            return
+        shifted = (overlap < SHIFT_KEPT_BELOW) & alive[None]
+        if self._layers is not None:
+            shifted &= np.isin(first + np.arange(len(shifted)), self._layers)[:, None]
+        layer, row = np.nonzero(shifted)
         pair = self.pairs[k]
         n = len(layer)
         what = [COMPARISONS.index(pair.comparison), position, 0, pair.a, pair.b]
         index = np.tile(np.array(what, np.int32), (n, 1))
         index[:, 2] = first + layer
-        self._shifts.append((np.column_stack([self.questions[row], index]), a[layer, row], b[layer, row]))
+        states = a[layer, row].cpu(), b[layer, row].cpu()
+        self._shifts.append((np.column_stack([self.questions[row], index]), *states))
 
     def _see_states(self, position: int, moment: RolloutStep, decoder: RolloutDecoder) -> None:
         if self.keep == "none":
             return
-        if position == 0:
-            rollout = decoder.rollouts[0]
-            cells = [moment.states(RolloutCell(rollout, i)) for i in range(1, rollout.depth + 1)]
-            self._position0 = torch.stack(cells, 2)  # [layer, question, iteration, d_model]
-        if self.keep == "all":
-            for rollout in decoder.rollouts:
-                alive = _numpy(decoder.alive_in(rollout))
-                key = f"{rollout.text}.d{rollout.depth}"
-                self._lengths[key] = self._lengths.get(key, 0) + alive.astype(int)
-                for cell in (RolloutCell(rollout, i) for i in range(1, rollout.depth + 1)):
-                    self._all.setdefault(cell, []).append(moment.states(cell))
+        if position == 0:  # [question, layer, iteration, d_model]
+            self._position0 = self._states(moment, decoder.rollouts[0]).cpu()
+        if self._spool is None or (self._positions is not None and position not in self._positions):
+            return
+        for rollout in decoder.rollouts:
+            alive = _numpy(decoder.alive_in(rollout))
+            key = f"{rollout.text}.d{rollout.depth}"
+            self._lengths[key] = self._lengths.get(key, 0) + alive.astype(int)
+            states = self._states(moment, rollout)
+            self._spooled.setdefault(key, (states[0:0], []))[1].append(self._spool.add(states))
+
+    def _states(self, moment: RolloutStep, rollout: Rollout) -> Float[Tensor, "question layer iteration d"]:
+        """A rollout's states at one position, in the layers that are kept."""
+        cells = [moment.states(RolloutCell(rollout, i)) for i in range(1, rollout.depth + 1)]
+        if self._layers is not None:
+            cells = [cell[self._layers] for cell in cells]
+        return torch.stack([cell.transpose(0, 1) for cell in cells], 2)
 
     def tables(self) -> dict[str, dict[str, Any]]:
         """Columns of `steps`, `outputs`, `pairs` and `lens`, in the order of docs/run-format.md."""
         return {name: _concatenated(rows) for name, rows in self._rows.items()}
 
-    def states(self) -> dict[str, Tensor]:
+    def states(self) -> dict[str, Tensor | Spooled]:
         """Kept states by tensor name; [..., layer, iteration, d_model]."""
-        kept: dict[str, Tensor] = {}
+        kept: dict[str, Tensor | Spooled] = {}
         if self._position0 is not None:
-            for row, q in enumerate(self.questions):
-                kept[f"q{q}.position0"] = self._position0[:, row].contiguous()
+            kept |= {f"q{q}.position0": self._position0[row] for row, q in enumerate(self.questions)}
         if self._shifts:
             index = np.concatenate([i for i, _, _ in self._shifts])
             a, b = torch.cat([s[1] for s in self._shifts]), torch.cat([s[2] for s in self._shifts])
@@ -317,13 +336,13 @@ class Recorder:
                 rows = torch.from_numpy(np.nonzero(index[:, 0] == q)[0])
                 kept[f"q{q}.shifts.index"] = torch.from_numpy(index[rows.numpy(), 1:]).contiguous()
                 kept[f"q{q}.shifts.a"], kept[f"q{q}.shifts.b"] = a[rows], b[rows]
-        for rollout in {cell.rollout for cell in self._all}:
-            cells = [torch.stack(self._all[RolloutCell(rollout, i)]) for i in range(1, rollout.depth + 1)]
-            whole = torch.stack(cells, 3)  # [position, layer, question, iteration, d_model]
-            key = f"{rollout.text}.d{rollout.depth}"
+        for key, (like, starts) in self._spooled.items():
+            size = math.prod(like.shape[1:]) * like.dtype.itemsize
             for row, q in enumerate(self.questions):
-                kept[f"q{q}.{key}"] = whole[: self._lengths[key][row], :, row].contiguous()
-        return {name: tensor.cpu() for name, tensor in kept.items()}
+                here = tuple(start + row * size for start in starts[: self._lengths[key][row]])
+                assert self._spool is not None
+                kept[f"q{q}.{key}"] = Spooled(self._spool, like.dtype, (len(here), *like.shape[1:]), here)
+        return kept
 
 
 def compare_states(a: Float[Tensor, "*at d_model"], b: Float[Tensor, "*at d_model"]) -> dict[str, Tensor]:
