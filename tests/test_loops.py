@@ -184,7 +184,7 @@ def test_the_formula_by_hand():
     for name, model in {name: loop(name) for name in ("add", "concat", "normed")}.items():
         s = {"add": 0 * e, "normed": e}.get(name)
         if s is None:
-            s = model.kind._initial_state(first_pass(model), e, "concat")
+            s = model.kind.first_state(first_pass(model), e, Choices())
             assert 0 < s.abs().max() < 3
         for i in range(3):
             if name == "normed":

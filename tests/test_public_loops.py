@@ -182,7 +182,7 @@ def test_other_streams_are_refused_in_one_line(name):
 @torch.no_grad()
 def test_a_loop_that_is_not_the_models_is_noticed(monkeypatch):
     """Validation is not decoration."""
-    monkeypatch.setattr(Dory, "_initial_state", lambda self, p, e, inject: e * (1 + 1e-4))
+    monkeypatch.setattr(Dory, "first_state", lambda self, p, e, choices: e * (1 + 1e-4))
     with pytest.raises(SSTError, match="does not give the model's own logits"):
         attach_looped(dory())
 
