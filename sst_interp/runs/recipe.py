@@ -18,6 +18,7 @@ from sst_interp.errors import SSTError, check_known, unknown_name
 from sst_interp.files import read_whole
 from sst_interp.models.choices import ANALYSIS, BEFORE, MAX_DEPTH, Choices, shown
 from sst_interp.models.kinds import kind_named, kinds
+from sst_interp.models.kinds.looped import SETTINGS
 from sst_interp.questions.item import LIKELIHOOD
 
 DType = Literal["bfloat16", "float32", "float64"]
@@ -60,6 +61,10 @@ class Recipe:
     kind: str | None = None
     """`looped` iterates a plain backbone with no stream (docs/kinds.md). Left out: the checkpoint's own, or a
     plain backbone with the blend `alpha`. A checkpoint of another kind is refused."""
+
+    loop: dict[str, Any] | None = None
+    """How kind `looped` loops (docs/looped.md): `prelude`, `core`, `coda` as [first, one after the last],
+    `inject`, `norm`, `damping` ... Left out: over the whole stack. Which keys and values: `choices.kv`."""
 
     alpha: float | None = None
     """A fixed blend in [0, 1]; left out, the checkpoint's own, and of a backbone without one, none."""
@@ -111,6 +116,12 @@ class Recipe:
         check_fields(self, _CHECKS)
         # One spelling of each value, so that equal recipes have equal fingerprints.
         object.__setattr__(self, "depths", tuple(sorted(self.depths)))
+        if self.loop is not None:
+            if self.kind != "looped":
+                raise SSTError("[loop] is of a looped model", 'kind = "looped"')
+            check_known("setting of [loop]", self.loop, SETTINGS)
+            lists = {key: list(v) if isinstance(v, tuple) else v for key, v in self.loop.items()}
+            object.__setattr__(self, "loop", lists or None)
         if self.alpha is not None:
             if self.kind not in (None, "sst"):
                 words = kind_named(self.kind).words
@@ -199,7 +210,7 @@ class Recipe:
                 raise SSTError(f"--set {setting!r} sets nothing", "for example --set questions=8")
             value = [*_setting(text)] if key == "depths" and not text.startswith("[") else _setting(text)[0]
             table, _, entry = key.partition(".")
-            if entry and table in ("choices", "columns"):
+            if entry and table in ("choices", "columns", "loop"):
                 values[table] = values.get(table, {}) | {entry: value}
             else:
                 values[key] = value
@@ -225,7 +236,7 @@ class Recipe:
         return [(key, value, theirs[key]) for key, value in ours.items() if value != theirs[key]]
 
 
-_LATER = ("controls", "reply_prefix", "kind", "lens_tokens", "scoring", "columns")
+_LATER = ("controls", "reply_prefix", "kind", "lens_tokens", "scoring", "columns", "loop")
 """Keys that older recipes do not know: at their defaults they are not in the fingerprint."""
 
 
@@ -366,6 +377,7 @@ _CHECKS: dict[str, tuple[Check, str]] = {
         or_none((lambda v: isinstance(v, str) and v in kinds(), f"one of {', '.join(kinds())}")),
         '"looped"',
     ),
+    "loop": (or_none((lambda value: isinstance(value, dict), "a table")), "{core = [8, 16]}"),
     "alpha": (or_none(number(0, 1)), "0.027"),
     "batch_size": (whole(1), "8"),
     "dtype": (one_of(get_args(DType)), '"bfloat16"'),

@@ -61,7 +61,7 @@ RESIDUAL = Arm("LRT, residual", _S2, "residual")
 SST = Arm("SST", Schedule("two_pass"), kind="sst")
 LOOPED = Arm("looped twice", Schedule("unrolled", iterations=2), kind="looped")
 """The recurrence over depth of the Universal Transformer: the same layers again, each iteration with keys and
-values of its own. Two passes per position, like an LRT and an SST, and not a weight more than the baseline."""
+values of its own. Two passes per position, like LRT and SST, and not a weight more than the baseline."""
 QUIET = Arm("LRT, residual from 0", _S2, "residual", gamma=0.0)
 """Starts as the baseline: how much of an LRT's loss comes from a memory that disturbs before it helps?"""
 DECODER_ARMS = (BASELINE, BOTH, LONGER, RESIDUAL, QUIET, SST, LOOPED)

@@ -1,9 +1,9 @@
 """The study `fixed-point`: does training a loop at its fixed point put the first guess there?
 
-Attractor models (arXiv 2605.12466) are trained at the fixed point of their core, by implicit differentiation, and
-are said to need no iteration afterwards: what the prelude hands over is the fixed point already, nearly. Here a
-small loop is trained so on flip-flop, in two settings. With a window of attention each iteration carries a value
-a few positions further, so that no first guess can know all of it; with full attention one pass may.
+Attractor models (arXiv 2605.12466) are trained at the fixed point of their core, by implicit differentiation,
+and are said to need no iteration afterwards: what the prelude hands over nearly is the fixed point. Here a
+small loop is trained so on flip-flop, in two settings. With a window of attention each iteration carries a
+value a few positions further, so that no first guess can know all of it; with full attention one pass may.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class FixedPointPlan:
     """Sequences that losses are measured on."""
 
     def model(self, window: int, seed: int) -> StateStreamModel:
-        """A small loop with random weights. State and first guess have the same norm; the prelude is injected."""
+        """A small loop with random weights: the prelude is injected, and it and the state are normed."""
         from transformers import MistralConfig
 
         prelude, core, coda = self.layers
@@ -75,9 +75,9 @@ def readings(model: StateStreamModel, task: FlipFlop, sequences: int) -> pd.Data
     """A trained loop read out at its first guess, after some iterations, and at its fixed point.
 
     Returns:
-        A row per reading: `labels` (how many), and sums over them of `loss` (nats), `correct`, and `apart`: the
-        distance of the normed state to that of the fixed point, over its length. `iterations` is how many it
-        takes until a state changes by less than 1e-3, `residual` what was left then.
+        A row per reading: `labels` (how many), and sums over them of `loss` (nats), `correct`, and `apart`:
+        the distance of the normed state to that of the fixed point, over its length. `iterations` is how many
+        it takes until states change by less than 1e-3, `residual` what was left then.
     """
     tokens, labels = task.draw(sequences, seed=0)
     backbone, kind = model.backbone, model.kind
@@ -89,25 +89,22 @@ def readings(model: StateStreamModel, task: FlipFlop, sequences: int) -> pd.Data
     target = normed(kind.norm, backbone, exact.u)
     stream = model.new_stream(torch.zeros_like(tokens[:, 0]), tokens.shape[1])
     columns, state, read = torch.arange(tokens.shape[1]), None, {}
-    for number in range(1, max(DEPTHS) + 1):
-        outputs, state = stack_pass(model, stream, tokens, columns, state, None, "write", iteration=number)
-        if number == 1:
+    for i in range(1, max(DEPTHS) + 1):
+        outputs, state = stack_pass(model, stream, tokens, columns, state, None, "write", iteration=i)
+        if i == 1:
             guess = normed(kind.prelude_norm, backbone, outputs[first - 1])
             fresh = model.new_stream(torch.zeros_like(tokens[:, 0]), tokens.shape[1])
             read[GUESS] = (read_out_guess(model, fresh, tokens, guess), guess)
-        if number in DEPTHS:
-            read[f"depth {number}"] = (outputs[-1], normed(kind.norm, backbone, outputs[end - 1]))
+        if i in DEPTHS:
+            read[f"depth {i}"] = (outputs[-1], normed(kind.norm, backbone, outputs[end - 1]))
     read[AT_FIXED_POINT] = (exact.last, target)
     rows = []
     for name, (last, s) in read.items():
         right = backbone.unembed(last).argmax(-1) == labels
         apart = (s - target).norm(dim=-1) / target.norm(dim=-1)
-        row = {
-            "evaluated": name,
-            "labels": labels.numel(),
-            "loss": float(label_losses(model, last, labels).sum()),
-        }
-        row |= {"correct": int(right.sum()), "apart": float(apart.sum())}
+        loss = float(label_losses(model, last, labels).sum())
+        row = {"evaluated": name, "labels": labels.numel(), "loss": loss, "correct": int(right.sum())}
+        row |= {"apart": float(apart.sum())}
         rows.append(row | {"iterations": iterations, "residual": residual})
     return pd.DataFrame(rows)
 
@@ -211,7 +208,7 @@ class FixedPointStudy(TrainingStudy):
         return Training(plan.model(job.setting, job.seed), job.arm, recipe, draw, plan.steps)
 
     def measure(self, job: Job, training: Training, after_step: Callable[[], Any]) -> dict[str, pd.DataFrame]:
-        """What every reading scores and how far it is from the fixed point; the first guess before training."""
+        """What every reading scores, how far it is from the fixed point, and the first guess untrained."""
         plan = self.plan
         before = readings(training.model, plan.task, plan.held_out)
         before = before[before["evaluated"] == GUESS].assign(evaluated=UNTRAINED)

@@ -26,6 +26,7 @@ coda):
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
@@ -35,7 +36,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import linear
 
-from sst_interp.errors import SSTError
+from sst_interp.errors import SSTError, check_known
 from sst_interp.models.backbone import Backbone
 from sst_interp.models.choices import Choices, as_weights, shown, whole
 from sst_interp.models.families import PlainModel, unsupported
@@ -375,6 +376,18 @@ class Looped(Kind):
         return False
 
 
+def loop_of(n_layers: int, settings: Mapping[str, Any]) -> Looped:
+    """A loop over a stack of `n_layers`, from `prelude`, `core`, `coda` and fields of `Looped`.
+
+    Raises:
+        SSTError: an unknown setting, or ranges that do not cut the stack.
+    """
+    check_known("setting of a loop", settings, SETTINGS)
+    ranges = {name: settings[name] for name in PARTS if settings.get(name) is not None}
+    others = {name: value for name, value in settings.items() if name not in PARTS}
+    return Looped(core=span_of(n_layers, **ranges) if ranges else None, **others)
+
+
 def native_kind(backbone: Backbone) -> tuple[Looped, Choices]:
     """How a backbone that loops by itself does, and the keys and values that it keeps.
 
@@ -432,6 +445,11 @@ def through(
         x, _ = run_layer(backbone.layers[index], index, x, at, Reading(), visit)
         outputs.append(x)
     return outputs
+
+
+PARTS = ("prelude", "core", "coda")
+SETTINGS = (*PARTS, *(field.name for field in fields(Looped) if field.name != "core"))
+"""What a recipe's `[loop]` and `attach_looped` take."""
 
 
 def normed(norm: Norm, backbone: Backbone, x: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ in place of the loss's own gradient g (implicit differentiation):
 
     lambda = g + (dH/du)^T lambda.
 
-Both equations are iterated until nothing moves (`Solver`), at most `MOST` times. The graph of one iteration is
-all that is remembered, however many it takes: deep equilibrium models (arXiv 1909.01377), and for looped
+Both equations are iterated until nothing moves (`Solver`), at most `MOST` times. The graph of one iteration
+is all that is remembered, however many it takes: deep equilibrium models (arXiv 1909.01377), and for looped
 language models Attractor (arXiv 2605.12466). Where the core does not contract, the residual says so.
 """
 
