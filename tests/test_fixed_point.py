@@ -90,9 +90,7 @@ def test_memory_does_not_grow_with_iterations():
         remembered(lambda n=n: fixed_point_states(model, TOKENS, Solver(sweeps=(n, n)))) for n in (2, 20)
     )
     assert few == many
-    unrolled = [
-        remembered(lambda n=n: run_passes(model, TOKENS, "unrolled", iterations=n)) for n in (2, 20)
-    ]
+    unrolled = [remembered(lambda n=n: run_passes(model, TOKENS, "unrolled", iterations=n)) for n in (2, 20)]
     assert unrolled[1] > 5 * unrolled[0]
 
 
