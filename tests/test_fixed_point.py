@@ -69,7 +69,7 @@ def test_solved_it_is_the_deepest_model_and_has_its_gradient(family, how, monkey
 
 @torch.no_grad()
 def test_at_the_fixed_point_it_does_not_matter_which_keys_are_kept():
-    """What later positions attend to is then the same for every iteration: `each` and `last` are one model."""
+    """What later positions attend to is the same for every iteration: `each` and `last` are one model."""
     solved = fixed_point_states(loop(), TOKENS, Solver(tolerance=FLOOR))
     shared = loop(kv="last").replay(TOKENS, 60, "sequential", logits=False)
     assert relative(shared.resid_post[:, :, -1, -1], solved.last) < 100 * FLOOR

@@ -384,8 +384,8 @@ class KindsSettling(Result):
     """Whether the state of each run's deepest pass settles; intervals resample questions."""
 
     paces: pd.DataFrame
-    """A row per run: `questions`, the median relative change in the `first` step and in the `last`, `pace`
-    (factor from one step to the next over the later half) with its ends, and `said`: what that makes of it."""
+    """A row per run: `questions`, median relative change in the `first` step and in the `last`, `pace`
+    (factor from one step to the next over the later half) with its ends, and `said`: what it makes of it."""
     missing: dict[str, str] = field(default_factory=dict)
     """Run -> why it cannot be tested."""
 

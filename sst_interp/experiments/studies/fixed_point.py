@@ -140,7 +140,7 @@ def losses(result: ArmScores) -> str:
 
     columns = {
         "window": "window", "trained at": "arm", "loss at the fixed point": at("loss", ".3f"),
-        "less that of the {}": Across("minus", interval("loss", "+.2g")),
+        "less its own at: {}": Across("minus", interval("loss", "+.2g")),
         "iterations to 1e-3": at("iterations", ".0f"), "residual": at("residual", ".1g"),
         "seconds": at("seconds", ".0f"), "seeds": "seeds",
     }  # fmt: skip
