@@ -87,7 +87,7 @@ def test_every_schedule_says_how_many_passes_it_takes(arm):
     assert sum(len(p.at) for p in passes) == arm.passes * POSITIONS
 
 
-@pytest.mark.parametrize("arm", [*DECODER_ARMS, *LRT_ARMS[3:6]], ids=lambda a: a.name)
+@pytest.mark.parametrize("arm", [*DECODER_ARMS[:5], *LRT_ARMS[3:6]], ids=lambda a: a.name)
 def test_the_loss_is_the_one_that_the_train_command_minimises(arm):
     training = a_training(replace(arm, pathway="both", gamma=0.5))
     batch, how = training.draw(0), arm.schedule
