@@ -17,8 +17,10 @@ from sst_interp.experiments.studies.decoders import (
     BOTH,
     DECODER_ARMS,
     LONGER,
+    LOOPED,
     QUIET,
     RESIDUAL,
+    SST,
     Decoder,
     Pretraining,
     RecallStudy,
@@ -244,7 +246,7 @@ def test_another_text_is_another_study(tmp_path):
 def test_variants_of_the_memory_come_last():
     jobs = [job.arm for job in Pretraining().jobs([0, 1])]
     assert jobs[:6] == [BASELINE, BOTH, LONGER] * 2
-    assert set(jobs[6:]) == {RESIDUAL, QUIET}
+    assert set(jobs[6:]) == {RESIDUAL, QUIET, SST, LOOPED}
 
 
 def test_bad_input_is_one_clear_line(tmp_path):
