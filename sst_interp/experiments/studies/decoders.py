@@ -119,8 +119,9 @@ class Decoder:
 
     def recipe(self, arm: Arm) -> TrainingRecipe:
         """How an arm is trained, in the words of `sst-interp train`."""
+        method: Any = "none" if arm.kind == "looped" else arm.schedule.method
         return TrainingRecipe(
-            "small", "small", "small", method="none" if arm.kind == "looped" else arm.schedule.method,
+            "small", "small", "small", method=method,
             groups=arm.schedule.groups, lrt=self.design(arm), learning_rate=self.learning_rate,
             lrt_learning_rate=self.memory_learning_rate, warmup=self.warmup, dtype="float32",
         )  # fmt: skip
