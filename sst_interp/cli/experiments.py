@@ -58,7 +58,7 @@ def compare(
         sst-interp compare --runs kinds-backbone,kinds-sst --contraction 8 --json
     """
     from sst_interp.experiments.contraction import check_texts, contraction_of
-    from sst_interp.experiments.kinds import answers_of, compare_runs
+    from sst_interp.experiments.kinds import answers_of, compare_runs, settling_of
     from sst_interp.findings.report.page import result_page
     from sst_interp.tables import check_document, fill, markdown
 
@@ -72,6 +72,7 @@ def compare(
     given = names, resamples, seed
     asked: dict[str, Callable[[], Any]] = {"shares": partial(compare_runs, *given)}
     asked["answers"] = partial(answers_of, *given)
+    asked["settling"] = partial(settling_of, *given)
     if contraction:
         asked["contraction"] = partial(contraction_of, names, contraction, resamples, seed)
     results, missing = {}, {}

@@ -27,7 +27,9 @@ def origin_of(run: Run, model: StateStreamModel | None = None) -> tuple[StateStr
     recipe = run.recipe
     asked = questions_of(recipe)
     if model is None:
-        model = load(recipe.checkpoint, recipe.alpha, recipe.choices, recipe.dtype, kind=recipe.kind)
+        model = load(
+            recipe.checkpoint, recipe.alpha, recipe.choices, recipe.dtype, kind=recipe.kind, loop=recipe.loop
+        )
     now = provenance(model, asked)
     for key, was in run.manifest["provenance"].items():
         if key.endswith("_hash") and now.get(key, was) != was:

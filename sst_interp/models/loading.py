@@ -15,7 +15,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -45,7 +45,7 @@ from sst_interp.models.checkpoint import (
 from sst_interp.models.choices import TRAINED, Choices, check_choices, shown
 from sst_interp.models.families import PlainModel
 from sst_interp.models.kinds import kind_named
-from sst_interp.models.kinds.looped import looping_family, native_kind
+from sst_interp.models.kinds.looped import loop_of, looping_family, native_kind
 from sst_interp.models.model import StateStreamModel
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ def load(
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
     kind: str | None = None,
+    loop: Mapping[str, Any] | None = None,
 ) -> StateStreamModel:
     """Load a model with a state stream.
 
@@ -79,6 +80,8 @@ def load(
         trust_remote_code: run Python code from the model's hub repository.
         kind: `sst`, `lrt`, `looped` or a plugin's: a checkpoint of another kind is refused, and a backbone
             without a checkpoint becomes one. None takes any checkpoint, and makes a backbone an `sst`.
+        loop: of kind `looped`, how a backbone without a checkpoint loops: `core`, `inject`, `damping` ... as
+            `attach_looped` takes them.
 
     Raises:
         SSTError: unknown name, no access, unsupported family, a checkpoint trained on other weights, or
@@ -90,23 +93,28 @@ def load(
         )
     dtype, choices = _dtype(dtype), None if choices is None else check_choices(choices)
     kind_class = kind_named("sst" if kind is None else kind)
+    if loop is not None and kind != "looped":
+        raise SSTError("a loop is of a looped model", 'kind = "looped"')
     folder = checkpoint_folder(name) or fetch_checkpoint(str(name))
     if folder is None:
         model, tokenizer = _backbone(str(name), dtype, trust_remote_code)
         backbone = Backbone(_placed(model, device))
         if backbone.loops:
             started, own = native_kind(backbone)
-            if alpha is not None or kind not in (None, "looped", started.name):
+            if alpha is not None or loop is not None or kind not in (None, "looped", started.name):
                 raise SSTError(
                     f"{name} loops by itself: it is a {started.words}, not a {kind_class.words}",
-                    "leave kind and alpha out",
+                    "leave kind, alpha and loop out",
                 )
             shared = choices is not None and choices.kv != Choices().kv
             choices = choices if shared else replace(choices or own, kv=own.kv)
         else:
             started = kind_class.start(backbone, alpha)
+            started = started if loop is None else loop_of(backbone.n_layers, loop)
         return StateStreamModel(backbone, started, tokenizer, choices, str(name))
     config, stored, theirs = read_checkpoint(folder, kind)
+    if loop is not None:
+        raise SSTError(f"checkpoint {name} has a loop of its own", "leave loop out")
     if alpha is not None:
         refuse_kind(name, stored.name, "sst")
     trained_on = config["backbone"]

@@ -8,7 +8,7 @@ model.generate(["Why is the sky blue?"], iterations=4).texts
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from sst_interp.errors import SSTError, check_known, upstairs
+from sst_interp.errors import SSTError, upstairs
 from sst_interp.models.backbone import Backbone
 from sst_interp.models.choices import (
     MAX_DEPTH,
@@ -39,9 +39,9 @@ from sst_interp.models.generation import (
     read_prompts,
     stream_pieces,
 )
-from sst_interp.models.halting import Flat, HaltingPolicy
+from sst_interp.models.halting import ExitGate, Flat, HaltingPolicy
 from sst_interp.models.hooks import Edit
-from sst_interp.models.kinds.looped import Looped, Range, native_kind, span_of
+from sst_interp.models.kinds.looped import Range, loop_of, native_kind
 from sst_interp.models.kinds.lrt import MemoryDesign, Pathway, Projections, build_memory
 from sst_interp.models.kinds.sst import PAPER_ALPHA, LayerBlend
 from sst_interp.models.likelihood import LogLikelihood, loglikelihood
@@ -280,6 +280,18 @@ class StateStreamModel(Recurrence):
         """A conversation that goes on from its stream: `session.send(...)`, `session.chat(...)`."""
         return Session(self)
 
+    def exit_gate(self, q: float = 0.5, deepest: int | None = None) -> ExitGate:
+        """The model's own trained exit gate (Ouro) as `depth=` of `generate`.
+
+        Args:
+            q: the probability of having stopped at which a question halts.
+            deepest: None for the depth that the model was trained with.
+
+        Raises:
+            SSTError: a model without a gate, a q outside (0, 1].
+        """
+        return ExitGate(self, q, deepest)
+
     def _depths(self, iterations: Any, depth: Any, rows: int) -> Sequence[int] | HaltingPolicy:
         if isinstance(iterations, Sequence | Tensor | np.ndarray) and np.ndim(iterations):
             depths = check_iterations(iterations)
@@ -432,13 +444,12 @@ def attach_looped(
         SSTError: an unsupported family, or a range, setting or choice that does not apply.
     """
     backbone = Backbone(model)
-    check_known("setting of a loop", loop, [field.name for field in fields(Looped)])
-    given = prelude is not None or core is not None or coda is not None
-    if backbone.loops and not (given or loop):
+    given = {"prelude": prelude, "core": core, "coda": coda} | loop
+    if backbone.loops and all(value is None for value in given.values()):
         kind, own = native_kind(backbone)
         choices = choices or own
     else:
-        kind = Looped(core=span_of(backbone.n_layers, prelude, core, coda) if given else None, **loop)
+        kind = loop_of(backbone.n_layers, given)
     return StateStreamModel(backbone, kind, tokenizer, choices, name or backbone.family)
 
 

@@ -23,6 +23,7 @@ from sst_interp.errors import SSTError
 from sst_interp.files import sync
 from sst_interp.models.choices import TRAINED
 from sst_interp.models.generation import check_room
+from sst_interp.models.kinds.looped import loop_of
 from sst_interp.models.likelihood import longest_of, score
 from sst_interp.models.loading import load
 from sst_interp.models.model import StateStreamModel
@@ -213,7 +214,8 @@ class Job:
         else:
             if progress:
                 say(f"loading {recipe.checkpoint}", sys.stderr)
-            model = load(recipe.checkpoint, recipe.alpha, recipe.choices, recipe.dtype, kind=recipe.kind)
+            how: dict[str, Any] = {"kind": recipe.kind, "loop": recipe.loop}
+            model = load(recipe.checkpoint, recipe.alpha, recipe.choices, recipe.dtype, **how)
         self.model = model
         self.prompts = [prompt_tokens(model, q, recipe.reply_prefix) for q in self.questions.questions]
         lengths = [len(p) for p in self.prompts]
@@ -424,6 +426,9 @@ def refuse_other_model(model: StateStreamModel, recipe: Recipe) -> None:
     if recipe.kind is not None and recipe.kind != model.kind.name:
         said = f"the model is a {model.kind.words}, the recipe's kind is {recipe.kind!r}"
         raise SSTError(said, f'kind = "{model.kind.name}"')
+    loop = None if recipe.loop is None else loop_of(model.backbone.n_layers, recipe.loop)
+    if loop is not None and loop.config() != model.kind.config():
+        raise SSTError(f"the model is {model.kind}, the recipe's loop {loop}", "attach it with the same loop")
     if recipe.alpha is not None and model.kind.name != "sst":
         raise SSTError(f"a {model.kind.words} has no alpha", "leave alpha out of the recipe")
     if recipe.alpha is not None and not torch.allclose(

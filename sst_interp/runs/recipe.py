@@ -18,6 +18,7 @@ from sst_interp.errors import SSTError, check_known, unknown_name
 from sst_interp.files import read_whole
 from sst_interp.models.choices import ANALYSIS, BEFORE, MAX_DEPTH, Choices, shown
 from sst_interp.models.kinds import kind_named, kinds
+from sst_interp.models.kinds.looped import SETTINGS
 from sst_interp.questions.item import LIKELIHOOD
 
 DType = Literal["bfloat16", "float32", "float64"]
@@ -62,6 +63,10 @@ class Recipe:
     kind: str | None = None
     """`looped` iterates a plain backbone with no stream (docs/kinds.md). Left out: the checkpoint's own, or a
     plain backbone with the blend `alpha`. A checkpoint of another kind is refused."""
+
+    loop: dict[str, Any] | None = None
+    """How kind `looped` loops (docs/looped.md): `prelude`, `core`, `coda` as [first, one after the last],
+    `inject`, `norm`, `damping` ... Left out: over the whole stack. Which keys and values: `choices.kv`."""
 
     alpha: float | None = None
     """A fixed blend in [0, 1]; left out, the checkpoint's own, and of a backbone without one, none."""
@@ -128,6 +133,12 @@ class Recipe:
             if self.keep_positions[-1] >= self.max_new_tokens:
                 said = f"keep_positions names position {self.keep_positions[-1]} of {self.max_new_tokens}"
                 raise SSTError(said, f"positions are numbered 0 to {self.max_new_tokens - 1}")
+        if self.loop is not None:
+            if self.kind != "looped":
+                raise SSTError("[loop] is of a looped model", 'kind = "looped"')
+            check_known("setting of [loop]", self.loop, SETTINGS)
+            lists = {key: list(v) if isinstance(v, tuple) else v for key, v in self.loop.items()}
+            object.__setattr__(self, "loop", lists or None)
         if self.alpha is not None:
             if self.kind not in (None, "sst"):
                 words = kind_named(self.kind).words
@@ -217,7 +228,7 @@ class Recipe:
                 raise SSTError(f"--set {setting!r} sets nothing", "for example --set questions=8")
             value = [*_setting(text)] if key in LISTS and not text.startswith("[") else _setting(text)[0]
             table, _, entry = key.partition(".")
-            if entry and table in ("choices", "columns"):
+            if entry and table in ("choices", "columns", "loop"):
                 values[table] = values.get(table, {}) | {entry: value}
             else:
                 values[key] = value
@@ -245,6 +256,7 @@ class Recipe:
 
 _LATER = (
     "controls", "reply_prefix", "kind", "lens_tokens", "scoring", "columns", "keep_layers", "keep_positions",
+    "loop",
 )  # fmt: skip
 """Keys that older recipes do not know: at their defaults they are not in the fingerprint."""
 
@@ -392,6 +404,7 @@ _CHECKS: dict[str, tuple[Check, str]] = {
         or_none((lambda v: isinstance(v, str) and v in kinds(), f"one of {', '.join(kinds())}")),
         '"looped"',
     ),
+    "loop": (or_none((lambda value: isinstance(value, dict), "a table")), "{core = [8, 16]}"),
     "alpha": (or_none(number(0, 1)), "0.027"),
     "batch_size": (whole(1), "8"),
     "dtype": (one_of(get_args(DType)), '"bfloat16"'),
