@@ -29,7 +29,7 @@ CATEGORIES: dict[str, tuple[str, ...]] = {
     "direction": DIRECTIONS,
 }
 """Columns with a fixed set of values, in the order in which they sort; one byte a row."""
-OPTIONAL = frozenset({"lens_jaccard", "likelihood_margin"})
+OPTIONAL = frozenset({"lens_jaccard", "likelihood_margin", "choice_scores", "draw"})
 """Columns that a run may lack."""
 CONTROLS = ("noise", "nudges")
 """Tables that only some questions of a run have rows in, or none: `controls` in the recipe."""
@@ -61,10 +61,12 @@ TABLES: dict[str, pa.Schema] = {
             "question": pa.int32(),
             "id": pa.string(),
             "depth": pa.int8(),
+            "draw": pa.int8(),
             "gold": pa.string(),
             "answer": pa.string(),
             "correct": pa.bool_(),
             "likelihood_margin": pa.float32(),
+            "choice_scores": pa.list_(pa.float32()),
             "tokens": pa.int16(),
             "stopped": pa.bool_(),
             "prompt_tokens": pa.int32(),
