@@ -88,6 +88,12 @@ def publish(
     bits: Annotated[int, typer.Option(min=4, max=24, help="Significant bits of the floats in pairs.")] = 10,
     top: Annotated[int | None, typer.Option(min=0, help="Likely tokens per step; default: all.")] = None,
     iterations: Annotated[str, typer.Option(help="Whose states at position 0 are kept; '' for none.")] = "1",
+    comparison: Annotated[
+        list[str] | None, typer.Option(help="Whose rows of pairs are kept; may be repeated. Default: all.")
+    ] = None,
+    right_only: Annotated[
+        bool, typer.Option("--right-only", help="Keep states only of questions that are right at depth 1.")
+    ] = False,
 ) -> None:
     """Copy a complete run, smaller: measurements that others can read, check and pass round.
 
@@ -100,7 +106,8 @@ def publish(
     kept = whole_numbers("--iterations", iterations, "1,4") if iterations.strip() else []
     original = open_run(run)
     with progress(f"publishing {original.name}", "batch", 0) as show:
-        copy = publish_run(original, out, bits, top, tuple(kept), show)
+        pairs = tuple(comparison) if comparison else None
+        copy = publish_run(original, out, bits, top, tuple(kept), show, pairs, right_only)
     say(f"published: {copy.folder}, {copy.summary()['bytes'] / 1e6:.1f} MB")
 
 

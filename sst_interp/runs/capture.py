@@ -30,7 +30,7 @@ from sst_interp.models.model import StateStreamModel
 from sst_interp.models.solvers.sequential import Certificate
 from sst_interp.questions import Question, QuestionSet, graded
 from sst_interp.questions.item import LIKELIHOOD, Hidden, HiddenTokens
-from sst_interp.questions.scoring import grade_by_likelihood
+from sst_interp.questions.scoring import choice_scores, grade_by_likelihood
 from sst_interp.runs import manifest
 from sst_interp.runs.controls import Controls, Watch, spread
 from sst_interp.runs.fleet import Fleet, Unfit, staff
@@ -39,6 +39,7 @@ from sst_interp.runs.numerics import apart, digest, numerics
 from sst_interp.runs.provenance import choice_tokens, prompt_tokens, provenance, questions_of
 from sst_interp.runs.recipe import Recipe
 from sst_interp.runs.recorder import Recorder, RolloutDecoder
+from sst_interp.runs.redraws import drawn_choices, numbered, sampled
 from sst_interp.runs.states import Spool, Spooled, stage_states
 from sst_interp.runs.store import Run, open_run
 from sst_interp.runs.writer import OWNER, RunWriter, States, disk_errors
@@ -326,15 +327,23 @@ def capture_batch(
         if not goes_on:
             break
     bar.update(recipe.max_new_tokens - position - 1)
-    read = graded_replies(model, recipe, asked, texts)
+    answered, alive = recipe, decoder.alive
+    if recipe.draws:
+        answered, (texts, alive) = numbered(recipe), sampled(model, recipe, prompts)
+    read = graded_replies(model, answered, asked, texts)
     if recipe.scoring in LIKELIHOOD:
         sums = score(model, stream, tokens[:, -1], choices, recipe.depths).sums
-        read = graded_choices(asked, sums)
+        read = drawn_choices(recipe, asked, sums[0]) if recipe.draws else graded_choices(asked, sums)
     if questions.restricted and not all(answer is None or SHOWN.fullmatch(answer) for answer, *_ in read):
         said = f"scorer {recipe.scoring!r} gives more than a letter or a number for a restricted dataset"
         raise SSTError(said, "answers are stored with the run, and its text must not be")
     about = [(row, question, len(prompt)) for row, question, prompt in zip(rows, asked, prompts, strict=True)]
-    answers = answers_table(recipe, about, read, texts, decoder.alive, certificate)
+    answers = answers_table(answered, about, read, texts, alive, certificate)
+    if recipe.draws:
+        answers |= {"draw": answers["depth"], "depth": [1] * len(answers["depth"])}
+    elif recipe.scoring in LIKELIHOOD:
+        parts = zip(asked, sums.split([question.n_choices for question in asked], dim=1), strict=True)
+        answers["choice_scores"] = [choice_scores(q, own) for q, part in parts for own in part.tolist()]
     tables = {"questions": answers, **recorder.tables()}
     if watch is not None:
         watch.read(prompts, texts[1])

@@ -117,6 +117,12 @@ class Recipe:
     """How many questions, evenly spread, also get the controls that need the model: the noise floor and
     norm-matched perturbations (docs/run-format.md). Each takes about half a batch's time."""
 
+    draws: int = 0
+    """Sampled answers of depth 1 per question (`sst_interp.runs.redraws`); `depths` must be [1]. 0: none."""
+
+    temperature: float = 1.0
+    """At which `draws` are sampled."""
+
     choices: Choices = field(default_factory=Choices)
     """What the paper leaves open (`sst_interp.models.choices`)."""
 
@@ -150,6 +156,11 @@ class Recipe:
                     raise SSTError(
                         f"{key} is not read with scoring = {self.scoring!r}", "leave one of them out"
                     )
+        object.__setattr__(self, "temperature", float(self.temperature))
+        if self.draws and (self.depths != (1,) or self.controls):
+            raise SSTError("draws are sampled at depth 1 alone", "set depths = [1] and controls = 0")
+        if self.temperature != 1 and not self.draws:
+            raise SSTError("temperature is read with draws alone", "set draws, or leave temperature out")
         if isinstance(threshold := self.choices.threshold, int):
             object.__setattr__(self, "choices", replace(self.choices, threshold=float(threshold)))
 
@@ -194,10 +205,13 @@ class Recipe:
         return cls(**{**values, "choices": choices})
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON- and TOML-ready dictionary, without keys that are None and without `controls = 0`."""
+        """A JSON- and TOML-ready dictionary, without keys that are None or, of `controls`, `draws` and
+        `temperature`, at their defaults.
+        """
         values = {key: value for key, value in asdict(self).items() if value is not None}
-        if not self.controls:
-            del values["controls"]
+        for key in ("controls", "draws", "temperature"):
+            if values[key] == getattr(Recipe, key):
+                del values[key]
         lists = {key: list(values[key]) for key in LISTS if key in values}
         return values | lists | {"choices": self.choices.to_dict()}
 
@@ -256,7 +270,7 @@ class Recipe:
 
 _LATER = (
     "controls", "reply_prefix", "kind", "lens_tokens", "scoring", "columns", "keep_layers", "keep_positions",
-    "loop",
+    "loop", "draws", "temperature",
 )  # fmt: skip
 """Keys that older recipes do not know: at their defaults they are not in the fingerprint."""
 
@@ -414,6 +428,8 @@ _CHECKS: dict[str, tuple[Check, str]] = {
     "lens_tokens": (one_of(get_args(LensTokens)), '"position0"'),
     "seed": (whole(0), "0"),
     "controls": (whole(0), "24"),
+    "draws": (whole(0, MAX_DEPTH), "4"),
+    "temperature": (number(0, 100, open_below=True), "1.0"),
     "split": (or_none(text()), '"validation"'),
     "instruction": (or_none(text()), '"Answer with one letter."'),
     "scoring": (or_none(text("the name of a scoring", empty=False)), '"likelihood_per_character"'),
