@@ -287,7 +287,12 @@ def _parts(
     own = outputs[(outputs["a"] == pair[0]).to_numpy() & (outputs["b"] == pair[1]).to_numpy()]
     last = own.loc[own.groupby("question")["position"].idxmax()].set_index("question")
     for i, q in enumerate(kept):
-        if parts[i] is None and q in last.index and last.at[q, "same_prefix"] and last.at[q, "argmax_changed"]:
+        if (
+            parts[i] is None
+            and q in last.index
+            and last.at[q, "same_prefix"]
+            and last.at[q, "argmax_changed"]
+        ):
             parts[i] = int(last.at[q, "position"])
     return parts
 

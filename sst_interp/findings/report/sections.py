@@ -116,7 +116,12 @@ def _section(ledger: Ledger, about: Analysis, index: int, lead: str) -> Section:
     results = of(ledger.results)
     panels = [
         Panel(
-            f"a{index}-{i}", place, ledger.results[results[place]], _rows(ledger, about, place), [], results[place]
+            f"a{index}-{i}",
+            place,
+            ledger.results[results[place]],
+            _rows(ledger, about, place),
+            [],
+            results[place],
         )
         for i, place in enumerate(by_lead(results, lead))
     ]
