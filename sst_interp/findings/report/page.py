@@ -97,7 +97,7 @@ def render_report(
         beside: another run on the same questions.
         notes: of `read_notes`.
         scores: of a probe, by question (None: those kept with the run).
-        live: what a server says of this version of the page; the page asks for it, and reloads when it changes.
+        live: a server's name of this version of the page, which asks for it and reloads when it changes.
     """
     ledger = ledger if ledger is not None else _ledger(run)
     choices: Choices = run.recipe.choices
@@ -233,8 +233,8 @@ def _draw(section: Section, panel: Panel, figures: dict[str, Any]) -> None:
         height = figure.layout.height or figure.layout.template.layout.height or 380
         panel.figures.append(
             {
-                "id": key, "kind": kind, "key": f"{panel.key}.{kind}", "title": title, "subtitle": subtitle, "height": int(height),
-                "caption": section.about.captions.get(kind, ""),
+                "id": key, "kind": kind, "key": f"{panel.key}.{kind}", "title": title, "subtitle": subtitle,
+                "height": int(height), "caption": section.about.captions.get(kind, ""),
             }
         )  # fmt: skip
 
