@@ -119,7 +119,7 @@ const explorerMap = (() => {
     c.textAlign = "right"; c.textBaseline = "middle";
     c.fillText(title, x - 10, y + h / 2);
     if (view.quantity === "overlap" && view.threshold !== null) {
-      const t = x + w * of(view.threshold);
+      const t = x + w * Math.max(0, Math.min(1, of(view.threshold)));
       c.strokeStyle = css("--ink"); c.lineWidth = 2; c.beginPath(); c.moveTo(t, y - 4); c.lineTo(t, y + h + 3); c.stroke();
     }
   }
