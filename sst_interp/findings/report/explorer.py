@@ -293,7 +293,7 @@ def _parts(
             and last.at[q, "same_prefix"]
             and last.at[q, "argmax_changed"]
         ):
-            parts[i] = int(last.at[q, "position"])
+            parts[i] = int(last["position"].loc[q])
     return parts
 
 
