@@ -159,7 +159,8 @@ def probe(
     if label == PAPER_LABEL:
         made = {"label": label, "layer": layer, "permutations": permutations, "seed": seed}
         results = {"halting": probed.halting, "routing": probed.routing}
-        kept = keep_findings(opened, "probe", rows, made, results)
+        scores = probed.halting.scores.set_index("question")["score"].to_dict()
+        kept = keep_findings(opened, "probe", rows, made, results, scores)
         say(f"claims C12 and C13: {kept}", sys.stderr)
     if save is not None:
         say(f"probe: {probed.probe.save(save)}", sys.stderr)

@@ -243,20 +243,38 @@ def claims(
 
 
 @takes_run
-def report(run: RunOption, html: HtmlOption = None) -> None:
+def report(
+    run: RunOption,
+    html: HtmlOption = None,
+    beside: Annotated[str | None, typer.Option(help="Another run on the same questions.")] = None,
+    notes: Annotated[
+        Path | None, place("FILE", "Notes that a report exported: shown to all.", "--notes")
+    ] = None,
+) -> None:
     """Write the HTML report of a captured run: one file that works offline.
 
-    Example:
+    Examples:
         sst-interp report demo --html demo.html
+
+        sst-interp report --run gpqa --beside gpqa-untrained --notes notes.json
     """
+    from sst_interp.findings.report.beside import Beside
+    from sst_interp.findings.report.notes import read_notes
+    from sst_interp.findings.report.page import capture as capture_of
     from sst_interp.findings.report.page import write_report
     from sst_interp.runs.store import open_run
 
     captured: Any = open_run(run)
     page = _report_path(captured, html)
     check_output(page)
+    more: dict[str, Any] = {}
+    if notes is not None:
+        more["notes"] = read_notes(notes, capture_of(captured))
+    other: Any = open_run(beside) if beside is not None else None
     ledger = ledger_with_bar(captured)
-    say(f"report: {write_report(captured, page, ledger)}")
+    if other is not None:
+        more["beside"] = Beside(other, ledger_with_bar(other))
+    say(f"report: {write_report(captured, page, ledger, **more)}")
     _exit_if_failed(ledger, captured)
 
 
