@@ -1,4 +1,4 @@
-"""One position's pass through all layers and iterations as a differentiable graph, the earlier positions held.
+"""One position's pass through all layers and iterations as a graph; earlier positions are held.
 
     t = trajectory(model, texts, iterations=4, gradients=True)
     t.states[:, 12, 1]               # the output of layer 12 in iteration 2, of every text
@@ -48,8 +48,7 @@ class Trajectory:
         flat = list({id(cell): cell for row in self.cells for cell in row}.values())
         pulled = torch.autograd.grad(of, flat, directions, retain_graph=True, allow_unused=True)
         by_cell = {
-            id(cell): torch.zeros_like(cell) if g is None else g
-            for cell, g in zip(flat, pulled, strict=True)
+            id(cell): torch.zeros_like(cell) if g is None else g for cell, g in zip(flat, pulled, strict=True)
         }
         return torch.stack([torch.stack([by_cell[id(c)][:, 0] for c in row], 1) for row in self.cells], 1)
 
