@@ -55,10 +55,8 @@ class Stability(Result):
         """At how many layers a small change grows, shrinks, or neither surely."""
         grows = int((self.growth["growth_low"] > 1).sum())
         shrinks = int((self.growth["growth_high"] < 1).sum())
-        words = (
-            f"Iterations enlarge the worst small change at {grows} layers, "
+        words = f"Iterations enlarge the worst small change at {grows} layers, "
         words += f"and shrink every one at {shrinks}. "
-        )
         return words + f"Of {len(self.growth)} layers, position 0, {self.texts} texts."
 
     def figure(self) -> go.Figure:
