@@ -65,6 +65,7 @@ def lens(
         write_text(html, result_page(f"{run}: lenses", [result]))
     if as_json:
         return print_json(result.to_dict())
-    print_table(result.table.round(4).astype(str).to_dict("records"))
+    rows = result.table.round(4).to_dict("records")
+    print_table([{str(name): str(value) for name, value in row.items()} for row in rows])
     say(f"\n{result.verdict}\n")
     say(f"lenses: {out}")
