@@ -26,7 +26,7 @@ def lens(
 ) -> None:
     """Fit a Jacobian lens per (layer, iteration) at position 0, and read other questions by it.
 
-    A fit costs d_model backward passes through one token per 8 questions.
+    A fit costs d_model / 32 batched backward passes through one token per 8 questions.
 
     Example:
         sst-interp lens --run demo --fit 16 --tuned --out lenses

@@ -42,15 +42,23 @@ class Trajectory:
         return torch.stack([torch.stack([c[:, 0].detach() for c in row], 1) for row in self.cells], 1)
 
     def pull(
-        self, of: Float[Tensor, "row d_model"], directions: Float[Tensor, "row d_model"]
-    ) -> Float[Tensor, "row layer iteration d_model"]:
+        self,
+        of: Float[Tensor, "row d_model"],
+        directions: Float[Tensor, "*many row d_model"],
+        batched: bool = False,
+    ) -> Float[Tensor, "*many row layer iteration d_model"]:
         """The vector-Jacobian product of `of` from every cell; zero where a cell does not reach it."""
         flat = list({id(cell): cell for row in self.cells for cell in row}.values())
-        pulled = torch.autograd.grad(of, flat, directions, retain_graph=True, allow_unused=True)
+        pulled = torch.autograd.grad(
+            of, flat, directions, retain_graph=True, allow_unused=True, is_grads_batched=batched
+        )
         by_cell = {
-            id(cell): torch.zeros_like(cell) if g is None else g for cell, g in zip(flat, pulled, strict=True)
+            id(cell): cell.new_zeros(*directions.shape[:-1], 1, cell.shape[-1]) if g is None else g
+            for cell, g in zip(flat, pulled, strict=True)
         }
-        return torch.stack([torch.stack([by_cell[id(c)][:, 0] for c in row], 1) for row in self.cells], 1)
+        return torch.stack(
+            [torch.stack([by_cell[id(c)][..., 0, :] for c in row], -2) for row in self.cells], -3
+        )
 
 
 def trajectory(
