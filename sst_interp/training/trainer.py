@@ -385,7 +385,10 @@ class MasterWeights:
         for name, value in self.values.items():
             value.copy_(tensors[f"value/{name}"])
             keys = ("step", "exp_avg", "exp_avg_sq")
-            self.optimiser.state[value] = {key: tensors[f"{key}/{name}"].clone() for key in keys}
+            self.optimiser.state[value] = {
+                key: tensors[f"{key}/{name}"].clone().to("cpu" if key == "step" else value.device)
+                for key in keys
+            }
         self.write_back()
 
 
