@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +22,7 @@ from sst_interp.cli.common import (
     print_json,
     progress,
     stopping,
+    takes_placement,
     takes_run,
     whole_numbers,
 )
@@ -37,7 +39,9 @@ FreshFlag = Annotated[bool, typer.Option("--fresh", help="Erase the run and capt
 
 
 @takes_run
+@takes_placement
 def capture(
+    placed: dict[str, str],
     run: RunOption,
     keep: Annotated[str | None, typer.Option(help="States: none, position0, shifts or all.")] = None,
     settings: Annotated[
@@ -62,6 +66,7 @@ def capture(
     recipe = find_recipe(run, captured=not fresh)
     if settings or keep is not None:
         recipe = recipe.with_settings([*(settings or []), *([f"keep={keep}"] if keep is not None else [])])
+    recipe = replace(recipe, **placed)  # pyright: ignore[reportArgumentType]
     with stopping():
         captured = capture_run(recipe, fresh=fresh)
     say(f"captured {len(captured.questions['question'].unique())} questions in {captured.folder}")

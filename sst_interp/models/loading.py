@@ -209,14 +209,13 @@ def _backbone(name: str, at: Placement, trust_remote_code: bool) -> tuple[Any, A
             "fetch its config.json again: the model was cut short or is of another kind",
         )
     if at.quantisation is not None:
-        unquantised = lambda: _backbone(
-            name, replace(at, device="cpu", quantisation=None), trust_remote_code
-        )[0]
+        plain = replace(at, device="cpu", quantisation=None)
+        unquantised = partial(_backbone, name, plain, trust_remote_code)
         model.source_hash = _source_hash(Path(source), model, unquantised)
     return model, tokenizer
 
 
-def _source_hash(folder: Path, model: Any, unquantised: Callable[[], Any]) -> str:
+def _source_hash(folder: Path, model: Any, unquantised: Callable[[], tuple[Any, Any]]) -> str:
     """`content_hash` of a quantised model's unquantised weights, read one by one from its files.
 
     Where the files call them otherwise than the model does, or are not here, the whole model is loaded.
@@ -229,7 +228,7 @@ def _source_hash(folder: Path, model: Any, unquantised: Callable[[], Any]) -> st
             where |= dict.fromkeys(opened.keys(), file)
     tied = {ours: theirs for ours, theirs in (model.all_tied_weights_keys or {}).items() if ours not in where}
     if set(where) - set(names) or {tied.get(name, name) for name in names} - set(where):
-        return content_hash(unquantised())
+        return content_hash(unquantised()[0])
 
     def read(name: str) -> Tensor:
         with safe_open(where[name], "pt") as opened:

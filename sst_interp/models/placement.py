@@ -2,8 +2,8 @@
 
     Placement("auto", "bfloat16", quantisation="4bit").resolved()    # on cuda, bfloat16, 4bit
 
-The device decides no number that a recipe promises; dtype, quantisation and attention do, and belong to a run's
-fingerprint. The identity of a quantised backbone is that of its unquantised weights (`source_hash`).
+The device decides no number that a recipe promises; dtype, quantisation and attention do, and belong to a
+run's fingerprint. The identity of a quantised backbone is that of its unquantised weights (`source_hash`).
 """
 
 from __future__ import annotations

@@ -60,8 +60,9 @@ def capture(
         refuse_other_model(model, recipe)
     else:
         if progress:
-            say(f"loading {recipe.checkpoint}", sys.stderr)
-        model = load(recipe.checkpoint, recipe.alpha, recipe.choices, recipe.dtype, kind=recipe.kind)
+            say(f"loading {recipe.checkpoint} {recipe.placement.resolved()}", sys.stderr)
+        how = recipe.placement.how()
+        model = load(recipe.checkpoint, recipe.alpha, recipe.choices, kind=recipe.kind, **how)
     prompts = [prompt_tokens(model, q, recipe.reply_prefix) for q in questions.questions]
     check_room(model, max(map(len, prompts)), recipe.max_new_tokens)
     batches = batches_of([len(p) for p in prompts], recipe.batch_size)

@@ -18,6 +18,7 @@ from sst_interp.errors import SSTError, check_known, unknown_name
 from sst_interp.files import read_whole
 from sst_interp.models.choices import ANALYSIS, BEFORE, MAX_DEPTH, Choices, shown
 from sst_interp.models.kinds import kind_named, kinds
+from sst_interp.models.placement import ATTENTIONS, QUANTISATIONS, Placement
 from sst_interp.questions.item import LIKELIHOOD
 
 DType = Literal["bfloat16", "float32", "float64"]
@@ -104,6 +105,15 @@ class Recipe:
     """How many questions, evenly spread, also get the controls that need the model: the noise floor and
     norm-matched perturbations (docs/run-format.md). Each takes about half a batch's time."""
 
+    device: str = "auto"
+    """Where the model is put; `auto`: CUDA, then MPS, then the CPU. It is no part of what a run is."""
+
+    quantisation: Literal["4bit", "8bit"] | None = None
+    """Of the linear layers, through bitsandbytes; left out: none."""
+
+    attention: Literal["eager", "sdpa"] | None = None
+    """Implementation of attention; left out: the model's own."""
+
     choices: Choices = field(default_factory=Choices)
     """What the paper leaves open (`sst_interp.models.choices`)."""
 
@@ -122,8 +132,18 @@ class Recipe:
                     raise SSTError(
                         f"{key} is not read with scoring = {self.scoring!r}", "leave one of them out"
                     )
+        if self.controls and self.quantisation is not None:
+            raise SSTError(
+                "controls compare with float32, and quantised weights have no float32 twin",
+                "controls = 0, or leave quantisation out",
+            )
         if isinstance(threshold := self.choices.threshold, int):
             object.__setattr__(self, "choices", replace(self.choices, threshold=float(threshold)))
+
+    @property
+    def placement(self) -> Placement:
+        """Where the model goes, and in which numbers it computes."""
+        return Placement(self.device, self.dtype, self.quantisation, self.attention)
 
     @classmethod
     def load(cls, path: str | Path, name: str | None = None) -> Recipe:
@@ -170,6 +190,8 @@ class Recipe:
         values = {key: value for key, value in asdict(self).items() if value is not None}
         if not self.controls:
             del values["controls"]
+        if self.device == "auto":
+            del values["device"]
         return values | {"depths": list(self.depths), "choices": self.choices.to_dict()}
 
     def to_toml(self) -> str:
@@ -225,7 +247,16 @@ class Recipe:
         return [(key, value, theirs[key]) for key, value in ours.items() if value != theirs[key]]
 
 
-_LATER = ("controls", "reply_prefix", "kind", "lens_tokens", "scoring", "columns")
+_LATER = (
+    "controls",
+    "reply_prefix",
+    "kind",
+    "lens_tokens",
+    "scoring",
+    "columns",
+    "quantisation",
+    "attention",
+)
 """Keys that older recipes do not know: at their defaults they are not in the fingerprint."""
 
 
@@ -266,7 +297,7 @@ def find_recipe(name: str, captured: bool = True) -> Recipe:
 def _identity(recipe: Recipe) -> dict[str, Any]:
     """What decides a run's contents. An `overlap` does only if it has to be measured while capturing."""
     values: dict[str, Any] = {**asdict(recipe), "depths": list(recipe.depths)}
-    del values["name"]
+    del values["name"], values["device"]
     choices = {key: value for key, value in values.pop("choices").items() if key not in ANALYSIS}
     if choices["overlap"] != "lens_jaccard":
         choices["overlap"] = "cosine or relative_l2"
@@ -369,6 +400,9 @@ _CHECKS: dict[str, tuple[Check, str]] = {
     "alpha": (or_none(number(0, 1)), "0.027"),
     "batch_size": (whole(1), "8"),
     "dtype": (one_of(get_args(DType)), '"bfloat16"'),
+    "device": (text("the name of a device", empty=False), '"cuda"'),
+    "quantisation": (or_none(one_of(QUANTISATIONS), " (left out: none)"), '"4bit"'),
+    "attention": (or_none(one_of(ATTENTIONS), " (left out: the model's own)"), '"sdpa"'),
     "keep": (one_of(get_args(Keep)), '"position0"'),
     "lens_tokens": (one_of(get_args(LensTokens)), '"position0"'),
     "seed": (whole(0), "0"),
