@@ -65,7 +65,7 @@ def test_a_checkpoint_trained_on_4bit_loads_on_unquantised_weights_and_says_so(f
     trained = small.replay([[5, 6, 7, 8]]).logits
     again = load(tmp_path / "c", quantisation="4bit")
     assert "was trained" not in capsys.readouterr().err
-    same = again.replay([[5, 6, 7, 8]]).logits  # bitsandbytes has two CPU kernels, which round differently
+    same = again.replay([[5, 6, 7, 8]]).logits  # not bit for bit; the cause is not known yet
     assert float((same - trained).norm() / trained.norm()) < 0.02
     load(tmp_path / "c")
     assert "was trained on 4bit weights and is loaded on weights that are not" in capsys.readouterr().err
