@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,6 +25,7 @@ from sst_interp.cli.common import (
     print_json,
     progress,
     stopping,
+    takes_placement,
     takes_run,
     whole_numbers,
 )
@@ -339,7 +341,9 @@ def harvest(
     )
 
 
+@takes_placement
 def train(
+    placed: dict[str, str],
     recipe: Annotated[str, typer.Argument(help="A training recipe: a shipped name, or a .toml file.")],
     out: Annotated[Path | None, place("FOLDER", "Default: checkpoints/NAME.", "--out", "-o")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Erase what is there and train anew.")] = False,
@@ -367,8 +371,8 @@ def train(
 
     if log is not None:
         find_log(log)  # before the model is loaded
-    chosen = find_training_recipe(recipe)
-    say(f"loading {chosen.backbone} and {chosen.data}", sys.stderr)
+    chosen = replace(find_training_recipe(recipe), **placed)  # pyright: ignore[reportArgumentType]
+    say(f"loading {chosen.backbone} and {chosen.data} {chosen.placement.resolved()}", sys.stderr)
     training = Training(chosen, out, fresh)
     if training.split.too_long:
         words = f"{training.split.too_long} examples are longer than max_tokens = {chosen.max_tokens}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +25,7 @@ from sst_interp.cli.common import (
     print_json,
     progress,
     stopping,
+    takes_placement,
     takes_run,
     whole_numbers,
 )
@@ -40,7 +42,9 @@ FreshFlag = Annotated[bool, typer.Option("--fresh", help="Erase the run and capt
 
 
 @takes_run
+@takes_placement
 def capture(
+    placed: dict[str, str],
     run: RunOption,
     keep: Annotated[str | None, typer.Option(help="States: none, position0, shifts or all.")] = None,
     settings: Annotated[
@@ -76,6 +80,7 @@ def capture(
     recipe = find_recipe(run, captured=not fresh)
     if settings or keep is not None:
         recipe = recipe.with_settings([*(settings or []), *([f"keep={keep}"] if keep is not None else [])])
+    recipe = replace(recipe, **placed)  # pyright: ignore[reportArgumentType]
     with stopping():
         fleet = fleet_of(workers, ray)
         captured = capture_run(recipe, fresh=fresh, fleet=fleet, verify=verify, mixed=mixed)

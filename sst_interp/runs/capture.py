@@ -96,7 +96,7 @@ def capture(
     folder = (Path(folder) if folder is not None else paths.runs_dir() / recipe.name).absolute()
     if not fresh:  # before anything is loaded
         manifest.refuse_other_origin(folder, manifest.read_manifest(folder), recipe, {}, None)
-    if fleet is not None and getattr(recipe, "device", None) == "cpu":
+    if fleet is not None and recipe.device == "cpu":
         fleet = replace(fleet, gpus=0)
     if model is not None and fleet is not None:
         raise SSTError("workers load the model by its name", "name the checkpoint, and pass no model")
@@ -214,9 +214,9 @@ class Job:
             refuse_other_model(model, recipe)
         else:
             if progress:
-                say(f"loading {recipe.checkpoint}", sys.stderr)
-            how: dict[str, Any] = {"kind": recipe.kind, "loop": recipe.loop}
-            model = load(recipe.checkpoint, recipe.alpha, recipe.choices, recipe.dtype, **how)
+                say(f"loading {recipe.checkpoint} {recipe.placement.resolved()}", sys.stderr)
+            how = {"kind": recipe.kind, "loop": recipe.loop, **recipe.placement.how()}
+            model = load(recipe.checkpoint, recipe.alpha, recipe.choices, **how)
         self.model = model
         self.prompts = [prompt_tokens(model, q, recipe.reply_prefix) for q in self.questions.questions]
         lengths = [len(p) for p in self.prompts]

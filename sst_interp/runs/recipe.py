@@ -19,6 +19,7 @@ from sst_interp.files import read_whole
 from sst_interp.models.choices import ANALYSIS, BEFORE, MAX_DEPTH, Choices, shown
 from sst_interp.models.kinds import kind_named, kinds
 from sst_interp.models.kinds.looped import SETTINGS
+from sst_interp.models.placement import ATTENTIONS, QUANTISATIONS, Placement
 from sst_interp.questions.item import LIKELIHOOD
 
 DType = Literal["bfloat16", "float32", "float64"]
@@ -123,6 +124,15 @@ class Recipe:
     temperature: float = 1.0
     """At which `draws` are sampled."""
 
+    device: str = "auto"
+    """Where the model is put; `auto`: CUDA, then MPS, then the CPU. It is no part of what a run is."""
+
+    quantisation: Literal["4bit", "8bit"] | None = None
+    """Of the linear layers, through bitsandbytes; left out: none."""
+
+    attention: Literal["eager", "sdpa"] | None = None
+    """Implementation of attention; left out: the model's own."""
+
     choices: Choices = field(default_factory=Choices)
     """What the paper leaves open (`sst_interp.models.choices`)."""
 
@@ -161,8 +171,18 @@ class Recipe:
             raise SSTError("draws are sampled at depth 1 alone", "set depths = [1] and controls = 0")
         if self.temperature != 1 and not self.draws:
             raise SSTError("temperature is read with draws alone", "set draws, or leave temperature out")
+        if self.controls and self.quantisation is not None:
+            raise SSTError(
+                "controls compare with float32, and quantised weights have no float32 twin",
+                "controls = 0, or leave quantisation out",
+            )
         if isinstance(threshold := self.choices.threshold, int):
             object.__setattr__(self, "choices", replace(self.choices, threshold=float(threshold)))
+
+    @property
+    def placement(self) -> Placement:
+        """Where the model goes, and in which numbers it computes."""
+        return Placement(self.device, self.dtype, self.quantisation, self.attention)
 
     @classmethod
     def load(cls, path: str | Path, name: str | None = None) -> Recipe:
@@ -212,6 +232,8 @@ class Recipe:
         for key in ("controls", "draws", "temperature"):
             if values[key] == getattr(Recipe, key):
                 del values[key]
+        if self.device == "auto":
+            del values["device"]
         lists = {key: list(values[key]) for key in LISTS if key in values}
         return values | lists | {"choices": self.choices.to_dict()}
 
@@ -270,7 +292,7 @@ class Recipe:
 
 _LATER = (
     "controls", "reply_prefix", "kind", "lens_tokens", "scoring", "columns", "keep_layers", "keep_positions",
-    "loop", "draws", "temperature",
+    "loop", "draws", "temperature", "quantisation", "attention",
 )  # fmt: skip
 """Keys that older recipes do not know: at their defaults they are not in the fingerprint."""
 
@@ -312,7 +334,7 @@ def find_recipe(name: str, captured: bool = True) -> Recipe:
 def _identity(recipe: Recipe) -> dict[str, Any]:
     """What decides a run's contents. An `overlap` does only if it has to be measured while capturing."""
     values: dict[str, Any] = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(recipe).items()}
-    del values["name"]
+    del values["name"], values["device"]
     choices = {key: value for key, value in values.pop("choices").items() if key not in ANALYSIS}
     if choices["overlap"] != "lens_jaccard":
         choices["overlap"] = "cosine or relative_l2"
@@ -422,6 +444,9 @@ _CHECKS: dict[str, tuple[Check, str]] = {
     "alpha": (or_none(number(0, 1)), "0.027"),
     "batch_size": (whole(1), "8"),
     "dtype": (one_of(get_args(DType)), '"bfloat16"'),
+    "device": (text("the name of a device", empty=False), '"cuda"'),
+    "quantisation": (or_none(one_of(QUANTISATIONS), " (left out: none)"), '"4bit"'),
+    "attention": (or_none(one_of(ATTENTIONS), " (left out: the model's own)"), '"sdpa"'),
     "keep": (one_of(get_args(Keep)), '"position0"'),
     "keep_layers": (_NUMBERS, "[0, 12, 29]"),
     "keep_positions": (_NUMBERS, "[0, 1, 2, 3]"),
