@@ -7,10 +7,12 @@ import tiny_kinds
 import torch
 from pretend_gpu import DEVICE, GPU
 from test_objective import loss_and_gradients
-from tiny_capture import tiny_llama, write_questions
+from tiny_capture import recipe_for, tiny_llama, write_questions
 from tiny_training import answer_batch
 
 from sst_interp.models.model import attach, attach_lrt
+from sst_interp.models.solvers.layerwise import solve_layerwise
+from sst_interp.runs.recorder import Recorder, RolloutDecoder
 
 
 def same(build):
@@ -80,3 +82,31 @@ def test_the_gpu_refuses_what_a_gpu_refuses():
         assert gpu.syncs == 1  # a copy there waits, too
     with pytest.raises(RuntimeError, match="outside"):
         there + 1
+
+
+@pytest.mark.parametrize("depths", [(1,), (1, 2, 4), (1, 9)])
+def test_a_capture_waits_once_per_position(depths):
+    """Whatever its depths: twice the positions, and every one more costs one wait."""
+    with GPU() as gpu:
+        model = attach(tiny_llama().to(DEVICE), alpha=0.2)
+        stream = model.new_stream(torch.tensor([0, 2], device=DEVICE), 20)
+        tokens = torch.full((2, 6), 9, device=DEVICE)
+        model.prefill(stream, tokens[:, :-1])
+        stop = torch.tensor([2], device=DEVICE)
+        decoder = RolloutDecoder(model, stream, tokens[:, -1], depths, stop)
+        recorder = Recorder([0, 1], recipe_for("none.csv", depths=depths, keep="all"), restricted=False)
+        for position in range(4):
+            with gpu.counting():
+                recorder.see(position, decoder.step(), decoder)
+                decoder.finish_step()
+            assert position == 0 or gpu.syncs == 1, gpu.lines
+
+
+def test_an_exact_solution_waits_twice_per_layer_and_sweep():
+    with GPU() as gpu:
+        model = attach(tiny.tiny("llama").to(DEVICE), alpha=0.2)
+        stream = model.new_stream(torch.zeros(1, dtype=torch.long, device=DEVICE), 9)
+        with gpu.counting():
+            solution = solve_layerwise(model, stream, torch.full((1, 9), 7, device=DEVICE), iterations=2)
+    sweeps = 3 * solution.certificate.mean_sweeps
+    assert gpu.syncs <= 2 * sweeps + 3 + 1, gpu.lines  # each layer once finds nothing left to do
