@@ -309,18 +309,23 @@ class Lanes:
             passes, logits, final = decode(model, self.stream, self.current, depths, at)
             if observe is not None:
                 observe(Step(position, passes, logits, self.order, alive))
-            model.backbone.refuse_nonfinite(final.amax(-1))  # one that is not a number is the largest
             if self.sampling is None or self.draws is None:
                 self.current = final.argmax(-1)
             else:
                 self.current = self.sampling.choose(final, self.draws)
-            tokens, ended = torch.stack([self.current, torch.isin(self.current, ids).long()]).tolist()
+            ends, largest = torch.isin(self.current, ids), final.amax(-1)  # NaN is the largest
+            # the one place that waits for the device
+            tokens, ended, finite = torch.stack(
+                [self.current, ends.long(), largest.isfinite().long()]
+            ).tolist()
+            if not all(finite):
+                model.backbone.refuse_nonfinite(largest)
             for row in range(len(tokens)):
                 if not self.stopped[row]:
                     self.new[row].append(tokens[row])
                     cut = bool(self.stop.strings) and self.stop.found(self.new[row])
                     self.stopped[row] = bool(ended[row]) or cut
-            alive = ~torch.tensor(self.stopped, device=alive.device)
+            alive = ~torch.tensor(self.stopped, device=alive.device) if self.stop.strings else alive & ~ends
             yield position
             if all(self.stopped):
                 break

@@ -310,21 +310,23 @@ def capture_batch(
     check_room(model, tokens.shape[1], longest)
     stream = model.new_stream(pad, tokens.shape[1] + max(recipe.max_new_tokens, longest) - 1)
     certificate = model.prefill(stream, tokens[:, :-1])
+    ends = {None, *model.stop_tokens}
     stop = torch.tensor(model.stop_tokens, device=tokens.device, dtype=torch.long)
     decoder = RolloutDecoder(model, stream, tokens[:, -1], recipe.depths, stop)
     recorder = Recorder(rows, recipe, questions.restricted, spool)
     texts: dict[int, list[list[int]]] = {d: [HiddenTokens() for _ in rows] for d in recipe.depths}
     for position in range(recipe.max_new_tokens):
         moment = decoder.step()
-        recorder.see(position, moment, decoder)
+        written = recorder.see(position, moment, decoder)
         if watch is not None:
             watch.see(moment)
-        for depth, emitted in decoder.emitted.items():
-            for row in decoder.alive[depth].nonzero()[:, 0].tolist():
-                texts[depth][row].append(int(emitted[row]))
-        goes_on = decoder.finish_step()
+        for depth, tokens_of in written.items():
+            for text, token in zip(texts[depth], tokens_of, strict=True):
+                if token is not None:
+                    text.append(token)
+        decoder.finish_step()
         bar.update(1)
-        if not goes_on:
+        if ends.issuperset(token for tokens_of in written.values() for token in tokens_of):
             break
     bar.update(recipe.max_new_tokens - position - 1)
     answered, alive = recipe, decoder.alive
