@@ -106,6 +106,23 @@ class Run:
         pa.default_memory_pool().release_unused()
         return frame if order is None else frame.take(order).reset_index(drop=True)
 
+    def dataset(
+        self, name: str, columns: Sequence[str] | None = None, comparison: str | None = None
+    ) -> Any:
+        """A table as a Hugging Face `datasets.Dataset`: the rows of `table`, with the same arguments.
+
+            run.dataset("pairs", comparison="within").filter(lambda row: row["cosine"] < 0.9)
+
+        Raises:
+            SSTError: as `table`; the package `datasets` cannot be imported.
+        """
+        frame = self.table(name, columns, comparison)
+        try:
+            from datasets import Dataset
+        except ImportError as error:
+            raise SSTError(f"`datasets` cannot be imported: {error}", "pip install datasets") from error
+        return Dataset(pa.Table.from_pandas(frame, preserve_index=False).unify_dictionaries())
+
     def columns(self, name: str) -> list[str]:
         """The columns of a table; none where the run has no row of it."""
         shards = [str(self._checked(file)) for file in self._listed(name).values()]
