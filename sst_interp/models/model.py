@@ -45,7 +45,7 @@ from sst_interp.models.kinds.looped import Looped, Range, native_kind, span_of
 from sst_interp.models.kinds.lrt import MemoryDesign, Pathway, Projections, build_memory
 from sst_interp.models.kinds.sst import PAPER_ALPHA, LayerBlend
 from sst_interp.models.likelihood import LogLikelihood, loglikelihood
-from sst_interp.models.prompts import Prompt, Prompts, check_stop, ids_of, in_time, listed
+from sst_interp.models.prompts import Prompt, Prompts, check_stop, ids_of, in_time, listed, only
 from sst_interp.models.session import Session
 from sst_interp.models.solvers import Replay, prefill, replay
 from sst_interp.models.solvers.sequential import Certificate
@@ -366,6 +366,7 @@ class StateStreamModel(Recurrence):
         depths: Any = iterations if several(iterations) else [iterations]
         if isinstance(continuations, str):
             raise SSTError("continuations are one text", 'give a list, for example [" blue", " green"]')
+        context = only(context)
         pairs = [self.encode_pair(context, continuation) for continuation in continuations]
         after = [ids for _, ids in pairs]
         tokens, pad = self.batch([pairs[0][0] if pairs else self.encode(context)])

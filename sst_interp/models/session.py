@@ -15,6 +15,7 @@ from sst_interp.errors import SSTError
 from sst_interp.models.choices import whole
 from sst_interp.models.generation import Generation, Lanes, check_room
 from sst_interp.models.halting import schedule_of
+from sst_interp.models.prompts import only
 from sst_interp.models.solvers import prefill
 from sst_interp.models.stream import Stream
 
@@ -49,7 +50,7 @@ class Session:
         Raises:
             SSTError: as `model.generate`; the session is as it was then.
         """
-        model = self.model
+        model, prompt = self.model, only(prompt)
         text = isinstance(prompt, str)
         new = model.encode_plain(prompt) if text and self.tokens else model.encode(prompt)
         tokens, pad = model.batch([self.tokens[-1:] + list(new)])

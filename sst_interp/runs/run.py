@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from sst_interp.errors import SSTError, unknown_name, upstairs
 from sst_interp.files import unreadable
-from sst_interp.models.choices import BEFORE, COMPARISONS
+from sst_interp.models.choices import BEFORE, COMPARISONS, whole
 from sst_interp.runs import manifest
 from sst_interp.runs.export import export_run
 from sst_interp.runs.provenance import RunKind, run_kind
@@ -106,9 +106,7 @@ class Run:
         pa.default_memory_pool().release_unused()
         return frame if order is None else frame.take(order).reset_index(drop=True)
 
-    def dataset(
-        self, name: str, columns: Sequence[str] | None = None, comparison: str | None = None
-    ) -> Any:
+    def dataset(self, name: str, columns: Sequence[str] | None = None, comparison: str | None = None) -> Any:
         """A table as a Hugging Face `datasets.Dataset`: the rows of `table`, with the same arguments.
 
             run.dataset("pairs", comparison="within").filter(lambda row: row["cosine"] < 0.9)
@@ -176,6 +174,7 @@ class Run:
         Raises:
             SSTError: the run does not keep that iteration.
         """
+        iteration = whole("iteration", iteration, 1)
         if iteration not in (kept := self.kept_iterations):
             has = ", ".join(map(str, kept)) or "none"
             said = f"run {self.name} keeps no states of iteration {iteration}"
@@ -198,7 +197,10 @@ class Run:
             SSTError: the run did not keep them.
         """
         keep, deepest = self.recipe.keep, max(self.recipe.depths)
-        depth = deepest if depth is None else depth
+        depth = deepest if depth is None else whole("depth", depth, 1)
+        question = whole("question", question, 0)
+        if position is not None and type(position) is not int:
+            position = whole("position", position, 0)
         if keep != "all" and (keep == "none" or (position, depth, text) != (0, deepest, "own")):
             only = f"states at position 0 of depth {deepest}'s own text only"
             has = "no states" if keep == "none" else only
