@@ -1,7 +1,7 @@
 """Tokens, depths, layers, sites and positions in any clothes: every public call takes them, or says one line.
 
-One table of calls and one of clothes. What a call gives for a thing in any clothes is what it gives for a plain
-list or int, bit for bit.
+One table of calls and one of clothes. What a call gives for a thing in any clothes is what it gives for a
+plain list or int, bit for bit.
 """
 
 import numpy as np
