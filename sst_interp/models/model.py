@@ -283,9 +283,13 @@ class StateStreamModel(Recurrence):
             lanes = read_prompts(self, tokens, pad, depths, max_new_tokens, ends, self.sampling(**how))
         return stream_pieces(self, lanes, max_new_tokens)
 
-    def start(self) -> Session:
-        """A conversation that goes on from its stream: `session.send(...)`, `session.chat(...)`."""
-        return Session(self)
+    def start(self, prompt: Prompt = ()) -> Session:
+        """A conversation that goes on from its stream: `session.send(...)`, `session.chat(...)`.
+
+        Args:
+            prompt: what stands before the first thing that is sent: text or ids.
+        """
+        return Session(self, prompt)
 
     def depths_of(self, iterations: Any, depth: Any, rows: int) -> Depths:
         """What `iterations` and `depth` of `generate` ask of so many rows. Raises SSTError as it does."""

@@ -28,8 +28,10 @@ class Session:
     of its positions, `session.depths`.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, prompt: Any = ()) -> None:
         self.model = model
+        self.begun = model.encode(only(prompt))
+        """What the first answer reads before what is sent."""
         self.tokens: list[int] = []
         """The whole text so far."""
         self.depths: list[int] = []
@@ -52,7 +54,8 @@ class Session:
         """
         model, prompt = self.model, only(prompt)
         text = isinstance(prompt, str)
-        new = model.encode_plain(prompt) if text and self.tokens else model.encode(prompt)
+        later = text and (self.tokens or self.begun)
+        new = [*self.begun, *(model.encode_plain(prompt) if later else model.encode(prompt))]
         tokens, pad = model.batch([self.tokens[-1:] + list(new)])
         depths = model.depths_of(iterations, depth, 1)
         max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
@@ -71,7 +74,7 @@ class Session:
         with torch.no_grad():
             for _ in lanes.write(model, max_new_tokens):
                 pass
-        self.stream, self.tokens = lanes.stream, whole_text + lanes.new[0]
+        self.begun, self.stream, self.tokens = [], lanes.stream, whole_text + lanes.new[0]
         self.depths += [1] * (tokens.shape[1] - 1) + lanes.spent[0]
         return model.with_texts(lanes.texts([0]), stop)
 
