@@ -273,7 +273,10 @@ def answers_of(questions: pd.DataFrame) -> Answers:
     """The answers of a `questions` table (docs/run-format.md).
 
     Columns question, depth and correct are needed; `id`, `answer` and `gold` are used where they are there.
+    Of re-draws (column `draw`), the first counts.
     """
+    if "draw" in questions.columns:
+        questions = questions[questions["draw"] == 1]
     depths = np.sort(questions["depth"].unique())
     correct = questions.pivot(index="question", columns="depth", values="correct")
     whole = correct.notna().all(axis=1)
@@ -294,6 +297,39 @@ def answers_of(questions: pd.DataFrame) -> Answers:
         choices=_choices(questions),
         n_excluded=int((~whole).sum()),
     )
+
+
+def margin_changes(questions: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """How iterating changes the margin of the right choice, and of a wrong one, by question.
+
+    The margin of a choice is its score less the best other one's (`choice_scores`, a run by likelihood); its
+    change is the deepest depth's less the shallowest's. A question's wrong choices count with their mean:
+    a change that does not know the right answer has the same.
+
+    Raises:
+        Untestable: the run has no scores of choices, or no question has them at both depths.
+    """
+    if "choice_scores" not in questions.columns:
+        raise Untestable("no score of each choice was kept: `scoring` by likelihood keeps them")
+    ends = sorted(questions["depth"].unique())[:: max(questions["depth"].nunique() - 1, 1)]
+    scores = questions.pivot(index="question", columns="depth", values="choice_scores")[ends].dropna()
+    gold = questions.drop_duplicates("question").set_index("question")["gold"].loc[scores.index]
+    if len(ends) < 2 or not len(scores):
+        raise Untestable("no question has scores at two depths")
+    right, wrong = np.empty((2, len(scores)))
+    for k, (pair, letter) in enumerate(zip(scores.to_numpy(), gold, strict=True)):
+        shallow, deep = (np.array(values, dtype=float) for values in pair)
+        at = ord(letter) - ord("A")
+        change = _margins(deep) - _margins(shallow)
+        right[k], wrong[k] = change[at], np.delete(change, at).mean()
+    return right, wrong
+
+
+def _margins(scores: np.ndarray) -> np.ndarray:
+    """Each choice's score less the best of the others."""
+    best, second = np.sort(scores)[::-1][:2]
+    first = np.arange(len(scores)) == scores.argmax()
+    return scores - np.where(first, second, best)
 
 
 def _choices(questions: pd.DataFrame) -> int | None:

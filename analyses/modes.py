@@ -48,7 +48,7 @@ from sst_interp.analyses.statistics.modes import (
 from sst_interp.analyses.statistics.permutation import benjamini_hochberg
 
 QUANTILES = (0.0, 0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
-TICKS = (1, 0.997, 0.99, 0.97, 0.9, 0.5, 0, -1)
+TICKS = (1, 0.999, 0.99, 0.9, 0.5, 0, -1)
 """Overlaps that get a tick on the axis in log(1 - overlap + resolution)."""
 MERGED = 4
 """Bins of the count of modes that make one bin of a figure."""

@@ -49,15 +49,20 @@ def main() -> None:
         model = sst.load(name)
         models[model.kind.name] = model
     models["looped"] = sst.load("smollm2-135m", kind="looped")
+    models["loop over layers 12 to 17"] = sst.load(
+        "smollm2-135m", kind="looped", loop={"core": [12, 18], "damping": 0.5}, choices=sst.Choices(kv="each")
+    )
     contestants = {f"{kind} {d}": decoding(m, d) for kind, m in models.items() for d in DEPTHS}
     seconds = paired(contestants, how.rounds)
     rows = []
     for kind in models:
-        row: dict[str, object] = {"kind": kind_words(kind)}
+        row: dict[str, object] = {"kind": kind_words(kind) or kind}
         for depth in DEPTHS:
             own, floor = seconds[f"{kind} {depth}"], seconds["backbone 1"]
             over = sorted(a / b for a, b in zip(own, floor, strict=True))
-            row[f"passes per token, depth {depth}"] = depth
+            layers = models[kind].backbone.n_layers
+            run = layers + (depth - 1) * len(models[kind].kind.iterated(layers))
+            row[f"passes per token, depth {depth}"] = f"{run / layers:g}"
             row[f"ms per token, depth {depth}"] = f"{1e3 * statistics.median(own):.1f}"
             row[f"over the backbone, depth {depth}"] = (
                 f"{statistics.median(over):.2f} ({over[0]:.2f} to {over[-1]:.2f})"

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from sst_interp.errors import SSTError as SSTError
+    from sst_interp.experiments.lenses import open_lens as open_lens
     from sst_interp.models.choices import Choices as Choices
     from sst_interp.models.loading import load as load
     from sst_interp.models.model import StateStreamModel as StateStreamModel
@@ -39,6 +40,7 @@ _WHERE = {
     "Recipe": "runs.recipe",
     "open_run": "runs.store",
     "list_runs": "runs.store",
+    "open_lens": "experiments.lenses",
 }
 
 __all__ = sorted(_WHERE)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -457,8 +457,8 @@ def test_ctrl_c_keeps_what_is_committed(run_cli, parts, batches, command):
     assert code == 2
     assert "goes on" in two_lines((2, out, err), "stopped")
     partial = open_run("own")
-    assert list(partial.manifest["shards"]) == ["0"]
-    kept = {p: p.read_bytes() for p in Path("runs/own").rglob("0000.*")}
+    assert list(partial.manifest["shards"]) == ["1"]
+    kept = {p: p.read_bytes() for p in Path("runs/own").rglob("0001.*")}
     assert len(kept) == 6
     two_lines(run_cli("capture", "--run", write_recipe(parts, alpha=0.2)), "alpha = 0.3", "0.2")
     code, _, err = run_cli(command, "--run", write_recipe(parts))

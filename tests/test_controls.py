@@ -492,6 +492,6 @@ def test_the_bar_ends_where_it_said(csv, model, tmp_path, capsys):
 def test_a_batch_without_controlled_questions_is_not_watched(model, csv):
     controls = Controls(model, recipe_for(csv, controls=2), 5)
     assert controls.chosen == {0, 2}
-    assert controls.watch([1, 3]) is None
-    assert controls.watch([3, 2]).questions == [2]
+    assert controls.watch(0, [1, 3]) is None
+    assert controls.watch(0, [3, 2]).questions == [2]
     assert Controls(model, recipe_for(csv), 5).chosen == frozenset()

@@ -14,13 +14,23 @@ from synthetic import Planted, contrast, pairs_table
 from tiny_kinds import WORDS, capture_kinds, models
 from typer.testing import CliRunner
 
+from sst_interp.analyses.contrast import Contrast
+from sst_interp.analyses.settling import state_settling
 from sst_interp.analyses.shifts import basin_shifts
 from sst_interp.cli import app
 from sst_interp.errors import SSTError, Untestable
 from sst_interp.experiments import kinds as compare_kinds
 from sst_interp.experiments.contraction import contraction_of, kinds_contraction, sweep_residuals
-from sst_interp.experiments.kinds import Compared, compare_runs, kinds, kinds_answers, open_together
+from sst_interp.experiments.kinds import (
+    Compared,
+    compare_runs,
+    kinds,
+    kinds_answers,
+    open_together,
+    settling_of,
+)
 from sst_interp.findings.report.page import result_page, script_hash
+from sst_interp.runs.store import open_run
 
 SHARES = {"few": 0.05, "many": 0.3}
 
@@ -251,8 +261,23 @@ def test_the_command_prints_writes_and_fills(captured, capsys, tmp_path):
     admitted = policy.partition("script-src ")[2].partition(";")[0].split()
     assert sorted(admitted) == sorted(map(script_hash, scripts))
     app(["compare", "--runs", names, "--resamples", "50", "--json"], standalone_mode=False)
-    shares = json.loads(capsys.readouterr().out)["shares"]
-    assert {row["run"] for row in shares["table"]} == set(WORDS)
+    written = json.loads(capsys.readouterr().out)
+    assert {row["run"] for row in written["shares"]["table"]} == set(WORDS)
+    assert "steps from one iteration to the next are needed" in written["settling"]["verdict"]
+
+
+def test_settling_is_each_runs_own():
+    names = ["kinds-backbone", "kinds-sst", "kinds-looped"]
+    result = settling_of(names, 50)
+    rows = result.table.set_index("run")
+    assert "kinds-backbone (no question's state changes" in result.verdict
+    for run in map(open_run, names[1:]):
+        alone = state_settling(Contrast.of(run, resamples=50))
+        assert rows.loc[run.name, "said"] == alone.kind
+        assert rows.loc[run.name, "pace"] == alone.pace.estimate
+        assert f"{run.name}: {alone.kind}" in result.verdict
+    assert [row["run"] for row in result.shown] == names[1:]
+    assert len(result.figure().data)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from sst_interp.models.model import attach, attach_looped, attach_lrt
 from sst_interp.models.solvers.sequential import advance
 from sst_interp.models.stream import Pass
 from sst_interp.runs.capture import capture
+from sst_interp.runs.recipe import Recipe
 
 EACH = Choices(kv="each")
 ROUNDING = 1e-11
@@ -184,7 +185,7 @@ def test_the_formula_by_hand():
     for name, model in {name: loop(name) for name in ("add", "concat", "normed")}.items():
         s = {"add": 0 * e, "normed": e}.get(name)
         if s is None:
-            s = model.kind._initial_state(first_pass(model), e, "concat")
+            s = model.kind.first_state(first_pass(model), e, Choices())
             assert 0 < s.abs().max() < 3
         for i in range(3):
             if name == "normed":
@@ -331,3 +332,34 @@ def test_a_run_compares_core_and_coda_alone(tmp_path, kv):
     assert "basin_shifts.teacher_forced" in ledger.results
     assert not patch_run(run, tmp_path / "patched", 2, Plan(layers=3, windows=2, new_tokens=2), model).empty
     assert "Depth-looped model" in write_report(run, tmp_path / "page.html", ledger).read_text()
+
+
+def test_a_recipe_says_how_its_model_loops(tmp_path):
+    csv, folder = write_questions(tmp_path / "words.csv", 3), save_model(tmp_path / "llama")
+    plain = recipe_for(csv, questions=3, max_new_tokens=2, checkpoint=str(folder), kind="looped")
+    recipe = Recipe.loads(plain.to_toml() + "\n[loop]\ncore = [1, 2]\ndamping = 0.5\n", "own")
+    assert Recipe.loads(recipe.to_toml()) == recipe
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    assert recipe == plain.with_settings(["loop.core=[1, 2]", "loop.damping=0.5", "name=own"])
+    assert recipe.fingerprint() != plain.fingerprint()
+    assert plain.fingerprint() == replace(plain, loop={}).fingerprint()
+    run = capture(recipe, None, tmp_path / "own", progress=False)
+    assert sorted(set(run.pairs["layer"])) == [1, 2]
+    assert "damping 0.5" in run.manifest["provenance"]["stream"]
+    loaded = sst.load(folder, dtype=recipe.dtype, kind="looped", loop=recipe.loop)
+    own = attach_looped(loaded.backbone.model, core=(1, 2), damping=0.5)
+    assert loaded.kind.digest() == own.kind.digest()
+    with pytest.raises(SSTError, match="the recipe's loop"):
+        capture(recipe, sst.load(folder, dtype=recipe.dtype, kind="looped"), tmp_path / "other")
+    for wrong, said in (
+        ({"kind": None}, r"\[loop\] is of a looped model"),
+        ({"loop": {"coer": [1, 2]}}, "coer"),
+        ({"loop": 3}, "not a table"),
+    ):
+        with pytest.raises(SSTError, match=said):
+            Recipe.from_dict(recipe.to_dict() | wrong)
+    with pytest.raises(SSTError, match="do not cut 3 layers"):
+        capture(replace(recipe, loop={"core": [2, 2]}), None, tmp_path / "none", progress=False)
+    saved = save_checkpoint(loaded, tmp_path / "saved", str(folder))
+    with pytest.raises(SSTError, match="a loop of its own"):
+        sst.load(saved, dtype=recipe.dtype, kind="looped", loop={"core": [0, 1]})

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from simulated_ray import SimulatedRay, simulated
 from tiny_capture import recipe_for, tiny_llama, word_tokenizer, write_questions
 from typer.testing import CliRunner
 
@@ -31,6 +32,7 @@ from sst_interp.models.choices import Choices
 from sst_interp.models.hooks import at
 from sst_interp.models.model import attach
 from sst_interp.runs.capture import capture
+from sst_interp.runs.fleet import Fleet
 
 PLAN = Plan(layers=3, windows=2, new_tokens=3)
 PROMPT, TEXT = [5, 9, 40, 42, 77], [30, 31, 32, 33, 34]
@@ -64,6 +66,13 @@ def patched(patched_once, tmp_path):
     """A folder of its own with two patched questions, and their rows."""
     folder, rows = patched_once
     return shutil.copytree(folder, tmp_path / "rows"), rows
+
+
+def test_workers_patch_what_one_process_does(run, model, patched_once, tmp_path, monkeypatch):
+    simulated(monkeypatch)
+    monkeypatch.setattr(SimulatedRay, "roundtrip", True)
+    rows = patch_run(run, tmp_path / "fleet", 2, PLAN, model, fleet=Fleet(2))
+    assert rows.equals(patched_once[1])
 
 
 def test_a_reading_is_the_replay(model):
@@ -250,7 +259,7 @@ def test_what_ships_is_taken_over_and_only_of_the_same_plan(run, model, patched,
     shutil.copytree(folder, shipped / "patching" / run.name)
     monkeypatch.setattr(study.paths, "shipped", lambda kind: shipped / kind)
     began = []
-    monkeypatch.setattr(study._Patching, "patch", lambda *_: began.append(1))
+    monkeypatch.setattr(study._Patching, "__call__", lambda *_: began.append(1))
     again = patch_run(run, tmp_path / "again", 2, PLAN)
     assert not began, "nothing is patched twice"
     pd.testing.assert_frame_equal(again, first)

@@ -12,6 +12,7 @@ from tiny_capture import recipe_for, word_tokenizer, write_questions
 from transformers import AutoModelForCausalLM, DoryConfig, DynamicCache, HrmTextConfig
 
 import sst_interp as sst
+from sst_interp.bridges import for_harness
 from sst_interp.errors import SSTError
 from sst_interp.findings.of_run import ledger_of
 from sst_interp.models.checkpoint import save_checkpoint
@@ -182,7 +183,7 @@ def test_other_streams_are_refused_in_one_line(name):
 @torch.no_grad()
 def test_a_loop_that_is_not_the_models_is_noticed(monkeypatch):
     """Validation is not decoration."""
-    monkeypatch.setattr(Dory, "_initial_state", lambda self, p, e, inject: e * (1 + 1e-4))
+    monkeypatch.setattr(Dory, "first_state", lambda self, p, e, choices: e * (1 + 1e-4))
     with pytest.raises(SSTError, match="does not give the model's own logits"):
         attach_looped(dory())
 
@@ -375,3 +376,33 @@ def test_it_is_captured_saved_and_seen_as_any_model(tmp_path, make, config):
             y = traced.iteration[2].layers[1].resid_post.output.save()  # of position 0
         first = model.replay([[5, 6, 7]], 2).resid_post[0, 0, 1, 1]
     assert relative(y[0, 0], first) < SINGLE
+
+
+@torch.no_grad()
+def test_the_exit_gate_halts_where_it_has_stopped_with_probability_q():
+    model, rows = attach_looped(ouro()), prompts()
+    kind = model.kind
+    gate = 3 * kind.gate / kind.gate[:-1].norm()
+    model.kind = kind.with_weights({"gate": gate})
+    seen = torch.stack([model.replay([row], 3).resid_post[0, -1, -1] for row in rows])
+    stopped = model.kind.exit_probabilities(model.backbone, seen).cumsum(-1)
+    every = set()
+    for q in (0.2, 0.5, 0.8, 1.0):
+        policy = model.exit_gate(q)
+        assert policy.deepest == kind.depth == 3
+        out = model.generate(rows, max_new_tokens=4, stop_tokens=[], depth=policy)
+        by_hand = [next((i for i in (1, 2) if row[i - 1] >= q), 3) for row in stopped.tolist()]
+        assert out.iterations == by_hand
+        assert out.tokens == model.generate(rows, by_hand, 4, stop_tokens=[]).tokens
+        every |= set(by_hand)
+    assert len(every) > 1
+    assert for_harness(model, halting="exit_gate", threshold=0.8, deepest=2)[1] == model.exit_gate(0.8, 2)
+    assert max(model.generate(rows, max_new_tokens=1, depth=model.exit_gate(1.0, 2)).iterations) == 2
+    for wrong in (0, 1.5, "half", True):
+        with pytest.raises(SSTError, match="is not a probability above 0"):
+            model.exit_gate(wrong)
+    other = attach_looped(dory())
+    with pytest.raises(SSTError, match="without an exit gate"):
+        other.exit_gate()
+    with pytest.raises(SSTError, match="another model's"):
+        other.generate(rows, depth=model.exit_gate())

@@ -41,6 +41,24 @@ def test_a_copy_says_the_same_within_its_rounding(run, tmp_path):
         assert torch.equal(copy.states(question), run.states(question)[:, :1])
 
 
+def test_a_copy_keeps_some_comparisons_and_the_states_of_right_answers(run, tmp_path):
+    copy = publish(run, tmp_path / "copy", comparisons=("teacher_forced",), right_only=True)
+    was = publish(run, tmp_path / "all").table("pairs", comparison="teacher_forced")
+    assert 0 < len(was) < len(run.pairs)
+    assert copy.pairs.equals(was)
+    assert copy.outputs.equals(run.outputs)
+    first = run.questions[run.questions["depth"] == 1]
+    assert 0 < first["correct"].sum() < len(first)
+    for question, right in zip(first["question"], first["correct"], strict=True):
+        if right:
+            assert torch.equal(copy.states(question), run.states(question)[:, :1])
+        else:
+            with pytest.raises(SSTError, match="states in run"):
+                copy.states(question)
+    with pytest.raises(SSTError, match="comparison"):
+        publish(run, tmp_path / "other", comparisons=("replayed twice",))
+
+
 def test_states_can_be_left_out(run, tmp_path):
     copy = publish(run, tmp_path / "copy", iterations=())
     assert not (tmp_path / "copy" / "states").exists()

@@ -142,5 +142,5 @@ def lrt(pathway="both", hf=None, seed=0, size=0.15, **how):
     drawn = {name: size * torch.randn(w.shape, generator=g, dtype=w.dtype) for name, w in weights.items()}
     if "gamma" in drawn:
         drawn["gamma"] = torch.tensor(GAMMA, dtype=torch.float64)
-    model.kind = model.kind.with_weights(drawn)
+    model.kind = model.kind.with_weights({name: w.to(model.backbone.device) for name, w in drawn.items()})
     return model

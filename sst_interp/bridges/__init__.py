@@ -211,8 +211,11 @@ def for_harness(
         if threshold is not None:
             raise SSTError("a probe has its own threshold", "leave the threshold out")
         policy: HaltingPolicy = load_probe(halting, checkpoint)
+    elif halting == "exit_gate":
+        policy = checkpoint.exit_gate(0.5 if threshold is None else threshold, deepest)
     elif halting not in POLICIES:
-        raise unknown_name("halting policy", halting, [*POLICIES, "the folder of a probe"])
+        known = [*POLICIES, "exit_gate", "the folder of a probe"]
+        raise unknown_name("halting policy", halting, known)
     elif threshold is None:
         raise SSTError(f"halting = {halting} needs a threshold", "for example threshold=0.05")
     else:

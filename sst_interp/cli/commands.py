@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from sst_interp import __version__
-from sst_interp.cli import experiments, runs, studies
+from sst_interp.cli import experiments, lenses, runs, studies
 from sst_interp.errors import SSTError
 from sst_interp.plugins import load_plugins
 from sst_interp.tables import plain, say
@@ -46,7 +46,7 @@ def whole_app() -> typer.Typer:
         ),
         "Look": (
             *(experiments.compare, experiments.probe, experiments.patch),
-            *(experiments.hooks, experiments.harvest),
+            *(experiments.hooks, experiments.harvest, lenses.lens),
         ),
         "Train": (experiments.train, experiments.evaluate),
     }

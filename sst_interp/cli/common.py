@@ -38,11 +38,21 @@ def whole_numbers(option: str, text: str, example: str) -> list[int]:
         ) from None
 
 
+Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, mps, cpu; default: the best that is there.")]
+DType = Annotated[str | None, typer.Option("--dtype", help="bfloat16, float32 or float64.")]
+Quantisation = Annotated[str | None, typer.Option(help="4bit or 8bit weights, through bitsandbytes.")]
+Attention = Annotated[str | None, typer.Option(help="eager or sdpa; default: the model's own.")]
 RunOption = Annotated[
     str, typer.Option("--run", "-r", help="A run or recipe (`sst-interp runs` lists them), or a path.")
 ]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Resamples = Annotated[int, typer.Option(min=2, max=100_000, help="Resamples, shuffles, permutations.")]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Processes side by side, each with the model loaded; needs Ray.")
+]
+RayAddress = Annotated[
+    str | None, typer.Option("--ray", metavar="ADDRESS", help="Workers of a Ray cluster: auto, or host:port.")
+]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 
 
@@ -70,9 +80,34 @@ def takes_run(command: Callable[..., None]) -> Callable[..., None]:
             raise SSTError(f"two runs are named: {name} and {run}", f"for example sst-interp {typed} {run}")
         command(run=name if run is None else run, **given)
 
-    parameters = [alone, either, *others]
+    parameters = [alone, either.replace(kind=alone.kind), *others]
     wrapped.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
+    return wrapped
+
+
+def fleet_of(workers: int | None, address: str | None) -> Any:
+    """The fleet that the options ask for; None: this process alone."""
+    from sst_interp.runs.fleet import Fleet
+
+    return None if workers is None and address is None else Fleet(workers, address)
+
+
+def takes_placement(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose `placed` holds what was given of --device, --dtype, --quantisation and --attention."""
+    signature = inspect.signature(command, eval_str=True)
+    options = {"device": Device, "dtype": DType, "quantisation": Quantisation, "attention": Attention}
+
+    @functools.wraps(command)
+    def wrapped(**given: Any) -> None:
+        named = {name: given.pop(name) for name in options}
+        command(placed={name: value for name, value in named.items() if value is not None}, **given)
+
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    added = [inspect.Parameter(n, keyword, default=None, annotation=a) for n, a in options.items()]
+    others = [p.replace(kind=keyword) for name, p in signature.parameters.items() if name != "placed"]
+    wrapped.__signature__ = signature.replace(parameters=[*others, *added])  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {p.name: p.annotation for p in (*others, *added)}
     return wrapped
 
 
@@ -104,3 +139,11 @@ def stopping(
         yield
     except KeyboardInterrupt:
         raise SSTError("stopped", kept) from None
+    except (RuntimeError, MemoryError) as error:
+        from sst_interp.models.placement import out_of_memory
+
+        if not out_of_memory(error):
+            raise
+        words = next(iter(str(error).splitlines()), "no memory left")
+        hint = 'a smaller batch_size, or quantisation = "4bit"'
+        raise SSTError(f"too little memory: {words}", f"{hint}; {kept}") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,14 +14,18 @@ import typer
 
 from sst_interp.cli.common import (
     JsonFlag,
+    RayAddress,
     Resamples,
     RunOption,
     Seed,
+    Workers,
+    fleet_of,
     given_path,
     place,
     print_json,
     progress,
     stopping,
+    takes_placement,
     takes_run,
     whole_numbers,
 )
@@ -55,7 +60,7 @@ def compare(
         sst-interp compare --runs kinds-backbone,kinds-sst --contraction 8 --json
     """
     from sst_interp.experiments.contraction import check_texts, contraction_of
-    from sst_interp.experiments.kinds import answers_of, compare_runs
+    from sst_interp.experiments.kinds import answers_of, compare_runs, settling_of
     from sst_interp.findings.report.page import result_page
     from sst_interp.tables import check_document, fill, markdown
 
@@ -69,6 +74,7 @@ def compare(
     given = names, resamples, seed
     asked: dict[str, Callable[[], Any]] = {"shares": partial(compare_runs, *given)}
     asked["answers"] = partial(answers_of, *given)
+    asked["settling"] = partial(settling_of, *given)
     if contraction:
         asked["contraction"] = partial(contraction_of, names, contraction, resamples, seed)
     results, missing = {}, {}
@@ -110,6 +116,8 @@ def probe(
     permutations: Annotated[int, typer.Option(min=0, help="Permutations of the labels; 0: no test.")] = 1000,
     seed: Seed = 0,
     save: Annotated[str | None, typer.Option(help="Folder for the trained probe.")] = None,
+    workers: Workers = None,
+    ray: RayAddress = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Train a probe of the state at position 0, validate it, and route by it.
@@ -143,7 +151,8 @@ def probe(
         say(f"note: {opened.name} is not complete: {captured} questions so far", sys.stderr)
     with progress(f"probing {opened.name}", "permutation", permutations) as show:
         design, moved = Design(seed=seed), lambda _, done, of: show(done, of)
-        probed = saved.probe_run(opened, label, layer, permutations, design, progress=moved)
+        fleet = fleet_of(workers, ray)
+        probed = saved.probe_run(opened, label, layer, permutations, design, progress=moved, fleet=fleet)
     rows = probe_rows(probed.halting, probed.routing)
     if as_json:
         print_json(_as_dict(probed, rows))
@@ -152,7 +161,8 @@ def probe(
     if label == PAPER_LABEL:
         made = {"label": label, "layer": layer, "permutations": permutations, "seed": seed}
         results = {"halting": probed.halting, "routing": probed.routing}
-        kept = keep_findings(opened, "probe", rows, made, results)
+        scores = probed.halting.scores.set_index("question")["score"].to_dict()
+        kept = keep_findings(opened, "probe", rows, made, results, scores)
         say(f"claims C12 and C13: {kept}", sys.stderr)
     if save is not None:
         say(f"probe: {probed.probe.save(save)}", sys.stderr)
@@ -220,6 +230,8 @@ def patch(
     ] = None,
     layers: Annotated[int, typer.Option(min=1, help="Layers patched alone, spread evenly.")] = 6,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens written after the patched position.")] = 6,
+    workers: Workers = None,
+    ray: RayAddress = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Put one depth's state in the place of the other's and see whether the output follows.
@@ -239,7 +251,8 @@ def patch(
     folder = out or Path("patching") / opened.name
     kept = "what was patched is kept: the same command goes on from there"
     with progress(f"patching {opened.name}", "question", questions) as show, stopping(kept):
-        rows = patch_run(opened, folder, questions, Plan(layers=layers, new_tokens=tokens), progress=show)
+        plan = Plan(layers=layers, new_tokens=tokens)
+        rows = patch_run(opened, folder, questions, plan, progress=show, fleet=fleet_of(workers, ray))
     result = patching(rows)
     made = {"questions": questions, "layers": layers, "tokens": tokens}
     if as_json:
@@ -328,7 +341,9 @@ def harvest(
     )
 
 
+@takes_placement
 def train(
+    placed: dict[str, str],
     recipe: Annotated[str, typer.Argument(help="A training recipe: a shipped name, or a .toml file.")],
     out: Annotated[Path | None, place("FOLDER", "Default: checkpoints/NAME.", "--out", "-o")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Erase what is there and train anew.")] = False,
@@ -356,8 +371,8 @@ def train(
 
     if log is not None:
         find_log(log)  # before the model is loaded
-    chosen = find_training_recipe(recipe)
-    say(f"loading {chosen.backbone} and {chosen.data}", sys.stderr)
+    chosen = replace(find_training_recipe(recipe), **placed)  # pyright: ignore[reportArgumentType]
+    say(f"loading {chosen.backbone} and {chosen.data} {chosen.placement.resolved()}", sys.stderr)
     training = Training(chosen, out, fresh)
     if training.split.too_long:
         words = f"{training.split.too_long} examples are longer than max_tokens = {chosen.max_tokens}"
@@ -397,6 +412,8 @@ def evaluate(
     out: Annotated[
         Path | None, place("FOLDER", "For the measurements; default: the checkpoint's.", "--out", "-o")
     ] = None,
+    workers: Workers = None,
+    ray: RayAddress = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Loss and accuracy by iteration depth, models side by side, with question-level intervals.
@@ -426,10 +443,10 @@ def evaluate(
     wanted = [task.strip() for task in tasks.split(",")] if tasks else list(BY_DEFAULT)
     own = models[0] if held_out else None
     twice = lambda name: [Path(m).name for m in models].count(Path(name).name) > 1  # noqa: E731
+    given = at, wanted, questions, own, out, fleet_of(workers, ray)
     with stopping("what was measured is kept: the same command goes on from there"):
         measured = {
-            name if twice(name) else Path(name).name: evaluate_by_name(name, at, wanted, questions, own, out)
-            for name in models
+            name if twice(name) else Path(name).name: evaluate_by_name(name, *given) for name in models
         }
     scores = depth_scores(measured, next((name for name in measured if name.endswith("baseline")), None))
     if as_json:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,14 +14,18 @@ import typer
 from sst_interp import __version__, paths
 from sst_interp.cli.common import (
     JsonFlag,
+    RayAddress,
     Resamples,
     RunOption,
     Seed,
+    Workers,
+    fleet_of,
     given_path,
     place,
     print_json,
     progress,
     stopping,
+    takes_placement,
     takes_run,
     whole_numbers,
 )
@@ -37,20 +42,33 @@ FreshFlag = Annotated[bool, typer.Option("--fresh", help="Erase the run and capt
 
 
 @takes_run
+@takes_placement
 def capture(
+    placed: dict[str, str],
     run: RunOption,
     keep: Annotated[str | None, typer.Option(help="States: none, position0, shifts or all.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a key; can be repeated.")
     ] = None,
     fresh: FreshFlag = False,
+    workers: Workers = None,
+    ray: RayAddress = None,
+    verify: Annotated[
+        int | None, typer.Option(min=0, help="Hash every shard; capture so many batches again, and compare.")
+    ] = None,
+    mixed: Annotated[
+        bool, typer.Option("--mixed", help="Go on with batches of other hardware or versions.")
+    ] = False,
 ) -> None:
     """Capture a run: every question at every depth, measured while it is generated.
 
-    A capture that was interrupted, or a run with a damaged shard, goes on with what is missing.
+    A capture that was interrupted, or a run with a damaged shard, goes on with what is missing. With workers
+    every batch has the same bytes as without (docs/cluster.md).
 
     Examples:
         sst-interp capture demo
+
+        sst-interp capture demo --workers 2
 
         sst-interp capture my-recipe.toml --keep all
 
@@ -62,8 +80,10 @@ def capture(
     recipe = find_recipe(run, captured=not fresh)
     if settings or keep is not None:
         recipe = recipe.with_settings([*(settings or []), *([f"keep={keep}"] if keep is not None else [])])
+    recipe = replace(recipe, **placed)  # pyright: ignore[reportArgumentType]
     with stopping():
-        captured = capture_run(recipe, fresh=fresh)
+        fleet = fleet_of(workers, ray)
+        captured = capture_run(recipe, fresh=fresh, fleet=fleet, verify=verify, mixed=mixed)
     say(f"captured {len(captured.questions['question'].unique())} questions in {captured.folder}")
 
 
@@ -73,6 +93,12 @@ def publish(
     bits: Annotated[int, typer.Option(min=4, max=24, help="Significant bits of the floats in pairs.")] = 10,
     top: Annotated[int | None, typer.Option(min=0, help="Likely tokens per step; default: all.")] = None,
     iterations: Annotated[str, typer.Option(help="Whose states at position 0 are kept; '' for none.")] = "1",
+    comparison: Annotated[
+        list[str] | None, typer.Option(help="Whose rows of pairs are kept; may be repeated. Default: all.")
+    ] = None,
+    right_only: Annotated[
+        bool, typer.Option("--right-only", help="Keep states only of questions that are right at depth 1.")
+    ] = False,
 ) -> None:
     """Copy a complete run, smaller: measurements that others can read, check and pass round.
 
@@ -85,7 +111,8 @@ def publish(
     kept = whole_numbers("--iterations", iterations, "1,4") if iterations.strip() else []
     original = open_run(run)
     with progress(f"publishing {original.name}", "batch", 0) as show:
-        copy = publish_run(original, out, bits, top, tuple(kept), show)
+        pairs = tuple(comparison) if comparison else None
+        copy = publish_run(original, out, bits, top, tuple(kept), show, pairs, right_only)
     say(f"published: {copy.folder}, {copy.summary()['bytes'] / 1e6:.1f} MB")
 
 
@@ -221,20 +248,38 @@ def claims(
 
 
 @takes_run
-def report(run: RunOption, html: HtmlOption = None) -> None:
+def report(
+    run: RunOption,
+    html: HtmlOption = None,
+    beside: Annotated[str | None, typer.Option(help="Another run on the same questions.")] = None,
+    notes: Annotated[
+        Path | None, place("FILE", "Notes that a report exported: shown to all.", "--notes")
+    ] = None,
+) -> None:
     """Write the HTML report of a captured run: one file that works offline.
 
-    Example:
+    Examples:
         sst-interp report demo --html demo.html
+
+        sst-interp report --run gpqa --beside gpqa-untrained --notes notes.json
     """
+    from sst_interp.findings.report.beside import Beside
+    from sst_interp.findings.report.notes import read_notes
+    from sst_interp.findings.report.page import capture as capture_of
     from sst_interp.findings.report.page import write_report
     from sst_interp.runs.store import open_run
 
     captured: Any = open_run(run)
     page = _report_path(captured, html)
     check_output(page)
+    more: dict[str, Any] = {}
+    if notes is not None:
+        more["notes"] = read_notes(notes, capture_of(captured))
+    other: Any = open_run(beside) if beside is not None else None
     ledger = ledger_with_bar(captured)
-    say(f"report: {write_report(captured, page, ledger)}")
+    if other is not None:
+        more["beside"] = Beside(other, ledger_with_bar(other))
+    say(f"report: {write_report(captured, page, ledger, **more)}")
     _exit_if_failed(ledger, captured)
 
 

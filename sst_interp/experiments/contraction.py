@@ -130,7 +130,9 @@ def contraction_of(
     for run in check_texts(names, texts):
         recipe, depths = run.recipe, sorted({1, max(run.recipe.depths)})
         asked = questions_of(recipe, texts)
-        model = load(recipe.checkpoint, recipe.alpha, recipe.choices, "float32", kind=recipe.kind)
+        model = load(
+            recipe.checkpoint, recipe.alpha, recipe.choices, "float32", kind=recipe.kind, loop=recipe.loop
+        )
         read = [model.encode(q.prompt) for q in asked.questions]
         with tqdm(desc=f"sweeps of {run.name}", total=len(read) * len(depths), unit="text") as bar:
             residuals[run.name] = sweep_residuals(model, read, depths, lambda bar=bar: bar.update(1))

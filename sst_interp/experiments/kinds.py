@@ -21,6 +21,7 @@ import plotly.graph_objects as go
 from sst_interp.analyses import plots
 from sst_interp.analyses.contrast import PAPER_THRESHOLD, RESOLUTION, Contrast
 from sst_interp.analyses.result import Result, pair_words
+from sst_interp.analyses.settling import state_settling
 from sst_interp.analyses.statistics.bootstrap import (
     LEVEL,
     ONE_QUESTION,
@@ -376,6 +377,77 @@ def kinds_answers(
     if not any(record["depth"] > 1 for record in records):
         raise Untestable("there are answers at one depth only" if records else "there are no answers")
     return KindsAnswers(pd.DataFrame(records))
+
+
+@dataclass(frozen=True, eq=False)
+class KindsSettling(Result):
+    """Whether the state of each run's deepest pass settles; intervals resample questions."""
+
+    paces: pd.DataFrame
+    """A row per run: `questions`, median relative change in the `first` step and in the `last`, `pace`
+    (factor from one step to the next over the later half) with its ends, and `said`: what it makes of it."""
+    missing: dict[str, str] = field(default_factory=dict)
+    """Run -> why it cannot be tested."""
+
+    @property
+    def title(self) -> str:
+        """A short name for a heading."""
+        return "Settling by kind"
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """A row per run."""
+        return self.paces
+
+    @property
+    def shown(self) -> list[dict[str, str]]:
+        """The table as commands and documents show it."""
+        return [
+            {
+                "run": row["run"],
+                "questions": str(row["questions"]),
+                "iteration 2 changes a state by": f"{row['first']:.2g}",
+                "the last one by": f"{row['last']:.2g}",
+                "a step over the one before": _interval(row, "pace").text(),
+                "the state": row["said"],
+            }
+            for row in self.paces.to_dict("records")
+        ]
+
+    @property
+    def verdict(self) -> str:
+        """What each run's state does."""
+        said = "; ".join(f"{row['run']}: {row['said']}" for row in self.paces.to_dict("records"))
+        missing = "; ".join(f"{run} ({why})" for run, why in self.missing.items())
+        return f"{said}." + (f" Not testable: {missing}." if missing else "")
+
+    def figure(self) -> go.Figure:
+        """The pace by run."""
+        rows = self.paces.to_dict("records")
+        seen = [plots.Dot(row["run"], "pace", row["pace"], row["pace_low"], row["pace_high"]) for row in rows]
+        about = f"{questions_words(int(self.paces['questions'].max()))}; bars: 95%, questions resampled"
+        return plots.dots("Does the state settle?", about, "a step over the one before", seen)
+
+
+def settling_of(names: Sequence[str | Path], resamples: int = RESAMPLES, seed: int = 0) -> KindsSettling:
+    """`analyses.settling.state_settling` of each run.
+
+    Raises:
+        SSTError: as `open_together`.
+        Untestable: of every run.
+    """
+    rows, missing = [], {}
+    for run in open_together(names):
+        try:
+            own = state_settling(Contrast.of(run, resamples=resamples, seed=seed))
+        except Untestable as error:
+            missing[run.name] = error.message
+            continue
+        ends = {"first": own.steps["step"].iloc[0], "last": own.steps["step"].iloc[-1], "said": own.kind}
+        rows.append({"run": run.name, "questions": own.n_questions} | ends | as_columns(pace=own.pace))
+    if not rows:
+        raise Untestable("; ".join(f"{run}: {why}" for run, why in missing.items()))
+    return KindsSettling(pd.DataFrame(rows), missing)
 
 
 def open_together(names: Sequence[str | Path]) -> list[Run]:

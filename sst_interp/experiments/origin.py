@@ -6,6 +6,7 @@ Hashes make sure that they are the run's.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from sst_interp.errors import SSTError
 from sst_interp.models.loading import load
@@ -15,11 +16,14 @@ from sst_interp.runs.provenance import provenance, questions_of
 from sst_interp.runs.run import Run
 
 
-def origin_of(run: Run, model: StateStreamModel | None = None) -> tuple[StateStreamModel, Sequence[Question]]:
+def origin_of(
+    run: Run, model: StateStreamModel | None = None, device: str = "auto"
+) -> tuple[StateStreamModel, Sequence[Question]]:
     """The model and the questions, in order, that a run was captured with.
 
     Args:
         model: the run's model, if it is loaded already; None loads what the recipe names.
+        device: where it is then put.
 
     Raises:
         SSTError: a model or questions that are not the run's.
@@ -27,7 +31,9 @@ def origin_of(run: Run, model: StateStreamModel | None = None) -> tuple[StateStr
     recipe = run.recipe
     asked = questions_of(recipe)
     if model is None:
-        model = load(recipe.checkpoint, recipe.alpha, recipe.choices, recipe.dtype, kind=recipe.kind)
+        at = replace(recipe.placement, device=device)  # another machine than the capture's, maybe
+        how = {"kind": recipe.kind, "loop": recipe.loop, **at.how()}
+        model = load(recipe.checkpoint, recipe.alpha, recipe.choices, **how)
     now = provenance(model, asked)
     for key, was in run.manifest["provenance"].items():
         if key.endswith("_hash") and now.get(key, was) != was:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from sst_interp.analyses.answers import Answers, answers_of, mcnemar
+from sst_interp.analyses.answers import Answers, answers_of, margin_changes, mcnemar
 from sst_interp.analyses.contrast import Tables
 from sst_interp.analyses.result import Analysis, Result
 from sst_interp.analyses.statistics.bootstrap import Interval, nothing, percent_text, questions_words
@@ -84,6 +85,10 @@ def broken(e: Evidence) -> Finding:
     )
     note += f"mended (exact McNemar p = {p:.2g}); accuracy {percent_text(first.mean())} at depth "
     note += f"{answers.depths[0]}, {percent_text(last.mean())} at depth {answers.depths[-1]}"
+    with suppress(Untestable):
+        right, wrong = margin_changes(e.contrast.tables("questions"))
+        note += f"; the right choice's margin changes by {mean_t(right).text()}, "
+        note += f"{mean_t(right - wrong).text()} beyond a wrong one's"
     difference = mean_t(last * 1.0 - first)
     part = Part("deepest less shallowest", difference, high=0, above=-0.04, below=-math.inf, form="points")
     return graded(part, least=260, why=_guesses(answers), p=p, note=note)

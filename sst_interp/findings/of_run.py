@@ -163,6 +163,8 @@ class Kept:
     rows: list[Row] = field(default_factory=list)
     results: dict[str, Result] = field(default_factory=dict)
     """Analysis (`halting`, `routing`, `patching`) -> its result."""
+    scores: dict[int, float] = field(default_factory=dict)
+    """Question -> score of the probe, from folds that it was not trained on."""
 
 
 def keep_findings(
@@ -171,6 +173,7 @@ def keep_findings(
     rows: Sequence[Row],
     made: dict[str, Any],
     results: Mapping[str, Result] | None = None,
+    scores: Mapping[int, float] | None = None,
 ) -> Path:
     """Keep a measurement as `NAME.json`; returns the file.
 
@@ -180,6 +183,7 @@ def keep_findings(
         rows: of the ledger.
         made: JSON-ready: what was chosen (seed, permutations ...).
         results: analyses that get a section in the report, by name.
+        scores: of a probe, by question, for the report's list of questions.
     """
     shipped = run.folder.parent.resolve() == paths.shipped("runs").resolve()
     own = not shipped and os.access(run.folder, os.W_OK)
@@ -192,6 +196,7 @@ def keep_findings(
         "made": made,
         "rows": json_ready(rows),
         "results": {key: KeptResult.of(result).to_json() for key, result in (results or {}).items()},
+        **({"scores": {str(q): float(x) for q, x in scores.items()}} if scores else {}),
     }
     replace_json(folder / f"{name}.json", contents)
     return folder / f"{name}.json"
@@ -201,12 +206,14 @@ def kept_findings(run: Run) -> Kept:
     """What is kept of this capture; the working folder's goes before what came with the run."""
     rows: dict[tuple[str, str], Row] = {}
     results: dict[str, Result] = {}
+    scores: dict[int, float] = {}
     for folder in (run.folder / FOLDER, Path(FOLDER) / run.name):
         for file in sorted(folder.glob("*.json")):
             kept = _kept(file, run)
             rows |= {(row.claim.id, row.comparison): row for row in kept.rows}
             results |= kept.results
-    return Kept(list(rows.values()), results)
+            scores |= kept.scores
+    return Kept(list(rows.values()), results, scores)
 
 
 def capture_of(run: Run) -> str:
@@ -225,7 +232,8 @@ def _kept(file: Path, run: Run) -> Kept:
             results: dict[str, Result] = {
                 name: _result(values) for name, values in contents.get("results", {}).items()
             }
-            return Kept([_row(values, file.stem, run.name) for values in contents["rows"]], results)
+            scores = {int(q): float(x) for q, x in contents.get("scores", {}).items()}
+            return Kept([_row(values, file.stem, run.name) for values in contents["rows"]], results, scores)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise unreadable(file, error, again) from None
     except SSTError as error:

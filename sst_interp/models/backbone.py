@@ -13,7 +13,6 @@ outputs and logits bit for bit, or the model is refused.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,6 +37,7 @@ from sst_interp.models.families import (
     take_apart,
     unsupported,
 )
+from sst_interp.models.placement import hash_of_weights
 
 
 class Backbone:
@@ -243,13 +243,12 @@ def _keep_in(calls: list[tuple[Tensor, Tensor]]) -> Any:
 
 
 def content_hash(model: nn.Module) -> str:
-    """sha256 of every weight's name, shape and values, rounded to bfloat16: it is the same in every dtype."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(value.shape)}\n".encode())
-        rounded = value.detach().cpu().to(torch.bfloat16).contiguous()
-        digest.update(rounded.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    """sha256 of every weight's name, shape and values, rounded to bfloat16: it is the same in every dtype.
+
+    Of a model that `sst.load` quantised: of its unquantised weights.
+    """
+    own: str | None = getattr(model, "source_hash", None)
+    return own or hash_of_weights(model.state_dict())
 
 
 def dropout_rate(module: nn.Module) -> float:

@@ -29,6 +29,7 @@ from sst_interp.files import put_in_place, replace_bytes, sha256, stage
 from sst_interp.models.backbone import first_line
 from sst_interp.models.choices import Choices, shown
 from sst_interp.models.kinds import kind_named, kinds
+from sst_interp.models.placement import quantisation_of
 from sst_interp.models.stream import Kind, Recurrence
 
 FORMAT = 1
@@ -66,6 +67,7 @@ def save_checkpoint(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    quantised = quantisation_of(model.backbone.model)
     config = {
         "format": FORMAT,
         "adapters": adapters is not None,
@@ -75,6 +77,7 @@ def save_checkpoint(
             "name": backbone_name,
             "revision": getattr(model.backbone.config, "_commit_hash", None),
             "content_hash": content_hash or model.backbone.content_hash,
+            **({"quantisation": quantised} if quantised else {}),
         },
         "dtype": str(model.backbone.dtype).removeprefix("torch."),
     }
@@ -203,7 +206,7 @@ def add_adapters(model: nn.Module, rank: int, lora_alpha: int, targets: tuple[st
     )
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    dtype = next(model.parameters()).dtype
+    dtype: Any = model.dtype
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -330,7 +333,8 @@ def merge_adapters(model: nn.Module, folder: Path) -> nn.Module:
         raise SSTError(f"adapters of {folder} cannot be read: {error}", "fetch or train them again") from None
     try:
         with warnings.catch_warnings(action="ignore", category=FutureWarning):
-            peft_model: Any = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
+            quantised = quantisation_of(model) is not None
+            peft_model: Any = get_peft_model(model, config, autocast_adapter_dtype=not quantised)  # pyright: ignore[reportArgumentType]
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise SSTError(
             f"adapters of {folder} do not fit: {error}", "load them on their own backbone"
@@ -348,4 +352,9 @@ def merge_adapters(model: nn.Module, folder: Path) -> nn.Module:
             what = "non-finite values" if value.is_floating_point() else f"dtype {value.dtype}"
             raise SSTError(f"adapters of {folder}: {name} has {what}", "fetch or train them again")
     set_peft_model_state_dict(peft_model, weights)
+    if quantised:  # merged, they would be rounded to four or eight bits
+        for name, value in peft_model.named_parameters():
+            if "lora_" in name:
+                value.data = value.data.to(peft_model.base_model.model.dtype)
+        return peft_model.base_model.model.eval()
     return peft_model.merge_and_unload()

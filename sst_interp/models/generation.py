@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sst_interp.errors import SSTError
 from sst_interp.models.choices import check_iterations, several, shown, whole
-from sst_interp.models.halting import HaltingPolicy, Look, Schedule, schedule_of
+from sst_interp.models.halting import Depths, Look, Schedule, schedule_of
 from sst_interp.models.hooks import Edit, Hook, Visit, editing, refuse_unused
 from sst_interp.models.solvers import prefill
 from sst_interp.models.solvers.sequential import Certificate, Iteration, advance
@@ -44,8 +44,6 @@ class Step:
 
 
 Observe = Callable[[Step], Any]
-
-Depths = Sequence[int] | HaltingPolicy | Schedule
 
 
 @dataclass
@@ -316,26 +314,33 @@ class Lanes:
     ) -> Iterator[int]:
         """Write position after position, until every text has ended; yields each position's number."""
         ids = torch.tensor(sorted(self.stop.tokens), dtype=torch.long, device=self.current.device)
+        alive = torch.ones_like(self.current, dtype=torch.bool)
         for position in range(max_new_tokens):
             if self.schedule is not None:
                 self._plan(model, self.schedule, position)
-            alive = ~torch.tensor(self.stopped, device=self.current.device)
+                alive = ~torch.tensor(self.stopped, device=alive.device)
             at = None if hook is None else partial(hook, position)
             passes, logits, final = decode(model, self.stream, self.current, torch.tensor(self.depths), at)
             if observe is not None:
                 observe(Step(position, passes, logits, self.order, alive))
-            model.backbone.refuse_nonfinite(final.amax(-1))  # one that is not a number is the largest
             if self.sampling is None or self.draws is None:
                 self.current = final.argmax(-1)
             else:
                 self.current = self.sampling.choose(final, self.draws)
-            tokens, ended = torch.stack([self.current, torch.isin(self.current, ids).long()]).tolist()
+            ends, largest = torch.isin(self.current, ids), final.amax(-1)  # NaN is the largest
+            # the one place that waits for the device
+            tokens, ended, finite = torch.stack(
+                [self.current, ends.long(), largest.isfinite().long()]
+            ).tolist()
+            if not all(finite):
+                model.backbone.refuse_nonfinite(largest)
             for row in range(len(tokens)):
                 if not self.stopped[row]:
                     self.new[row].append(tokens[row])
                     self.spent[row].append(self.depths[row])
                     cut = bool(self.stop.strings) and self.stop.found(self.new[row])
                     self.stopped[row] = bool(ended[row]) or cut
+            alive = ~torch.tensor(self.stopped, device=alive.device) if self.stop.strings else alive & ~ends
             yield position
             if all(self.stopped):
                 break

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -110,6 +110,44 @@ class Threshold(HaltingPolicy):
         below = numbers[: self.deepest + 1 - self.first] < self.threshold
         at = below.to(torch.int8).argmax(0) if len(below) else torch.zeros(numbers.shape[1])
         return torch.where(below.any(0), at + self.first, self.deepest)
+
+
+@dataclass(frozen=True)
+class ExitGate(HaltingPolicy):
+    """Halts where a looped model's own gate has stopped with probability `q` (Ouro, arXiv 2510.25741)."""
+
+    model: Recurrence = field(repr=False)
+    q: float = 0.5
+    deepest: int = None  # type: ignore[assignment]  (the depth that the model was trained with)
+
+    def __post_init__(self) -> None:
+        if "gate" not in self.model.kind.weights():
+            raise SSTError(
+                f"a {self.model.kind.words} without an exit gate cannot halt by it", "Ouro has one"
+            )
+        if self.deepest is None:
+            object.__setattr__(self, "deepest", getattr(self.model.kind, "depth", 1))
+        self._check_deepest()
+        if not isinstance(self.q, Real) or isinstance(self.q, bool) or not 0 < self.q <= 1:
+            raise SSTError(f"q = {shown(self.q)} is not a probability above 0", "for example q=0.5")
+
+    @property
+    def looks(self) -> int:
+        """All of them."""
+        return self.deepest
+
+    def depths(self, look: Look) -> Int[Tensor, " row"]:
+        """The first iteration by which the gate has stopped with probability `q`."""
+        kind: Any = self.model.kind
+        last = look.resid_post[: self.deepest, -1].transpose(0, 1)
+        stopped = kind.exit_probabilities(self.model.backbone, last).cumsum(-1)
+        stopped[:, -1] = 1  # whatever was rounded off
+        return (stopped >= self.q).to(torch.int8).argmax(-1) + 1
+
+    def check(self, model: Recurrence) -> None:
+        """Raise SSTError for another model than the gate's."""
+        if model.kind.digest() != self.model.kind.digest():
+            raise SSTError("the exit gate is another model's", "model.exit_gate() makes the model's own")
 
 
 class Convergence(Threshold):
@@ -214,3 +252,26 @@ class Listed(Schedule):
     def at(self, position: int, prompts: Sequence[int], look: Look) -> list[int]:
         """From the list."""
         return [self.depths[prompt][min(position, len(self.depths[prompt]) - 1)] for prompt in prompts]
+
+
+Depths = Sequence[int] | HaltingPolicy | Schedule
+Depth = HaltingPolicy | Schedule | int | Sequence[Any] | None
+
+
+def depths_of(model: Recurrence, iterations: Any, depth: Depth, rows: int) -> Depths:
+    """What `iterations` and `depth` of `generate` ask of so many rows. Raises SSTError as it does."""
+    if several(iterations):
+        depths = check_iterations(iterations)
+    else:
+        depths = [whole("iterations", iterations, 1, MAX_DEPTH)] * rows
+    if depth is None:
+        return depths
+    if several(iterations) or iterations != 1:
+        raise SSTError("both iterations and depth were given", "leave one of them out")
+    if several(depth):
+        return Listed(depth, rows)
+    policy = (
+        depth if isinstance(depth, HaltingPolicy | Schedule) else Flat(whole("depth", depth, 1, MAX_DEPTH))
+    )
+    policy.check(model)
+    return policy

@@ -14,14 +14,17 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -45,8 +48,17 @@ from sst_interp.models.checkpoint import (
 from sst_interp.models.choices import TRAINED, Choices, check_choices, shown
 from sst_interp.models.families import PlainModel
 from sst_interp.models.kinds import kind_named
-from sst_interp.models.kinds.looped import looping_family, native_kind
+from sst_interp.models.kinds.looped import loop_of, looping_family, native_kind
 from sst_interp.models.model import StateStreamModel
+from sst_interp.models.placement import (
+    DTYPES,
+    Placement,
+    hash_of_weights,
+    out_of_memory,
+    quantisation_of,
+    quantised_by,
+)
+from sst_interp.tables import say
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -66,6 +78,9 @@ def load(
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
     kind: str | None = None,
+    loop: Mapping[str, Any] | None = None,
+    quantisation: str | None = None,
+    attention: str | None = None,
 ) -> StateStreamModel:
     """Load a model with a state stream.
 
@@ -75,10 +90,15 @@ def load(
             paper's mean is 0.027).
         choices: what the paper leaves open; those a checkpoint was trained with are always its own.
         dtype: of the weights: `bfloat16`, `float32` or `float64`.
-        device: where to put the model.
+        device: where to put the model; `auto`: CUDA, then MPS, then the CPU.
         trust_remote_code: run Python code from the model's hub repository.
         kind: `sst`, `lrt`, `looped` or a plugin's: a checkpoint of another kind is refused, and a backbone
             without a checkpoint becomes one. None takes any checkpoint, and makes a backbone an `sst`.
+        loop: of kind `looped`, how a backbone without a checkpoint loops: `core`, `inject`, `damping` ... as
+            `attach_looped` takes them.
+        quantisation: `4bit` or `8bit` linear layers, through bitsandbytes. The backbone keeps its identity: a
+            checkpoint trained on such weights loads on unquantised ones, and the other way round.
+        attention: `eager` or `sdpa`; None takes the model's own.
 
     Raises:
         SSTError: unknown name, no access, unsupported family, a checkpoint trained on other weights, or
@@ -88,29 +108,35 @@ def load(
         raise SSTError(
             f"{shown(name)} is not a model's name", "a model in memory: sst.attach(model, tokenizer)"
         )
-    dtype, choices = _dtype(dtype), None if choices is None else check_choices(choices)
+    at = Placement(str(device), str(dtype).removeprefix("torch."), quantisation, attention).resolved()
+    choices = None if choices is None else check_choices(choices)
     kind_class = kind_named("sst" if kind is None else kind)
+    if loop is not None and kind != "looped":
+        raise SSTError("a loop is of a looped model", 'kind = "looped"')
     folder = checkpoint_folder(name) or fetch_checkpoint(str(name))
     if folder is None:
-        model, tokenizer = _backbone(str(name), dtype, trust_remote_code)
-        backbone = Backbone(_placed(model, device))
+        model, tokenizer = _backbone(str(name), at, trust_remote_code)
+        backbone = Backbone(_placed(model, at.device))
         if backbone.loops:
             started, own = native_kind(backbone)
-            if alpha is not None or kind not in (None, "looped", started.name):
+            if alpha is not None or loop is not None or kind not in (None, "looped", started.name):
                 raise SSTError(
                     f"{name} loops by itself: it is a {started.words}, not a {kind_class.words}",
-                    "leave kind and alpha out",
+                    "leave kind, alpha and loop out",
                 )
             shared = choices is not None and choices.kv != Choices().kv
             choices = choices if shared else replace(choices or own, kv=own.kv)
         else:
             started = kind_class.start(backbone, alpha)
+            started = started if loop is None else loop_of(backbone.n_layers, loop)
         return StateStreamModel(backbone, started, tokenizer, choices, str(name))
     config, stored, theirs = read_checkpoint(folder, kind)
+    if loop is not None:
+        raise SSTError(f"checkpoint {name} has a loop of its own", "leave loop out")
     if alpha is not None:
         refuse_kind(name, stored.name, "sst")
     trained_on = config["backbone"]
-    model, tokenizer = _backbone(trained_on["name"], dtype, trust_remote_code)
+    model, tokenizer = _backbone(trained_on["name"], at, trust_remote_code)
     for field in TRAINED:
         wanted = getattr(choices or theirs, field)
         if wanted not in (getattr(theirs, field), getattr(Choices(), field)):
@@ -126,7 +152,10 @@ def load(
             "load it with the backbone it was trained on",
         )
     choices = replace(choices or theirs, **{field: getattr(theirs, field) for field in TRAINED})
-    backbone = Backbone(_placed(merge_adapters(model, folder), device))
+    if (then := trained_on.get("quantisation")) != quantisation:
+        words = [f"{q} weights" if q else "weights that are not quantised" for q in (then, quantisation)]
+        say(f"note: {name} was trained on {words[0]} and is loaded on {words[1]}", sys.stderr)
+    backbone = Backbone(_placed(merge_adapters(model, folder), at.device))
     stream = stored if alpha is None else stored.start(backbone, alpha)
     return StateStreamModel(backbone, stream, tokenizer, choices, str(name))
 
@@ -145,15 +174,23 @@ def load_tokenizer(name: str | Path, trust_remote_code: bool = False) -> Any:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
 
 
-def _backbone(name: str, dtype: torch.dtype, trust_remote_code: bool) -> tuple[Any, Any]:
+def _backbone(name: str, at: Placement, trust_remote_code: bool) -> tuple[Any, Any]:
     """The Hugging Face model and tokenizer of that name."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
-    source = _source(name)
+    source, dtype, how = _source(name), DTYPES[at.dtype], {}
+    if at.attention is not None:
+        how["attn_implementation"] = at.attention
+    if at.quantisation is not None:
+        how |= {"quantization_config": quantised_by(at.quantisation, dtype), "device_map": {"": at.device}}
     with _quiet_transformers(), _readable(name):
         config = PreTrainedConfig.get_config_dict(source)[0]
         known = looping_family(str(config.get("model_type")))
         if known is not None and known.module is not None:
+            if how:
+                raise SSTError(
+                    f"{name} is a {known.words}, read as it is", "leave quantisation and attention out"
+                )
             model, landed = _read_plain(known.module, config, source, dtype)
         else:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -162,6 +199,7 @@ def _backbone(name: str, dtype: torch.dtype, trust_remote_code: bool) -> tuple[A
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
+                **how,
             )
             model, landed = loaded
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
@@ -178,7 +216,33 @@ def _backbone(name: str, dtype: torch.dtype, trust_remote_code: bool) -> tuple[A
             f"{', '.join(surplus[:3])}{' ...' if len(surplus) > 3 else ''}",
             "fetch its config.json again: the model was cut short or is of another kind",
         )
+    if at.quantisation is not None:
+        plain = replace(at, device="cpu", quantisation=None)
+        unquantised = partial(_backbone, name, plain, trust_remote_code)
+        model.source_hash = _source_hash(Path(source), model, unquantised)
     return model, tokenizer
+
+
+def _source_hash(folder: Path, model: Any, unquantised: Callable[[], tuple[Any, Any]]) -> str:
+    """`content_hash` of a quantised model's unquantised weights, read one by one from its files.
+
+    Where the files call them otherwise than the model does, or are not here, the whole model is loaded.
+    """
+    with torch.device("meta"):
+        names = type(model)(model.config).state_dict().keys()
+    where = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            where |= dict.fromkeys(opened.keys(), file)
+    tied = {ours: theirs for ours, theirs in (model.all_tied_weights_keys or {}).items() if ours not in where}
+    if set(where) - set(names) or {tied.get(name, name) for name in names} - set(where):
+        return content_hash(unquantised()[0])
+
+    def read(name: str) -> Tensor:
+        with safe_open(where[name], "pt") as opened:
+            return opened.get_tensor(name)
+
+    return hash_of_weights({name: partial(read, tied.get(name, name)) for name in names})
 
 
 def _read_plain(
@@ -230,23 +294,21 @@ def _readable(name: str):
 
 
 def _placed(model: Any, device: str | torch.device) -> Any:
-    """The model on that device."""
+    """The model on that device; a quantised one was loaded there."""
+    if quantisation_of(model) is not None:
+        return model
     try:
         return model.to(device)
     except (RuntimeError, AssertionError, TypeError) as error:
+        if out_of_memory(error):
+            raise SSTError(
+                f"the model does not fit on {device}: {first_line(error)}",
+                'quantisation = "4bit", or another device',
+            ) from error
         raise SSTError(
             f"the model cannot be put on device {shown(device)}: {first_line(error)}",
             'for example device="cpu"',
         ) from error
-
-
-def _dtype(name: str | torch.dtype) -> torch.dtype:
-    if isinstance(name, torch.dtype):
-        return name
-    known = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
-    if name not in known:
-        raise unknown_name("dtype", str(name), known)
-    return known[name]
 
 
 @contextmanager

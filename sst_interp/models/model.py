@@ -8,27 +8,24 @@ model.generate(["Why is the sky blue?"], iterations=4).texts
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from sst_interp.errors import SSTError, check_known, upstairs
+from sst_interp.errors import SSTError, upstairs
 from sst_interp.models.backbone import Backbone
 from sst_interp.models.choices import (
-    MAX_DEPTH,
     Choices,
     as_weights,
     check_choices,
     check_iterations,
     several,
     shown,
-    whole,
 )
 from sst_interp.models.generation import (
-    Depths,
     Endings,
     Generation,
     Observe,
@@ -39,9 +36,9 @@ from sst_interp.models.generation import (
     read_prompts,
     stream_pieces,
 )
-from sst_interp.models.halting import Flat, HaltingPolicy, Listed, Schedule
+from sst_interp.models.halting import Depth, ExitGate, depths_of
 from sst_interp.models.hooks import Edit
-from sst_interp.models.kinds.looped import Looped, Range, native_kind, span_of
+from sst_interp.models.kinds.looped import Range, loop_of, native_kind
 from sst_interp.models.kinds.lrt import MemoryDesign, Pathway, Projections, build_memory
 from sst_interp.models.kinds.sst import PAPER_ALPHA, LayerBlend
 from sst_interp.models.likelihood import LogLikelihood, loglikelihood
@@ -50,8 +47,6 @@ from sst_interp.models.session import Session
 from sst_interp.models.solvers import Replay, prefill, replay
 from sst_interp.models.solvers.sequential import Certificate
 from sst_interp.models.stream import Kind, Recurrence, Stream
-
-Depth = HaltingPolicy | Schedule | int | Sequence[Any] | None
 
 
 class StateStreamModel(Recurrence):
@@ -257,7 +252,7 @@ class StateStreamModel(Recurrence):
         """
         tokens, pad = self.batch(prompts)
         ends, drawn = self.endings(stop_tokens, stop), self.sampling(temperature, top_p, top_k, seed)
-        depths = self.depths_of(iterations, depth, len(pad))
+        depths = depths_of(self, iterations, depth, len(pad))
         out = generate(
             self, tokens, pad, depths, max_new_tokens, ends, observe, progress, edit, sampling=drawn
         )
@@ -278,7 +273,7 @@ class StateStreamModel(Recurrence):
                 `generate`, and so are the errors.
         """
         tokens, pad = self.batch(prompts)
-        ends, depths = self.endings(**how), self.depths_of(iterations, depth, len(pad))
+        ends, depths = self.endings(**how), depths_of(self, iterations, depth, len(pad))
         with torch.no_grad():
             lanes = read_prompts(self, tokens, pad, depths, max_new_tokens, ends, self.sampling(**how))
         return stream_pieces(self, lanes, max_new_tokens)
@@ -291,22 +286,17 @@ class StateStreamModel(Recurrence):
         """
         return Session(self, prompt)
 
-    def depths_of(self, iterations: Any, depth: Any, rows: int) -> Depths:
-        """What `iterations` and `depth` of `generate` ask of so many rows. Raises SSTError as it does."""
-        if several(iterations):
-            depths = check_iterations(iterations)
-        else:
-            depths = [whole("iterations", iterations, 1, MAX_DEPTH)] * rows
-        if depth is None:
-            return depths
-        if several(iterations) or iterations != 1:
-            raise SSTError("both iterations and depth were given", "leave one of them out")
-        if several(depth):
-            return Listed(depth, rows)
-        asked = isinstance(depth, HaltingPolicy | Schedule)
-        policy = depth if asked else Flat(whole("depth", depth, 1, MAX_DEPTH))
-        policy.check(self)
-        return policy
+    def exit_gate(self, q: float = 0.5, deepest: int | None = None) -> ExitGate:
+        """The model's own trained exit gate (Ouro) as `depth=` of `generate`.
+
+        Args:
+            q: the probability of having stopped at which a question halts.
+            deepest: None for the depth that the model was trained with.
+
+        Raises:
+            SSTError: a model without a gate, a q outside (0, 1].
+        """
+        return ExitGate(self, q, deepest)
 
     def endings(self, stop_tokens: Any = None, stop: Any = (), **_sampling: Any) -> Endings:
         """What ends a text. Raises SSTError for what is neither ids nor strings."""
@@ -451,13 +441,12 @@ def attach_looped(
         SSTError: an unsupported family, or a range, setting or choice that does not apply.
     """
     backbone = Backbone(model)
-    check_known("setting of a loop", loop, [field.name for field in fields(Looped)])
-    given = prelude is not None or core is not None or coda is not None
-    if backbone.loops and not (given or loop):
+    given = {"prelude": prelude, "core": core, "coda": coda} | loop
+    if backbone.loops and all(value is None for value in given.values()):
         kind, own = native_kind(backbone)
         choices = choices or own
     else:
-        kind = Looped(core=span_of(backbone.n_layers, prelude, core, coda) if given else None, **loop)
+        kind = loop_of(backbone.n_layers, given)
     return StateStreamModel(backbone, kind, tokenizer, choices, name or backbone.family)
 
 

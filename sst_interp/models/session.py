@@ -14,7 +14,7 @@ import torch
 from sst_interp.errors import SSTError
 from sst_interp.models.choices import whole
 from sst_interp.models.generation import Generation, Lanes, check_room
-from sst_interp.models.halting import schedule_of
+from sst_interp.models.halting import depths_of, schedule_of
 from sst_interp.models.prompts import only
 from sst_interp.models.solvers import prefill
 from sst_interp.models.stream import Stream
@@ -57,7 +57,7 @@ class Session:
         later = text and (self.tokens or self.begun)
         new = [*self.begun, *(model.encode_plain(prompt) if later else model.encode(prompt))]
         tokens, pad = model.batch([self.tokens[-1:] + list(new)])
-        depths = model.depths_of(iterations, depth, 1)
+        depths = depths_of(model, iterations, depth, 1)
         max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
         check_room(model, len(self.tokens) + len(new), max_new_tokens)
         stop, sampling = model.endings(**how), model.sampling(**how)
@@ -69,7 +69,7 @@ class Session:
         draws = None if sampling is None else sampling.draws([whole_text], [0])
         order = torch.zeros(1, dtype=torch.long, device=tokens.device)
         schedule = schedule_of(depths)
-        fixed = [1] if schedule is not None else depths
+        fixed: Any = [1] if schedule is not None else depths
         lanes = Lanes(stream, tokens[:, -1], fixed, order, certificate, stop, sampling, draws, schedule)
         with torch.no_grad():
             for _ in lanes.write(model, max_new_tokens):

@@ -49,6 +49,14 @@ class Stream:
     """First column that takes part in the recurrence: after `pad` if the prompt was read without blend."""
     column: int = 0
     """The next column to fill."""
+    _latest: tuple[Tensor, int] | None = None
+
+    @property
+    def latest(self) -> int:
+        """The largest `origin`: past it every row takes part. Waits for the device once per `origin`."""
+        if self._latest is None or self._latest[0] is not self.origin:
+            self._latest = self.origin, int(self.origin.max())
+        return self._latest[1]
 
     @property
     def rows(self) -> int:
@@ -82,16 +90,20 @@ class Pass:
     """Is shown every tensor [row, position, d_model]; the pass goes on with what it returns."""
     iteration: int = 1
     """Which iteration of its positions it is, from 1."""
+    span: range | None = None
+    """The same columns as the host knows them; None: it waits for the device to learn them."""
 
     def inputs(self, backbone: Backbone) -> PassInputs:
         """The embedded tokens, and all that attention needs beside a residual."""
         pad = self.stream.pad[: len(self.tokens)]
         position_ids = (self.columns[None] - pad[:, None]).clamp(min=0)
-        end = int(self.columns[-1]) + 1
+        span = _span(self.columns) if self.span is None else self.span
+        end = (int(self.columns[-1]) if span is None else span[-1]) + 1
+        at = slice(span.start, span.stop) if span is not None and span.step == 1 else self.columns
         x = backbone.embed(self.tokens, position_ids)
         rotary = backbone.rotary(x, position_ids)
         masks = attention_masks(backbone, pad, self.columns, end, self.access, x.dtype)
-        return PassInputs(x, rotary, masks, self.stream.kv.view(_as_slice(self.columns), end, self.access))
+        return PassInputs(x, rotary, masks, self.stream.kv.view(at, end, self.access))
 
 
 class PassInputs(NamedTuple):
@@ -145,10 +157,10 @@ def attention_masks(
     return masks
 
 
-def _as_slice(columns: Tensor) -> Tensor | slice:
-    """Neighbouring columns as a slice: written without an index kernel."""
+def _span(columns: Tensor) -> range | None:
+    """Neighbouring columns as a range: written without an index kernel."""
     first, last = int(columns[0]), int(columns[-1])
-    return slice(first, last + 1) if last - first + 1 == len(columns) else columns
+    return range(first, last + 1) if last - first + 1 == len(columns) else None
 
 
 def access_of(kv: str, iteration: int, last: bool) -> Access:
@@ -407,6 +419,8 @@ def stack_pass(
     access: Access,
     visit: Visit = unhooked,
     iteration: int = 1,
+    span: range | None = None,
 ) -> tuple[Float[Tensor, "layer row position d_model"], Float[Tensor, "slot row position d_model"]]:
     """`Kind.run` of the model's kind; the arguments are the fields of `Pass`."""
-    return model.kind.run(model, Pass(stream, tokens, columns, state, has_state, access, visit, iteration))
+    p = Pass(stream, tokens, columns, state, has_state, access, visit, iteration, span)
+    return model.kind.run(model, p)

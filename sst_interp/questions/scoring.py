@@ -82,6 +82,13 @@ def graded(question: Question, reply: str) -> Graded:
     return Graded(answer, bool(correct))
 
 
+def choice_scores(question: Question, sums: Sequence[float]) -> list[float]:
+    """What is compared, choice by choice: log-likelihoods in nats, or in nats per character."""
+    per_character = question.scoring == "likelihood_per_character"
+    pairs = zip(sums, question.choices, strict=True)
+    return [value / (len(choice) if per_character else 1) for value, choice in pairs]
+
+
 def grade_by_likelihood(question: Question, sums: Sequence[float]) -> tuple[Graded, float]:
     """The likeliest choice, and by how much the right one is likelier than the best wrong one.
 
@@ -92,9 +99,7 @@ def grade_by_likelihood(question: Question, sums: Sequence[float]) -> tuple[Grad
         (grade, margin): nats, or nats per character where that is what is compared. Of two equally likely
         choices the first counts.
     """
-    per_character = question.scoring == "likelihood_per_character"
-    pairs = zip(sums, question.choices, strict=True)
-    values = [value / (len(choice) if per_character else 1) for value, choice in pairs]
+    values = choice_scores(question, sums)
     right = ascii_uppercase.index(question.gold)
     margin = values[right] - max(value for i, value in enumerate(values) if i != right)
     answer = ascii_uppercase[values.index(max(values))]

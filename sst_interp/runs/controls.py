@@ -1,8 +1,9 @@
 """The controls that need the model: measured while a run is captured, since it may keep no text.
 
 Some questions, evenly spread, are read once more after their batch has been generated: alone, in float32, and
-with their states perturbed (`perturbations`). The rows belong to their batch and are committed with it. The
-questions and all random directions depend on the recipe alone: a resumed run is an uninterrupted one.
+with their states perturbed (`perturbations`). The batch is committed first, and the rows are added to it when
+they are there. The questions and all random directions depend on the recipe alone: a resumed run is an
+uninterrupted one.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sst_interp.errors import SSTError
 from sst_interp.models.model import StateStreamModel
 from sst_interp.models.stream import Recurrence
+from sst_interp.runs.memory import free_memory
 from sst_interp.runs.perturbations import Rereading, in_float32, noise_rows, perturbation_rows, read_alone
 from sst_interp.runs.recipe import Recipe
 from sst_interp.runs.recorder import Rollout, RolloutCell, RolloutStep, rounded_columns
+from sst_interp.runs.states import to_host
 
 
 class Controls:
@@ -33,50 +37,58 @@ class Controls:
 
     def __init__(self, model: StateStreamModel, recipe: Recipe, questions: int) -> None:
         self.model, self.recipe = model, recipe
+        if recipe.controls and getattr(model.backbone.model, "is_quantized", False):
+            said = "controls read the weights in float32, and a quantised model has other weights"
+            raise SSTError(said, "controls = 0, or leave quantisation out")
         self.chosen = spread(recipe.controls, questions)
         """The questions with controls, by index in the run."""
 
-    def watch(self, rows: Sequence[int]) -> Watch | None:
+    def watch(self, batch: int, rows: Sequence[int]) -> Watch | None:
         """What to show every position of a batch of these questions; None if none gets controls."""
-        return Watch(self, rows) if self.chosen & set(rows) else None
+        return Watch(self, batch, rows) if self.chosen & set(rows) else None
 
     @cached_property
     def float32(self) -> Recurrence | None:
-        """The model in float32, made when first needed; None if it is in float32 already."""
-        return None if self.model.backbone.dtype == torch.float32 else in_float32(self.model)
+        """The model in float32, made when first needed; None if it is in float32 already.
+
+        It is a copy where that takes at most half of the memory that is free.
+        """
+        backbone = self.model.backbone
+        if backbone.dtype == torch.float32:
+            return None
+        free = free_memory(backbone.model)
+        copied = 4 * sum(weight.numel() for weight in backbone.model.parameters())
+        return in_float32(self.model, free is None or 2 * copied <= free)
 
 
 class Watch:
     """The controls of one batch, and the captured states that they are compared with."""
 
-    def __init__(self, controls: Controls, rows: Sequence[int]) -> None:
-        self.controls = controls
+    def __init__(self, controls: Controls, batch: int, rows: Sequence[int]) -> None:
+        self.controls, self.batch = controls, batch
         self.places = [place for place, row in enumerate(rows) if row in controls.chosen]
         self.questions = [rows[place] for place in self.places]
         self.depths = controls.recipe.depths
-        self._captured: dict[int, list[Tensor]] = {d: [] for d in {1, max(self.depths)}}
+        self._captured: dict[int, list[tuple[Tensor, Callable[[], object]]]] = {}
 
     def see(self, moment: RolloutStep) -> None:
         """Keep one position's states on depth 1's text, depth 1 and deepest."""
-        for depth, seen in self._captured.items():
+        for depth in {1, max(self.depths)}:
             rollout = Rollout("own" if depth == 1 else "depth1", depth)
-            seen.append(moment.states(RolloutCell(rollout, depth))[:, self.places])
+            states = moment.states(RolloutCell(rollout, depth))[:, self.places]
+            self._captured.setdefault(depth, []).append(to_host(states))
 
-    def tables(
-        self,
-        prompts: Sequence[Sequence[int]],
-        texts: Sequence[Sequence[int]],
-        done: Callable[[int], Any],
-    ) -> dict[str, dict[str, Any]]:
+    def read(self, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]) -> None:
+        """Keep the token ids of every question of the batch, and those that depth 1 wrote to each."""
+        self._read = [(list(prompts[place]), list(texts[place])) for place in self.places]
+
+    def tables(self, done: Callable[[int], Any]) -> dict[str, dict[str, Any]]:
         """Columns of `noise` and `nudges` (left out where there are no rows).
 
         Args:
-            prompts: token ids of every question of the batch.
-            texts: what depth 1 wrote to each.
             done: told the budget of every question that has its controls, for a progress bar.
         """
-        model, recipe = self.controls.model, self.controls.recipe
-        read = [(list(prompts[place]), list(texts[place])) for place in self.places]
+        model, recipe, read = self.controls.model, self.controls.recipe, self._read
         noise: list[dict[str, Any]] = []
         nudges: list[dict[str, Any]] = []
         for k, (question, (prompt, text)) in enumerate(zip(self.questions, read, strict=True)):
@@ -109,7 +121,11 @@ class Watch:
 
     def _states(self, depth: int, k: int, text: Sequence[int]) -> Tensor:
         """Captured states of the k-th question with controls, [position, layer, d_model]."""
-        return torch.stack([states[:, k] for states in self._captured[depth][: len(text)]])
+        seen = self._captured[depth][: len(text)]
+        for _, ready in seen:
+            ready()
+        states = torch.stack([states[:, k] for states, _ in seen])
+        return states.to(self.controls.model.backbone.device)
 
 
 def spread(n: int, of: int) -> frozenset[int]:

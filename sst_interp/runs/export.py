@@ -88,10 +88,11 @@ def export_run(
         return run.states(question, 0, of, text)[None]
 
     first = states(picked[0])
-    at_layers = chosen("layer", layers, range(first.shape[1]))
+    kept = run.kept_layers if run.recipe.keep_layers else range(first.shape[1])
+    at_layers = chosen("layer", layers, kept)
     at_iterations = chosen("iteration", iterations, range(1, of + 1) if every else run.kept_iterations)
-    longest = range(run.recipe.max_new_tokens) if every else range(1)
-    at_positions = chosen("position", positions, longest)
+    at_positions = chosen("position", positions, run.kept_positions)
+    places = {position: place for place, position in enumerate(run.kept_positions)}
     axes = {"positions": at_positions, "layers": at_layers, "iterations": at_iterations}
     source = {
         "run": run.name, "depth": of, "text": text, "questions": picked,
@@ -102,9 +103,9 @@ def export_run(
         made: Rows = []
         for question in wanted:
             here = states(question)
-            there = [position for position in at_positions if position < len(here)]
+            there = [places[p] for p in at_positions if places[p] < len(here)]
             about = {"question": question, "id": names[question]}
-            made.append((about, _part(here, there, at_layers, at_iterations), None))
+            made.append((about, _part(here, there, [kept.index(x) for x in at_layers], at_iterations), None))
         return made
 
     return _write(folder, {"source": source, **axes}, picked, make, rows_per_shard)

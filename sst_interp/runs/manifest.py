@@ -16,6 +16,7 @@ from typing import Any
 
 from sst_interp.errors import SSTError
 from sst_interp.files import from_json, read_whole, replace_json, sha256
+from sst_interp.runs.numerics import apart, digest
 from sst_interp.runs.recipe import Recipe
 from sst_interp.runs.schema import TABLES
 
@@ -48,6 +49,8 @@ PROVENANCE: dict[str, type | tuple[type, ...]] = {
     "gamma": list,
 }
 """What provenance holds where it holds it; keys that end in `_hash` hold text."""
+NUMERICS: dict[str, type | tuple[type, ...]] = {"numerics": dict, "captured_on": dict}
+"""Fingerprints (`runs.numerics`) by digest, and the digest of every batch; older manifests have neither."""
 
 
 def shard(table: str, batch: int) -> str:
@@ -145,7 +148,11 @@ def _digest(manifest: Mapping[str, Any]) -> str:
 def _check(manifest: Mapping[str, Any]) -> None:
     """Raise ValueError for what is not as a manifest has it."""
     json.dumps(manifest, ensure_ascii=False, allow_nan=False).encode()  # no infinity, no lone surrogate
-    _check_types("", manifest, TYPES)
+    _check_types("", manifest, TYPES | NUMERICS)
+    if not all(isinstance(about, dict) for about in manifest.get("numerics", {}).values()):
+        raise ValueError("an entry of numerics is not one")
+    if not all(digest in manifest.get("numerics", {}) for digest in manifest.get("captured_on", {}).values()):
+        raise ValueError("captured_on names what numerics does not have")
     if manifest["state"] not in ("capturing", "complete"):
         raise ValueError(f"state is {manifest['state'][:40]!r}")
     if (n := manifest["n_batches"]) is not None and n < 1:
@@ -217,17 +224,42 @@ def lacking(manifest: Mapping[str, Any], batch: int) -> str | None:
     return next((table for table in needed if shard(table, batch) not in files), None)
 
 
-def damage(folder: Path, file: str, entry: Mapping[str, Any]) -> str | None:
-    """What is wrong with a listed shard ("missing", "truncated" ...); None if it is as it was written."""
+def written(folder: Path) -> int:
+    """When the folder's manifest was last written, in nanoseconds. What is older is as it was listed."""
+    try:
+        return (folder / FILE).stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+def damage(folder: Path, file: str, entry: Mapping[str, Any], trusted: int = 0) -> str | None:
+    """What is wrong with a listed shard ("missing", "truncated" ...); None if it is as it was written.
+
+    Args:
+        trusted: a file of the right size that is older than this (`written`) is not hashed.
+    """
     path = folder / file
     try:
-        if (size := path.stat().st_size) != entry["bytes"]:
-            return f"{size} bytes, was {entry['bytes']}"
+        about = path.stat()
+        if about.st_size != entry["bytes"]:
+            return f"{about.st_size} bytes, was {entry['bytes']}"
+        if about.st_mtime_ns < trusted:
+            return None
         return None if sha256(path) == entry["sha256"] else "its sha256 differs"
     except FileNotFoundError:
         return "missing"
     except OSError as error:
         return str(error.strerror)
+
+
+def refuse_other_numerics(run: str, contents: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise SSTError if batches were captured on hardware or versions whose last bits differ from `now`'s."""
+    known = contents.get("numerics", {})
+    for was in {*contents.get("captured_on", {}).values()} - {digest(now)}:
+        raise SSTError(
+            f"run {run} was captured with {apart(known[was], now)}",
+            f"`sst-interp capture --run {run} --mixed` goes on, and each batch says whose it is",
+        )
 
 
 def refuse_other_recipe(run: str, was: Recipe, now: Recipe, says: str = "the recipe now says") -> None:

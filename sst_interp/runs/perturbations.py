@@ -29,7 +29,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 
 from sst_interp.models.backbone import Backbone
 from sst_interp.models.cache import Access, KeyValues
@@ -92,10 +93,41 @@ class Rereading:
             yield incoming, iterations
 
 
-def in_float32(model: Recurrence) -> Recurrence:
-    """The same weights and stream in float32: a copy in memory, nothing is loaded."""
-    upcast = copy.deepcopy(model.backbone.model).to(torch.float32)
-    return Recurrence(Backbone(upcast), model.kind.to(torch.float32), model.choices)
+class _Float32(nn.Module):
+    """A weight in float32, made anew whenever it is read, and forgotten."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight.to(torch.float32)
+
+
+class _Upcast(Backbone):
+    """A backbone whose weights are read as float32."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+
+def in_float32(model: Recurrence, whole: bool = True) -> Recurrence:
+    """The same weights and stream in float32; nothing is loaded. The results have the same bytes either way.
+
+    Args:
+        whole: make a copy in memory. Otherwise a weight is upcast when a layer reads it, and let go: slower,
+            and never more than one of them is there.
+    """
+    kind = model.kind.to(torch.float32)
+    if whole:
+        upcast = copy.deepcopy(model.backbone.model).to(torch.float32)
+        return Recurrence(Backbone(upcast), kind, model.choices)
+    shared = {id(weight): weight for weight in model.backbone.model.parameters()}
+    upcast = copy.deepcopy(model.backbone.model, shared)
+    for module in list(upcast.modules()):
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_floating_point():
+                module.register_buffer(name, buffer.to(torch.float32))
+        for name, _ in list(module.named_parameters(recurse=False)):
+            register_parametrization(module, name, _Float32(), unsafe=True)
+    return Recurrence(_Upcast(upcast), kind, model.choices)
 
 
 def noise_rows(

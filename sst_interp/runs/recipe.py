@@ -18,11 +18,15 @@ from sst_interp.errors import SSTError, check_known, unknown_name
 from sst_interp.files import read_whole
 from sst_interp.models.choices import ANALYSIS, BEFORE, MAX_DEPTH, Choices, shown
 from sst_interp.models.kinds import kind_named, kinds
+from sst_interp.models.kinds.looped import SETTINGS
+from sst_interp.models.placement import ATTENTIONS, QUANTISATIONS, Placement
 from sst_interp.questions.item import LIKELIHOOD
 
 DType = Literal["bfloat16", "float32", "float64"]
 Keep = Literal["none", "position0", "shifts", "all"]
 LensTokens = Literal["none", "position0", "all"]
+LISTS = ("depths", "keep_layers", "keep_positions")
+"""Keys whose values are whole numbers, kept ascending."""
 NAME = r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}"
 LARGEST = 1 << 20  # bytes of a recipe's file
 MAX_POSITIONS = 32767
@@ -61,6 +65,10 @@ class Recipe:
     """`looped` iterates a plain backbone with no stream (docs/kinds.md). Left out: the checkpoint's own, or a
     plain backbone with the blend `alpha`. A checkpoint of another kind is refused."""
 
+    loop: dict[str, Any] | None = None
+    """How kind `looped` loops (docs/looped.md): `prelude`, `core`, `coda` as [first, one after the last],
+    `inject`, `norm`, `damping` ... Left out: over the whole stack. Which keys and values: `choices.kv`."""
+
     alpha: float | None = None
     """A fixed blend in [0, 1]; left out, the checkpoint's own, and of a backbone without one, none."""
 
@@ -73,6 +81,12 @@ class Recipe:
 
     keep: Keep = "position0"
     """Which full hidden states are written (docs/run-format.md, states)."""
+
+    keep_layers: tuple[int, ...] | None = None
+    """The layers, from 0, whose states are kept, of those that `keep` names; left out: all."""
+
+    keep_positions: tuple[int, ...] | None = None
+    """The positions, from 0, whose states `keep = "all"` and `"shifts"` keep; left out: all."""
 
     lens_tokens: LensTokens = "position0"
     """At which positions the leading tokens of every layer are recorded (docs/run-format.md, lens), of a
@@ -104,13 +118,43 @@ class Recipe:
     """How many questions, evenly spread, also get the controls that need the model: the noise floor and
     norm-matched perturbations (docs/run-format.md). Each takes about half a batch's time."""
 
+    draws: int = 0
+    """Sampled answers of depth 1 per question (`sst_interp.runs.redraws`); `depths` must be [1]. 0: none."""
+
+    temperature: float = 1.0
+    """At which `draws` are sampled."""
+
+    device: str = "auto"
+    """Where the model is put; `auto`: CUDA, then MPS, then the CPU. It is no part of what a run is."""
+
+    quantisation: Literal["4bit", "8bit"] | None = None
+    """Of the linear layers, through bitsandbytes; left out: none."""
+
+    attention: Literal["eager", "sdpa"] | None = None
+    """Implementation of attention; left out: the model's own."""
+
     choices: Choices = field(default_factory=Choices)
     """What the paper leaves open (`sst_interp.models.choices`)."""
 
     def __post_init__(self) -> None:
         check_fields(self, _CHECKS)
         # One spelling of each value, so that equal recipes have equal fingerprints.
-        object.__setattr__(self, "depths", tuple(sorted(self.depths)))
+        for key in LISTS:
+            if (numbers := getattr(self, key)) is not None:
+                object.__setattr__(self, key, tuple(sorted(numbers)))
+        if self.keep_positions is not None:
+            if self.keep not in ("all", "shifts"):
+                hint = 'keep = "all", or leave keep_positions out'
+                raise SSTError(f"keep_positions is not read with keep = {self.keep!r}", hint)
+            if self.keep_positions[-1] >= self.max_new_tokens:
+                said = f"keep_positions names position {self.keep_positions[-1]} of {self.max_new_tokens}"
+                raise SSTError(said, f"positions are numbered 0 to {self.max_new_tokens - 1}")
+        if self.loop is not None:
+            if self.kind != "looped":
+                raise SSTError("[loop] is of a looped model", 'kind = "looped"')
+            check_known("setting of [loop]", self.loop, SETTINGS)
+            lists = {key: list(v) if isinstance(v, tuple) else v for key, v in self.loop.items()}
+            object.__setattr__(self, "loop", lists or None)
         if self.alpha is not None:
             if self.kind not in (None, "sst"):
                 words = kind_named(self.kind).words
@@ -122,8 +166,23 @@ class Recipe:
                     raise SSTError(
                         f"{key} is not read with scoring = {self.scoring!r}", "leave one of them out"
                     )
+        object.__setattr__(self, "temperature", float(self.temperature))
+        if self.draws and (self.depths != (1,) or self.controls):
+            raise SSTError("draws are sampled at depth 1 alone", "set depths = [1] and controls = 0")
+        if self.temperature != 1 and not self.draws:
+            raise SSTError("temperature is read with draws alone", "set draws, or leave temperature out")
+        if self.controls and self.quantisation is not None:
+            raise SSTError(
+                "controls compare with float32, and quantised weights have no float32 twin",
+                "controls = 0, or leave quantisation out",
+            )
         if isinstance(threshold := self.choices.threshold, int):
             object.__setattr__(self, "choices", replace(self.choices, threshold=float(threshold)))
+
+    @property
+    def placement(self) -> Placement:
+        """Where the model goes, and in which numbers it computes."""
+        return Placement(self.device, self.dtype, self.quantisation, self.attention)
 
     @classmethod
     def load(cls, path: str | Path, name: str | None = None) -> Recipe:
@@ -166,11 +225,17 @@ class Recipe:
         return cls(**{**values, "choices": choices})
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON- and TOML-ready dictionary, without keys that are None and without `controls = 0`."""
+        """A JSON- and TOML-ready dictionary, without keys that are None or, of `controls`, `draws` and
+        `temperature`, at their defaults.
+        """
         values = {key: value for key, value in asdict(self).items() if value is not None}
-        if not self.controls:
-            del values["controls"]
-        return values | {"depths": list(self.depths), "choices": self.choices.to_dict()}
+        for key in ("controls", "draws", "temperature"):
+            if values[key] == getattr(Recipe, key):
+                del values[key]
+        if self.device == "auto":
+            del values["device"]
+        lists = {key: list(values[key]) for key in LISTS if key in values}
+        return values | lists | {"choices": self.choices.to_dict()}
 
     def to_toml(self) -> str:
         """TOML text from which `Recipe.loads` gives an equal recipe."""
@@ -197,9 +262,9 @@ class Recipe:
             key, text = key.strip(), text.strip()
             if not equals or not key:
                 raise SSTError(f"--set {setting!r} sets nothing", "for example --set questions=8")
-            value = [*_setting(text)] if key == "depths" and not text.startswith("[") else _setting(text)[0]
+            value = [*_setting(text)] if key in LISTS and not text.startswith("[") else _setting(text)[0]
             table, _, entry = key.partition(".")
-            if entry and table in ("choices", "columns"):
+            if entry and table in ("choices", "columns", "loop"):
                 values[table] = values.get(table, {}) | {entry: value}
             else:
                 values[key] = value
@@ -225,7 +290,10 @@ class Recipe:
         return [(key, value, theirs[key]) for key, value in ours.items() if value != theirs[key]]
 
 
-_LATER = ("controls", "reply_prefix", "kind", "lens_tokens", "scoring", "columns")
+_LATER = (
+    "controls", "reply_prefix", "kind", "lens_tokens", "scoring", "columns", "keep_layers", "keep_positions",
+    "loop", "draws", "temperature", "quantisation", "attention",
+)  # fmt: skip
 """Keys that older recipes do not know: at their defaults they are not in the fingerprint."""
 
 
@@ -265,8 +333,8 @@ def find_recipe(name: str, captured: bool = True) -> Recipe:
 
 def _identity(recipe: Recipe) -> dict[str, Any]:
     """What decides a run's contents. An `overlap` does only if it has to be measured while capturing."""
-    values: dict[str, Any] = {**asdict(recipe), "depths": list(recipe.depths)}
-    del values["name"]
+    values: dict[str, Any] = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(recipe).items()}
+    del values["name"], values["device"]
     choices = {key: value for key, value in values.pop("choices").items() if key not in ANALYSIS}
     if choices["overlap"] != "lens_jaccard":
         choices["overlap"] = "cosine or relative_l2"
@@ -346,6 +414,11 @@ def _depths(value: Any) -> bool:
     return 1 in value and len(set(value)) == len(value)
 
 
+def _numbers(value: Any) -> bool:
+    several = isinstance(value, list | tuple) and len(value) > 0 and all(map(whole(0)[0], value))
+    return several and len(set(value)) == len(value)
+
+
 def _columns(value: Any) -> bool:
     return isinstance(value, dict) and all(
         key in COLUMNS and all(map(text(empty=False)[0], names if isinstance(names, list) else [names]))
@@ -355,6 +428,7 @@ def _columns(value: Any) -> bool:
 
 COLUMNS = ("question", "answer", "choices", "id")
 _DEPTHS = _depths, f"a list of distinct whole numbers from 1 to {MAX_DEPTH} with 1, the reference, among them"
+_NUMBERS = or_none((_numbers, "a list of distinct whole numbers from 0"), " (left out: all)")
 _CHECKS: dict[str, tuple[Check, str]] = {
     "name": (FOLDER, '"demo"'),
     "checkpoint": (text("the name of a model", empty=False), '"smollm2-135m"'),
@@ -366,13 +440,21 @@ _CHECKS: dict[str, tuple[Check, str]] = {
         or_none((lambda v: isinstance(v, str) and v in kinds(), f"one of {', '.join(kinds())}")),
         '"looped"',
     ),
+    "loop": (or_none((lambda value: isinstance(value, dict), "a table")), "{core = [8, 16]}"),
     "alpha": (or_none(number(0, 1)), "0.027"),
     "batch_size": (whole(1), "8"),
     "dtype": (one_of(get_args(DType)), '"bfloat16"'),
+    "device": (text("the name of a device", empty=False), '"cuda"'),
+    "quantisation": (or_none(one_of(QUANTISATIONS), " (left out: none)"), '"4bit"'),
+    "attention": (or_none(one_of(ATTENTIONS), " (left out: the model's own)"), '"sdpa"'),
     "keep": (one_of(get_args(Keep)), '"position0"'),
+    "keep_layers": (_NUMBERS, "[0, 12, 29]"),
+    "keep_positions": (_NUMBERS, "[0, 1, 2, 3]"),
     "lens_tokens": (one_of(get_args(LensTokens)), '"position0"'),
     "seed": (whole(0), "0"),
     "controls": (whole(0), "24"),
+    "draws": (whole(0, MAX_DEPTH), "4"),
+    "temperature": (number(0, 100, open_below=True), "1.0"),
     "split": (or_none(text()), '"validation"'),
     "instruction": (or_none(text()), '"Answer with one letter."'),
     "scoring": (or_none(text("the name of a scoring", empty=False)), '"likelihood_per_character"'),

@@ -8,7 +8,9 @@ state has to be kept for later.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,6 +34,7 @@ from sst_interp.models.measures import (
 )
 from sst_interp.models.stream import Recurrence, Stream
 from sst_interp.runs.recipe import Recipe
+from sst_interp.runs.states import Spool, Spooled
 
 
 class Rollout(NamedTuple):
@@ -146,13 +149,12 @@ class RolloutDecoder:
         self.emitted = {r.depth: winners[k] for k, r in enumerate(self.rollouts) if r.text == "own"}
         return RolloutStep(self.rollouts, self.batch, [it.resid_post for it in iterations], logits)
 
-    def finish_step(self) -> bool:
-        """Feed the emitted tokens back; True if any text goes on."""
+    def finish_step(self) -> None:
+        """Feed the emitted tokens back."""
         self._current = torch.cat([self.emitted[rollout.writer] for rollout in self.rollouts])
         for depth, tokens in self.emitted.items():
             self.same_prefix[depth] = self.same_prefix[depth] & (tokens == self.emitted[1])
             self.alive[depth] = self.alive[depth] & ~torch.isin(tokens, self.stop)
-        return any(bool(alive.any()) for alive in self.alive.values())
 
     def alive_in(self, rollout: Rollout) -> Bool[Tensor, " question"]:
         """Where the rollout's text has not ended before this position."""
@@ -170,9 +172,12 @@ class Recorder:
         questions: each row's index in the run.
         recipe: says what is recorded.
         restricted: store no token ids (a list of ids is a transcript).
+        spool: where the states of `keep = "all"` go while the batch is generated; None makes one.
     """
 
-    def __init__(self, questions: Sequence[int], recipe: Recipe, restricted: bool) -> None:
+    def __init__(
+        self, questions: Sequence[int], recipe: Recipe, restricted: bool, spool: Spool | None = None
+    ) -> None:
         self.questions = np.asarray(questions, dtype=np.int32)
         self.pairs, self.keep, self.restricted = pairs_of(recipe.depths), recipe.keep, restricted
         self.lens = recipe.choices.overlap == "lens_jaccard"
@@ -180,35 +185,61 @@ class Recorder:
         self._compared = list(dict.fromkeys(c for p in self.pairs for c in (p.cell_a, p.cell_b)))
         tables = ("steps", "outputs", "pairs", "lens")
         self._rows: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in tables}
+        self._layers = None if recipe.keep_layers is None else list(recipe.keep_layers)
+        self._positions = None if recipe.keep_positions is None else frozenset(recipe.keep_positions)
         self._position0: Tensor | None = None
-        self._all: dict[RolloutCell, list[Tensor]] = {}
+        self._spool = spool or (Spool() if self.keep == "all" else None)
+        self._spooled: dict[str, tuple[Tensor, list[int]]] = {}
         self._shifts: list[tuple[np.ndarray, Tensor, Tensor]] = []
         self._lengths: dict[str, np.ndarray] = {}
+        self._waiting: list[tuple[dict[str, Tensor], Callable[[dict[str, np.ndarray]], None]]] = []
 
-    def see(self, position: int, moment: RolloutStep, decoder: RolloutDecoder) -> None:
-        """Record one position, before the decoder goes on."""
+    def see(self, position: int, moment: RolloutStep, decoder: RolloutDecoder) -> dict[int, list[int | None]]:
+        """Record one position, before the decoder goes on. All its numbers are copied from the device at
+        once.
+
+        Returns:
+            By depth: each question's token of its own text; None behind the text's end.
+        """
+        written: dict[int, list[int | None]] = {}
+        for depth, token in decoder.emitted.items():
+
+            def keep(x: dict[str, np.ndarray], depth: int = depth) -> None:
+                pairs = zip(x["token"].tolist(), x["alive"].tolist(), strict=True)
+                written[depth] = [token if goes_on else None for token, goes_on in pairs]
+
+            self._when_copied({"token": token, "alive": decoder.alive[depth]}, keep)
         self._see_steps(position, moment, decoder)
         if self.pairs:
             tops = self._lens(position, moment, decoder)
             self._see_pairs(position, moment, decoder, tops)
         self._see_states(position, moment, decoder)
+        waiting, self._waiting = self._waiting, []
+        arrays = iter(copied([x for tensors, _ in waiting for x in tensors.values()]))
+        for tensors, use in waiting:
+            use({name: next(arrays) for name in tensors})
+        return written
+
+    def _when_copied(self, tensors: dict[str, Tensor], use: Callable[[dict[str, np.ndarray]], None]) -> None:
+        """Copy these at the end of the position, and then use them; in the order of the calls."""
+        self._waiting.append((tensors, use))
 
     def _see_steps(self, position: int, moment: RolloutStep, decoder: RolloutDecoder) -> None:
         for rollout in decoder.rollouts:
-            alive = _numpy(decoder.alive_in(rollout))
-            token = decoder.emitted[rollout.writer]
+            alive, token = decoder.alive_in(rollout), decoder.emitted[rollout.writer]
             for iteration in range(1, rollout.depth + 1):
                 cell = RolloutCell(rollout, iteration)
                 seen = moment.readout(cell)
-                ids = {"token": token, "argmax": seen.argmax, "top100": seen.top}
-                self._rows["steps"].append(
-                    self._where(position, cell, alive)
-                    | {"entropy": _numpy(seen.entropy)[alive], "margin": _numpy(seen.margin)[alive]}
-                    | {
-                        name: np.full(alive.sum(), None) if self.restricted else _numpy(x)[alive]
-                        for name, x in ids.items()
-                    }
-                )
+                measured = {"alive": alive, "entropy": seen.entropy, "margin": seen.margin}
+                if not self.restricted:
+                    measured |= {"token": token, "argmax": seen.argmax, "top100": seen.top}
+                self._when_copied(measured, partial(self._step_rows, position, cell))
+
+    def _step_rows(self, position: int, cell: RolloutCell, x: dict[str, np.ndarray]) -> None:
+        alive = x.pop("alive")
+        hidden = dict.fromkeys(("token", "argmax", "top100"), np.full(len(alive), None))
+        columns = {name: values[alive] for name, values in (x | (hidden if self.restricted else {})).items()}
+        self._rows["steps"].append(self._where(position, cell, alive) | columns)
 
     def _where(self, position: int, cell: RolloutCell, alive: np.ndarray) -> dict[str, np.ndarray]:
         """The key columns of a row per question whose text goes on."""
@@ -230,10 +261,14 @@ class Recorder:
         states = {cell: moment.states(cell)[cut] for cell in self._compared}
         tops = lens_tops(decoder.model.backbone.unembed, states, TOP if self.lens else LENS_TOP)
         for cell, top in tops.items() if stored else ():
-            alive = _numpy(decoder.alive_in(cell.rollout))
-            top5 = _numpy(top[:, :, :LENS_TOP].transpose(0, 1).flatten(1))[alive]
-            self._rows["lens"].append(self._where(position, cell, alive) | {"top5": top5})
+            top5 = top[:, :, :LENS_TOP].transpose(0, 1).flatten(1)
+            measured = {"alive": decoder.alive_in(cell.rollout), "top5": top5}
+            self._when_copied(measured, partial(self._lens_rows, position, cell))
         return tops
+
+    def _lens_rows(self, position: int, cell: RolloutCell, x: dict[str, np.ndarray]) -> None:
+        rows = self._where(position, cell, x["alive"])
+        self._rows["lens"].append(rows | {"top5": x["top5"][x["alive"]]})
 
     def _see_pairs(
         self, position: int, moment: RolloutStep, decoder: RolloutDecoder, tops: dict[RolloutCell, Tensor]
@@ -246,70 +281,93 @@ class Recorder:
         if self.lens:
             both_tops = [(tops[p.cell_a], tops[p.cell_b]) for p in self.pairs]
             measured["lens_jaccard"] = torch.stack([jaccard(a, b) for a, b in both_tops])
-        measured = {name: _numpy(x) for name, x in measured.items()}
-        n_layers, layers = a.shape[1], np.arange(cut.start, cut.stop, dtype=np.int16)
         for k, pair in enumerate(self.pairs):
-            both = decoder.alive_in(pair.cell_a.rollout) & decoder.alive_in(pair.cell_b.rollout)
-            alive, n = _numpy(both), int(both.sum())
-            same = np.ones(len(alive), bool)
-            if pair.comparison == "free_running":
-                same = _numpy(decoder.same_prefix[pair.b])
-            where = {
-                "question": self.questions[alive],
-                "comparison": np.full(n, pair.comparison),
-                "position": np.full(n, position, np.int16),
-                "a": np.full(n, pair.a, np.int8),
-                "b": np.full(n, pair.b, np.int8),
-                "same_prefix": same[alive],
-            }
-            change = compare_outputs(moment.readout(pair.cell_a), moment.readout(pair.cell_b))
-            self._rows["outputs"].append(
-                where | {name: _numpy(x)[alive] for name, x in change._asdict().items()}
-            )
-            self._rows["pairs"].append(
-                {name: np.repeat(x, n_layers) for name, x in where.items()}
-                | {"layer": np.tile(layers, n)}
-                | {name: x[k][:, alive].T.reshape(-1) for name, x in measured.items()}
-            )
-            if self.keep == "shifts":
-                self._keep_shifts(position, k, alive, measured["cosine"][k], a[k], b[k], cut.start)
+            alive = decoder.alive_in(pair.cell_a.rollout) & decoder.alive_in(pair.cell_b.rollout)
+            same = decoder.same_prefix[pair.b] if pair.comparison == "free_running" else alive
+            change = compare_outputs(moment.readout(pair.cell_a), moment.readout(pair.cell_b))._asdict()
+            states = {f"{name} of a layer": x[k] for name, x in measured.items()}
+            use = partial(self._pair_rows, position, k, list(change), list(measured), a[k], b[k], cut)
+            self._when_copied({"alive": alive, "same_prefix": same, **change, **states}, use)
+
+    def _pair_rows(
+        self,
+        position: int,
+        k: int,
+        changes: list[str],
+        measures: list[str],
+        a: Tensor,
+        b: Tensor,
+        cut: slice,
+        x: dict[str, np.ndarray],
+    ) -> None:
+        pair, alive = self.pairs[k], x["alive"]
+        n, n_layers, layers = alive.sum(), len(a), np.arange(cut.start, cut.stop, dtype=np.int16)
+        where = {
+            "question": self.questions[alive],
+            "comparison": np.full(n, pair.comparison),
+            "position": np.full(n, position, np.int16),
+            "a": np.full(n, pair.a, np.int8),
+            "b": np.full(n, pair.b, np.int8),
+            "same_prefix": x["same_prefix"][alive],
+        }
+        self._rows["outputs"].append(where | {name: x[name][alive] for name in changes})
+        self._rows["pairs"].append(
+            {name: np.repeat(column, n_layers) for name, column in where.items()}
+            | {"layer": np.tile(layers, n)}
+            | {name: x[f"{name} of a layer"][:, alive].T.reshape(-1) for name in measures}
+        )
+        if self.keep == "shifts":
+            self._keep_shifts(position, k, alive, x["cosine of a layer"], a, b, cut.start)
 
     def _keep_shifts(
         self, position: int, k: int, alive: np.ndarray, overlap: np.ndarray, a: Tensor, b: Tensor, first: int
     ) -> None:
-        layer, row = np.nonzero((overlap < SHIFT_KEPT_BELOW) & alive[None])
+        if self._positions is not None and position not in self._positions:
+            return
+        shifted = (overlap < SHIFT_KEPT_BELOW) & alive[None]
+        if self._layers is not None:
+            shifted &= np.isin(first + np.arange(len(shifted)), self._layers)[:, None]
+        layer, row = np.nonzero(shifted)
         pair = self.pairs[k]
         n = len(layer)
         what = [COMPARISONS.index(pair.comparison), position, 0, pair.a, pair.b]
         index = np.tile(np.array(what, np.int32), (n, 1))
         index[:, 2] = first + layer
-        self._shifts.append((np.column_stack([self.questions[row], index]), a[layer, row], b[layer, row]))
+        states = a[layer, row].cpu(), b[layer, row].cpu()
+        self._shifts.append((np.column_stack([self.questions[row], index]), *states))
 
     def _see_states(self, position: int, moment: RolloutStep, decoder: RolloutDecoder) -> None:
         if self.keep == "none":
             return
-        if position == 0:
-            rollout = decoder.rollouts[0]
-            cells = [moment.states(RolloutCell(rollout, i)) for i in range(1, rollout.depth + 1)]
-            self._position0 = torch.stack(cells, 2)  # [layer, question, iteration, d_model]
-        if self.keep == "all":
-            for rollout in decoder.rollouts:
-                alive = _numpy(decoder.alive_in(rollout))
-                key = f"{rollout.text}.d{rollout.depth}"
-                self._lengths[key] = self._lengths.get(key, 0) + alive.astype(int)
-                for cell in (RolloutCell(rollout, i) for i in range(1, rollout.depth + 1)):
-                    self._all.setdefault(cell, []).append(moment.states(cell))
+        if position == 0:  # [question, layer, iteration, d_model]
+            self._position0 = self._states(moment, decoder.rollouts[0]).cpu()
+        if self._spool is None or (self._positions is not None and position not in self._positions):
+            return
+        for rollout in decoder.rollouts:
+            key = f"{rollout.text}.d{rollout.depth}"
+            self._when_copied({"alive": decoder.alive_in(rollout)}, partial(self._lengthen, key))
+            states = self._states(moment, rollout)
+            self._spooled.setdefault(key, (states[0:0], []))[1].append(self._spool.add(states))
+
+    def _states(self, moment: RolloutStep, rollout: Rollout) -> Float[Tensor, "question layer iteration d"]:
+        """A rollout's states at one position, in the layers that are kept."""
+        cells = [moment.states(RolloutCell(rollout, i)) for i in range(1, rollout.depth + 1)]
+        if self._layers is not None:
+            cells = [cell[self._layers] for cell in cells]
+        return torch.stack([cell.transpose(0, 1) for cell in cells], 2)
+
+    def _lengthen(self, key: str, x: dict[str, np.ndarray]) -> None:
+        self._lengths[key] = self._lengths.get(key, 0) + x["alive"].astype(int)
 
     def tables(self) -> dict[str, dict[str, Any]]:
         """Columns of `steps`, `outputs`, `pairs` and `lens`, in the order of docs/run-format.md."""
         return {name: _concatenated(rows) for name, rows in self._rows.items()}
 
-    def states(self) -> dict[str, Tensor]:
+    def states(self) -> dict[str, Tensor | Spooled]:
         """Kept states by tensor name; [..., layer, iteration, d_model]."""
-        kept: dict[str, Tensor] = {}
+        kept: dict[str, Tensor | Spooled] = {}
         if self._position0 is not None:
-            for row, q in enumerate(self.questions):
-                kept[f"q{q}.position0"] = self._position0[:, row].contiguous()
+            kept |= {f"q{q}.position0": self._position0[row] for row, q in enumerate(self.questions)}
         if self._shifts:
             index = np.concatenate([i for i, _, _ in self._shifts])
             a, b = torch.cat([s[1] for s in self._shifts]), torch.cat([s[2] for s in self._shifts])
@@ -317,13 +375,13 @@ class Recorder:
                 rows = torch.from_numpy(np.nonzero(index[:, 0] == q)[0])
                 kept[f"q{q}.shifts.index"] = torch.from_numpy(index[rows.numpy(), 1:]).contiguous()
                 kept[f"q{q}.shifts.a"], kept[f"q{q}.shifts.b"] = a[rows], b[rows]
-        for rollout in {cell.rollout for cell in self._all}:
-            cells = [torch.stack(self._all[RolloutCell(rollout, i)]) for i in range(1, rollout.depth + 1)]
-            whole = torch.stack(cells, 3)  # [position, layer, question, iteration, d_model]
-            key = f"{rollout.text}.d{rollout.depth}"
+        for key, (like, starts) in self._spooled.items():
+            size = math.prod(like.shape[1:]) * like.dtype.itemsize
             for row, q in enumerate(self.questions):
-                kept[f"q{q}.{key}"] = whole[: self._lengths[key][row], :, row].contiguous()
-        return {name: tensor.cpu() for name, tensor in kept.items()}
+                here = tuple(start + row * size for start in starts[: self._lengths[key][row]])
+                assert self._spool is not None
+                kept[f"q{q}.{key}"] = Spooled(self._spool, like.dtype, (len(here), *like.shape[1:]), here)
+        return kept
 
 
 def compare_states(a: Float[Tensor, "*at d_model"], b: Float[Tensor, "*at d_model"]) -> dict[str, Tensor]:
@@ -343,8 +401,13 @@ def _iterated(decoder: RolloutDecoder) -> slice:
     return slice(layers.start, layers.stop)
 
 
-def _numpy(x: Tensor) -> np.ndarray:
-    return x.detach().cpu().numpy()
+def copied(tensors: Sequence[Tensor]) -> list[np.ndarray]:
+    """Tensors of any dtypes as arrays: their bytes are copied from the device in one piece."""
+    if all(x.device.type == "cpu" for x in tensors):
+        return [x.numpy() for x in tensors]
+    parts = [x.contiguous().flatten().view(torch.uint8) for x in tensors]
+    pieces = torch.cat(parts).cpu().split([len(part) for part in parts])
+    return [p.clone().view(x.dtype).view(x.shape).numpy() for p, x in zip(pieces, tensors, strict=True)]
 
 
 def _concatenated(rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -168,6 +168,19 @@ class Run:
         whole = range(1, max(self.recipe.depths) + 1)
         return tuple(whole) if published is None else tuple(published["iterations"])
 
+    @property
+    def kept_layers(self) -> tuple[int, ...]:
+        """The layers (0-based) whose states are kept: what stands at each place of their layer axis."""
+        layers = self.recipe.keep_layers
+        return tuple(range(self.manifest["provenance"]["n_layers"])) if layers is None else layers
+
+    @property
+    def kept_positions(self) -> tuple[int, ...]:
+        """The positions whose states are kept: what stands at each place of their position axis."""
+        if self.recipe.keep != "all":
+            return (0,)
+        return self.recipe.keep_positions or tuple(range(self.recipe.max_new_tokens))
+
     def state(self, question: int, iteration: int) -> torch.Tensor:
         """The hidden states [layer, d_model] of one iteration (1-based) at position 0, in the run's dtype.
 
@@ -185,6 +198,8 @@ class Run:
         self, question: int, position: int | None = 0, depth: int | None = None, text: str = "own"
     ) -> torch.Tensor:
         """Kept hidden states [layer, iteration, d_model], in the run's dtype: index i is iteration i + 1.
+
+        The axes have what the recipe keeps: `kept_layers`, and up to the end of the text `kept_positions`.
 
         Args:
             position: None gives every position, [position, layer, iteration, d_model].
@@ -222,13 +237,15 @@ class Run:
             if keep != "all" or position is None:
                 return self._by_number(tensors.get_tensor(key), file)
             part = tensors.get_slice(key)
-            length = part.get_shape()[0]
-            if not 0 <= position < length:
+            there = self.kept_positions[: part.get_shape()[0]]
+            if position not in there:
+                has = f"positions {there[0]} to {there[-1]}" if there else "none that is kept"
                 raise SSTError(
                     f"question {question} has no position {position} at depth {depth}",
-                    f"its {text!r} text there has positions 0 to {length - 1}",
+                    f"its {text!r} text there has {has}",
                 )
-            return part[position : position + 1][0]
+            place = there.index(position)
+            return part[place : place + 1][0]
 
     def export(self, folder: str | Path, **how: Any) -> Path:
         """Write kept states for other tools, [row, position, layer, iteration, d_model] in safetensors.
@@ -340,8 +357,10 @@ class Run:
 
     def _checked(self, file: str) -> Path:
         if self.verify and file not in self._verified:
-            batch = str(int(Path(file).stem))
-            if problem := manifest.damage(self.folder, file, self.manifest["shards"][batch][file]):
+            entry = self.manifest["shards"][str(int(Path(file).stem))][file]
+            # States may be a terabyte: one that is as old and as long as it was is read as it is.
+            trusted = manifest.written(self.folder) if file.startswith("states/") else 0
+            if problem := manifest.damage(self.folder, file, entry, trusted):
                 raise SSTError(
                     f"run {self.name}: {file} is damaged ({problem})",
                     f"`sst-interp capture --run {self.name}` captures only that part again",

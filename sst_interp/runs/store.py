@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from sst_interp import paths
 from sst_interp.errors import SSTError, unknown_name
 from sst_interp.files import check_place, put_in_place, read_whole, replace_bytes, sha256, stage, sync
+from sst_interp.models.choices import BEFORE, COMPARISONS
 from sst_interp.runs import manifest
 from sst_interp.runs.recipe import Recipe, known_recipes
 from sst_interp.runs.recorder import rounded_floats
@@ -110,6 +111,8 @@ def publish(
     top: int | None = None,
     iterations: tuple[int, ...] = (1,),
     each: Callable[[int, int], Any] | None = None,
+    comparisons: tuple[str, ...] | None = None,
+    right_only: bool = False,
 ) -> Run:
     """Write a smaller copy of a complete run into `folder`, and open it: the whole copy is there, or nothing.
 
@@ -120,6 +123,8 @@ def publish(
         top: how many of the 100 most likely tokens of a step to keep; None keeps them all.
         iterations: whose states at position 0 are kept, 1-based, each named once; none drops the states.
         each: told how many batches are done, of how many.
+        comparisons: whose rows of `pairs` are kept; None keeps them all.
+        right_only: keep the states only of questions that are right at depth 1: must-halt is told of those.
 
     Raises:
         SSTError: the run is incomplete, keeps other states than position 0 or lacks an iteration; the folder
@@ -139,12 +144,18 @@ def publish(
         raise SSTError(f"run {run.name} has no iteration {bad[0]}", f"it has {', '.join(map(str, has))}")
     if twice := [i for i in kept if kept.count(i) > 1]:
         raise SSTError(f"iteration {twice[0]} is named twice", "name each iteration once, for example 1,4")
+    for comparison in comparisons or ():
+        if comparison not in COMPARISONS:
+            raise unknown_name("comparison", comparison, COMPARISONS)
     check_place(folder)
     part = folder.with_name(f".{folder.name}.part")
     try:
         _clear(part)
         part.mkdir(parents=True)
-        _copy(run, part, bits, top, kept, each)
+        about = {"pairs_bits": bits, "top": top, "iterations": list(kept)}
+        about |= {"pairs": list(comparisons)} if comparisons is not None else {}
+        about |= {"states": "right at depth 1"} if right_only else {}
+        _copy(run, part, about, each)
         os.rename(part, folder)
         sync(folder.parent)
     except OSError as error:
@@ -168,12 +179,14 @@ def _clear(part: Path) -> None:
 def _copy(
     run: Run,
     folder: Path,
-    bits: int,
-    top: int | None,
-    iterations: tuple[int, ...],
+    about: dict[str, Any],
     each: Callable[[int, int], Any] | None,
 ) -> None:
-    """Fill an empty folder."""
+    """Fill an empty folder; `about` is what the manifest says of the copy."""
+    iterations, right = about["iterations"], None
+    if "states" in about:
+        answers = run.table("questions", ["question", "depth", "correct"])
+        right = set(answers.loc[(answers["depth"] == 1) & answers["correct"], "question"])
     listed: dict[str, Any] = {}
     batches = manifest.batches(run.manifest)
     for done, batch in enumerate(batches):
@@ -186,11 +199,16 @@ def _copy(
                 continue
             path.parent.mkdir(exist_ok=True)
             if table == "states":
-                fill = partial(_states, source, [run.kept_iterations.index(i) for i in iterations])
+                fill = partial(_states, source, [run.kept_iterations.index(i) for i in iterations], right)
             else:
-                fill = partial(_table, table, source, bits, top)
+                fill = partial(_table, table, source, about)
             stage(path, fill)
             put_in_place(path)
+            if table == "pairs":
+                entry = entry | {"rows": pq.read_metadata(path).num_rows}
+            elif table == "states":
+                with safe_open(str(path), framework="pt") as tensors:
+                    entry = entry | {"tensors": len(tensors.keys())}
             entries[file] = entry | {"bytes": path.stat().st_size, "sha256": sha256(path)}
         listed[str(batch)] = entries
         if each is not None:
@@ -198,13 +216,18 @@ def _copy(
     own = run.folder / "run.toml"
     recipe = read_whole(own) if own.is_file() else run.recipe.to_toml().encode()
     replace_bytes(folder / "run.toml", recipe)
-    about = {"pairs_bits": bits, "top": top, "iterations": list(iterations)}
     manifest.write_manifest(folder, run.manifest | {"shards": listed, "published": about})
 
 
-def _table(name: str, source: Path, bits: int, top: int | None, path: Path) -> None:
-    """Copy a shard, with fewer digits and shorter lists."""
-    table = pq.read_table(source)
+def _table(name: str, source: Path, about: dict[str, Any], path: Path) -> None:
+    """Copy a shard, with fewer digits, shorter lists and fewer comparisons."""
+    table, bits, top = pq.read_table(source), about["pairs_bits"], about["top"]
+    if name == "pairs" and "pairs" in about:
+        names = [*about["pairs"], *(old for old, new in BEFORE.items() if new in about["pairs"])]
+        kept = pc.call_function(
+            "is_in", [table["comparison"].cast(pa.string())], pc.SetLookupOptions(pa.array(names))
+        )
+        table = table.filter(kept)
     for place, field in enumerate(table.schema):
         column: Any = table[field.name]
         if name in ROUNDED and pa.types.is_floating(field.type):
@@ -214,13 +237,16 @@ def _table(name: str, source: Path, bits: int, top: int | None, path: Path) -> N
         else:
             continue
         table = table.set_column(place, field, column)
-    write_parquet(table, path)
+    write_parquet(table, path, small=True)
 
 
-def _states(source: Path, places: list[int], path: Path) -> None:
-    """Copy a shard of states [layer, iteration, d_model], the iterations at `places`."""
+def _states(source: Path, places: list[int], right: set[int] | None, path: Path) -> None:
+    """Copy a shard of states [layer, iteration, d_model], the iterations at `places`, of the questions in
+    `right` (None: of all).
+    """
     with safe_open(str(source), framework="pt") as tensors:
-        kept = {key: tensors.get_tensor(key)[:, places].contiguous() for key in tensors.keys()}  # noqa: SIM118
+        keys = [k for k in tensors.keys() if right is None or int(k[1:].partition(".")[0]) in right]  # noqa: SIM118
+        kept = {key: tensors.get_tensor(key)[:, places].contiguous() for key in keys}
     save_file(kept, path)
 
 

@@ -10,26 +10,31 @@ import errno
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 from filelock import FileLock, Timeout
-from safetensors.torch import save_file
 
 from sst_interp import files as disk
 from sst_interp.errors import SSTError
 from sst_interp.runs import manifest
+from sst_interp.runs.numerics import digest
 from sst_interp.runs.recipe import Recipe
 from sst_interp.runs.schema import TABLES, to_table, write_parquet
+from sst_interp.runs.states import Spooled, Staged, stage_states
 from sst_interp.tables import plain
 
 log = logging.getLogger(__name__)
 
-SHARD = re.compile(r"\d{4,}\.(parquet|safetensors)|\.\d{4,}\.(parquet|safetensors)\.tmp")
+States = Mapping[str, torch.Tensor | Spooled] | Staged
+
+STAGED = re.compile(r"\.\d{4,}(\.\w+)?\.(parquet|safetensors)\.tmp")
+SHARD = re.compile(rf"\d{{4,}}\.(parquet|safetensors)|{STAGED.pattern}")
 """The names that a run gives its shards, and their temporary files."""
 OWNER = ".writer"
 """Holds the process id of whoever has the lock, for the message to the one who has not."""
@@ -44,9 +49,13 @@ class RunWriter:
         writer.finish()
     """
 
-    def __init__(self, folder: Path, contents: dict[str, Any], lock: FileLock) -> None:
+    def __init__(
+        self, folder: Path, contents: dict[str, Any], lock: FileLock, numerics: Mapping[str, Any] | None
+    ) -> None:
         self.folder = folder
         self.manifest = contents
+        self.numerics = numerics
+        """Of the batches that are committed without their own."""
         self._lock = lock
 
     @classmethod
@@ -57,6 +66,9 @@ class RunWriter:
         provenance: Mapping[str, Any],
         n_batches: int | None = None,
         fresh: bool = False,
+        numerics: Mapping[str, Any] | None = None,
+        mixed: bool = False,
+        verify: bool = False,
     ) -> RunWriter:
         """Start a run in `folder`, or go on with the one that is there; damaged batches are dropped.
 
@@ -67,26 +79,33 @@ class RunWriter:
                 agree with the run's; anything else may differ and is then recorded with the session.
             n_batches: how many batches make the run complete, if known already.
             fresh: erase the run that is there, under the lock.
+            numerics: the fingerprint of what captures now; None: not known.
+            mixed: go on with a run that was begun on other hardware or versions.
+            verify: hash every shard; otherwise only those that are younger than the manifest.
 
         Raises:
-            SSTError: another process writes the run, it was begun differently, or one of its folders is a
-                link to somewhere else. Nothing is changed then.
+            SSTError: another process writes the run, it was begun differently or elsewhere, or one of its
+                folders is a link to somewhere else. Nothing is changed then.
         """
         folder = Path(folder)
-        with _disk(folder):
+        with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             _refuse_links(folder)
             lock = _lock(folder)
         try:
-            with _disk(folder):
+            with disk_errors(folder):
                 if fresh:
                     _erase(folder, recipe)
                 there = manifest.read_manifest(folder)
                 manifest.refuse_other_origin(folder, there, recipe, manifest.plain(provenance), n_batches)
-                writer = cls(folder, there or manifest.new_manifest(recipe, provenance, n_batches), lock)
+                if numerics and not mixed and there and there["state"] != "complete":
+                    manifest.refuse_other_numerics(folder.name, there, numerics)
+                begun = there or manifest.new_manifest(recipe, provenance, n_batches)
+                writer = cls(folder, begun, lock, numerics)
+                writer._sweep()
                 if not (folder / "run.toml").exists():
                     disk.replace_bytes(folder / "run.toml", recipe.to_toml().encode())
-            writer.drop_corrupt()
+            writer.drop_corrupt(verify)
             if writer.manifest["state"] != "complete":
                 sessions = [*writer.manifest["sessions"], manifest.session(writer.manifest, provenance)]
                 writer._save(sessions=sessions, n_batches=n_batches or writer.manifest["n_batches"])
@@ -100,13 +119,26 @@ class RunWriter:
         """The batches the run already has."""
         return set(manifest.batches(self.manifest))
 
+    def lacks(self, batch: int, table: str) -> bool:
+        """Whether a committed batch has no shard of a table."""
+        return manifest.shard(table, batch) not in self.manifest["shards"][str(batch)]
+
+    def captured_on(self, batch: int) -> str | None:
+        """The digest of what a committed batch was captured on; None: not known."""
+        return self.manifest.get("captured_on", {}).get(str(batch))
+
     def commit(
         self,
         batch: int,
         tables: Mapping[str, Mapping[str, Any]],
-        states: Mapping[str, torch.Tensor] | None = None,
+        states: States | None = None,
+        numerics: Mapping[str, Any] | None = None,
     ) -> None:
         """Write a batch's tables (`schema.to_table`) and kept states, then list them: all or nothing.
+
+        Args:
+            states: tensors by name, or a shard that is staged in the run's folder already.
+            numerics: the fingerprint of what captured it; None is the writer's own.
 
         Raises:
             SSTError: the disk is full; earlier batches are safe, and temporary files are gone.
@@ -115,32 +147,83 @@ class RunWriter:
         n_batches = self.manifest["n_batches"]
         if batch in self.committed or batch < 0 or (n_batches is not None and batch >= n_batches):
             raise ValueError(f"batch {batch} is already committed, or not one of the run's {n_batches}")
+        with self._staged(batch, tables, states) as entries:
+            self._list(batch, entries, numerics or self.numerics)
+
+    def add(self, batch: int, tables: Mapping[str, Mapping[str, Any]]) -> None:
+        """Write further tables of a committed batch, then list them, too: all or nothing."""
+        listed = self.manifest["shards"][str(batch)]
+        if twice := [name for name in tables if manifest.shard(name, batch) in listed]:
+            raise ValueError(f"batch {batch} has its {', '.join(twice)} already")
+        with self._staged(batch, tables, None) as entries:
+            self._list(batch, listed | entries, None)
+
+    def compare(
+        self, batch: int, tables: Mapping[str, Mapping[str, Any]], states: States | None
+    ) -> list[str]:
+        """The shards of a committed batch whose sha256 is not that of these tables and states."""
+        listed = self.manifest["shards"][str(batch)]
+        with self._staged(batch, tables, states, in_place=False) as entries:
+            return sorted(f for f in listed.keys() | entries.keys() if listed.get(f) != entries.get(f))
+
+    def drop(self, batches: Collection[int]) -> None:
+        """Take batches out of the manifest: they will be captured again."""
+        gone = set(map(str, batches))
+        changes: dict[str, Any] = {"shards": {}, "captured_on": {}}
+        for key in changes:
+            changes[key] = {b: of for b, of in self.manifest.get(key, {}).items() if b not in gone}
+        if "captured_on" not in self.manifest:
+            del changes["captured_on"]
+        self._save(**changes, state="capturing")
+
+    @contextmanager
+    def _staged(
+        self,
+        batch: int,
+        tables: Mapping[str, Mapping[str, Any]],
+        states: States | None,
+        in_place: bool = True,
+    ) -> Iterator[dict[str, dict[str, Any]]]:
+        """What the manifest says of a batch's files, which are flushed and, unless told not to, in place."""
         if unknown := set(tables) - set(TABLES):
             raise ValueError(f"no tables {sorted(unknown)}: there are {', '.join(TABLES)}")
-        fills: dict[str, tuple[dict[str, int], Callable[[Path], object]]] = {}
+        fills: dict[str, Any] = {}
         for name in sorted(tables):
-            table = to_table(name, tables[name])
-            fills[manifest.shard(name, batch)] = {"rows": len(table)}, partial(write_parquet, table)
+            fills[manifest.shard(name, batch)] = to_table(name, tables[name])
         if states:
-            own = {key: _own(tensor) for key, tensor in sorted(states.items())}
-            fills[manifest.shard("states", batch)] = {"tensors": len(own)}, partial(save_file, own)
-        paths = [self.folder / file for file in fills]
+            fills[manifest.shard("states", batch)] = states
         entries: dict[str, dict[str, Any]] = {}
         try:
-            with _disk(self.folder):
-                for path, (file, (size, fill)) in zip(paths, fills.items(), strict=True):
+            with disk_errors(self.folder):
+                for file, content in fills.items():
+                    path = self.folder / file
                     if not path.parent.is_dir():
                         path.parent.mkdir()
                         disk.sync(self.folder)
-                    staged = disk.stage(path, fill)
-                    entries[file] = size | {"bytes": staged.stat().st_size, "sha256": disk.sha256(staged)}
-                for path in paths:
-                    disk.put_in_place(path)
-            changed = manifest.renewed(self.manifest)  # the new shards have today's names
-            self._save(**changed | {"shards": changed["shards"] | {str(batch): entries}})
+                    entries[file] = _stage(path, content)
+                for file in fills if in_place else ():
+                    disk.put_in_place(self.folder / file)
+                yield entries
         finally:
-            for path in paths:
-                disk.temporary(path).unlink(missing_ok=True)
+            for file in fills:
+                disk.temporary(self.folder / file).unlink(missing_ok=True)
+
+    def _list(
+        self, batch: int, entries: dict[str, dict[str, Any]], numerics: Mapping[str, Any] | None
+    ) -> None:
+        changed = manifest.renewed(self.manifest)  # the new shards have today's names
+        changed["shards"] = changed["shards"] | {str(batch): entries}
+        if numerics:
+            made = digest(numerics)
+            changed["numerics"] = changed.get("numerics", {}) | {made: dict(numerics)}
+            changed["captured_on"] = changed.get("captured_on", {}) | {str(batch): made}
+        self._save(**changed)
+
+    def _sweep(self) -> None:
+        """Remove what workers staged and nobody committed."""
+        for path in (self.folder / "states").glob(".*"):
+            if STAGED.fullmatch(path.name):
+                path.unlink()
 
     def finish(self, n_batches: int | None = None) -> None:
         """Mark the run complete. Raises SSTError if batches are missing."""
@@ -153,25 +236,29 @@ class RunWriter:
             run = self.folder.name
             said = f"run {run} is not complete: {len(missing)} of {count} batches are missing"
             raise SSTError(said, f"`sst-interp capture --run {run}` goes on with batch {missing[0]}")
+        self._sweep()
         self._save(state="complete", n_batches=count)
 
-    def drop_corrupt(self) -> list[int]:
-        """Drop the batches with a damaged or missing shard from the manifest; returns them, ascending."""
-        kept, dropped = dict(self.manifest["shards"]), []
+    def drop_corrupt(self, verify: bool = True) -> list[int]:
+        """Drop the batches with a damaged or missing shard from the manifest; returns them, ascending.
+
+        Args:
+            verify: hash every shard; otherwise only those that are younger than the manifest.
+        """
+        dropped, trusted = set(), 0 if verify else manifest.written(self.folder)
         for batch in manifest.batches(self.manifest):
             for file, entry in self.manifest["shards"][str(batch)].items():
-                if problem := manifest.damage(self.folder, file, entry):
+                if problem := manifest.damage(self.folder, file, entry, trusted):
                     log.warning("run %s: %s is damaged (%s)", plain(self.folder.name), file, problem)
-                    dropped.append(batch)
+                    dropped.add(batch)
             if table := manifest.lacking(self.manifest, batch):
                 log.warning("run %s: batch %d has no %s", plain(self.folder.name), batch, table)
-                dropped.append(batch)
-        for batch in set(dropped):
-            del kept[str(batch)]
+                dropped.add(batch)
+        for batch in dropped:
             log.warning("run %s: batch %d will be captured again", plain(self.folder.name), batch)
         if dropped:
-            self._save(shards=kept, state="capturing")
-        return sorted(set(dropped))
+            self.drop(dropped)
+        return sorted(dropped)
 
     def close(self) -> None:
         """Let others write the run."""
@@ -185,16 +272,21 @@ class RunWriter:
 
     def _save(self, **changes: Any) -> None:
         changed = self.manifest | changes
-        with _disk(self.folder):
+        with disk_errors(self.folder):
             manifest.write_manifest(self.folder, changed)
         self.manifest = changed
 
 
-def _own(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in memory of its own: safetensors refuses views that share theirs."""
-    tensor = tensor.detach().cpu().contiguous()
-    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    return tensor if whole else tensor.clone()
+def _stage(path: Path, content: Any) -> dict[str, Any]:
+    """Stage a table, states, or what a worker has staged under another name; what the manifest says of it."""
+    if isinstance(content, pa.Table):
+        staged = disk.stage(path, partial(write_parquet, content))
+        return {"rows": len(content), "bytes": staged.stat().st_size, "sha256": disk.sha256(staged)}
+    if not isinstance(content, Staged):
+        content = stage_states(path, content)
+    if content.path != disk.temporary(path):
+        os.replace(content.path, disk.temporary(path))
+    return {"tensors": content.tensors, "bytes": content.bytes, "sha256": content.sha256}
 
 
 def _lock(folder: Path) -> FileLock:
@@ -251,7 +343,7 @@ def _erase(folder: Path, recipe: Recipe) -> None:
 
 
 @contextmanager
-def _disk(folder: Path) -> Iterator[None]:
+def disk_errors(folder: Path) -> Iterator[None]:
     """Turn what the disk says into something to act on."""
     try:
         yield

@@ -9,15 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from string import ascii_uppercase
 from typing import Any, Literal
 
 import pandas as pd
-import torch
 from tqdm import tqdm
 
 from sst_interp import paths
@@ -26,20 +25,15 @@ from sst_interp.errors import SSTError, unknown_name
 from sst_interp.files import check_place, put_in_place, read_json, read_table, replace_json, sha256, stage
 from sst_interp.models.checkpoint import checkpoint_folder, fingerprint, read_checkpoint
 from sst_interp.models.choices import TRAINED, check_iterations, whole
-from sst_interp.models.generation import Step
-from sst_interp.models.likelihood import loglikelihood
 from sst_interp.models.loading import load
 from sst_interp.models.model import StateStreamModel
-from sst_interp.models.solvers import solve_exactly
-from sst_interp.models.solvers.sweeps import solve_by_sweeps
-from sst_interp.questions import Graded, Question, graded, load_questions
+from sst_interp.questions import load_questions
 from sst_interp.questions.datasets import load_items
 from sst_interp.questions.item import LIKELIHOOD
-from sst_interp.questions.scoring import grade_by_likelihood
-from sst_interp.runs.provenance import choice_tokens, prompt_tokens
+from sst_interp.runs.fleet import Fleet, each
+from sst_interp.training.answering import answer_losses, answers, choices, letters
 from sst_interp.training.card import read_about
-from sst_interp.training.data import Example, encode, load_split, make_batch
-from sst_interp.training.objective import answer_token_losses
+from sst_interp.training.data import Example, encode, load_split
 from sst_interp.training.recipe import TrainingRecipe
 
 
@@ -75,6 +69,8 @@ for _dataset, _questions in (
 HELD_OUT, HELD_OUT_QUESTIONS = "held-out-loss", 128
 """The task of a training's held-out examples. It needs the training data, so it runs only if asked for."""
 COLUMNS = ("question", "value", "weight")
+Todo = tuple[str, Sequence[int], int]
+"""A task, at which depths, of how many questions."""
 OTHER = "delete the folder, or give another --out"
 AGAIN = "delete it: only that part is measured again"
 EVALUATION, MODEL = "evaluation", "model.json"
@@ -118,17 +114,54 @@ def evaluate(
     todo = missing(folder, wanted, depths, questions, held_out_id)
     refuse_other_model(folder, model)
     for name, at, n in todo:
-        label = f"{name} at depth {', '.join(map(str, at))}"
         total = min(n, len(held_out)) if name == HELD_OUT else n
+        label = _named((name, at, n))
         note = (lambda done, label=label, n=total: progress(label, done, n)) if progress else None
-        for depth, rows in _measure(model, name, at, n, held_out, note).items():
-            path = folder / f"{name}-d{depth}.parquet"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            rows.attrs["asked"] = n  # a dataset may have fewer
-            rows.attrs["task"] = held_out_id if name == HELD_OUT else identity(name)
-            stage(path, rows.to_parquet)
-            put_in_place(path)
+        _keep(folder, (name, at, n), _measure(model, name, at, n, held_out, note), held_out_id)
     return read_evaluation(folder)
+
+
+def _named(todo: Todo) -> str:
+    return f"{todo[0]} at depth {', '.join(map(str, todo[1]))}"
+
+
+def _keep(
+    folder: Path,
+    todo: Todo,
+    measured: dict[int, pd.DataFrame],
+    held_out_id: str | None,
+) -> None:
+    name, _, n = todo
+    for depth, rows in measured.items():
+        path = folder / f"{name}-d{depth}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows.attrs["asked"] = n  # a dataset may have fewer
+        rows.attrs["task"] = held_out_id if name == HELD_OUT else identity(name)
+        stage(path, rows.to_parquet)
+        put_in_place(path)
+
+
+class _Measuring:
+    """A loaded model that is measured: every worker of an evaluation has one.
+
+    Args:
+        blend: as `load` takes alpha.
+        trained: the checkpoint whose held-out examples are measured, too.
+    """
+
+    def __init__(self, name: str, blend: float | None, trained: Path | None) -> None:
+        self.model, self.held_out = load(name, alpha=blend), ()
+        if trained is not None:
+            recipe = TrainingRecipe.from_dict(read_about(trained)["recipe"])
+            self.held_out = load_split(recipe, self.model).held_out
+
+    def about(self) -> dict[str, Any]:
+        """Whose measurements they are."""
+        return _whose(self.model)
+
+    def __call__(self, todo: Todo, told: Callable[[int], Any]) -> dict[int, pd.DataFrame]:
+        """The measurements of one task, by depth."""
+        return _measure(self.model, *todo, self.held_out, None)
 
 
 def evaluate_by_name(
@@ -138,6 +171,7 @@ def evaluate_by_name(
     questions: int | None = None,
     held_out_of: str | None = None,
     out: Path | None = None,
+    fleet: Fleet | None = None,
 ) -> pd.DataFrame:
     """Load a model, measure what is missing, and return all measurements (`evaluate`).
 
@@ -145,6 +179,7 @@ def evaluate_by_name(
         name: a checkpoint, or a backbone, which is evaluated without a blend.
         held_out_of: a trained checkpoint. The loss on its held-out examples is measured, too.
         out: where to keep measurements; None for beside the checkpoint.
+        fleet: workers that measure tasks side by side; None is this process.
 
     Raises:
         SSTError: unknown names, or measurements of another model in the folder.
@@ -161,17 +196,22 @@ def evaluate_by_name(
         data = read_about(trained)["data"]
         wanted, held_out_id = [*tasks, HELD_OUT], identity(HELD_OUT, data["held_out"], data["hash"])
     ours = fingerprint_of(name, checkpoint)
-    if not missing(folder, wanted, depths, questions, held_out_id):
+    todo = missing(folder, wanted, depths, questions, held_out_id)
+    if not todo:
         kept = read_json(folder / MODEL, OTHER) if (folder / MODEL).is_file() else {}
         if ours is not None and ours == kept.get("fingerprint"):
             return read_evaluation(folder)
     check_place(folder, "give another --out")
+    given = name, 0.0 if checkpoint is None else None, trained
+    if fleet is not None:
+        keep, accept = partial(_keep, folder, held_out_id=held_out_id), partial(_refuse, folder, ours)
+        items = [(task, tuple(at), n) for task, at, n in todo]
+        each(fleet, partial(_Measuring, *given), items, keep, _named, accept)
+        return read_evaluation(folder)
     print(f"loading {name}", file=sys.stderr)
-    model = load(name, alpha=0.0 if checkpoint is None else None)
+    measuring = _Measuring(*given)
+    model, held_out = measuring.model, measuring.held_out
     refuse_other_model(folder, model, ours)
-    held_out = ()
-    if trained is not None:
-        held_out = load_split(TrainingRecipe.from_dict(read_about(trained)["recipe"]), model).held_out
     bars: dict[str, tqdm] = {}
 
     def show(label: str, done: int, total: int) -> None:
@@ -244,12 +284,19 @@ def refuse_other_model(folder: Path, model: StateStreamModel, fingerprint: str |
     Raises:
         SSTError: they are another model's, or nobody knows whose.
     """
-    path = folder / MODEL
-    now = {
+    _refuse(folder, fingerprint, _whose(model))
+
+
+def _whose(model: StateStreamModel) -> dict[str, Any]:
+    return {
         "backbone": model.backbone.content_hash,
         "alpha": model.kind.digest(),
         "choices": {name: getattr(model.choices, name) for name in (*TRAINED, "prompt")},
     }
+
+
+def _refuse(folder: Path, fingerprint: str | None, now: dict[str, Any]) -> None:
+    path = folder / MODEL
     kept = read_json(path, OTHER) if path.is_file() else None
     if kept is None and any(folder.glob("*-d*.parquet")):
         raise SSTError(f"{folder} does not say whose measurements it holds", OTHER)
@@ -343,157 +390,3 @@ def _measure(
             by_depth[depth] = {"question": rows["id"], "value": rows["loss"], "weight": rows["tokens"]}
     types = {"question": str, "value": "float64", "weight": "float64"}
     return {d: pd.DataFrame(c).astype(types).reset_index(drop=True) for d, c in by_depth.items()}
-
-
-def _by_length(
-    lengths: Sequence[int], batch_size: int, progress: Callable[[int], Any] | None
-) -> Iterator[list[int]]:
-    """Batches of indices, shortest first; reports how many are done after each."""
-    batch_size = whole("batch_size", batch_size, 1)
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        yield chosen
-        if progress is not None:
-            progress(start + len(chosen))
-
-
-def answers(
-    model: StateStreamModel,
-    questions: Sequence[Question],
-    depths: Sequence[int] = (1,),
-    max_new_tokens: int = 64,
-    batch_size: int = 40,
-    progress: Callable[[int], Any] | None = None,
-) -> pd.DataFrame:
-    """Each question answered greedily at every depth.
-
-    Args:
-        depths: of every generated position. The prompt is read once, at depth 1.
-        batch_size: questions answered together, at all depths; they are batched by prompt length.
-
-    Returns:
-        A row per depth and question, in the order given: depth, id, correct, answer (None if the text has
-        none), tokens.
-    """
-    depths = check_iterations(depths, "depths")
-    prompts = [model.chat(question.prompt) for question in questions]
-    rows = {}
-    for chosen in _by_length([len(prompt) for prompt in prompts], batch_size, progress):
-        written = model.generate_at_depths([prompts[i] for i in chosen], depths, max_new_tokens)
-        for depth, out in written.items():
-            for i, text, tokens in zip(chosen, out.texts or [], out.tokens, strict=True):
-                asked = questions[i]
-                rows[depth, i] = _row(depth, asked, graded(asked, text)) | {"tokens": len(tokens)}
-    return pd.DataFrame([rows[depth, i] for depth in depths for i in range(len(questions))])
-
-
-@torch.no_grad()
-def letters(
-    model: StateStreamModel,
-    questions: Sequence[Question],
-    depths: Sequence[int] = (1,),
-    batch_size: int = 16,
-    progress: Callable[[int], Any] | None = None,
-) -> pd.DataFrame:
-    """The choice whose letter has the highest logit, after each depth.
-
-    The reply is begun for the model with the tokens that all letters in brackets share, "(": so it has to
-    choose a letter. The position is iterated once, to the deepest depth: depth D is its iteration D.
-
-    Returns:
-        A row per depth and question, in the order given: depth, id, correct, answer.
-    """
-    depths = check_iterations(depths, "depths")
-    codes = {letter: model.encode_plain(f"({letter})") for letter in ascii_uppercase}
-    common = next(n for n in range(9) if len({tuple(c[: n + 1]) for c in codes.values()}) > 1)
-    prompts = [model.chat(question.prompt) + codes["A"][:common] for question in questions]
-    rows = {}
-    for chosen in _by_length([len(prompt) for prompt in prompts], batch_size, progress):
-        steps: list[Step] = []
-        model.generate([prompts[i] for i in chosen], max(depths), 1, observe=steps.append)
-        for depth in depths:
-            for i, logits in zip(chosen, steps[0].logits[depth - 1], strict=True):
-                known = ascii_uppercase[: questions[i].n_choices]
-                best = known[int(logits[[codes[letter][common] for letter in known]].argmax())]
-                rows[depth, i] = _row(depth, questions[i], Graded(best, best == questions[i].gold))
-    return pd.DataFrame([rows[depth, i] for depth in depths for i in range(len(questions))])
-
-
-def choices(
-    model: StateStreamModel,
-    questions: Sequence[Question],
-    depths: Sequence[int] = (1,),
-    batch_size: int = 16,
-    progress: Callable[[int], Any] | None = None,
-) -> pd.DataFrame:
-    """The likeliest choice of every question at every depth.
-
-    Args:
-        questions: asked with a scoring by likelihood.
-        depths: of every position from the prompt's last token on.
-        batch_size: questions whose prompts are read together; they are batched by prompt length.
-
-    Returns:
-        A row per depth and question, in the order given: depth, id, correct, answer, margin (of the right
-        choice over the best wrong one: nats, or nats per character).
-    """
-    depths = check_iterations(depths, "depths")
-    prompts = [prompt_tokens(model, question) for question in questions]
-    rows = {}
-    for chosen in _by_length([len(prompt) for prompt in prompts], batch_size, progress):
-        tokens, pad = model.batch([prompts[i] for i in chosen])
-        asked = [questions[i] for i in chosen]
-        of_each = [choice_tokens(model, question) for question in asked]
-        sums = loglikelihood(model, tokens, pad, of_each, depths).sums
-        per_question = sums.split([question.n_choices for question in asked], dim=1)
-        for i, question, of_question in zip(chosen, asked, per_question, strict=True):
-            for depth, values in zip(depths, of_question.tolist(), strict=True):
-                of_choices, margin = grade_by_likelihood(question, values)
-                rows[depth, i] = _row(depth, question, of_choices) | {"margin": margin}
-    return pd.DataFrame([rows[depth, i] for depth in depths for i in range(len(questions))])
-
-
-def _row(depth: int, asked: Question, graded: Graded) -> dict[str, Any]:
-    return {"depth": depth, "id": asked.id, "correct": graded.correct, "answer": graded.answer}
-
-
-@torch.no_grad()
-def answer_losses(
-    model: StateStreamModel,
-    examples: Sequence[Example],
-    batch_size: int = 8,
-    iterations: int = 1,
-    sweeps: int | None = None,
-    groups: int = 1,
-    progress: Callable[[int], Any] | None = None,
-) -> pd.DataFrame:
-    """Cross-entropy of every example's answer.
-
-    Args:
-        batch_size: examples per pass; they are batched by length.
-        iterations: depth of every position, the prompt's too.
-        sweeps: None solves the states exactly; a number takes that many sweeps over `groups` groups
-            (1 and 1: the paper's two-pass training).
-
-    Returns:
-        A row per example in the order given: id, tokens (of the answer), loss (summed, nats).
-    """
-    (iterations,) = check_iterations([iterations])
-    device = model.backbone.device
-    rows: dict[int, dict[str, Any]] = {}
-    for chosen in _by_length([len(example.tokens) for example in examples], batch_size, progress):
-        batch = make_batch([examples[i] for i in chosen]).to(device)
-        tokens = batch.tokens
-        stream = model.new_stream(torch.zeros(len(chosen), dtype=torch.long, device=device), tokens.shape[1])
-        if sweeps is None:
-            solution = solve_exactly(model, stream, tokens, iterations=iterations, keep=False)
-        else:
-            solution = solve_by_sweeps(
-                model, stream, tokens, iterations=iterations, sweeps=sweeps, groups=groups, keep=False
-            )
-        losses = answer_token_losses(model, batch, solution.last[:, :, -1])
-        summed = losses.new_zeros(len(chosen)).index_add_(0, batch.answer.nonzero()[:, 0], losses)
-        for i, loss, count in zip(chosen, summed.tolist(), batch.answer.sum(1).tolist(), strict=True):
-            rows[i] = {"id": examples[i].id, "tokens": count, "loss": loss}
-    return pd.DataFrame([rows[i] for i in range(len(examples))])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from sst_interp.errors import SSTError
+from sst_interp.models.solvers.fixed_point import fixed_point_states
 from sst_interp.models.solvers.implicit import Solver, exact_states
 from sst_interp.models.solvers.sequential import advance
 from sst_interp.models.solvers.sweeps import solve_by_sweeps
@@ -20,6 +21,11 @@ from sst_interp.training.recipe import Method, TrainingRecipe
 
 ROUND = 128
 """Logits are computed for a multiple of this many positions: CPU kernels are compiled per shape."""
+
+
+Looping = Literal["unrolled", "fixed_point"]
+"""Methods of small looped models that are trained from scratch: so many iterations, each with keys and values
+of its own; or the fixed point of the core (`solvers.fixed_point`)."""
 
 
 class Pass(NamedTuple):
@@ -32,7 +38,7 @@ class Pass(NamedTuple):
 
 
 def last_layer(
-    model: Recurrence, batch: Batch, method: Method, *how: Any
+    model: Recurrence, batch: Batch, method: Method | Looping, *how: Any
 ) -> Float[Tensor, "row position d_model"]:
     """The last layer's outputs after all passes of a method, differentiable through every pass.
 
@@ -118,7 +124,7 @@ def _losses(model: Recurrence, batch: Batch, done: Pass) -> Float[Tensor, " toke
 def run_passes(
     model: Recurrence,
     tokens: Int[Tensor, "row position"],
-    method: Method,
+    method: Method | Looping,
     sweeps: int = 1,
     groups: int = 1,
     chunk: int = 1,
@@ -132,17 +138,28 @@ def run_passes(
 
     Args:
         method, sweeps, groups, chunk, exact_sweeps: see `TrainingRecipe`.
-        iterations: depth of every position (`exact`, `sequential`).
-        solver, until: see `implicit.exact_states` (`exact`).
+        iterations: depth of every position (`exact`, `sequential`, `unrolled`).
+        solver, until: see `implicit.exact_states` (`exact`, `fixed_point`).
 
     Raises:
         SSTError: more interleaved groups than positions; `exact` with another kind of stream than an SST.
     """
     rows, T = tokens.shape
     stream = model.new_stream(torch.zeros(rows, dtype=torch.long, device=tokens.device), T)
-    everywhere = torch.arange(T, device=tokens.device)
+    everywhere, passes = torch.arange(T, device=tokens.device), list[Pass]()
     if method == "none":
         return [Pass(everywhere, stack_pass(model, stream, tokens, everywhere, None, None, "write")[0][-1])]
+    if method == "unrolled":
+        state = None
+        for number in range(1, iterations + 1):
+            outputs, state = stack_pass(
+                model, stream, tokens, everywhere, state, None, "write", iteration=number
+            )
+            passes.append(Pass(everywhere, outputs[-1]))
+        return passes
+    if method == "fixed_point":
+        solver = solver or Solver(sweeps=exact_sweeps)
+        return [Pass(everywhere, fixed_point_states(model, tokens, solver)[0])]
     if method == "exact":
         solver = solver or Solver(sweeps=exact_sweeps)
         last = exact_states(model, tokens, solver, iterations=iterations, until=until)
@@ -157,7 +174,6 @@ def run_passes(
             f"{groups} interleaved groups are more than the {T} positions of a sequence",
             f"groups = {T} already computes one position after the other",
         )
-    passes: list[Pass] = []
     solve_by_sweeps(
         model,
         stream,

@@ -15,6 +15,7 @@ from sst_interp import paths
 from sst_interp.errors import SSTError, check_known, unknown_name
 from sst_interp.models.choices import Choices
 from sst_interp.models.kinds.lrt import MemoryDesign
+from sst_interp.models.placement import ATTENTIONS, QUANTISATIONS, Placement
 from sst_interp.models.solvers.implicit import Solver
 from sst_interp.runs.recipe import NAME
 
@@ -137,6 +138,16 @@ class TrainingRecipe:
     dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"
     """Of weights and states. Trained values are kept in float32 (float64 with float64)."""
 
+    device: str = "auto"
+    """Where the model is put; `auto`: CUDA, then MPS, then the CPU. It is no part of what is learned."""
+
+    quantisation: Literal["4bit", "8bit"] | None = None
+    """Of the linear layers, through bitsandbytes; left out: none."""
+
+    attention: Literal["eager", "sdpa"] | None = None
+    """Implementation of attention; left out: the model's own; on a CPU
+    `eager`, whose backward pass is the faster one."""
+
     seed: int = 0
     """Decides the split, the order, and the adapters' first values."""
 
@@ -226,6 +237,11 @@ class TrainingRecipe:
                 values[key] = list(value) if isinstance(value, tuple) else value
         return values
 
+    @property
+    def placement(self) -> Placement:
+        """Where the model goes, and in which numbers it computes."""
+        return Placement(self.device, self.dtype, self.quantisation, self.attention)
+
     def solver(self) -> Solver:
         """A new solver for the method `exact`."""
         return Solver(self.tolerance, self.exact_sweeps, remember=not self.recompute)
@@ -240,14 +256,14 @@ class TrainingRecipe:
     def differences(self, now: TrainingRecipe) -> list[tuple[str, Any, Any]]:
         """(key, this recipe's value, `now`'s) wherever the two would learn something different."""
         ours, theirs = self.to_dict(), now.to_dict()
-        free = ("name", "save_minutes")
+        free = ("name", "save_minutes", "device")
         keys = [k for k in ours | theirs if k not in free and ours.get(k) != theirs.get(k)]
         return [(key, ours.get(key), theirs.get(key)) for key in keys]
 
 
 _LATER = (
     "chunk", "loss_weights", "lrt_learning_rate", "tolerance", "exact_sweeps", "depths", "deeper",
-    "deeper_from", "recompute", "batch_tokens",
+    "deeper_from", "recompute", "batch_tokens", "device",
 )  # fmt: skip
 """Keys that older recipes lack. They are written only if they differ from the default."""
 
@@ -307,6 +323,9 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "groups": (*_whole(1), "1"),
     "chunk": (*_whole(1), "64"),
     "tolerance": (*_number(0, above=True), "1e-3"),
+    "device": (_word, "the name of a device", '"cuda"'),
+    "quantisation": (lambda v: v in (None, *QUANTISATIONS), f"one of {', '.join(QUANTISATIONS)}", '"4bit"'),
+    "attention": (lambda v: v in (None, *ATTENTIONS), f"one of {', '.join(ATTENTIONS)}", '"sdpa"'),
     "exact_sweeps": (lambda v: v is None or _list(v, _whole(0), 2), "two whole numbers from 0", "[2, 2]"),
     "depths": (
         lambda v: _list(v, _whole(1), 2) and v[0] <= v[1],

@@ -78,7 +78,9 @@ class Training:
         elif not begun and self.folder.is_dir() and _holds_more(self.folder):
             raise SSTError(f"{self.folder} is not a training", "give an empty or a new folder with --out")
         check_place(self.folder, "give another folder with --out")
-        self.model: StateStreamModel = load(recipe.backbone, recipe.alpha, recipe.choices, recipe.dtype)
+        self.model: StateStreamModel = load(
+            recipe.backbone, recipe.alpha, recipe.choices, **recipe.placement.how()
+        )
         if recipe.lrt is not None:
             self.model.kind = build_memory(recipe.lrt, self.model.backbone)
             self.model.kind.check(self.model.choices)
@@ -89,7 +91,7 @@ class Training:
                 "give the data it was begun with, another --out, or --fresh",
             )
         self.backbone_hash = self.model.backbone.content_hash
-        if self.model.backbone.device.type == "cpu":
+        if self.model.backbone.device.type == "cpu" and recipe.attention is None:
             # The fused attention's backward is the slower one on CPUs: a step took 10% longer with it.
             self.model.backbone.config._attn_implementation = "eager"
         self.adapters: Any = add_adapters(
@@ -385,7 +387,10 @@ class MasterWeights:
         for name, value in self.values.items():
             value.copy_(tensors[f"value/{name}"])
             keys = ("step", "exp_avg", "exp_avg_sq")
-            self.optimiser.state[value] = {key: tensors[f"{key}/{name}"].clone() for key in keys}
+            self.optimiser.state[value] = {
+                key: tensors[f"{key}/{name}"].clone().to("cpu" if key == "step" else value.device)
+                for key in keys
+            }
         self.write_back()
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from math import nan
 from pathlib import Path
@@ -31,6 +31,7 @@ from sst_interp.questions import graded
 from sst_interp.questions.item import LIKELIHOOD
 from sst_interp.questions.scoring import grade_by_likelihood
 from sst_interp.runs import manifest
+from sst_interp.runs.fleet import Fleet, each
 from sst_interp.runs.provenance import choice_tokens, prompt_tokens
 from sst_interp.runs.run import Run
 
@@ -62,6 +63,7 @@ def patch_run(
     plan: Plan | None = None,
     model: StateStreamModel | None = None,
     progress: Callable[[int, int], Any] | None = None,
+    fleet: Fleet | None = None,
 ) -> pd.DataFrame:
     """Patch questions of a run that the folder does not have yet.
 
@@ -69,6 +71,7 @@ def patch_run(
         run: with a depth above 1 and its tokens.
         questions: how many, in an order of the plan's seed: more of them go on from fewer.
         model: the run's model, if it is loaded already; None loads what the recipe names.
+        fleet: workers that patch questions side by side; None is this process.
 
     Returns:
         All rows (docs/patching.md).
@@ -91,14 +94,21 @@ def patch_run(
         read_patching(folder)  # a damaged file is refused before minutes of patching
     missing = [q for q in chosen if not _shard(folder, q).is_file()]
     if missing:
-        study = _Patching(run, plan, threshold, overlaps, model)
         after = dict(zip(order, [*order[1:], order[0]], strict=True))
-        for done, question in enumerate(missing, len(chosen) - len(missing)):
+        kept = [q for q in chosen if q not in missing]
+
+        def done(pair: tuple[int, int], rows: pd.DataFrame) -> None:
+            stage(_shard(folder, pair[0]), rows.to_parquet)
+            put_in_place(_shard(folder, pair[0]))
+            kept.append(pair[0])
             if progress is not None:
-                progress(done, len(chosen))
-            rows = study.patch(question, after[question])
-            stage(_shard(folder, question), rows.to_parquet)
-            put_in_place(_shard(folder, question))
+                progress(len(kept), len(chosen))
+
+        if progress is not None:
+            progress(len(kept), len(chosen))
+        bare = run if fleet is None else replace(run)  # a worker reads the tables itself
+        make = partial(_Patching, bare, plan, threshold, overlaps, model)
+        each(fleet, make, [(q, after[q]) for q in missing], done, lambda pair: f"question {pair[0]}")
     if progress is not None:
         progress(len(chosen), len(chosen))
     return read_patching(folder)
@@ -163,8 +173,9 @@ class _Patching:
         self.layers = spread(self.model.backbone.n_layers, plan.layers)
         self._readings: dict[int, TextStates] = {}
 
-    def patch(self, question: int, stranger: int) -> pd.DataFrame:
-        """Every row of one question."""
+    def __call__(self, pair: tuple[int, int], told: Callable[[int], Any]) -> pd.DataFrame:
+        """Every row of one question; the other is the one whose states stand in as a stranger's."""
+        question, stranger = pair
         plan, tokens = self.plan, written_tokens(self.run, question, 1)
         reading, other = self._reading(question), self._reading(stranger)
         self._readings = {q: r for q, r in self._readings.items() if q in (question, stranger)}

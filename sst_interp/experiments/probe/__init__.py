@@ -188,6 +188,9 @@ def position0(run: Run, questions: Sequence[int] | np.ndarray, iteration: int = 
     Raises:
         Untestable: the run does not have the states, they are not finite, or there are no questions.
     """
+    if run.recipe.keep_layers is not None:
+        said = f"run {run.name} keeps the states of layers {', '.join(map(str, run.kept_layers))} only"
+        raise Untestable(said, "a probe chooses among all layers: capture without keep_layers")
     try:
         states = [run.state(int(question), iteration).float() for question in questions]
     except SSTError as error:

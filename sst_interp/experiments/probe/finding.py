@@ -72,6 +72,7 @@ from sst_interp.experiments.probe.validate import (
     pair_auc,
     score,
 )
+from sst_interp.runs.fleet import Fleet
 
 if TYPE_CHECKING:
     from sst_interp.runs.run import Run
@@ -250,6 +251,7 @@ def halting_of(
     repeats: int = REPEATS,
     resamples: int = RESAMPLES,
     progress: Progress | None = None,
+    fleet: Fleet | None = None,
 ) -> Halting:
     """The same from features and labels in memory.
 
@@ -261,6 +263,7 @@ def halting_of(
         repeats: divisions into folds.
         resamples: question resamples.
         progress: called with (what, done, of).
+        fleet: workers among which the permutations are divided; None is this process.
     """
     design = replace(design or Design(), layers=usable_layers(features, layer))
     inputs, positive = Inputs(features.states), labels.positive
@@ -276,7 +279,7 @@ def halting_of(
     told_right = decisions(positive, told, *options)
     chance = probabilities(logits, positive)
 
-    null = null_scores(design, inputs, positive, permutations, progress)
+    null = null_scores(design, inputs, positive, permutations, progress, fleet)
     n = len(positive)
     tested_auc, p_tested = inverted(folded.share, null["fold_auc"].to_numpy(dtype=float), n)
     hits, called = int((positive & told).sum()), int(told.sum())

@@ -31,6 +31,7 @@ from sst_interp.experiments.probe.validate import Progress, blocks_of, choose, r
 from sst_interp.files import check_place, read_json, replace_json, stage, unreadable
 from sst_interp.files import put_in_place as publish
 from sst_interp.models.halting import HaltingPolicy, Look
+from sst_interp.runs.fleet import Fleet
 from sst_interp.runs.recipe import MAX_DEPTH
 from sst_interp.runs.store import open_run
 
@@ -265,12 +266,13 @@ def probe_run(
     design: Design | None = None,
     save: str | Path | None = None,
     progress: Progress | None = None,
+    fleet: Fleet | None = None,
 ) -> Probed:
     """Validate a halting probe on a run, route by it, train it, and keep it.
 
     Args:
         run: a captured run, or its name.
-        label, permutations, design, progress: as for `finding.halting_of`.
+        label, permutations, design, progress, fleet: as for `finding.halting_of`.
         layer: `auto` or a number.
         save: a folder to keep the probe in.
 
@@ -282,7 +284,8 @@ def probe_run(
     if save is not None:
         check_save(save)
     asked = layer_of(layer)
-    halting = validated(run, label, layer=asked, design=design, permutations=permutations, progress=progress)
+    how: dict[str, Any] = {"permutations": permutations, "progress": progress, "fleet": fleet}
+    halting = validated(run, label, layer=asked, design=design, **how)
     labels = halting_labels(answers_of(run.questions), label)
     features = position0(run, labels.questions)
     design = replace(design or Design(), layers=usable_layers(features, asked))

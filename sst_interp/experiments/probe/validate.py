@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,6 +43,7 @@ from sst_interp.experiments.probe.scores import (
     pairs_scored,
     probabilities,
 )
+from sst_interp.runs.fleet import Fleet, each
 
 AT_ONCE = 12_000
 """Splits handled together: bounds memory."""
@@ -269,12 +271,26 @@ def score(
             parts[scheme].append(_score(design, inputs, rows, splits, choice, keep and start == 0))
         if progress is not None:
             progress(start + len(rows))
-    arrays = Scores._fields[:-1]
-    joined = {
-        scheme: {name: np.concatenate([getattr(part, name) for part in some]) for name in arrays}
-        for scheme, some in parts.items()
-    }
-    return {scheme: Scores(**whole, read=parts[scheme][0].read) for scheme, whole in joined.items()}
+    return {scheme: _joined(some) for scheme, some in parts.items()}
+
+
+def _joined(parts: Sequence[Scores]) -> Scores:
+    """Scores of label rows one after another; `read` is of the first."""
+    arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in Scores._fields[:-1]}
+    return Scores(**arrays, read=parts[0].read)
+
+
+class _Permuting:
+    """What a worker scores: some rows of permuted labels."""
+
+    def __init__(
+        self, design: Design, inputs: Inputs, rows: LabelRows, size: int, schemes: Sequence[str]
+    ) -> None:
+        self.design, self.inputs, self.rows, self.size, self.schemes = design, inputs, rows, size, schemes
+
+    def __call__(self, start: int, told: Callable[[int], Any]) -> dict[str, Scores]:
+        """The scores of `size` rows from `start`."""
+        return score(self.design, self.inputs, self.rows[start : start + self.size], self.schemes)
 
 
 def _score(
@@ -364,15 +380,33 @@ def auc_in_folds(
 
 
 def null_scores(
-    design: Design, inputs: Inputs, positive: np.ndarray, permutations: int, progress: Progress | None
+    design: Design,
+    inputs: Inputs,
+    positive: np.ndarray,
+    permutations: int,
+    progress: Progress | None,
+    fleet: Fleet | None = None,
 ) -> pd.DataFrame:
-    """The scores of permuted labels, a row per permutation (columns `NULL`)."""
+    """The scores of permuted labels, a row per permutation (columns `NULL`); a fleet divides them up."""
     if permutations < 1:
         return pd.DataFrame(columns=list(NULL), dtype=float)
-    each = None if progress is None else lambda done: progress("permutations", done, permutations)
+    told = None if progress is None else lambda done: progress("permutations", done, permutations)
     rows = permuted(positive, permutations, design.seed)
     labels, schemes = rows.numpy() > 0.5, ("leave_one_out", "folds")
-    loo, folds = score(design, inputs, rows, schemes, progress=each).values()
+    if fleet is None:
+        loo, folds = score(design, inputs, rows, schemes, progress=told).values()
+    else:
+        size = max(1, AT_ONCE // inputs.n_questions)  # as `score` cuts them: the same shapes, the same bits
+        starts, parts = range(0, len(rows), size), {}
+
+        def done(start: int, part: dict[str, Scores]) -> None:
+            parts[start] = part
+            if told is not None:
+                told(sum(len(scores["folds"].logits) for scores in parts.values()))
+
+        name = lambda start: f"permutations from {start}"  # noqa: E731
+        each(fleet, partial(_Permuting, design, inputs, rows, size, schemes), starts, done, name)
+        loo, folds = (_joined([parts[start][scheme] for start in starts]) for scheme in schemes)
     blocks = blocks_of(labels.astype(np.float32), design.blocks, random_keys(len(positive), design.seed))
     called = loo.logits > 0
     areas = aucs(loo.logits, labels), aucs(folds.logits, labels, blocks)

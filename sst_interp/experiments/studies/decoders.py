@@ -47,8 +47,9 @@ from sst_interp.experiments.studies.tasks import (
     read_text,
 )
 from sst_interp.experiments.table import Table
+from sst_interp.models.choices import Choices
 from sst_interp.models.kinds.lrt import MemoryDesign
-from sst_interp.models.model import attach_lrt
+from sst_interp.models.model import attach, attach_looped, attach_lrt
 from sst_interp.tables import markdown
 from sst_interp.training.recipe import TrainingRecipe
 
@@ -57,9 +58,14 @@ BASELINE = Arm("baseline", NONE)
 BOTH = Arm("LRT, both", _S2, "both")
 LONGER = Arm("baseline, equal compute", NONE, longer=_S2.passes)
 RESIDUAL = Arm("LRT, residual", _S2, "residual")
+SST = Arm("SST", Schedule("two_pass"), kind="sst")
+LOOPED = Arm("looped twice", Schedule("unrolled", iterations=2), kind="looped")
+"""The recurrence over depth of the Universal Transformer: the same layers again, each iteration with keys and
+values of its own. Two passes per position, like LRT and SST, and not a weight more than the baseline."""
 QUIET = Arm("LRT, residual from 0", _S2, "residual", gamma=0.0)
 """Starts as the baseline: how much of an LRT's loss comes from a memory that disturbs before it helps?"""
-DECODER_ARMS = (BASELINE, BOTH, LONGER, RESIDUAL, QUIET)
+DECODER_ARMS = (BASELINE, BOTH, LONGER, RESIDUAL, QUIET, SST, LOOPED)
+RECALL_ARMS = (BASELINE, BOTH, LONGER, SST, LOOPED)
 """Of a decoder that is pretrained. An interleaved step runs the stack twice at every position, so that the
 baseline of equal compute takes twice as many steps."""
 BIN = 16
@@ -113,15 +119,22 @@ class Decoder:
 
     def recipe(self, arm: Arm) -> TrainingRecipe:
         """How an arm is trained, in the words of `sst-interp train`."""
+        method: Any = "none" if arm.kind == "looped" else arm.schedule.method
         return TrainingRecipe(
-            "small", "small", "small", method=arm.schedule.method, groups=arm.schedule.groups,
-            lrt=self.design(arm), learning_rate=self.learning_rate,
+            "small", "small", "small", method=method,
+            groups=arm.schedule.groups, lrt=self.design(arm), learning_rate=self.learning_rate,
             lrt_learning_rate=self.memory_learning_rate, warmup=self.warmup, dtype="float32",
         )  # fmt: skip
 
 
 def decoder_training(decoder: Decoder, weights: Any, arm: Arm, draw: Draw, steps: int) -> Training:
     """A decoder before its first step; the weights are copied."""
+    if arm.kind == "looped":
+        looped = attach_looped(copy.deepcopy(weights), choices=Choices(kv="each"))
+        return Training(looped, arm, decoder.recipe(arm), draw, steps)
+    if arm.kind == "sst":
+        recipe = decoder.recipe(arm)
+        return Training(attach(copy.deepcopy(weights), alpha=recipe.alpha), arm, recipe, draw, steps)
     design = decoder.design(arm)
     gamma = design.gamma if arm.pathway else 0.0
     model = attach_lrt(copy.deepcopy(weights), pathway=design.pathway, gamma=gamma)
@@ -280,7 +293,7 @@ class Pretraining(TrainingStudy):
 
     def jobs(self, seeds: Sequence[int]) -> list[Job]:
         """What the question needs first, of every seed; variants of the memory after that."""
-        return sorted(super().jobs(seeds), key=lambda job: job.arm in (RESIDUAL, QUIET))
+        return sorted(super().jobs(seeds), key=lambda job: job.arm not in (BASELINE, BOTH, LONGER))
 
     def begin(self, job: Job) -> Training:
         """From random weights, on windows at random places."""
@@ -361,7 +374,7 @@ class RecallStudy(TrainingStudy):
     page = "docs/pretraining.md"
     plan_file = "recall-plan.json"
     main = "accuracy"
-    new_plan, default_arms = RecallPlan, (BASELINE, BOTH, LONGER)
+    new_plan, default_arms = RecallPlan, RECALL_ARMS
     tables = {  # noqa: RUF012
         "accuracy": Table("recall-accuracy.parquet", ("layers", "seed", "arm"))
     }
@@ -369,7 +382,7 @@ class RecallStudy(TrainingStudy):
         title="Recall by number of pairs",
         unit="right answers",
         measures={"accuracy": ("right", "answers", 1), "loss": ("loss", "answers", 1)},
-        arms=tuple(arm.name for arm in (BASELINE, BOTH, LONGER)),
+        arms=tuple(arm.name for arm in RECALL_ARMS),
         against=TO_BASELINES,
         baseline=BASELINE.name,
         readings={ZERO: "the same weights with a memory of zeros"},

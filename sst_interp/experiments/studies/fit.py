@@ -23,7 +23,7 @@ from sst_interp.models.kinds.lrt import Pathway
 from sst_interp.models.model import StateStreamModel
 from sst_interp.models.stream import Recurrence
 from sst_interp.training.data import Batch
-from sst_interp.training.objective import Pass, answer_loss, last_layer, mean_over_passes, run_passes
+from sst_interp.training.objective import Looping, Pass, answer_loss, last_layer, mean_over_passes, run_passes
 from sst_interp.training.recipe import EVERY_PASS, Method, TrainingRecipe
 from sst_interp.training.trainer import MasterWeights
 
@@ -31,7 +31,7 @@ from sst_interp.training.trainer import MasterWeights
 class Schedule(NamedTuple):
     """How states are computed in training: the arguments of `training.objective.run_passes`."""
 
-    method: Method = "two_pass"
+    method: Method | Looping = "two_pass"
     sweeps: int = 1
     groups: int = 1
     chunk: int = 64
@@ -41,7 +41,7 @@ class Schedule(NamedTuple):
     @property
     def passes(self) -> int:
         """How often it runs the stack at every position, whether all at once or one after the other."""
-        if self.method in ("none", "exact", "sequential", "chunked"):
+        if self.method in ("none", "exact", "sequential", "chunked", "unrolled"):
             return self.iterations
         return 2 if self.method == "interleaved" else 1 + self.sweeps
 
@@ -59,6 +59,8 @@ class Arm:
     schedule: Schedule
     pathway: Pathway | None = None
     """Of a decoder's latent memory; None: it has none."""
+    kind: str = "lrt"
+    """Of a decoder: `lrt` (which without a pathway is the plain decoder), `sst` or `looped`."""
     gamma: float | None = None
     """Where a decoder's residual scalars start; None: where the decoder says."""
     longer: int = 1
@@ -242,7 +244,14 @@ def score_tokens(
 
 
 def evaluations(arm: Arm) -> dict[str, Schedule]:
-    """Evaluated -> schedule, for an arm of a decoder. Without a memory all are one parallel pass."""
+    """Evaluated -> schedule, for an arm of a decoder. Without a memory all are one parallel pass; a loop that
+    keeps the entries of each iteration is the definition as it is trained, and can run deeper or less deep.
+    """
+    if arm.kind == "looped":
+        depths = {f"depth {n}": arm.schedule._replace(iterations=n) for n in (1, 4)}
+        return {SEQUENTIAL: arm.schedule} | depths
+    if arm.kind == "sst":
+        return {SEQUENTIAL: Schedule("exact"), ZERO: NONE, OWN: arm.schedule}
     if arm.pathway is None:
         return {SEQUENTIAL: NONE}
     return {SEQUENTIAL: EXACT.schedule, ZERO: NONE, OWN: arm.schedule}

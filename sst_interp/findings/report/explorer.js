@@ -1,6 +1,7 @@
 "use strict";
 // The explorer: which question, comparison, pair and cell are looked at, and what is said about them. Text from
-// data only ever becomes textContent. `explorer(data)` resolves when the first map can be used.
+// data only ever becomes textContent. `explorer(data)` resolves when the first map can be used, to what others may
+// ask of it; every move is an event `moved` of the document.
 async function explorer(data) {
   const byId = (id) => document.getElementById(id);
   const map = byId("ex-map"), source = explorerData(data);
@@ -8,12 +9,6 @@ async function explorer(data) {
   const at = { q: 0, position: 0, layer: 0 };
   let now = null, values = null;
 
-  function el(tag, attributes = {}, ...children) {
-    const node = document.createElement(tag);
-    for (const [name, value] of Object.entries(attributes)) if (value !== null && value !== false) node.setAttribute(name, value === true ? "" : value);
-    node.append(...children.filter((child) => child !== null && child !== undefined));
-    return node;
-  }
   const options = (select, labels, values = labels) => select.replaceChildren(...labels.map((label, i) => el("option", { value: values[i] }, label)));
   const pair = () => now.info.pairs[pick.pair.selectedIndex];
   const pairWords = ([a, b], info = now.info) => `${info.unit} ${a} → ${b}`;
@@ -98,6 +93,7 @@ async function explorer(data) {
     const here = length() ? now.cell(at.q, at.layer, at.position, pair()) : null;
     byId("ex-where").textContent = `Position ${at.position}, layer ${now.info.layers[at.layer]}`
       + (here ? `: overlap ${here.overlap} (${pairWords(pair())})` : ": no pair here");
+    document.dispatchEvent(new Event("moved"));
     byId("ex-cell").replaceChildren(cellTable(), explorerPlots.profile(now, at, pair(), threshold(), el, pairWords), outputTable(), ...tokens());
   }
 
@@ -239,4 +235,25 @@ async function explorer(data) {
   pick.comparison.selectedIndex = first;
   await comparison(first);
   jump(1);
+
+  // Where the reader is, in the numbers of the run's tables, and the way back there.
+  const where = () => ({
+    q: data.questions[at.q].index, c: now.info.comparison, pair: pair().join("-"), layer: now.info.layers[at.layer], pos: at.position,
+  });
+  async function visit(to) {
+    const index = data.comparisons.findIndex((c) => c.comparison === to.c);
+    if (index >= 0 && data.comparisons[index] !== now.info) {
+      pick.comparison.selectedIndex = index;
+      await comparison(index);
+    }
+    const which = now.info.pairs.findIndex((ab) => ab.join("-") === to.pair), q = data.questions.findIndex(({ index }) => String(index) === String(to.q));
+    if (q < 0) return false;
+    if (which >= 0) pick.pair.selectedIndex = which;
+    const layer = now.info.layers.findIndex((l) => String(l) === String(to.layer));
+    Object.assign(at, { q, position: Number(to.pos) || 0, layer: Math.max(0, layer) });
+    question(q);
+    if (to.pos === undefined || to.pos === null) jump(1);
+    return true;
+  }
+  return { data, source, where, visit, view: (which = pair()) => viewOf(which, length() ? [at.position, at.layer] : null), pair, at, token, now: () => now, table };
 }

@@ -42,6 +42,8 @@ LARGEST = 9_300_000
 """Bytes of the data at most, for a file under 12 MB. A larger run shows its first questions, and says so."""
 CELL = 2
 """Bytes of a row of `pairs`, at least."""
+ANSWER = 80
+"""Characters of an answer in the list, at most."""
 LOWEST = 24
 """Lowest overlaps offered in each comparison."""
 WORDS = {"teacher_forced": "depth", "within": "iteration", "free_running": "depth"}
@@ -72,6 +74,8 @@ def explorer_data(
     tokenizer: Any = None,
     questions: Iterable[int] | None = None,
     largest: int = LARGEST,
+    scores: Mapping[int, float] | None = None,
+    overlap_only: bool = False,
 ) -> dict[str, Any]:
     """JSON-ready data of the explorer.
 
@@ -81,9 +85,16 @@ def explorer_data(
         tokenizer: for token texts (None: ids); unrestricted runs only.
         questions: indices to show (None: all).
         largest: bytes of its JSON at most; one question is always kept.
+        scores: of a probe, by question.
+        overlap_only: leave out all but the overlaps, for the second of two runs.
     """
     tables = ("pairs", "outputs", "steps", "lens", "questions")
     pairs, outputs, steps, lens, asked = (table_of(run, t) for t in tables)
+    only: tuple[str, ...] = ()
+    if overlap_only:
+        kind = run.recipe.choices.overlap
+        only = ("cosine", "norm", kind) if kind == "relative_l2" else ("cosine", kind)
+        outputs, steps, lens = outputs.iloc[:0], steps.iloc[:0], lens.iloc[:0]
     present = [c for c in COMPARISONS if c in thresholds and (pairs["comparison"] == c).any()]
     counts = pairs[pairs["comparison"].isin(present)].groupby("question").size()
     if questions is not None:
@@ -91,13 +102,15 @@ def explorer_data(
     fits = max(1, int((counts.cumsum() <= largest / CELL).sum()))
     while True:
         kept = [int(q) for q in counts.index[:fits]]
-        vocabulary = Vocabulary() if shows_text(run) else None
+        vocabulary = Vocabulary() if shows_text(run) and not overlap_only else None
         shown = []
         for c in present:
             own, out = _of(pairs, c, kept), _of(outputs, c, kept)
-            shown.append(_comparison(c, thresholds[c], run.recipe, own, out, steps, lens, kept, vocabulary))
+            shown.append(
+                _comparison(c, thresholds[c], run.recipe, own, out, steps, lens, kept, vocabulary, only)
+            )
         data = {
-            "questions": _labels(asked, kept),
+            "questions": _labels(asked, kept, shows_text(run), scores or {}),
             "left_out": len(counts) - len(kept),
             "comparisons": shown,
             "codes": {"distance": DISTANCE.to_dict(), "size": SIZE.to_dict(), "output": OUTPUT.to_dict()},
@@ -116,16 +129,29 @@ def _of(table: pd.DataFrame, comparison: str, kept: list[int]) -> pd.DataFrame:
     return table[here & table["question"].isin(kept).to_numpy(dtype=bool)]
 
 
-def _labels(questions: pd.DataFrame, kept: list[int]) -> list[dict[str, Any]]:
-    """Record id and correctness by depth, per question. No text and no answer letters."""
+def _labels(
+    questions: pd.DataFrame, kept: list[int], text: bool, scores: Mapping[int, float]
+) -> list[dict[str, Any]]:
+    """Record id, correctness by depth and whether the answer changed, per question; its answers and the right
+    one only where `text` may be shown.
+    """
     labels = []
     for q in kept:
         rows = questions[(questions["question"] == q).to_numpy(dtype=bool)]
         label: dict[str, Any] = {"index": q, "id": visible(rows["id"].iloc[0]) if len(rows) else "no id"}
         if len(rows) and {"depth", "correct"} <= set(rows.columns):
+            rows = rows.sort_values("depth")
             label["correct"] = [
                 [int(d), bool(c)] for d, c in zip(rows["depth"], rows["correct"], strict=True)
             ]
+            if "answer" in rows.columns:
+                answers = [None if pd.isna(a) else str(a) for a in rows["answer"]]
+                label["changed"] = answers[0] != answers[-1]
+                if text:
+                    label["answers"] = [None if a is None else visible(a)[:ANSWER] for a in answers]
+                    label["gold"] = visible(rows["gold"].iloc[0])[:ANSWER]
+        if math.isfinite(scores.get(q, math.nan)):
+            label["score"] = round(scores[q], 4)
         labels.append(label)
     return labels
 
@@ -140,7 +166,9 @@ def _comparison(
     lens: pd.DataFrame,
     kept: list[int],
     vocabulary: Vocabulary | None,
+    only: tuple[str, ...] = (),
 ) -> dict[str, Any]:
+    """One comparison; `only` names the arrays that are embedded (empty: all)."""
     layers = np.unique(pairs["layer"].to_numpy())
     last = pairs.groupby("question")["position"].max()
     lengths = last.reindex(kept, fill_value=-1).to_numpy(dtype=np.int64) + 1
@@ -190,9 +218,10 @@ def _comparison(
         "lengths": lengths.tolist(),
         "layers": [int(x) for x in layers],
         "differs_from": _first_difference(rows, kept),
+        "parts": _parts(rows, outputs, names[headline], kept),
         "shifted": _shifted(rows, kept, threshold.value, recipe.choices.overlap),
         "lowest": _lowest(rows, kept, recipe.choices.overlap),
-        "block": pack(arrays),
+        "block": pack({k: v for k, v in arrays.items() if k.split(".")[0] in only} if only else arrays),
     }
 
 
@@ -245,6 +274,27 @@ def _first_difference(rows: pd.DataFrame, kept: list[int]) -> list[int | None]:
     apart = rows[~rows["same_prefix"].to_numpy(dtype=bool)]
     first = apart.groupby("question")["position"].min().reindex(kept, fill_value=-1)
     return [int(p) if p >= 0 else None for p in first.to_numpy()]
+
+
+def _parts(
+    rows: pd.DataFrame, outputs: pd.DataFrame, pair: tuple[int, int], kept: list[int]
+) -> list[int | None]:
+    """Position of the first token that differs between the two texts, per question; None for never.
+
+    It is read at the next position, where `same_prefix` ends; at the last one, the argmax says it.
+    """
+    parts = [p if p is None else p - 1 for p in _first_difference(rows, kept)]
+    own = outputs[(outputs["a"] == pair[0]).to_numpy() & (outputs["b"] == pair[1]).to_numpy()]
+    last = own.loc[own.groupby("question")["position"].idxmax()].set_index("question")
+    for i, q in enumerate(kept):
+        if (
+            parts[i] is None
+            and q in last.index
+            and last.at[q, "same_prefix"]
+            and last.at[q, "argmax_changed"]
+        ):
+            parts[i] = int(last["position"].loc[q])
+    return parts
 
 
 def _shifted(rows: pd.DataFrame, kept: list[int], threshold: float, kind: str) -> list[list[int]]:

@@ -15,6 +15,7 @@ const explorerData = (data) => {
   function comparison(info, arrays) {
     const chained = (names) => names.slice(1).forEach((name, i) => {
       const before = arrays[names[i]], now = arrays[name];
+      if (!now) return;  // the second of two runs has its overlaps alone
       for (let k = 0; k < now.length; k++) now[k] += before[k];
     });
     chained(info.states.map((n) => `norm.${n}`));

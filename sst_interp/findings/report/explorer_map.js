@@ -8,15 +8,16 @@ const explorerMap = (() => {
     const x = i / 255 * (stops.length - 1), k = Math.min(stops.length - 2, Math.floor(x)), a = rgb(stops[k]), b = rgb(stops[k + 1]);
     return a.map((v, j) => Math.round(v + (x - k) * (b[j] - v)));
   });
-  const COLOURS = { overlap: table(CIVIDIS), relative_l2: table(CIVIDIS), norm: table(DIVERGING) };
+  const COLOURS = { overlap: table(CIVIDIS), relative_l2: table(CIVIDIS), norm: table(DIVERGING), difference: table(DIVERGING) };
 
   // 1 - overlap and relative L2 are coloured by their logarithm, bright is far, between the ends [low, high] that
-  // hold for the whole comparison; a norm ratio from half to twice.
+  // hold for the whole comparison; a norm ratio from half to twice, two runs' 1 - overlap from a tenth to ten times.
   function scale(quantity, [low, high]) {
+    if (quantity === "difference") return { of: (x) => (x + 1) / 2, ticks: [[0, "0.1"], [0.5, "1"], [1, "10"]], title: "1 - overlap, B / A" };
     if (quantity === "norm") return { of: (x) => (x + 1) / 2, ticks: [-1, 0, 1].map((x) => [(x + 1) / 2, String(2 ** x)]), title: "norm b / norm a" };
     const from = Math.log10(low), to = Math.log10(high), of = (x) => (Math.log10(Math.max(x, 1e-9)) - from) / (to - from);
     const ticks = [];
-    for (const d of [1e-6, 1e-5, 1e-4, 0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.5, 1, 2]) {
+    for (const d of [1e-6, 1e-5, 1e-4, 0.001, 0.01, 0.1, 0.5, 1, 2]) {
       const at = of(d);
       if (at < -0.01 || at > 1.01 || (ticks.length && at - ticks.at(-1)[0] < 0.17)) continue;
       ticks.push([at, quantity === "overlap" ? String(Number((1 - d).toFixed(6))) : String(d)]);
@@ -118,7 +119,7 @@ const explorerMap = (() => {
     c.textAlign = "right"; c.textBaseline = "middle";
     c.fillText(title, x - 10, y + h / 2);
     if (view.quantity === "overlap" && view.threshold !== null) {
-      const t = x + w * of(view.threshold);
+      const t = x + w * Math.max(0, Math.min(1, of(view.threshold)));
       c.strokeStyle = css("--ink"); c.lineWidth = 2; c.beginPath(); c.moveTo(t, y - 4); c.lineTo(t, y + h + 3); c.stroke();
     }
   }

@@ -10,7 +10,7 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,14 @@ import plotly.graph_objects as go
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from sst_interp.analyses.contrast import PAPER_THRESHOLD
 from sst_interp.analyses.result import Result, comparison_words, table_html
 from sst_interp.analyses.statistics.bootstrap import LEVEL, RESAMPLES
 from sst_interp.errors import SSTError
 from sst_interp.files import check_output, put_bytes
 from sst_interp.findings.ledger import Ledger, claims
-from sst_interp.findings.report.explorer import Threshold, explorer_data
+from sst_interp.findings.report.beside import Beside
+from sst_interp.findings.report.explorer import LARGEST, Threshold, explorer_data
 from sst_interp.findings.report.packing import packed
 from sst_interp.findings.report.sections import (
     CHIPS,
@@ -39,16 +41,21 @@ from sst_interp.findings.report.sections import (
     facts,
     manifest_rows,
     sections,
+    summary,
 )
-from sst_interp.models.choices import Choices
+from sst_interp.models.choices import COMPARISONS, Choices
+from sst_interp.runs.manifest import content_hash
 from sst_interp.runs.provenance import shows_text, tokenizer_of
 from sst_interp.tables import visible, visible_texts
 
 HERE = Path(__file__).parent
 EXPLORER_SCRIPTS = ("unpack.js", "explorer_data.js", "explorer_map.js", "explorer_plots.js", "explorer.js")
+REPORT_SCRIPTS = ("links.js", "list.js", "changed.js", "compare.js", "notes.js", "report.js")
 
 
-def write_report(run: Any, path: str | Path, ledger: Ledger | None = None, tokenizer: Any = None) -> Path:
+def write_report(
+    run: Any, path: str | Path, ledger: Ledger | None = None, tokenizer: Any = None, **more: Any
+) -> Path:
     """Write the HTML report of a run, atomically; returns its path.
 
     Args:
@@ -56,13 +63,14 @@ def write_report(run: Any, path: str | Path, ledger: Ledger | None = None, token
         path: the file to write; its folder is made if needed.
         ledger: of `ledger_of` or `claims` (None: computed). Other results in it get a section.
         tokenizer: for token texts, if the run's data may be shown (None: looked up).
+        more: `beside`, `notes` and `scores` of `render_report`.
 
     Raises:
         SSTError: if the file cannot be written.
     """
     path = Path(path)
     check_output(path, "choose another path")
-    page = render_report(run, ledger, tokenizer)
+    page = render_report(run, ledger, tokenizer, **more)
     try:
         put_bytes(path, page.encode(errors="backslashreplace"))  # a lone surrogate
     except OSError as error:
@@ -70,8 +78,27 @@ def write_report(run: Any, path: str | Path, ledger: Ledger | None = None, token
     return path
 
 
-def render_report(run: Any, ledger: Ledger | None = None, tokenizer: Any = None) -> str:
-    """The report as one HTML text. No file is written and the clock is not read."""
+def render_report(
+    run: Any,
+    ledger: Ledger | None = None,
+    tokenizer: Any = None,
+    *,
+    beside: Beside | None = None,
+    notes: Mapping[str, str] | None = None,
+    scores: Mapping[int, float] | None = None,
+    live: str | None = None,
+) -> str:
+    """The report as one HTML text. No file is written and the clock is not read.
+
+    Args:
+        run: a `Run`, or anything with its name, recipe, manifest and tables.
+        ledger: of `ledger_of` or `claims` (None: computed).
+        tokenizer: for token texts, if the run's data may be shown (None: looked up).
+        beside: another run on the same questions.
+        notes: of `read_notes`.
+        scores: of a probe, by question (None: those kept with the run).
+        live: a server's name of this version of the page, which asks for it and reloads when it changes.
+    """
     ledger = ledger if ledger is not None else _ledger(run)
     choices: Choices = run.recipe.choices
     figures: dict[str, Any] = {}
@@ -83,19 +110,36 @@ def render_report(run: Any, ledger: Ledger | None = None, tokenizer: Any = None)
             tables[panel.id] = _csv(
                 f"{section.about.name}-{panel.comparison}".rstrip("-"), panel.result.table
             )
+    second = beside.data(run, thresholds(beside.ledger, beside.run)) if beside is not None else None
+    if scores is None:
+        scores = _scores(run)
+    room = LARGEST - len(json.dumps(second)) if second else LARGEST
     data = {
+        "name": visible(run.name),
+        "of": capture(run),
+        "notes": dict(notes or {}),
+        "beside": second,
+        "live": live,
         "figures": packed(json.dumps(figures, separators=(",", ":"), sort_keys=True).encode()),
         "tables": packed(json.dumps(tables, separators=(",", ":"), sort_keys=True).encode()),
         "plotly": _packed_plotly(),
-        "explorer": explorer_data(run, thresholds(ledger), tokenizer or tokenizer_of(run))
+        "explorer": explorer_data(
+            run, thresholds(ledger, run), tokenizer or tokenizer_of(run), largest=room, scores=scores
+        )
         | {"lead": choices.comparison},
     }
     return page(
         "report.html",
-        (*EXPLORER_SCRIPTS, "report.js"),
+        (*EXPLORER_SCRIPTS, *REPORT_SCRIPTS),
         data,
         more=(plotly_script(),),
+        connect="'self'" if live is not None else "'none'",
+        title=f"{run.name} · sst-interp",
         run=run,
+        summary=summary(run, ledger),
+        beside=beside,
+        both=beside.claims(ledger) if beside is not None else [],
+        notes=notes or {},
         recipe=run.recipe.to_toml(),
         ledger=ledger,
         columns=comparisons(ledger, choices.comparison),
@@ -115,7 +159,12 @@ def render_report(run: Any, ledger: Ledger | None = None, tokenizer: Any = None)
 
 
 def page(
-    template: str, scripts: tuple[str, ...], data: Any, more: tuple[str, ...] = (), **values: Any
+    template: str,
+    scripts: tuple[str, ...],
+    data: Any,
+    more: tuple[str, ...] = (),
+    connect: str = "'none'",
+    **values: Any,
 ) -> str:
     """A page from a template, with style, scripts, data and the policy that admits them.
 
@@ -124,6 +173,7 @@ def page(
         scripts: files in this folder, joined in this order.
         data: JSON-ready, for the script.
         more: other scripts that the policy admits.
+        connect: where its script may ask for more.
         values: for the template.
     """
     script = script_source("\n".join((HERE / name).read_text("utf-8") for name in scripts))
@@ -139,14 +189,32 @@ def page(
         script_src=Markup(" ".join(map(script_hash, (script, *more)))),
         # plotly writes style elements and attributes; without it the page's own style is all there is.
         style_src=Markup("'unsafe-inline'" if more else script_hash(style)),
+        connect=Markup(connect),
         **values,
     )
 
 
-def thresholds(ledger: Ledger) -> dict[str, Threshold]:
-    """Per testable comparison, the threshold of its basin shifts."""
+def thresholds(ledger: Ledger, run: Any) -> dict[str, Threshold]:
+    """Per testable comparison, the threshold of its basin shifts; before there are claims, the paper's."""
     shifts: list[Any] = [r for key, r in ledger.results.items() if key.split(".")[0] == "basin_shifts"]
-    return {r.comparison: Threshold(r.threshold, r.provenance, r.a, r.b) for r in shifts}
+    if shifts or ledger.rows:
+        return {r.comparison: Threshold(r.threshold, r.provenance, r.a, r.b) for r in shifts}
+    fixed = run.recipe.choices.threshold
+    value = PAPER_THRESHOLD if fixed == "antimode" else float(fixed)
+    words = f"the paper's {value}" if fixed == "antimode" else "fixed by the recipe"
+    return {name: Threshold(value, words, 1, max(run.recipe.depths)) for name in COMPARISONS}
+
+
+def capture(run: Any) -> str:
+    """Which capture notes are about: `content_hash`, or the name of what is no `Run`."""
+    return content_hash(run.manifest) if "shards" in run.manifest else f"name {run.name}"
+
+
+def _scores(run: Any) -> Mapping[int, float]:
+    from sst_interp.findings.of_run import kept_findings
+    from sst_interp.runs.run import Run
+
+    return kept_findings(run).scores if isinstance(run, Run) else {}
 
 
 def _ledger(run: Any) -> Ledger:
@@ -165,8 +233,8 @@ def _draw(section: Section, panel: Panel, figures: dict[str, Any]) -> None:
         height = figure.layout.height or figure.layout.template.layout.height or 380
         panel.figures.append(
             {
-                "id": key, "kind": kind, "title": title, "subtitle": subtitle, "height": int(height),
-                "caption": section.about.captions.get(kind, ""),
+                "id": key, "kind": kind, "key": f"{panel.key}.{kind}", "title": title, "subtitle": subtitle,
+                "height": int(height), "caption": section.about.captions.get(kind, ""),
             }
         )  # fmt: skip
 

@@ -17,8 +17,12 @@
     open(button, false);
     button.addEventListener("click", () => open(button, button.getAttribute("aria-expanded") !== "true"));
   });
-  byId("all-claims").hidden = !claims.length;
-  byId("all-claims").addEventListener("click", (event) => {
+  const index = document.querySelector(".index"), wide = matchMedia("(min-width: 75rem)");
+  const unfold = () => { index.open = wide.matches; };
+  unfold();
+  wide.addEventListener("change", unfold);
+  if (claims.length) byId("all-claims").hidden = false;
+  byId("all-claims")?.addEventListener("click", (event) => {
     const on = claims.some((button) => button.getAttribute("aria-expanded") !== "true");
     claims.forEach((button) => open(button, on));
     event.target.textContent = on ? "Close all claims" : "Open all claims";
@@ -95,10 +99,45 @@
     });
   });
 
+  // A claim or a figure that a fragment names: opened, in its comparison, in view.
+  function show({ claim, figure }) {
+    if (claim !== undefined) {
+      const row = all("[data-claim]").find((body) => body.dataset.claim === claim), button = row?.querySelector(".claim-more");
+      if (!button) return;
+      open(button, true);
+      row.scrollIntoView();
+      button.focus({ preventScroll: true });
+    } else if (figure !== undefined) {
+      const plot = all("[data-key]").find((one) => one.dataset.key === figure);
+      if (!plot) return;
+      const panel = plot.closest("[data-panel]");
+      if (panel) choose(panel.dataset.panel);
+      for (let up = plot.closest("details"); up; up = up.parentElement.closest("details")) up.open = true;
+      plot.closest("figure").scrollIntoView();
+    } else if (location.hash) {
+      const there = byId(decodeURIComponent(location.hash.slice(1)));
+      const folded = there?.querySelector("details") || there?.closest("details");
+      if (there?.closest("#untestable")) folded.open = true;
+    }
+  }
+
   if (data.explorer.left_out) byId("ex-left-out").textContent = `The first ${data.explorer.questions.length} questions are in this file; run.question(id) shows the other ${data.explorer.left_out}.`;
-  if (data.explorer.comparisons.length) await explorer(data.explorer);
+  let ex = null;
+  if (data.explorer.comparisons.length) ex = await explorer(data.explorer);
   else byId("ex-left-out").textContent = "No comparison of this run has pairs to draw.";
+  if (ex) {
+    questionList(ex);
+    whatChanged(ex);
+    if (data.beside) compare(ex, data.beside);
+  }
+  notes(data, ex);
+  await links.start(data.name, ex, show);
   document.documentElement.dataset.explorer = "yes";
+  // A page from `sst-interp view` asks whether there is more to see. A reader who writes is left alone.
+  if (data.live !== null) setInterval(async () => {
+    const answer = await fetch("version").then((r) => r.text()).catch(() => data.live);
+    if (answer !== data.live && !["TEXTAREA", "INPUT", "SELECT"].includes(document.activeElement?.tagName)) location.reload();
+  }, 2000);
 
   const [script, json] = await Promise.all([pack.text(data.plotly), pack.text(data.figures)]);
   const element = document.createElement("script");

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from sst_interp.analyses.result import ANALYSES, Analysis, Result
 from sst_interp.findings.answers import KEPT
-from sst_interp.findings.claims import EVERYWHERE, GRADES, Row
+from sst_interp.findings.claims import EVERYWHERE, GRADES, INCOMPARABLE, Row
 from sst_interp.findings.ledger import Ledger
 from sst_interp.models.choices import COMPARISONS, Choices
 from sst_interp.runs.provenance import kind_words, run_kind
@@ -41,6 +41,8 @@ class Panel:
     result: Result
     rows: list[Row]
     figures: list[dict[str, Any]] = field(default_factory=list)
+    key: str = ""
+    """Its name in `Ledger.results`."""
 
     @property
     def first(self) -> str:
@@ -62,6 +64,11 @@ class Section:
     """Its entry in the registry."""
     panels: list[Panel]
     missing: dict[str, str]
+
+    @property
+    def answer(self) -> str:
+        """One line for the index: the leading comparison's first sentence."""
+        return self.panels[0].first if self.panels else "not testable"
 
 
 def split_verdict(verdict: str) -> tuple[str, str]:
@@ -108,7 +115,14 @@ def _section(ledger: Ledger, about: Analysis, index: int, lead: str) -> Section:
 
     results = of(ledger.results)
     panels = [
-        Panel(f"a{index}-{i}", place, ledger.results[results[place]], _rows(ledger, about, place))
+        Panel(
+            f"a{index}-{i}",
+            place,
+            ledger.results[results[place]],
+            _rows(ledger, about, place),
+            [],
+            results[place],
+        )
         for i, place in enumerate(by_lead(results, lead))
     ]
     missing = {place: ledger.missing[key] for place, key in of(ledger.missing).items()}
@@ -173,6 +187,7 @@ def facts(run: Any) -> list[tuple[str, str]]:
     rows = [("kind", kind_words(run_kind(recipe, made)))] if made else []
     rows += [("model", model), ("dataset", dataset), ("questions", questions)]
     rows.append(("depths", ", ".join(map(str, recipe.depths))))
+    rows.append(("scoring", str(getattr(recipe, "scoring", None) or "what the model writes")))
     rows.append(("answers", f"up to {recipe.max_new_tokens} tokens"))
     rows.append(("stream", _stream(recipe, made)))
     if made.get("dtype"):
@@ -181,6 +196,24 @@ def facts(run: Any) -> list[tuple[str, str]]:
     if any(started):
         rows.append(("captured", max(started)))
     return rows
+
+
+def summary(run: Any, ledger: Ledger) -> list[str]:
+    """What was asked, of which model, what came out, and what is not comparable: four sentences."""
+    about = dict(facts(run))
+    asked = f"{about['questions']} questions of {about['dataset']} were asked at depths {about['depths']}"
+    kind = f"a {about['kind']}" if "kind" in about else "a model"
+    stream = "" if about["stream"] in ("none", "") else f", with a stream: {about['stream']}"
+    counts = [f"{n} {grade}" for grade, n in ledger.counts.items() if n and grade != INCOMPARABLE]
+    left = [row.claim.id for row in ledger.rows if row.grade == INCOMPARABLE]
+    found = f"Of {len(ledger.rows)} claims, {', '.join(counts) or 'none could be graded'}."
+    found += f" {ledger.verdict.split('; teacher-forced text decides.')[1].strip()}" if ledger.failed else ""
+    return [
+        f"{asked}, answers of {about['answers']}, scored by {about['scoring']}.",
+        f"The model is {about['model']}, {kind}{stream}.",
+        found.strip() if ledger.rows else "The claims of this run are not computed yet.",
+        f"Not comparable with this run: {', '.join(left)}." if left else "Every claim could be compared.",
+    ]
 
 
 def _stream(recipe: Any, made: Mapping[str, Any]) -> str:

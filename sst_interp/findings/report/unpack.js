@@ -61,3 +61,11 @@ const pack = (() => {
     decimals,
   };
 })();
+
+// An element with its attributes and children; text stays text.
+function el(tag, attributes = {}, ...children) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) if (value !== null && value !== undefined && value !== false) node.setAttribute(name, value === true ? "" : value);
+  node.append(...children.filter((child) => child !== null && child !== undefined));
+  return node;
+}

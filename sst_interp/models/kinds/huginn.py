@@ -203,5 +203,5 @@ class Huginn(Looped):
         stream = model.new_stream(torch.zeros_like(tokens[:, 0]), tokens.shape[1])
         columns = torch.arange(tokens.shape[1], device=tokens.device)
         e = backbone.embed(tokens, columns.expand(tokens.shape))
-        first = self._initial_state(Pass(stream, tokens, columns, None, None, "write"), e, self.inject)
+        first = self.first_state(Pass(stream, tokens, columns, None, None, "write"), e, Choices())
         return backbone.model(tokens, state=first, steps=self.checked).logits

@@ -26,6 +26,7 @@ coda):
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from itertools import pairwise
@@ -36,11 +37,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import linear
 
-from sst_interp.errors import SSTError
+from sst_interp.errors import SSTError, check_known
 from sst_interp.models.backbone import Backbone
 from sst_interp.models.choices import Choices, as_weights, shown, whole
 from sst_interp.models.families import PlainModel, unsupported
-from sst_interp.models.hooks import Visit
+from sst_interp.models.hooks import Visit, unhooked
 from sst_interp.models.kinds import kind, kinds
 from sst_interp.models.stream import Kind, Pass, PassInputs, Reading, Recurrence, run_layer
 
@@ -225,45 +226,52 @@ class Looped(Kind):
     def one_pass(self, model: Recurrence, p: Pass, at: PassInputs) -> tuple[Tensor, Tensor]:
         """What `run` returns, without a look at other iterations' entries."""
         backbone, (first, end) = model.backbone, self.span(model.backbone.n_layers)
-        inject = "add" if self.inject == "none" and model.choices.blend == "additive" else self.inject
-        outputs: list[Tensor] = []
         if p.iteration == 1:
             once = at if first == 0 or p.access == "write" else replace(p, access="write").inputs(backbone)
-            e = at.embedded
-            for index in range(first):
-                e, _ = run_layer(backbone.layers[index], index, e, once, Reading(), p.visit)
-                outputs.append(e)
+            outputs = through(backbone, range(first), at.embedded, once, p.visit)
         else:
             assert p.state is not None
-            outputs += p.state[:first]
-            e = p.state[first - 1] if first else at.embedded
-        e = _normed(self.prelude_norm, backbone, e)
-        s = self._initial_state(p, e, inject)
+            outputs = list(p.state[:first])
+        e = normed(self.prelude_norm, backbone, outputs[-1] if first else at.embedded)
+        s = self.first_state(p, e, model.choices)
         if p.iteration > 1 and p.state is not None and (p.has_state is None or bool(p.has_state.any())):
-            carried = _normed(self.norm, backbone, p.state[end - 1 if len(p.state) > 1 else 0])
+            carried = normed(self.norm, backbone, p.state[end - 1 if len(p.state) > 1 else 0])
             carried = p.visit("stream_state", first, carried)
             s = carried if p.has_state is None else torch.where(p.has_state[..., None], carried, s)
-        x = s
+        outputs += self.core_outputs(model, s, e, at, p.visit)
+        outputs += self.coda_outputs(backbone, outputs[-1], at, p.visit)
+        resid_post = torch.stack(outputs)
+        return resid_post, resid_post[end - 1 : end] if self.slots(backbone) == 1 else resid_post
+
+    def injects(self, choices: Choices) -> str:
+        """`inject`, or what `choices.blend` says by its older name."""
+        return "add" if self.inject == "none" and choices.blend == "additive" else self.inject
+
+    def core_outputs(
+        self, model: Recurrence, s: Tensor, e: Tensor, at: PassInputs, visit: Visit = unhooked
+    ) -> list[Tensor]:
+        """The core's layers from the state and the prelude's output; the last is u, damped."""
+        x, inject = s, self.injects(model.choices)
         if inject == "add":
             x = s + e
         elif inject == "concat":
             assert self.adapter is not None
             x = linear(torch.cat([s, e], dim=-1), self.adapter)
-        for index in range(first, end):
-            x, _ = run_layer(backbone.layers[index], index, x, at, Reading(), p.visit)
-            outputs.append(x)
+        outputs = through(model.backbone, range(*self.span(model.backbone.n_layers)), x, at, visit)
         if self.damping:
-            x = outputs[-1] = (1 - self.damping) * x + self.damping * s
-        if end < backbone.n_layers:
-            x = _normed(self.coda_norm, backbone, x)
-        for index in range(end, backbone.n_layers):
-            x, _ = run_layer(backbone.layers[index], index, x, at, Reading(), p.visit)
-            outputs.append(x)
-        resid_post = torch.stack(outputs)
-        return resid_post, resid_post[end - 1 : end] if self.slots(backbone) == 1 else resid_post
+            outputs[-1] = (1 - self.damping) * outputs[-1] + self.damping * s
+        return outputs
 
-    def _initial_state(self, p: Pass, e: Tensor, inject: str) -> Tensor:
-        initial = self.initial or ("prelude" if inject == "none" else "zeros")
+    def coda_outputs(
+        self, backbone: Backbone, u: Tensor, at: PassInputs, visit: Visit = unhooked
+    ) -> list[Tensor]:
+        """The coda's layers, from the core's output."""
+        coda = range(self.span(backbone.n_layers)[1], backbone.n_layers)
+        return through(backbone, coda, normed(self.coda_norm, backbone, u) if coda else u, at, visit)
+
+    def first_state(self, p: Pass, e: Tensor, choices: Choices) -> Tensor:
+        """s(t, 0), from the prelude's output."""
+        initial = self.initial or ("prelude" if self.injects(choices) == "none" else "zeros")
         if initial == "prelude":
             return e
         if initial == "zeros":
@@ -390,6 +398,18 @@ class Looped(Kind):
         return False
 
 
+def loop_of(n_layers: int, settings: Mapping[str, Any]) -> Looped:
+    """A loop over a stack of `n_layers`, from `prelude`, `core`, `coda` and fields of `Looped`.
+
+    Raises:
+        SSTError: an unknown setting, or ranges that do not cut the stack.
+    """
+    check_known("setting of a loop", settings, SETTINGS)
+    ranges = {name: settings[name] for name in PARTS if settings.get(name) is not None}
+    others = {name: value for name, value in settings.items() if name not in PARTS}
+    return Looped(core=span_of(n_layers, **ranges) if ranges else None, **others)
+
+
 def native_kind(backbone: Backbone) -> tuple[Looped, Choices]:
     """How a backbone that loops by itself does, and the keys and values that it keeps.
 
@@ -438,7 +458,24 @@ def span_of(
     return first, end
 
 
-def _normed(norm: Norm, backbone: Backbone, x: Tensor) -> Tensor:
+def through(
+    backbone: Backbone, layers: range, x: Tensor, at: PassInputs, visit: Visit = unhooked
+) -> list[Tensor]:
+    """The outputs of some layers, each on the one below, from `x` on."""
+    outputs = []
+    for index in layers:
+        x, _ = run_layer(backbone.layers[index], index, x, at, Reading(), visit)
+        outputs.append(x)
+    return outputs
+
+
+PARTS = ("prelude", "core", "coda")
+SETTINGS = (*PARTS, *(field.name for field in fields(Looped) if field.name != "core"))
+"""What a recipe's `[loop]` and `attach_looped` take."""
+
+
+def normed(norm: Norm, backbone: Backbone, x: Tensor) -> Tensor:
+    """A state or output under one of the norms."""
     if norm == "final":
         return backbone.final_norm(x)
     if norm == "rms":

@@ -14,6 +14,8 @@ why a handful of sweeps reach rounding (docs/measurements.md).
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -22,7 +24,7 @@ from sst_interp.models.cache import Access
 from sst_interp.models.choices import Choices
 from sst_interp.models.families import Layer
 from sst_interp.models.kinds.sst import blend
-from sst_interp.models.solvers.sequential import TOLERANCE, Certificate, Solution, relative_change
+from sst_interp.models.solvers.sequential import TOLERANCE, Certificate, Solution, overflow, relative_size
 from sst_interp.models.stream import Recurrence, Stream, attention_masks
 
 
@@ -134,20 +136,24 @@ def solve_chain(
     y = m + ffn
     handed = ffn if choices.carry == "ffn_output" else y
     changes, dropped = [], 0.0
-    moving = blended & bool(alpha.any())
-    while len(changes) < m.shape[1] and bool(moving.any()):
-        row, link = _rounded_up(moving.nonzero()).unbind(1)
+    moving = blended & alpha.any()
+    while len(changes) < m.shape[1] and len(indices := moving.nonzero()):  # waits for the device
+        row, link = _rounded_up(indices).unbind(1)
         previous = torch.where((link > 0)[:, None], handed[row, link - 1], before[row])
         mixed = blend(m[row, link], previous, alpha, choices)
         ffn = layer.ffn_branch(mixed[None])[0]
         new_y = mixed + ffn
         new = ffn if choices.carry == "ffn_output" else new_y
-        change = relative_change(new, handed[row, link])
+        change = relative_size(new, handed[row, link])
         y[row, link], handed[row, link] = new_y, new
-        changes.append(float(change.max()))
         moved = torch.zeros_like(moving)
         moved[row, link] = change >= tolerance
-        dropped = max(dropped, float(change.masked_fill(change >= tolerance, 0).max()))
+        small = change.masked_fill(change >= tolerance, 0)
+        largest, largest_small = torch.stack([change.max(), small.max()]).tolist()  # waits, too
+        if not math.isfinite(largest):
+            raise overflow()
+        changes.append(largest)
+        dropped = max(dropped, largest_small)
         moving = torch.cat([torch.zeros_like(moved[:, :1]), moved[:, :-1]], dim=1) & blended
     return y, handed, changes, dropped
 

@@ -59,8 +59,8 @@ def advance(
     """
     rows, column = stream.rows, stream.column
     per_row = torch.full((rows,), depths) if isinstance(depths, int) else depths.cpu()
-    columns = torch.tensor([column], device=tokens.device)
-    iterations = []
+    columns = torch.arange(column, column + 1, device=tokens.device)
+    latest, iterations = torch.tensor(stream.latest), []
     for number in range(1, int(per_row[0]) + 1):
         n = int((per_row >= number).sum())
         has_state = model.kind.has_state(column, stream.origin[:n], number)
@@ -70,10 +70,11 @@ def advance(
             tokens[:n, None],
             columns,
             stream.state[:, :n, None],
-            None if bool(has_state.all()) else has_state[:, None],
+            None if bool(model.kind.has_state(column, latest, number)) else has_state[:, None],
             access_of(model.choices.kv, number, last=True),
             unhooked if hook is None else hook(number),
             number,
+            range(column, column + 1),
         )
         stream.state = put(stream.state, slice(0, n), carried[:, :, 0], dim=1)
         iterations.append(Iteration(number, resid_post[:, :, 0]))
@@ -161,15 +162,25 @@ def relative_change(
     Raises:
         SSTError: the states overflow.
     """
+    change = relative_size(new, old)
+    if not bool(torch.isfinite(change).all()):
+        raise overflow()
+    return change
+
+
+def relative_size(new: Float[Tensor, "... d_model"], old: Float[Tensor, "... d_model"]) -> Float[Tensor, ...]:
+    """`relative_change` that does not wait for the device: not finite where the states overflow."""
     wide = torch.promote_types(new.dtype, torch.float32)
     new, old = new.to(wide), old.to(wide)
-    change = (new - old).norm(dim=-1) / new.norm(dim=-1).clamp_min(1e-30)
-    if not bool(torch.isfinite(change).all()):
-        raise SSTError(
-            "the states overflow: the blend does not contract on this backbone",
-            "use a smaller alpha, replay(method='sequential'), or the choice prompt = 'blend_off'",
-        )
-    return change
+    return (new - old).norm(dim=-1) / new.norm(dim=-1).clamp_min(1e-30)
+
+
+def overflow() -> SSTError:
+    """What to say of states that are not finite."""
+    return SSTError(
+        "the states overflow: the blend does not contract on this backbone",
+        "use a smaller alpha, replay(method='sequential'), or the choice prompt = 'blend_off'",
+    )
 
 
 def check_tolerance(tolerance: Any) -> float | None:
