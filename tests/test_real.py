@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 
 import sst_interp as sst
 
@@ -40,6 +41,19 @@ def test_it_is_what_its_name_says(model):
     chat = model.tokenizer.decode(model.chat(PROMPTS[0]))
     assert PROMPTS[0] in chat
     assert chat.endswith("<|im_start|>assistant\n")
+
+
+@torch.no_grad()
+def test_peft_alone_reads_the_shipped_adapters():
+    """On the plain backbone, as anyone loads LoRA adapters; without the stream, which PEFT does not know."""
+    folder = Path(__file__).parents[1] / "data" / "checkpoints" / "smollm2-135m-sst"
+    tokens = sst.load(NAME, dtype="float32").tokenizer(TEXT, return_tensors="pt").input_ids
+    plain = sst.load(NAME, dtype="float32").backbone.model
+    before = plain(tokens).logits
+    theirs = PeftModel.from_pretrained(plain, folder).eval()(tokens).logits
+    ours = sst.load("smollm2-135m-sst", alpha=0.0, dtype="float32").backbone.model(tokens).logits
+    torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=2e-3)
+    assert (theirs - before).abs().max() > 1
 
 
 @torch.no_grad()

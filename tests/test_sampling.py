@@ -144,6 +144,18 @@ def test_a_session_is_one_replay_of_the_whole(kind):
     assert whole.logits.shape[1] == len(read)
 
 
+def test_a_session_may_begin_with_a_prompt(speaking):
+    whole = speaking.start().send("sun moon sun", 2, 5, stop_tokens=[])
+    for begun, sent in (("sun moon", "sun"), ("sun moon sun", ""), ([*speaking.encode("sun")], "moon sun")):
+        session = speaking.start(begun)
+        assert session.send(sent, 2, 5, stop_tokens=[]).tokens == whole.tokens
+        assert session.tokens == [*speaking.encode("sun moon sun"), *whole.tokens[0]]
+        session.send("moon", max_new_tokens=1)
+        assert session.tokens.count(speaking.encode("sun")[0]) >= 2
+    with pytest.raises(SSTError, match="2 prompts where one is taken"):
+        speaking.start(["sun", "moon"])
+
+
 def test_a_deep_session_is_its_positions_one_by_one(model):
     session = model.start()
     depths = []

@@ -23,7 +23,7 @@ from sst_interp.models import checkpoint as adapters
 from sst_interp.models import loading
 from sst_interp.models.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, WEIGHTS, save_checkpoint
 from sst_interp.models.choices import Choices
-from sst_interp.models.loading import fetch_checkpoint, load, load_tokenizer, push_to_hub
+from sst_interp.models.loading import checkpoint_of, fetch_checkpoint, load, load_tokenizer, push_to_hub
 from sst_interp.runs import manifest
 from sst_interp.runs.store import fetch_run, open_run
 
@@ -169,7 +169,7 @@ def trained(backbone, folder, tmp_path):
         generator = torch.Generator().manual_seed(len(name))
         weight.data = torch.randn(weight.shape, generator=generator) / 5
     where = save_checkpoint(model, tmp_path / "trained", backbone, peft_model, content)
-    (where / "README.md").write_text("# A card\n")
+    (where / "README.md").write_text("---\nbase_model: tiny\nlicense: apache-2.0\n---\n\n# A card\n")
     (where / "training.jsonl").write_text('{"step": 1}\n')
     (where / "training.safetensors").write_bytes(b"the optimiser's state")
     return where
@@ -202,6 +202,10 @@ def test_a_trained_checkpoint_comes_back(hub, trained, tmp_path):
         assert (there / name).read_bytes() == (trained / name).read_bytes(), name
     again = load(fetch_checkpoint("me/trained"), dtype="float32")
     assert torch.equal(again.replay(TOKENS, 2).logits, model.replay(TOKENS, 2).logits)
+    (tmp_path / "named").mkdir()
+    named = checkpoint_of(model, tmp_path / "named", "owner/backbone")
+    card = (trained / "README.md").read_text()
+    assert (named / "README.md").read_text() == card.replace("base_model: tiny", "base_model: owner/backbone")
     plain = load("tiny", 0.05, dtype="float32")
     assert not torch.equal(plain.replay(TOKENS, 2).logits, model.replay(TOKENS, 2).logits)
 

@@ -1,12 +1,15 @@
 """Training end to end on a tiny model: reproducible, resumable, loadable, and stopped where it must."""
 
 import copy
+import inspect
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -331,6 +334,30 @@ def test_the_card_is_made_of_what_was_measured(trained):
     assert f"| learning_rate | `{trained.recipe.learning_rate}` |" in text
     assert "Not evaluated yet" in text
     assert write_card(trained.folder).read_text() == text
+
+
+def cards():
+    shipped = Path(__file__).parents[1] / "data" / "checkpoints"
+    return sorted(shipped.glob("*/README.md"))
+
+
+@pytest.mark.parametrize("card", [None, *cards()], ids=lambda p: p.parent.name if p else "trained now")
+def test_the_hub_reads_the_card(trained, card):
+    """Its metadata by huggingface_hub, under names that the hub knows; then the text, from a heading on."""
+    read = ModelCard.load(card or trained.folder / "README.md")
+    said = read.data.to_dict()
+    known = {*inspect.signature(ModelCardData).parameters, "base_model_relation"}
+    assert set(said) <= known - {"eval_results", "kwargs"}
+    assert (said["library_name"], said["pipeline_tag"], said["license"]) == (
+        "peft", "text-generation", "apache-2.0",
+    )  # fmt: skip
+    adapters = json.loads(((card.parent if card else trained.folder) / CONFIG).read_text())
+    assert said["base_model"] == adapters["base_model_name_or_path"]
+    assert all(isinstance(tag, str) for tag in said["tags"])
+    assert read.text.lstrip().startswith("# ")
+    assert "{{" not in read.content
+    again = ModelCard(str(read))
+    assert again.data.to_dict() == said
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,9 @@
 import importlib.util
 import json
 import math
+import os
+import sqlite3
+import subprocess
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -49,6 +52,59 @@ def test_steps_that_are_made_again_are_there_once(tmp_path):
             for line in lines:
                 watch(line)
     assert scalars(tmp_path / "tensorboard")["loss"] == [(1, 2.5), (2, 1.0)]
+
+
+TRAIN = """
+import sys
+from pathlib import Path
+from sst_interp.training.watch import watching
+with watching(sys.argv[1], Path(sys.argv[2]), "mine", {"rank": 2}) as watch:
+    for line in %r:
+        watch(line)
+"""
+
+
+def logged_by(name, tmp_path):
+    """What a process without a network leaves: it logs `LINES` with the library itself."""
+    how = {"TRACKIO_DIR": str(tmp_path / "trackio"), "HF_HUB_OFFLINE": "1"}
+    keep = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "TRACKIO"))}
+    command = [sys.executable, "-c", TRAIN % LINES, name, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**keep, **how}, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@there("trackio")
+def test_trackio_has_every_number(tmp_path):
+    logged_by("trackio", tmp_path)
+    with sqlite3.connect(tmp_path / "trackio" / "sst-interp.db") as tables:
+        rows = tables.execute("select run_name, step, metrics from metrics order by step").fetchall()
+        (config,) = tables.execute("select config from configs").fetchone()
+    assert [(run, {"step": step, **json.loads(numbers)}) for run, step, numbers in rows] == [
+        ("mine", line) for line in LINES
+    ]
+    assert json.loads(config)["rank"] == 2
+
+
+@there("wandb")
+def test_weights_and_biases_has_every_number(tmp_path):
+    """Offline, in the training's folder; `wandb sync` uploads it."""
+    logged_by("wandb", tmp_path)
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    data, at, rows, config = file.read_bytes(), 7, [], {}
+    while at + 7 <= len(data):  # LevelDB's log: checksum, length, type; these records fit into one block
+        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        assert kind == 1
+        record = Record.FromString(data[at + 7 : at + 7 + length])
+        at += 7 + length
+        items = [(item.nested_key[0] if item.nested_key else item.key, json.loads(item.value_json))
+                 for item in record.history.item]  # fmt: skip
+        if items:
+            rows.append({"step": record.history.step.num} | {k: v for k, v in items if k[0] != "_"})
+        config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+    assert rows == LINES
+    assert config["rank"] == 2
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])

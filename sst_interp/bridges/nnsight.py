@@ -20,7 +20,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from nnsight import NNsight
@@ -33,7 +32,7 @@ from torch import Tensor, nn
 
 from sst_interp.bridges.parallel_hooks import read_sequentially
 from sst_interp.errors import SSTError
-from sst_interp.models.choices import check_iterations, whole
+from sst_interp.models.choices import check_iterations, several, whole
 from sst_interp.models.generation import Generation, generate
 from sst_interp.models.hooks import SITES, Site, Visit, alike
 from sst_interp.models.model import Prompt, Prompts, StateStreamModel, listed
@@ -130,7 +129,7 @@ class PositionLoop(Iterations):
             loop.steps = None if step == 1 or stop is None else list(range(start, stop, step))
             if step > 1 and stop is None:
                 raise SSTError("a loop with a step needs an end", "for example tracer.iter[0:64:2]")
-        elif isinstance(key, Sequence | Tensor | np.ndarray) and not isinstance(key, str):
+        elif several(key):
             loop.steps = [whole("a position", each, 0) for each in key]
         else:
             loop.start = whole("a position", key, 0)
@@ -325,7 +324,10 @@ class StateStreamNNsight(NNsight):
         return self._module.generate(listed(prompts), max_new_tokens, stop_tokens)  # pyright: ignore
 
     def _batch_size(self, *inputs: Any, **_kwargs: Any) -> int:
-        return len(listed(inputs[0])) if inputs else 0
+        rows = len(listed(inputs[0])) if inputs else 0
+        if inputs and not rows:
+            raise SSTError("there is no prompt", "a trace reads at least one token")
+        return rows
 
     def _batch(self, invokes: list[tuple[Any, dict[str, Any]]], fn: Any) -> tuple[tuple[Any], dict[str, Any]]:
         prompts = [prompt for inputs, _ in invokes for prompt in listed(inputs[0])]

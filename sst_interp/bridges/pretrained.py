@@ -89,6 +89,9 @@ class PretrainedStream(PreTrainedModel, GenerationMixin):
             SSTError: padding that is not on the left.
         """
         model = self.stream_model
+        if input_ids.ndim != 2 or input_ids.is_floating_point():
+            said = f"input_ids are of {str(input_ids.dtype)[6:]} and shape {list(input_ids.shape)}"
+            raise SSTError(said, "give token ids [row, position]")
         if stream is not None:
             return self._next(stream, input_ids[:, -1])
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()

@@ -6,10 +6,11 @@ Beside them stand the checks of numbers, depths and weights that a person gives.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -143,6 +144,13 @@ def check_iterations(depths: Iterable[Any], name: str = "iterations") -> list[in
     if not found:
         raise SSTError(f"{name} names no depth", f"for example {name} = [1, 2]")
     return found
+
+
+def several(value: Any) -> bool:
+    """Whether a value is a list, an array or a tensor with an axis: not one number, and no text."""
+    if isinstance(value, Tensor | np.ndarray):
+        return value.ndim > 0
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
 def shown(value: Any) -> str:

@@ -1,8 +1,7 @@
 """Generation at any depth, greedy or sampled, in batches of prompts of different length.
 
 `decode` is the loop's body: one position for all rows. `generate` runs it with each row's own text; the
-capture (`sst_interp.runs.capture`) runs it with several depths and texts side by side. `Session` goes on from
-the stream of the text before.
+capture (`sst_interp.runs.capture`) runs it with several depths and texts side by side.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sst_interp.errors import SSTError
-from sst_interp.models.choices import check_iterations, shown, whole
-from sst_interp.models.halting import HaltingPolicy, Look
+from sst_interp.models.choices import check_iterations, several, shown, whole
+from sst_interp.models.halting import Depths, Look, Schedule, schedule_of
 from sst_interp.models.hooks import Edit, Hook, Visit, editing, refuse_unused
 from sst_interp.models.solvers import prefill
 from sst_interp.models.solvers.sequential import Certificate, Iteration, advance
@@ -58,9 +57,11 @@ class Generation:
     stopped: list[bool]
     """Ended by a stop token (otherwise by the budget)."""
     iterations: list[int]
-    """Depth per prompt."""
+    """Depth per prompt; the deepest, where it differs from position to position."""
     certificate: Certificate
     """How the prompts were read."""
+    depths: list[list[int]]
+    """Depth of every generated position, per prompt."""
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,7 @@ class Sampling:
     def draws(self, prompts: Sequence[Sequence[int]], order: Sequence[int]) -> list[random.Random]:
         """Every row's generator; `order` says which of the seeds is whose."""
         given: Any = self.seed
-        several = isinstance(given, Sequence) and not isinstance(given, str)
-        seeds = list(given) if several else [given] * len(prompts)
+        seeds = list(given) if several(given) else [given] * len(prompts)
         if len(seeds) != len(prompts):
             raise SSTError(f"{len(seeds)} seeds for {len(prompts)} prompts", "give one, or one per prompt")
         seeds = [whole("seed", seeds[row], 0) for row in order]
@@ -196,7 +196,7 @@ def generate(
     model: Recurrence,
     tokens: Int[Tensor, "row column"],
     pad: Int[Tensor, " row"],
-    depths: Sequence[int] | HaltingPolicy,
+    depths: Depths,
     max_new_tokens: int,
     stop: Endings,
     observe: Observe | None = None,
@@ -209,7 +209,7 @@ def generate(
 
     Args:
         tokens: prompts, with `pad` columns of padding on the left.
-        depths: one per row, or the policy that picks them at position 0.
+        depths: one per row, the policy that picks them at position 0, or one for every position.
         hook: instead of an `edit`; rows are deepest first.
         sampling: None is greedy.
     """
@@ -219,58 +219,43 @@ def generate(
                 f"{name} = {shown(given)} cannot be called", f"give a function, or leave {name} out"
             )
     lanes = read_prompts(model, tokens, pad, depths, max_new_tokens, stop, sampling)
-    hook = hook if edit is None else editing(edit, lanes.order)
+    if edit is not None:
+        hook = lambda position, iteration: editing(edit, lanes.order)(position, iteration)  # noqa: E731
     for position in lanes.write(model, max_new_tokens, observe, hook):
         if progress is not None:
             progress(position + 1)
     if edit is not None:
-        ran = f"{max(map(len, lanes.new))} positions, {max(lanes.depths)} iterations"
+        ran = f"{max(map(len, lanes.new))} positions, {max(map(max, lanes.spent))} iterations"
         refuse_unused(edit, f"there were {ran}, {model.backbone.n_layers} layers")
-    back = torch.argsort(lanes.order).tolist()
-    return Generation(
-        tokens=[lanes.new[r] for r in back],
-        texts=None,
-        stopped=[lanes.stopped[r] for r in back],
-        iterations=[lanes.depths[r] for r in back],
-        certificate=lanes.certificate,
-    )
+    return lanes.texts(torch.argsort(lanes.order).tolist())
 
 
 def read_prompts(
     model: Recurrence,
     tokens: Int[Tensor, "row column"],
     pad: Int[Tensor, " row"],
-    depths: Sequence[int] | HaltingPolicy,
+    depths: Depths,
     max_new_tokens: int,
     stop: Endings,
     sampling: Sampling | None = None,
 ) -> Lanes:
     """The prompts read up to their last tokens, deepest rows first; the arguments are those of `generate`."""
-    if not isinstance(depths, HaltingPolicy) and len(depths) != len(pad):
-        raise SSTError(f"{len(depths)} depths for {len(pad)} prompts", "give one number, or one per prompt")
+    schedule = schedule_of(depths)
+    fixed = [1] * len(pad) if schedule is not None else check_iterations(depths)  # pyright: ignore
+    if len(fixed) != len(pad):
+        raise SSTError(f"{len(fixed)} depths for {len(pad)} prompts", "give one number, or one per prompt")
     max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
     check_room(model, tokens.shape[1], max_new_tokens)
-    columns = tokens.shape[1] + max_new_tokens - 1
-    read: tuple[Stream, Certificate] | None = None
-    if isinstance(depths, HaltingPolicy):
-        policy, stream = depths, model.new_stream(pad, columns)
-        read = stream, prefill(model, stream, tokens[:, :-1])
-        depths = policy.depths(look_ahead(model, stream, tokens[:, -1], policy.looks)).tolist()
-    depths = check_iterations(depths)
-    order = torch.tensor(sorted(range(len(pad)), key=lambda r: -depths[r]), device=tokens.device)
+    order = torch.tensor(sorted(range(len(pad)), key=lambda r: -fixed[r]), device=tokens.device)
     tokens, pad = tokens[order], pad[order]
     draws = None
     if sampling is not None:
         prompts = [row[p:] for row, p in zip(tokens.tolist(), pad.tolist(), strict=True)]
         draws = sampling.draws(prompts, order.tolist())
-    if read is None:
-        stream = model.new_stream(pad, columns)
-        certificate = prefill(model, stream, tokens[:, :-1])
-    else:
-        stream, certificate = read[0].take(order), read[1]
-    return Lanes(
-        stream, tokens[:, -1], [depths[r] for r in order.tolist()], order, certificate, stop, sampling, draws
-    )
+    stream = model.new_stream(pad, tokens.shape[1] + max_new_tokens - 1)
+    certificate = prefill(model, stream, tokens[:, :-1])
+    at = [fixed[r] for r in order.tolist()]
+    return Lanes(stream, tokens[:, -1], at, order, certificate, stop, sampling, draws, schedule)
 
 
 @dataclass
@@ -281,17 +266,44 @@ class Lanes:
     current: Int[Tensor, " row"]
     """The tokens that the next position reads."""
     depths: list[int]
+    """Of the next position; a `schedule` sets them anew."""
     order: Int[Tensor, " row"]
     """Which prompt each row goes on from."""
     certificate: Certificate
     stop: Endings
     sampling: Sampling | None = None
     draws: list[random.Random] | None = None
+    schedule: Schedule | None = None
 
     def __post_init__(self) -> None:
         self.new: list[list[int]] = [[] for _ in self.depths]
         """The tokens of every text so far."""
+        self.spent: list[list[int]] = [[] for _ in self.depths]
+        """The depth at which each of them was written."""
         self.stopped = [False] * len(self.depths)
+
+    def _plan(self, model: Recurrence, schedule: Schedule, position: int) -> None:
+        """Set the depths of the position that is about to run, and put the deepest rows first."""
+        if not schedule.plans(position):
+            return
+        look = look_ahead(model, self.stream, self.current, schedule.looks)
+        depths = schedule.at(position, self.order.tolist(), look)
+        depths = [1 if ended else d for d, ended in zip(depths, self.stopped, strict=True)]
+        order = sorted(range(len(depths)), key=lambda row: -depths[row])
+        self.depths = [depths[row] for row in order]
+        if order == sorted(order):
+            return
+        at = torch.tensor(order, device=self.current.device)
+        self.stream, self.current, self.order = self.stream.take(at), self.current[at], self.order[at]
+        for name in ("new", "spent", "stopped", "draws"):
+            kept = getattr(self, name)
+            setattr(self, name, kept if kept is None else [kept[row] for row in order])
+
+    def texts(self, rows: Sequence[int]) -> Generation:
+        """What these rows have written."""
+        new, spent = [self.new[row] for row in rows], [self.spent[row] for row in rows]
+        stopped = [self.stopped[row] for row in rows]
+        return Generation(new, None, stopped, list(map(max, spent)), self.certificate, spent)
 
     def write(
         self,
@@ -303,10 +315,12 @@ class Lanes:
         """Write position after position, until every text has ended; yields each position's number."""
         ids = torch.tensor(sorted(self.stop.tokens), dtype=torch.long, device=self.current.device)
         alive = torch.ones_like(self.current, dtype=torch.bool)
-        depths = torch.tensor(self.depths)
         for position in range(max_new_tokens):
+            if self.schedule is not None:
+                self._plan(model, self.schedule, position)
+                alive = ~torch.tensor(self.stopped, device=alive.device)
             at = None if hook is None else partial(hook, position)
-            passes, logits, final = decode(model, self.stream, self.current, depths, at)
+            passes, logits, final = decode(model, self.stream, self.current, torch.tensor(self.depths), at)
             if observe is not None:
                 observe(Step(position, passes, logits, self.order, alive))
             if self.sampling is None or self.draws is None:
@@ -323,6 +337,7 @@ class Lanes:
             for row in range(len(tokens)):
                 if not self.stopped[row]:
                     self.new[row].append(tokens[row])
+                    self.spent[row].append(self.depths[row])
                     cut = bool(self.stop.strings) and self.stop.found(self.new[row])
                     self.stopped[row] = bool(ended[row]) or cut
             alive = ~torch.tensor(self.stopped, device=alive.device) if self.stop.strings else alive & ~ends
@@ -339,82 +354,13 @@ def stream_pieces(model: Recurrence, lanes: Lanes, max_new_tokens: int) -> Itera
         for row, new in enumerate(lanes.new):
             if len(new) != position + 1:
                 continue
-            text = ""
+            text, prompt = "", int(lanes.order[row])
             if tokenizer is not None:
                 whole_text = lanes.stop.cut(tokenizer.decode(new, skip_special_tokens=True))
                 ends = lanes.stopped[row] or position + 1 == max_new_tokens
                 if ends or not whole_text.endswith("\ufffd"):  # part of a character
-                    text, said[row] = whole_text[len(said[row]) :], whole_text
-            yield Piece(int(lanes.order[row]), position, new[-1], text, lanes.depths[row])
-
-
-class Session:
-    """A conversation that goes on from its stream: nothing is read twice.
-
-    What is sent is read as a prompt, at depth 1; what is written is iterated. The last token of an answer is
-    read with what follows it. At depth 1 a session equals one replay of the whole.
-    """
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self.tokens: list[int] = []
-        """The whole text so far."""
-        self.turns: list[dict[str, str]] = []
-        """The conversation so far, as a chat template takes it."""
-        self.stream: Stream | None = None
-
-    def send(self, prompt: Any, iterations: int = 1, max_new_tokens: int = 64, **how: Any) -> Generation:
-        """Read a text (as it is) or token ids, and write on from there.
-
-        Args:
-            how: `stop_tokens`, `stop`, `temperature`, `top_p`, `top_k`, `seed`, as for `model.generate`.
-
-        Raises:
-            SSTError: as `model.generate`; the session is as it was then.
-        """
-        model = self.model
-        text = isinstance(prompt, str)
-        new = model.encode_plain(prompt) if text and self.tokens else model.encode(prompt)
-        tokens, pad = model.batch([self.tokens[-1:] + list(new)])
-        depth = check_iterations([iterations])[0]
-        max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
-        check_room(model, len(self.tokens) + len(new), max_new_tokens)
-        stop, sampling = model.endings(**how), model.sampling(**how)
-        known = max(0, len(self.tokens) - 1)
-        stream = model.new_stream(pad, 0) if self.stream is None else self.stream.repeat(1)
-        stream.kv.make_room(known + tokens.shape[1] + max_new_tokens)
-        certificate = prefill(model, stream, tokens[:, :-1])
-        whole_text = self.tokens + list(new)
-        draws = None if sampling is None else sampling.draws([whole_text], [0])
-        order = torch.zeros(1, dtype=torch.long, device=tokens.device)
-        lanes = Lanes(stream, tokens[:, -1], [depth], order, certificate, stop, sampling, draws)
-        with torch.no_grad():
-            for _ in lanes.write(model, max_new_tokens):
-                pass
-        self.stream, self.tokens = stream, whole_text + lanes.new[0]
-        out = Generation(lanes.new, None, lanes.stopped, [depth], certificate)
-        return model.with_texts(out, stop)
-
-    def chat(self, message: str, **how: Any) -> Generation:
-        """Send a user's message in the tokenizer's chat template; the arguments are those of `send`.
-
-        Raises:
-            SSTError: the template does not go on from the text so far.
-        """
-        tokenizer, turns = self.model.tokenizer, [*self.turns, {"role": "user", "content": message}]
-        if not self.tokens:
-            out = self.send(self.model.chat(message), **how)
-        else:
-            rendered = self.model.render(turns)
-            so_far = tokenizer.decode(self.tokens, skip_special_tokens=False)
-            if not rendered.startswith(so_far):
-                raise SSTError(
-                    "the chat template does not go on from the text so far",
-                    "send the next turn as text or token ids: session.send(...)",
-                )
-            out = self.send(self.model.encode_plain(rendered[len(so_far) :]), **how)
-        self.turns = [*turns, {"role": "assistant", "content": (out.texts or [""])[0]}]
-        return out
+                    text, said[prompt] = whole_text[len(said[prompt]) :], whole_text
+            yield Piece(prompt, position, new[-1], text, lanes.depths[row])
 
 
 @torch.no_grad()
@@ -456,8 +402,7 @@ def generate_at_depths(
             progress(position + 1)
     by_depth = {}
     for k, depth in enumerate(ordered):
-        here = slice(k * rows, (k + 1) * rows)
-        by_depth[depth] = Generation(lanes.new[here], None, lanes.stopped[here], [depth] * rows, certificate)
+        by_depth[depth] = lanes.texts(range(k * rows, (k + 1) * rows))
     return by_depth
 
 

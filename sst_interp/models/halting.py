@@ -2,14 +2,18 @@
 
     model.generate(prompts, depth=Convergence(0.05, deepest=4))
     model.generate(prompts, depth=load_probe("probes/gpqa"))
+    model.generate(prompts, depth=EachPosition(Convergence(0.05, deepest=4)))
+    model.generate(prompts, depth=[4, 4, 1])
 
 A policy that needs to see iterations of position 0 (`looks`) has them computed ahead on a copy of the stream,
 for all questions together. After that every question runs at its own depth, as `iterations=` would run it.
+A schedule sets the depths of every position: from a policy that is asked each time, or from a list.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, NamedTuple
@@ -19,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sst_interp.errors import SSTError
-from sst_interp.models.choices import MAX_DEPTH, shown, whole
+from sst_interp.models.choices import MAX_DEPTH, check_iterations, several, shown, whole
 from sst_interp.models.measures import read_out, relative_l2, wide
 from sst_interp.models.stream import Recurrence
 
@@ -175,3 +179,99 @@ class Entropy(Threshold):
     def numbers(self, look: Look) -> Float[Tensor, "iteration row"]:
         """From iteration 1 on."""
         return torch.stack([read_out(logits).entropy for logits in look.logits])
+
+
+class Schedule(ABC):
+    """Sets the depths of a batch of texts when a position begins."""
+
+    looks: int = 0
+    """Iterations of the position that it needs to see; 0: none."""
+
+    @abstractmethod
+    def at(self, position: int, prompts: Sequence[int], look: Look) -> list[int]:
+        """The depth of each row.
+
+        Args:
+            prompts: which prompt each row goes on from.
+            look: the position, as far as it `looks`; rows as in `prompts`.
+        """
+
+    def plans(self, position: int) -> bool:
+        """Whether it is asked at this position; otherwise the depths stay."""
+        return True
+
+    def check(self, model: Recurrence) -> None:  # noqa: B027 (a list belongs to any model)
+        """Raise SSTError if it does not belong to this model."""
+
+
+class EachPosition(Schedule):
+    """A policy that is asked again at every position. What it looks at is computed beside the text."""
+
+    def __init__(self, policy: HaltingPolicy) -> None:
+        if not isinstance(policy, HaltingPolicy):
+            raise SSTError(
+                f"{shown(policy)} is no halting policy", "for example Convergence(0.05, deepest=4)"
+            )
+        self.policy, self.looks, self.check = policy, policy.looks, policy.check
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.policy})"
+
+    def at(self, position: int, prompts: Sequence[int], look: Look) -> list[int]:
+        """As the policy says."""
+        return check_iterations(self.policy.depths(look).tolist())
+
+
+class AtFirst(EachPosition):
+    """A policy that is asked at position 0, for the whole text."""
+
+    def plans(self, position: int) -> bool:
+        """At position 0."""
+        return position == 0
+
+
+def schedule_of(depths: Any) -> Schedule | None:
+    """A policy or schedule as a schedule; None for depths that stand already."""
+    if isinstance(depths, HaltingPolicy):
+        return AtFirst(depths)
+    return depths if isinstance(depths, Schedule) else None
+
+
+class Listed(Schedule):
+    """Depths that a person lists: one per position, or such a list per prompt. The last one stays."""
+
+    def __init__(self, depths: Any, rows: int) -> None:
+        nested = len(depths) and several(depths[0])
+        given = [check_iterations(each, "depth") for each in depths] if nested else None
+        self.depths = given or [check_iterations(depths, "depth")] * rows
+        if len(self.depths) != rows:
+            raise SSTError(
+                f"{len(self.depths)} lists of depths for {rows} prompts", "give one list, or one per prompt"
+            )
+
+    def at(self, position: int, prompts: Sequence[int], look: Look) -> list[int]:
+        """From the list."""
+        return [self.depths[prompt][min(position, len(self.depths[prompt]) - 1)] for prompt in prompts]
+
+
+Depths = Sequence[int] | HaltingPolicy | Schedule
+Depth = HaltingPolicy | Schedule | int | Sequence[Any] | None
+
+
+def depths_of(model: Recurrence, iterations: Any, depth: Depth, rows: int) -> Depths:
+    """What `iterations` and `depth` of `generate` ask of so many rows. Raises SSTError as it does."""
+    if several(iterations):
+        depths = check_iterations(iterations)
+    else:
+        depths = [whole("iterations", iterations, 1, MAX_DEPTH)] * rows
+    if depth is None:
+        return depths
+    if several(iterations) or iterations != 1:
+        raise SSTError("both iterations and depth were given", "leave one of them out")
+    if several(depth):
+        return Listed(depth, rows)
+    policy = (
+        depth if isinstance(depth, HaltingPolicy | Schedule) else Flat(whole("depth", depth, 1, MAX_DEPTH))
+    )
+    policy.check(model)
+    return policy

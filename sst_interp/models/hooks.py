@@ -152,7 +152,8 @@ def at(
     for name, value in given.items():
         if value is None:
             continue
-        named = value if isinstance(value, Collection) and not isinstance(value, str) else [value]
+        alone = isinstance(value, str) or not isinstance(value, Collection) or not getattr(value, "ndim", 1)
+        named: Collection[Any] = [value] if alone else value  # pyright: ignore
         if name == "site":
             for one in named:
                 if one not in SITES:
@@ -183,14 +184,16 @@ class Record:
     Memory grows with the text; `observe` of `model.generate` reduces while generating.
     """
 
-    sites: Sequence[Site] = SITES
+    sites: Site | Sequence[Site] = SITES
     kept: dict[tuple[Site, int, int, int], Float[Tensor, "row d_model"]] = field(default_factory=dict)
     """By (site, layer, position, iteration)."""
 
     def __post_init__(self) -> None:
+        alone = isinstance(self.sites, str) or not isinstance(self.sites, Collection)
+        self.sites = [self.sites] if alone else self.sites  # pyright: ignore
         for site in self.sites:
             if site not in SITES:
-                raise unknown_name("site", site, SITES)
+                raise unknown_name("site", str(site), SITES)
 
     def wants(self, *, site: Site, **_where: int) -> bool:
         """Whether it is to be called here."""

@@ -403,6 +403,8 @@ def checkpoint_of(
         return save_checkpoint(model, scratch, backbone)
     _name_backbone(scratch / CONFIG, backbone, "name", table="backbone")
     _name_backbone(scratch / ADAPTER_CONFIG, backbone, "base_model_name_or_path")
+    if (scratch / "README.md").is_file():
+        _name_in_card(scratch / "README.md", backbone)
     return scratch
 
 
@@ -438,6 +440,14 @@ def fetch_checkpoint(repo_id: str, api: HfApi | None = None) -> Path | None:
                     f"{name} of checkpoint {repo_id} cannot be fetched", "check the network and try again"
                 ) from error
     return config.parent
+
+
+def _name_in_card(card: Path, backbone: str) -> None:
+    """Name the backbone in a card's metadata, where the hub looks for it; the rest stays byte for byte."""
+    head, mark, rest = card.read_text("utf-8").partition("\n---")
+    if mark and head.startswith("---"):
+        head = re.sub(r"(?m)^base_model:.*$", lambda _: f"base_model: {backbone}", head, count=1)
+        card.write_text(head + mark + rest, "utf-8")
 
 
 def _name_backbone(file: Path, name: str, key: str, table: str | None = None) -> None:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
@@ -19,13 +18,12 @@ from torch import Tensor, nn
 from sst_interp.errors import SSTError, upstairs
 from sst_interp.models.backbone import Backbone
 from sst_interp.models.choices import (
-    MAX_DEPTH,
     Choices,
     as_weights,
     check_choices,
     check_iterations,
+    several,
     shown,
-    whole,
 )
 from sst_interp.models.generation import (
     Endings,
@@ -33,19 +31,19 @@ from sst_interp.models.generation import (
     Observe,
     Piece,
     Sampling,
-    Session,
     generate,
     generate_at_depths,
     read_prompts,
     stream_pieces,
 )
-from sst_interp.models.halting import ExitGate, Flat, HaltingPolicy
+from sst_interp.models.halting import Depth, ExitGate, depths_of
 from sst_interp.models.hooks import Edit
 from sst_interp.models.kinds.looped import Range, loop_of, native_kind
 from sst_interp.models.kinds.lrt import MemoryDesign, Pathway, Projections, build_memory
 from sst_interp.models.kinds.sst import PAPER_ALPHA, LayerBlend
 from sst_interp.models.likelihood import LogLikelihood, loglikelihood
-from sst_interp.models.prompts import Prompt, Prompts, check_stop, ids_of, in_time, listed
+from sst_interp.models.prompts import Prompt, Prompts, check_stop, ids_of, in_time, listed, only
+from sst_interp.models.session import Session
 from sst_interp.models.solvers import Replay, prefill, replay
 from sst_interp.models.solvers.sequential import Certificate
 from sst_interp.models.stream import Kind, Recurrence, Stream
@@ -188,6 +186,7 @@ class StateStreamModel(Recurrence):
         tolerance: float | None = None,
         logits: bool = True,
         check: int = 4,
+        depth: Sequence[int] | None = None,
     ) -> Replay:
         """Every layer output and logit on given tokens.
 
@@ -200,6 +199,8 @@ class StateStreamModel(Recurrence):
             groups, sweeps, tolerance: see `sst_interp.models.solvers.sweeps.solve_by_sweeps`.
             logits: False leaves `.logits` None.
             check: positions of the parallel solution recomputed one by one for the certificate.
+            depth: instead of `iterations`, a depth for each position from `start` on (questions of one
+                length, visited one by one). A position that runs less often repeats its last iteration.
 
         Raises:
             SSTError: iterations below 1, unknown method, empty or too long input.
@@ -207,7 +208,7 @@ class StateStreamModel(Recurrence):
         tokens, pad = self.batch(token_ids)
         return replay(
             self, tokens, pad, iterations, method, start=start, groups=groups, sweeps=sweeps,
-            tolerance=tolerance, logits=logits, check=check,
+            tolerance=tolerance, logits=logits, check=check, depth=depth,
         )  # fmt: skip
 
     def generate(
@@ -218,7 +219,7 @@ class StateStreamModel(Recurrence):
         stop_tokens: Sequence[int] | None = None,
         observe: Observe | None = None,
         progress: Callable[[int], Any] | None = None,
-        depth: HaltingPolicy | int | None = None,
+        depth: Depth = None,
         edit: Edit | None = None,
         stop: str | Sequence[str] = (),
         temperature: float | None = None,
@@ -236,7 +237,8 @@ class StateStreamModel(Recurrence):
             observe: called with each generated position's `Step`: every iteration's layer outputs and logits.
             progress: called with the number of positions done.
             depth: instead of `iterations`: a policy that picks each prompt's depth at position 0
-                (`sst_interp.models.halting`, or a trained probe), or one number.
+                (`sst_interp.models.halting`, or a trained probe); `EachPosition(policy)`; a list with the
+                depth of each generated position, whose last one stays, or such a list per prompt; a number.
             edit: called at every site of every layer, iteration and generated position, and may change what
                 it is given (`sst_interp.models.hooks`). The prompt is read without it.
             stop: strings that end a text, which stops before the first of them. (Its tokens run up to the one
@@ -250,7 +252,7 @@ class StateStreamModel(Recurrence):
         """
         tokens, pad = self.batch(prompts)
         ends, drawn = self.endings(stop_tokens, stop), self.sampling(temperature, top_p, top_k, seed)
-        depths = self._depths(iterations, depth, len(pad))
+        depths = depths_of(self, iterations, depth, len(pad))
         out = generate(
             self, tokens, pad, depths, max_new_tokens, ends, observe, progress, edit, sampling=drawn
         )
@@ -261,7 +263,7 @@ class StateStreamModel(Recurrence):
         prompts: Prompts,
         iterations: int | Sequence[int] = 1,
         max_new_tokens: int = 64,
-        depth: HaltingPolicy | int | None = None,
+        depth: Depth = None,
         **how: Any,
     ) -> Iterator[Piece]:
         """Every token as it is written: row, position, token, text and depth.
@@ -271,14 +273,18 @@ class StateStreamModel(Recurrence):
                 `generate`, and so are the errors.
         """
         tokens, pad = self.batch(prompts)
-        ends, depths = self.endings(**how), self._depths(iterations, depth, len(pad))
+        ends, depths = self.endings(**how), depths_of(self, iterations, depth, len(pad))
         with torch.no_grad():
             lanes = read_prompts(self, tokens, pad, depths, max_new_tokens, ends, self.sampling(**how))
         return stream_pieces(self, lanes, max_new_tokens)
 
-    def start(self) -> Session:
-        """A conversation that goes on from its stream: `session.send(...)`, `session.chat(...)`."""
-        return Session(self)
+    def start(self, prompt: Prompt = ()) -> Session:
+        """A conversation that goes on from its stream: `session.send(...)`, `session.chat(...)`.
+
+        Args:
+            prompt: what stands before the first thing that is sent: text or ids.
+        """
+        return Session(self, prompt)
 
     def exit_gate(self, q: float = 0.5, deepest: int | None = None) -> ExitGate:
         """The model's own trained exit gate (Ouro) as `depth=` of `generate`.
@@ -291,19 +297,6 @@ class StateStreamModel(Recurrence):
             SSTError: a model without a gate, a q outside (0, 1].
         """
         return ExitGate(self, q, deepest)
-
-    def _depths(self, iterations: Any, depth: Any, rows: int) -> Sequence[int] | HaltingPolicy:
-        if isinstance(iterations, Sequence | Tensor | np.ndarray) and np.ndim(iterations):
-            depths = check_iterations(iterations)
-        else:
-            depths = [whole("iterations", iterations, 1, MAX_DEPTH)] * rows
-        if depth is None:
-            return depths
-        if isinstance(iterations, Sequence) or iterations != 1:
-            raise SSTError("both iterations and depth were given", "leave one of them out")
-        policy = depth if isinstance(depth, HaltingPolicy) else Flat(whole("depth", depth, 1, MAX_DEPTH))
-        policy.check(self)
-        return policy
 
     def endings(self, stop_tokens: Any = None, stop: Any = (), **_sampling: Any) -> Endings:
         """What ends a text. Raises SSTError for what is neither ids nor strings."""
@@ -364,15 +357,19 @@ class StateStreamModel(Recurrence):
         Raises:
             SSTError: as `generate`; an empty context or continuation.
         """
-        several = isinstance(iterations, Sequence | Tensor | np.ndarray) and np.ndim(iterations) > 0
-        depths: Any = iterations if several else [iterations]
+        depths: Any = iterations if several(iterations) else [iterations]
         if isinstance(continuations, str):
             raise SSTError("continuations are one text", 'give a list, for example [" blue", " green"]')
+        context = only(context)
         pairs = [self.encode_pair(context, continuation) for continuation in continuations]
         after = [ids for _, ids in pairs]
         tokens, pad = self.batch([pairs[0][0] if pairs else self.encode(context)])
         out = loglikelihood(self, tokens, pad, [after], check_iterations(depths))
-        return out if several else LogLikelihood(out.sums[0], out.terms[0], out.lengths, out.greedy[0])
+        return (
+            out
+            if several(iterations)
+            else LogLikelihood(out.sums[0], out.terms[0], out.lengths, out.greedy[0])
+        )
 
     def with_texts(self, out: Generation, stop: Endings) -> Generation:
         """The generation with its tokens as texts, each up to the string that ended it."""

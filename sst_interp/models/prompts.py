@@ -46,6 +46,14 @@ def listed(prompts: Any) -> list[Prompt]:
     return [ids_of(prompts)] if flat else [p if isinstance(p, str) else ids_of(p) for p in prompts]
 
 
+def only(prompt: Any) -> Prompt:
+    """One prompt, given alone or as a batch of one; none is an empty one. Raises SSTError for several."""
+    prompts = listed(prompt)
+    if len(prompts) > 1:
+        raise SSTError(f"there are {len(prompts)} prompts where one is taken", "give them one by one")
+    return prompts[0] if prompts else []
+
+
 def ids_of(row: Any) -> list[int]:
     """One prompt's token ids as ints, or SSTError. (No error shows a prompt's text: it may be restricted.)"""
     hint = "token ids are whole numbers from 0, as a tokenizer gives them"

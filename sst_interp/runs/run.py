@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from sst_interp.errors import SSTError, unknown_name, upstairs
 from sst_interp.files import unreadable
-from sst_interp.models.choices import BEFORE, COMPARISONS
+from sst_interp.models.choices import BEFORE, COMPARISONS, whole
 from sst_interp.runs import manifest
 from sst_interp.runs.export import export_run
 from sst_interp.runs.provenance import RunKind, run_kind
@@ -106,6 +106,21 @@ class Run:
         pa.default_memory_pool().release_unused()
         return frame if order is None else frame.take(order).reset_index(drop=True)
 
+    def dataset(self, name: str, columns: Sequence[str] | None = None, comparison: str | None = None) -> Any:
+        """A table as a Hugging Face `datasets.Dataset`: the rows of `table`, with the same arguments.
+
+            run.dataset("pairs", comparison="within").filter(lambda row: row["cosine"] < 0.9)
+
+        Raises:
+            SSTError: as `table`; the package `datasets` cannot be imported.
+        """
+        frame = self.table(name, columns, comparison)
+        try:
+            from datasets import Dataset
+        except ImportError as error:
+            raise SSTError(f"`datasets` cannot be imported: {error}", "pip install datasets") from error
+        return Dataset(pa.Table.from_pandas(frame, preserve_index=False).unify_dictionaries())
+
     def columns(self, name: str) -> list[str]:
         """The columns of a table; none where the run has no row of it."""
         shards = [str(self._checked(file)) for file in self._listed(name).values()]
@@ -172,6 +187,7 @@ class Run:
         Raises:
             SSTError: the run does not keep that iteration.
         """
+        iteration = whole("iteration", iteration, 1)
         if iteration not in (kept := self.kept_iterations):
             has = ", ".join(map(str, kept)) or "none"
             said = f"run {self.name} keeps no states of iteration {iteration}"
@@ -196,7 +212,10 @@ class Run:
             SSTError: the run did not keep them.
         """
         keep, deepest = self.recipe.keep, max(self.recipe.depths)
-        depth = deepest if depth is None else depth
+        depth = deepest if depth is None else whole("depth", depth, 1)
+        question = whole("question", question, 0)
+        if position is not None and type(position) is not int:
+            position = whole("position", position, 0)
         if keep != "all" and (keep == "none" or (position, depth, text) != (0, deepest, "own")):
             only = f"states at position 0 of depth {deepest}'s own text only"
             has = "no states" if keep == "none" else only

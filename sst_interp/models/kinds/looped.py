@@ -29,6 +29,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import torch
@@ -295,26 +296,47 @@ class Looped(Kind):
         at.kv.at(at.first_entry + backbone.n_layers).update(left, torch.ones_like(left[:, :1, :, :1]), 0)
 
     def _catch_up(self, model: Recurrence, p: Pass) -> None:
-        """Run this iteration at earlier columns of these rows that have not run it."""
-        stream, rows, backbone = p.stream, len(p.tokens), model.backbone
-        entry = self._entry(backbone, p.iteration) + backbone.n_layers
-        kept = stream.kv.values[entry] if entry < len(stream.kv.values) else None
-        ran = torch.zeros(stream.column) if kept is None else kept[:rows, 0, : stream.column, 0].amin(0)
+        """Run this iteration at earlier columns of these rows that have not run it.
+
+        Rows may differ in what they have run. So it goes on stretch by stretch in which none does, and a row
+        that has run a stretch, perhaps with edits, gets its entries back.
+        """
+        stream, rows, n = p.stream, len(p.tokens), model.backbone.n_layers
+        first = self._entry(model.backbone, p.iteration)
+        kept = stream.kv.values[first + n] if first + n < len(stream.kv.values) else None
+        ran = torch.zeros(rows, stream.column, dtype=torch.bool, device=p.tokens.device)
+        if kept is not None:
+            ran = kept[:rows, 0, : stream.column, 0] > 0
         if bool(ran.all()):
             return
-        start = int(ran.argmin())  # the first that has not
-        before = stream.kv.keys[entry - backbone.n_layers - 1]
+        turns = [0, *((ran[:, 1:] != ran[:, :-1]).any(0).nonzero()[:, 0] + 1).tolist(), stream.column]
+        for start, end in pairwise(turns):
+            had = ran[:, start]
+            if bool(had.all()):
+                continue
+            stores = [(s, e) for s in (stream.kv.keys, stream.kv.values) for e in range(first, first + n + 1)]
+            stores = [(s, e) for s, e in stores if bool(had.any()) and s[e] is not None]
+            saved = [s[e][:rows, :, start:end][had] for s, e in stores]  # pyright: ignore
+            self._run_late(model, p, start, end)
+            for (s, e), entries in zip(stores, saved, strict=True):
+                s[e][:rows, :, start:end][had] = entries  # pyright: ignore
+
+    def _run_late(self, model: Recurrence, p: Pass, start: int, end: int) -> None:
+        """Run this iteration at columns that have run the one before."""
+        stream, rows, backbone = p.stream, len(p.tokens), model.backbone
+        entry = self._entry(backbone, p.iteration)
+        before = stream.kv.keys[entry - 1]
         assert before is not None
-        *left, embedded = before[:rows, :, start : stream.column].unbind(1)
+        *left, embedded = before[:rows, :, start:end].unbind(1)
         state = embedded.new_zeros(self.slots(backbone), *embedded.shape)
         for slot, value in zip(self.memory(backbone), left, strict=True):
             state[slot] = value
-        columns = torch.arange(start, stream.column, device=embedded.device)
+        columns = torch.arange(start, end, device=embedded.device)
         has_state = self.has_state(columns, stream.origin[:rows, None], p.iteration)
         tokens = torch.zeros_like(columns).expand(rows, -1)  # what they embed to is remembered
         late = Pass(stream, tokens, columns, state, has_state, "write", iteration=p.iteration)
         at = late.inputs(backbone)
-        at = at._replace(embedded=embedded, first_entry=self._entry(backbone, p.iteration))
+        at = at._replace(embedded=embedded, first_entry=entry)
         self._remember(backbone, late, at, self.one_pass(model, late, at)[1])
 
     def exit_probabilities(

@@ -8,6 +8,7 @@ Where every iteration keeps its own keys and values, one pass per iteration over
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -132,6 +133,18 @@ def _spread(positions: int, n: int) -> list[int]:
     return torch.linspace(0, positions - 1, min(n, positions)).round().long().unique().tolist() if n else []
 
 
+def _of_positions(depth: Sequence[int], iterations: int, positions: int, pad: Tensor) -> list[int]:
+    """The depth of each position; raises SSTError for depths that are not one per position."""
+    if iterations != 1:
+        raise SSTError("both iterations and depth were given", "leave one of them out")
+    depths = check_iterations(depth, "depth")
+    if len(depths) != positions:
+        raise SSTError(f"{len(depths)} depths for {positions} positions", "give one per position")
+    if bool(pad.any()):
+        raise SSTError("a depth per position needs questions of equal length", "replay them one by one")
+    return depths
+
+
 @dataclass
 class Replay:
     """States and logits of given tokens. Positions are token indices; shorter rows end in zeros."""
@@ -157,6 +170,7 @@ def replay(
     tolerance: float | None,
     logits: bool,
     check: int,
+    depth: Sequence[int] | None = None,
 ) -> Replay:
     """Replay a left-padded batch; the arguments are those of `StateStreamModel.replay`."""
     (iterations,) = check_iterations([iterations])
@@ -171,12 +185,13 @@ def replay(
         raise SSTError(f"start = {start} is not a position of {tokens.shape[1]} tokens", "count from 0")
     if start and bool(pad.any()):
         raise SSTError("start needs questions of equal length", "replay them one by one")
+    mixed = None if depth is None else _of_positions(depth, iterations, tokens.shape[1] - start, pad)
     stream = model.new_stream(pad, tokens.shape[1])
     if start:
         prefill(model, stream, tokens[:, :start])
         tokens = tokens[:, start:]
-    if method == "sequential":
-        solution = solve_sequentially(model, stream, tokens, iterations)
+    if method == "sequential" or mixed is not None:
+        solution = solve_sequentially(model, stream, tokens, iterations if mixed is None else mixed)
         certificate = solution.certificate
     else:
         how: dict[str, Any] = {"iterations": iterations, "tolerance": tolerance}

@@ -7,7 +7,7 @@ Generation runs on it, and the parallel solvers are tested against it. All solve
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, NamedTuple
@@ -133,16 +133,22 @@ def solve_sequentially(
     model: Recurrence,
     stream: Stream,
     tokens: Int[Tensor, "row position"],
-    iterations: int = 1,
+    iterations: int | Sequence[int] = 1,
     keep: bool = True,
     check: list[int] | None = None,
 ) -> Solution:
-    """The definition, position by position, as a `Solution`; the arguments are those of `solve_exactly`."""
+    """The definition, position by position, as a `Solution`; the arguments are those of `solve_exactly`.
+
+    Args:
+        iterations: one number, or one per position. A position that runs less often repeats its last one.
+    """
     outputs, incoming = [], {}
+    depths = [iterations] * tokens.shape[1] if isinstance(iterations, int) else iterations
     for t in range(tokens.shape[1]):
         if t in (check or []):
             incoming[t] = stream.state.clone()
-        steps = advance(model, stream, tokens[:, t], iterations)
+        steps = advance(model, stream, tokens[:, t], depths[t])
+        steps += steps[-1:] * (max(depths) - depths[t])
         outputs.append(torch.stack([s.resid_post if keep else s.resid_post[-1:] for s in steps], dim=2))
     resid_post = torch.stack(outputs, dim=2)
     return Solution(resid_post if keep else None, resid_post[-1], incoming, Certificate("sequential"))
