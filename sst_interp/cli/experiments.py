@@ -161,7 +161,8 @@ def probe(
     if label == PAPER_LABEL:
         made = {"label": label, "layer": layer, "permutations": permutations, "seed": seed}
         results = {"halting": probed.halting, "routing": probed.routing}
-        scores = probed.halting.scores.set_index("question")["score"].to_dict()
+        by_question = probed.halting.scores[["question", "score"]].itertuples(index=False)
+        scores = {int(question): float(score) for question, score in by_question}
         kept = keep_findings(opened, "probe", rows, made, results, scores)
         say(f"claims C12 and C13: {kept}", sys.stderr)
     if save is not None:

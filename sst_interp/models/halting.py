@@ -118,14 +118,15 @@ class ExitGate(HaltingPolicy):
 
     model: Recurrence = field(repr=False)
     q: float = 0.5
-    deepest: int = None  # type: ignore[assignment]  (the depth that the model was trained with)
+    deepest: int = 0
+    """0 takes the depth that the model was trained with."""
 
     def __post_init__(self) -> None:
         if "gate" not in self.model.kind.weights():
             raise SSTError(
                 f"a {self.model.kind.words} without an exit gate cannot halt by it", "Ouro has one"
             )
-        if self.deepest is None:
+        if self.deepest == 0:
             object.__setattr__(self, "deepest", getattr(self.model.kind, "depth", 1))
         self._check_deepest()
         if not isinstance(self.q, Real) or isinstance(self.q, bool) or not 0 < self.q <= 1:

@@ -219,7 +219,7 @@ def _backbone(name: str, at: Placement, trust_remote_code: bool) -> tuple[Any, A
     if at.quantisation is not None:
         plain = replace(at, device="cpu", quantisation=None)
         unquantised = partial(_backbone, name, plain, trust_remote_code)
-        model.source_hash = _source_hash(Path(source), model, unquantised)
+        object.__setattr__(model, "source_hash", _source_hash(Path(source), model, unquantised))
     return model, tokenizer
 
 

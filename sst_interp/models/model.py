@@ -286,12 +286,12 @@ class StateStreamModel(Recurrence):
         """
         return Session(self, prompt)
 
-    def exit_gate(self, q: float = 0.5, deepest: int | None = None) -> ExitGate:
+    def exit_gate(self, q: float = 0.5, deepest: int = 0) -> ExitGate:
         """The model's own trained exit gate (Ouro) as `depth=` of `generate`.
 
         Args:
             q: the probability of having stopped at which a question halts.
-            deepest: None for the depth that the model was trained with.
+            deepest: 0 for the depth that the model was trained with.
 
         Raises:
             SSTError: a model without a gate, a q outside (0, 1].

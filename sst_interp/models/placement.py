@@ -114,7 +114,7 @@ def hash_of_weights(weights: Mapping[str, Tensor] | Mapping[str, Callable[[], Te
     digest = hashlib.sha256()
     for name in sorted(weights):
         given: Any = weights[name]
-        value: Tensor = given() if callable(given) and not isinstance(given, Tensor) else given
+        value: Any = given if isinstance(given, Tensor) else given()
         digest.update(f"{name} {tuple(value.shape)}\n".encode())
         digest.update(value.detach().cpu().to(torch.bfloat16).contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
