@@ -145,7 +145,7 @@ def test_the_version_and_the_panels_of_the_help(run_cli, monkeypatch):
     del panels["Options"]
     assert panels == {
         "Run": ["basin-shifts", "claims", "report", "capture", "publish", "runs", "datasets"],
-        "Look": ["compare", "probe", "patch", "hooks", "harvest"],
+        "Look": ["compare", "probe", "patch", "hooks", "harvest", "lens"],
         "Train": ["train", "evaluate"],
         "Study": ["study"],
     }

@@ -1,14 +1,17 @@
 """On a GPU (a pretended one: `pretend_gpu`) everything stays on its device and gives the CPU's numbers."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pandas as pd
 import pytest
 import tiny
 import tiny_kinds
 import torch
 from pretend_gpu import DEVICE, GPU
-from test_objective import loss_and_gradients
 from tiny_capture import recipe_for, tiny_llama, write_questions
-from tiny_training import answer_batch
+from tiny_training import answer_batch, loss_and_gradients
 
 from sst_interp.models.model import attach, attach_lrt
 from sst_interp.models.solvers.layerwise import solve_layerwise
@@ -49,19 +52,28 @@ def test_every_kind_is_captured_there_with_its_controls(kind, tmp_path, monkeypa
             )[kind]
     for table in ("questions", "steps", "pairs", "outputs", "noise", "nudges"):
         here, there = (getattr(runs[device], table) for device in ("cpu", "gpu"))
-        pd.testing.assert_frame_equal(here, there, rtol=1e-6, atol=1e-3, check_like=True)
+        atol = 1e-3 if table == "noise" else 1e-9  # its float32 twin rounds by the kernel
+        pd.testing.assert_frame_equal(here, there, rtol=1e-6, atol=atol, check_like=True)
 
 
-@pytest.mark.parametrize(
-    "method", ["two_pass", "multi_refine", "interleaved", "chunked", "exact", "sequential"]
-)
-def test_every_method_trains_there(method):
+METHODS = ("two_pass", "multi_refine", "interleaved", "chunked", "exact", "sequential")
+
+
+def train_there(method):
     def run(device):
         model = attach(tiny.tiny("llama").to(device), alpha=0.1)
         model.alpha = model.alpha.requires_grad_()
         return loss_and_gradients(model, answer_batch().to(device), method, 1, 2, 4)
 
     same(run)
+
+
+def test_every_method_trains_there():
+    """In a process of its own: torch counts its devices at the first backward pass."""
+    words = f"import test_gpu; [test_gpu.train_there(method) for method in {METHODS}]"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", words], cwd=Path(__file__).parent, text=True,
+                          capture_output=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_the_gpu_refuses_what_a_gpu_refuses():
@@ -99,7 +111,8 @@ def test_a_capture_waits_once_per_position(depths):
             with gpu.counting():
                 recorder.see(position, decoder.step(), decoder)
                 decoder.finish_step()
-            assert position == 0 or gpu.syncs == 1, gpu.lines
+            spooled = sum(n for line, n in gpu.lines.items() if line.startswith("runs/states.py"))
+            assert position == 0 or gpu.syncs - spooled == 1, gpu.lines  # CUDA does not wait for those
 
 
 def test_an_exact_solution_waits_twice_per_layer_and_sweep():

@@ -132,10 +132,11 @@ def test_states_do_not_stay_on_the_device(csv, model, tmp_path, monkeypatch):
     real = capture_module.Recorder.see
 
     def see(self, *given):
-        real(self, *given)
+        written = real(self, *given)
         tensors = [v for v in vars(self).values() if isinstance(v, torch.Tensor)]
         tensors += [kept for kept, _ in self._spooled.values()]
         held.append(sum(t.numel() for t in tensors if t is not self._position0))
+        return written
 
     monkeypatch.setattr(capture_module.Recorder, "see", see)
     capture(recipe_for(csv, keep="all", dtype="bfloat16"), model, tmp_path / "own", progress=False)

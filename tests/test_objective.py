@@ -4,6 +4,7 @@ import pytest
 import tiny
 import torch
 from tiny_training import answer_batch as batch
+from tiny_training import loss_and_gradients, weight_of
 
 from sst_interp.models.choices import Choices
 from sst_interp.models.model import attach
@@ -17,18 +18,6 @@ def model_of(family="llama", alpha=0.08, **choices):
     model = attach(tiny.tiny(family), alpha=alpha, choices=Choices(**choices))
     model.alpha = model.alpha.requires_grad_()
     return model
-
-
-def weight_of(model):
-    return next(
-        p for n, p in model.backbone.model.named_parameters() if "down_proj" in n or "mlp.c_proj.w" in n
-    )
-
-
-def loss_and_gradients(model, data, *how):
-    weight = weight_of(model)
-    loss = answer_loss(model, data, last_layer(model, data, *how))
-    return loss.detach(), *torch.autograd.grad(loss, (model.alpha, weight))
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

@@ -149,7 +149,7 @@ def test_the_command_logs_and_trains_as_without(tmp_path, monkeypatch, capsys):
     recipe = replace(training_recipe(tmp_path, save_backbone(tmp_path)), examples=6)
     monkeypatch.setattr("sst_interp.training.recipe.find_training_recipe", lambda _: recipe)
     Training(recipe, tmp_path / "plain").run()
-    experiments.train(recipe="tiny", out=tmp_path / "watched", log="tensorboard")
+    experiments.train(recipe="tiny", out=tmp_path / "watched", fresh=False, log="tensorboard")
     steps = {}
     for name in ("plain", "watched"):
         lines = [json.loads(line) for line in (tmp_path / name / "training.jsonl").read_text().splitlines()]

@@ -6,6 +6,7 @@ import torch
 from tiny_capture import save_model
 
 from sst_interp.training.data import Batch, Example
+from sst_interp.training.objective import answer_loss, last_layer
 from sst_interp.training.recipe import TrainingRecipe
 
 EXAMPLES = [
@@ -54,3 +55,15 @@ def token_batch(rows=2, seed=0, T=8):
     answer = torch.ones(rows, T, dtype=torch.bool)
     answer[:, -1] = answer[0, 0] = False
     return Batch(tokens, answer)
+
+
+def weight_of(model):
+    return next(
+        p for n, p in model.backbone.model.named_parameters() if "down_proj" in n or "mlp.c_proj.w" in n
+    )
+
+
+def loss_and_gradients(model, data, *how):
+    weight = weight_of(model)
+    loss = answer_loss(model, data, last_layer(model, data, *how))
+    return loss.detach(), *torch.autograd.grad(loss, (model.alpha, weight))

@@ -100,7 +100,7 @@ def takes_placement(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def wrapped(**given: Any) -> None:
-        named = {name: given.pop(name) for name in options}
+        named = {name: given.pop(name, None) for name in options}
         command(placed={name: value for name, value in named.items() if value is not None}, **given)
 
     keyword = inspect.Parameter.KEYWORD_ONLY

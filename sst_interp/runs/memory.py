@@ -44,9 +44,10 @@ class Shape:
     def of(cls, model: Any) -> Shape:
         """Of a model that is loaded."""
         config, weights = model.backbone.config, list(model.backbone.model.parameters())
-        heads, d = config.num_attention_heads, config.hidden_size
+        named = lambda *names: next(n for n in (getattr(config, x, None) for x in names) if n)  # noqa: E731
+        heads, d = named("num_attention_heads", "n_heads", "n_head"), model.backbone.d_model
         return cls(
-            config.num_hidden_layers, d, getattr(config, "intermediate_size", None) or 4 * d, heads,
+            model.backbone.n_layers, d, getattr(config, "intermediate_size", None) or 4 * d, heads,
             getattr(config, "num_key_value_heads", None) or heads,
             getattr(config, "head_dim", None) or d // heads, config.vocab_size,
             sum(weight.numel() for weight in weights), model.backbone.dtype.itemsize,
