@@ -89,7 +89,7 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
     """Run-time dependencies only; a package's name on the index and its module's differ for a few."""
     module_of = {"scikit-learn": "sklearn", "huggingface-hub": "huggingface_hub"}
     module_of |= {"transformer-lens": "transformer_lens"}
-    optional = {"diptest", "IPython", "reasoning_gym", "lm_eval", "inspect_ai", "anyio", "ray"}
+    optional = {"diptest", "IPython", "reasoning_gym", "lm_eval", "inspect_ai", "anyio", "ray", "datasets"}
     declared = {
         module_of.get(package, package)
         for package in (
