@@ -93,7 +93,8 @@ def capture(
         SSTError: see `load`, `load_questions` and `RunWriter.open`; a prompt longer than the context; too
             little memory; batches that failed three times, or that are not the same when captured again.
     """
-    folder = (Path(folder) if folder is not None else paths.runs_dir() / recipe.name).absolute()
+    place = Path(folder) if folder is not None else paths.runs_dir() / recipe.name
+    folder = place.absolute()  # workers may have another working folder
     if not fresh:  # before anything is loaded
         manifest.refuse_other_origin(folder, manifest.read_manifest(folder), recipe, {}, None)
     if fleet is not None and recipe.device == "cpu":
@@ -142,7 +143,7 @@ def capture(
             writer.finish()
     if verify is not None:
         say(f"verified: {len(differ)} batches were captured again, with the same sha256", sys.stderr)
-    return open_run(folder)
+    return open_run(place)
 
 
 def _missing(writer: RunWriter, about: About) -> list[Step]:
