@@ -27,8 +27,8 @@ ROOT = Path(__file__).parents[1]
 SHIPPED = paths.shipped("studies")
 SHIPPED_RESULTS = {}
 EVERY = [
-    "calibration", "exact-training", "fixed-point", "lrt-equivalence", "lrt-schedules", "pretraining",
-    "recall", "two-pass",
+    "calibration", "exact-training", "fixed-point", "lrt-equivalence", "lrt-schedules", "organisms",
+    "pretraining", "recall", "two-pass",
 ]  # fmt: skip
 
 
