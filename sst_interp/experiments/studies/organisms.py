@@ -151,8 +151,9 @@ class Organisms(TrainingStudy):
         if job.arm.kind != "sst":
             return decoder_training(plan.decoder, weights, job.arm, draw, plan.steps)
         decoder = plan.decoder
+        method: Any = job.arm.schedule.method
         recipe = TrainingRecipe(
-            "small", "small", "small", method=job.arm.schedule.method, alpha=plan.alpha,
+            "small", "small", "small", method=method, alpha=plan.alpha,
             alpha_bounds=(0.0, 1.0), alpha_learning_rate=0.02, learning_rate=decoder.learning_rate,
             warmup=decoder.warmup, dtype="float32",
         )  # fmt: skip
